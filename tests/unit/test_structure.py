@@ -1,0 +1,112 @@
+"""Who may import whom: a lower layer never imports a higher one."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "fastdeploy_lite"
+
+# Prefixes of module names inside the package, lowest layer first; the longest match counts.
+LAYERS: dict[str, int] = {
+    "": 0,
+    "assets": 0,
+    "config": 0,
+    "envs": 0,
+    "utils": 0,
+    "_ops_cpu": 0,
+    "_ops_cuda": 0,
+    "paddle_device": 1,
+    "device": 1,
+    "checkpoint": 1,
+    "quantization": 2,
+    "model_executor.ops": 3,
+    "model_executor.workspace": 3,
+    "model_executor.step": 3,
+    "model_executor.layers": 4,
+    "model_executor.models": 5,
+    "model_executor": 6,
+    "distributed": 6,
+    "worker": 6,
+    "input": 7,
+    "reasoning": 7,
+    "metrics": 7,
+    "engine": 8,
+    "entrypoints": 9,
+}
+NUMPY_ONLY = ("checkpoint", "quantization", "config", "envs", "utils")
+WITHOUT_PADDLE_AT_RUN_TIME = (
+    "fastdeploy_lite",
+    "fastdeploy_lite.engine.sampling_params",
+    "fastdeploy_lite.engine.args_utils",
+    "fastdeploy_lite.engine.request",
+    "fastdeploy_lite.entrypoints.openai.api_server",
+    "fastdeploy_lite.entrypoints.cli.main",
+)
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found.append((".".join(p for p in parts if p != "__init__"), path))
+    return found
+
+
+def layer_of(module: str) -> int:
+    prefixes = [p for p in LAYERS if p in ("", module) or module.startswith(p + ".")]
+    best = max(prefixes, key=len)
+    if best == "" and module not in ("", "__main__"):
+        pytest.fail(f"module {module!r} has no layer: add it to LAYERS")
+    return LAYERS[best]
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Absolute names of all modules that a file imports at run time, lazily or not."""
+    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if is_type_checking(node):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import at line {node.lineno}"
+            yield node.module or ""
+        pending.extend(ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=str)
+def test_no_lower_layer_imports_a_higher_one(module: str, path: Path) -> None:
+    if module == "":
+        return  # the top package forwards names lazily
+    own = layer_of(module)
+    for name in imported_names(path):
+        if not name.startswith("fastdeploy_lite."):
+            continue
+        target = name.removeprefix("fastdeploy_lite.")
+        assert layer_of(target) <= own, f"{module} (layer {own}) imports {target}"
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=str)
+def test_files_and_formats_need_numpy_only(module: str, path: Path) -> None:
+    if not module.startswith(NUMPY_ONLY):
+        return
+    roots = {name.split(".")[0] for name in imported_names(path)}
+    assert not roots & {"paddle", "torch", "transformers"}, f"{module} imports {roots}"
+
+
+@pytest.mark.parametrize("module", WITHOUT_PADDLE_AT_RUN_TIME)
+def test_front_end_imports_without_paddle(module: str) -> None:
+    """The HTTP process must not load the framework: it would cost memory and touch the device."""
+    code = f"import sys, {module}; sys.exit('paddle' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
