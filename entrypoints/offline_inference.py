@@ -10,10 +10,9 @@ import resource
 import time
 from pathlib import Path
 
+from fastdeploy_lite import LLM, SamplingParams
 from fastdeploy_lite.checkpoint.hub import resolve_model
 from fastdeploy_lite.checkpoint.reader import Checkpoint
-
-from fastdeploy_lite import LLM, SamplingParams
 
 DEFAULT_PROMPTS = ("解析三首李白的诗", "What does the word 'lighthouse' mean?")
 
