@@ -1,0 +1,50 @@
+"""The error classes that cross module boundaries.
+
+Every message is one line: it is printed on consoles, written to logs and sent in HTTP bodies, and
+it may quote names taken from damaged files or from users, who must not be able to forge log lines.
+"""
+
+from __future__ import annotations
+
+_LONGEST_QUOTE = 120
+
+
+def one_line(text: object) -> str:
+    """Return `text` as one printable line: control and line-breaking characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def quote(value: object) -> str:
+    """Return the `repr` of a value found in a file or request, cut to fit a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers beyond Python's digit limit, endless nesting
+        text = f"<{type(value).__name__}>"
+    text = one_line(text)
+    return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."
+
+
+class FastDeployError(Exception):
+    """Base of all errors that a user can cause and repair; the message is always one line."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(message))
+
+
+class CheckpointError(FastDeployError, ValueError):
+    """A checkpoint file is missing, damaged, or does not hold what config.json promises."""
+
+
+class ConfigError(FastDeployError, ValueError):
+    """A configuration file, argument or environment variable has a value that cannot be used."""
+
+
+class RequestError(FastDeployError, ValueError):
+    """A request is at fault. `param` names its field, `code` is a short machine-readable reason."""
+
+    def __init__(
+        self, message: object = "", *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
