@@ -1,0 +1,1 @@
+"""What a person or a program starts: the offline API, the HTTP server, the command line."""
