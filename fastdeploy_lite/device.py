@@ -1,0 +1,181 @@
+"""The one decision where the model runs: "gpu", "nvidia" or "cpu".
+
+* "gpu": a CUDA build of Paddle, whose own place is used;
+* "nvidia": Paddle's CPU build with the plug-in of `paddle_device`;
+* "cpu": everything else.
+
+The decision looks at files only, so that a process which never computes (the HTTP server) can ask
+for it without importing Paddle; `activate` imports Paddle and makes the place current.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastdeploy_lite import paddle_device
+from fastdeploy_lite.utils.errors import ConfigError
+
+DeviceKind = Literal["gpu", "nvidia", "cpu"]
+DEVICE_VARIABLE = "FD_LITE_DEVICE"
+CUDA_MODULE = "fastdeploy_lite._ops_cuda"
+_KINDS: tuple[DeviceKind, ...] = ("gpu", "nvidia", "cpu")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the model runs and why.
+
+    Attributes:
+        kind: Paddle device type.
+        reason: one sentence for people.
+    """
+
+    kind: DeviceKind
+    reason: str
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the CUDA ops compute."""
+        return self.kind != "cpu"
+
+    @property
+    def activation_dtype(self) -> str:
+        """Paddle dtype of activations and KV cache: float32 on CPU, bfloat16 on a card."""
+        return "bfloat16" if self.is_cuda else "float32"
+
+
+@functools.cache
+def decide() -> Device:
+    """Return the device of this process; the first answer holds.
+
+    Raises:
+        ConfigError: `FD_LITE_DEVICE` names an unknown device or one that is not there.
+    """
+    wanted = os.environ.get(DEVICE_VARIABLE, "").strip().lower()
+    if wanted in ("", "auto"):
+        return _automatic()
+    if wanted not in _KINDS:
+        raise ConfigError(
+            f"{DEVICE_VARIABLE} is {wanted!r}, expected one of auto, {', '.join(_KINDS)}"
+        )
+    missing = _missing(wanted)
+    if missing is not None:
+        raise ConfigError(f"{DEVICE_VARIABLE} is {wanted!r} but {missing}")
+    return Device(wanted, f"{DEVICE_VARIABLE}={wanted}")
+
+
+def prepare_environment() -> None:
+    """Do what has to be done before `import paddle`: register the plug-in where it is used.
+
+    Raises:
+        ConfigError: see `decide` and `paddle_device.register`.
+    """
+    if decide().kind == "nvidia":
+        paddle_device.register()
+
+
+def activate(index: int = 0) -> Any:
+    """Import Paddle, make the decided device current and return its place.
+
+    Args:
+        index: card number, the tensor-parallel rank; ignored on CPU.
+
+    Raises:
+        ConfigError: the card does not exist.
+    """
+    prepare_environment()
+    import paddle  # noqa: PLC0415 - only the process that computes pays for the import
+
+    kind = decide().kind
+    if kind == "cpu":
+        paddle.set_device("cpu")
+        return paddle.CPUPlace()
+    try:
+        paddle.set_device(f"{kind}:{index}")
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(f"device {kind}:{index} cannot be used: {error}") from error
+    return paddle.CUDAPlace(index) if kind == "gpu" else paddle.CustomPlace(kind, index)
+
+
+def describe() -> dict[str, str]:
+    """Return the decision and its grounds, one entry a line of `collect-env`."""
+    device = decide()
+    plugin = paddle_device.plugin_folder()
+    return {
+        "device": device.kind,
+        "reason": device.reason,
+        "paddle": _paddle_version() or "not installed",
+        "paddle CUDA": _paddle_cuda() or "none",
+        "CUDA module": "built" if _has_cuda_module() else "not built",
+        "NVIDIA plug-in": str(plugin) if plugin else "not built",
+        "NVIDIA cards": str(_count_cards()),
+    }
+
+
+def _automatic() -> Device:
+    """The best device that is complete; a card that cannot be used is said, never passed over."""
+    kind: DeviceKind = "gpu" if _paddle_cuda() else "nvidia"
+    missing = _missing(kind)
+    if missing is None:
+        build = "a CUDA build" if kind == "gpu" else "a CPU build, with the plug-in"
+        return Device(kind, f"an NVIDIA card is present and Paddle is {build}")
+    return Device("cpu", missing)
+
+
+def _missing(kind: str) -> str | None:
+    """What keeps `kind` from being used, as half a sentence; None when nothing does."""
+    if kind == "cpu":
+        return None
+    if _count_cards() == 0:
+        return "no NVIDIA card is present"
+    if not _has_cuda_module():
+        return "the CUDA module is not built: install again where nvcc is on PATH"
+    if kind == "gpu" and not _paddle_cuda():
+        return "the installed Paddle has no CUDA support"
+    if kind == "nvidia" and paddle_device.plugin_folder() is None:
+        return "the NVIDIA plug-in is not built: install again where nvcc is on PATH"
+    return None
+
+
+def _count_cards() -> int:
+    """Cards that this process may see; reads device files, so no driver context is made."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if visible is None:
+        return present
+    return min(
+        present, len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    )
+
+
+def _has_cuda_module() -> bool:
+    return importlib.util.find_spec(CUDA_MODULE) is not None
+
+
+def _paddle_version() -> str | None:
+    return _version_field("full_version")
+
+
+def _paddle_cuda() -> str | None:
+    """CUDA version that the installed Paddle was built with, None for a CPU build."""
+    version = _version_field("cuda_version")
+    return None if version in (None, "False", "None") else version
+
+
+@functools.cache
+def _version_field(name: str) -> str | None:
+    """Read a field of Paddle's generated version file without importing Paddle."""
+    spec = importlib.util.find_spec("paddle")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / "version" / "__init__.py"
+    if not path.is_file():
+        return None
+    found = re.search(rf"^{name}\s*=\s*'([^']*)'", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return found.group(1) if found else None
