@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-LogitsProcessor = Callable[
-    [Sequence[int], "npt.NDArray[np.float32]"], "npt.NDArray[np.float32] | None"
-]
-"""`processor(output_token_ids, row)`: edits the float32 logits row [V] in place, or returns another."""
+LogitsRow = npt.NDArray[np.float32]
+LogitsProcessor = Callable[[Sequence[int], LogitsRow], "LogitsRow | None"]
+"""`processor(output_token_ids, row)` edits the logits row [V] in place or returns another one."""
 
 
 @dataclass(slots=True)
