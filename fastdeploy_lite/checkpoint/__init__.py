@@ -2,3 +2,8 @@
 
 Nothing here imports Paddle: reading, checking and writing need numpy only.
 """
+
+from fastdeploy_lite.checkpoint.reader import Checkpoint
+from fastdeploy_lite.checkpoint.tensor import HostTensor, TensorInfo
+
+__all__ = ["Checkpoint", "HostTensor", "TensorInfo"]

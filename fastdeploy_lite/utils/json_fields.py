@@ -15,19 +15,30 @@ _MISSING = object()
 _LARGEST_JSON_BYTES = 256 << 20
 
 
-def parse_json(text: bytes | str, source: str) -> object:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dict from JSON pairs; raise ValueError if a key occurs twice (a `pairs_hook`)."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {quote(key)} occurs twice")
+        result[key] = value
+    return result
+
+
+def parse_json(text: bytes | str, source: str, refuse_duplicates: bool = False) -> object:
     """Parse strict JSON (no NaN, no Infinity); raise ConfigError naming `source`."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        hook = unique_keys if refuse_duplicates else None
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=hook)
     except (ValueError, RecursionError) as error:  # ValueError covers bad JSON and bad UTF-8
         raise ConfigError(f"{source}: not readable as JSON: {error}") from None
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, refuse_duplicates: bool = False) -> dict[str, Any]:
     """Read the JSON object in file `path`; raise ConfigError naming the file."""
     try:
         if path.stat().st_size > _LARGEST_JSON_BYTES:
@@ -35,7 +46,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
-    value = parse_json(data, str(path))
+    value = parse_json(data, str(path), refuse_duplicates)
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {quote(value)}")
     return value

@@ -1,0 +1,203 @@
+"""A checkpoint folder as a mapping from tensor names to host arrays, lazily.
+
+Opening reads headers only. Data come as views of mapped files, so a loader that copies or repacks
+tensor by tensor and calls `release` now and then never holds more than its own weights and the
+pages of what it is reading.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from fastdeploy_lite.checkpoint.location import WeightFiles, find_weight_files
+from fastdeploy_lite.checkpoint.pdparams import PdparamsFile
+from fastdeploy_lite.checkpoint.safetensors_file import SafetensorsFile
+from fastdeploy_lite.checkpoint.tensor import HostTensor, TensorInfo
+from fastdeploy_lite.config import ModelConfig
+from fastdeploy_lite.utils.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+Shape = tuple[int, ...]
+
+
+class _WeightFile(Protocol):
+    infos: dict[str, TensorInfo]
+
+    def get(self, key: str) -> HostTensor: ...
+
+    def release(self) -> None: ...
+
+
+class Checkpoint:
+    """Tensors of one rank of one model folder; build it with `Checkpoint.open`."""
+
+    def __init__(
+        self,
+        root: Path,
+        config: ModelConfig,
+        location: WeightFiles,
+        tensor_parallel_size: int,
+        rank: int,
+    ) -> None:
+        self.root = root
+        self.config = config
+        self.tensor_parallel_size = tensor_parallel_size
+        self.rank = rank
+        self.is_presharded = location.is_presharded
+        self.source = location.source
+        self._files = {path: _open_file(path) for path in location.files}
+        self._owner = _merge(self._files, location)
+        self._touched: set[Path] = set()
+        _refuse_torch_layout(self)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        tensor_parallel_size: int = 1,
+        rank: int = 0,
+        config_name: str = "config.json",
+    ) -> Checkpoint:
+        """Open model folder `path` for `rank` of `tensor_parallel_size`.
+
+        With `rank*/` folders (pre-sharded models) their number must be the degree and the tensors
+        are this rank's; otherwise the tensors are whole and the caller slices them
+        (`is_presharded` tells). Raises ConfigError or CheckpointError, naming file and key.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise CheckpointError(f"{root}: no such folder")
+        config = ModelConfig.from_dir(root, config_name)
+        location = find_weight_files(root, tensor_parallel_size, rank)
+        return cls(root, config, location, tensor_parallel_size, rank)
+
+    def keys(self) -> Iterable[str]:
+        """Return all tensor names."""
+        return self._owner.keys()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._owner
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owner)
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    def info(self, key: str) -> TensorInfo:
+        """Return dtype, shape, size and file of `key`; CheckpointError if there is none."""
+        return self._file_of(key).infos[key]
+
+    def get(self, key: str) -> HostTensor:
+        """Return tensor `key` as a read-only view; CheckpointError if there is none."""
+        file = self._file_of(key)
+        self._touched.add(self._owner[key])
+        return file.get(key)
+
+    def expect(
+        self,
+        key: str,
+        dtypes: str | Iterable[str],
+        shape: Shape | Iterable[Shape],
+        finite: bool = False,
+    ) -> HostTensor:
+        """Return `key` after checking dtype (any of), shape (any of) and, if asked, finiteness.
+
+        Raises CheckpointError `FILE: KEY: found .., expected ..`.
+        """
+        info = self.info(key)
+        allowed_dtypes = (dtypes,) if isinstance(dtypes, str) else tuple(dtypes)
+        allowed_shapes = _as_shapes(shape)
+        if info.dtype not in allowed_dtypes or info.shape not in allowed_shapes:
+            wanted = describe_expected(allowed_dtypes, allowed_shapes)
+            raise CheckpointError(f"{info.file}: {key}: found {info.describe()}, expected {wanted}")
+        tensor = self.get(key)
+        if finite:
+            check_finite(tensor)
+        return tensor
+
+    def release(self) -> None:
+        """Give back the memory of file pages read so far; arrays from `get` stay valid."""
+        for path in self._touched:
+            self._files[path].release()
+        self._touched.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Total size of all tensors in bytes."""
+        return sum(self.info(key).nbytes for key in self._owner)
+
+    def _file_of(self, key: str) -> _WeightFile:
+        path = self._owner.get(key)
+        if path is None:
+            raise CheckpointError(f"{self.source}: {key}: found nothing, expected this tensor")
+        return self._files[path]
+
+
+def describe_expected(dtypes: tuple[str, ...], shapes: Iterable[Shape]) -> str:
+    """Return what error messages say of an expected tensor, such as `BF16 [8, 4] or [4, 8]`."""
+    return f"{'/'.join(dtypes)} {' or '.join(str(list(s)) for s in shapes)}"
+
+
+def _as_shapes(shape: Shape | Iterable[Shape]) -> list[Shape]:
+    """Return one shape or several as a list of shapes."""
+    items: list[int | Shape] = list(shape)
+    sizes = [item for item in items if isinstance(item, int)]
+    if len(sizes) == len(items):
+        return [tuple(sizes)]
+    return [tuple(item) for item in items if not isinstance(item, int)]
+
+
+def check_finite(tensor: HostTensor) -> None:
+    """Raise CheckpointError if a floating-point tensor holds NaN or infinity, with its index."""
+    values = tensor.float32().reshape(-1)
+    bad = ~np.isfinite(values)
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise CheckpointError(
+            f"{tensor.file}: {tensor.key}: found {values[at]} at element {at}"
+            f" ({int(bad.sum())} such), expected finite values"
+        )
+
+
+def _open_file(path: Path) -> _WeightFile:
+    return PdparamsFile(path) if path.suffix == ".pdparams" else SafetensorsFile(path)
+
+
+def _merge(files: dict[Path, _WeightFile], location: WeightFiles) -> dict[str, Path]:
+    """Return key -> file by the index, or by the files themselves where there is no index."""
+    if location.weight_map is not None:
+        for key, path in location.weight_map.items():
+            if key not in files[path].infos:
+                raise CheckpointError(
+                    f"{path}: {key}: found nothing, expected this tensor"
+                    f" ({location.source.name} says that it is here)"
+                )
+        return location.weight_map
+    owner: dict[str, Path] = {}
+    for path, file in files.items():
+        for key in file.infos:
+            if key in owner:
+                raise CheckpointError(f"{path}: {key}: found twice, also in {owner[key].name}")
+            owner[key] = path
+    return owner
+
+
+def _refuse_torch_layout(checkpoint: Checkpoint) -> None:
+    """Explain a torch export ("-PT"): its names and the axes of its weights differ."""
+    if any(key.startswith("ernie.") for key in checkpoint):
+        return
+    first = next((key for key in checkpoint if key.startswith("model.")), None)
+    if first is None and not checkpoint.config.torch_format_hint:
+        return
+    evidence = f"key {first!r}" if first else "torch_dtype without dtype in config.json"
+    raise CheckpointError(
+        f"{checkpoint.source}: this is a checkpoint in torch format ({evidence}), with other names"
+        " and transposed weights; use the '-Paddle' repository of the model instead of '-PT'"
+    )
