@@ -1,0 +1,16 @@
+// The module fastdeploy_lite._ops_cpu: one bind function per family of ops.
+#include "bindings.h"
+#include "cpu_features.h"
+
+namespace fd {
+
+void bind_system(py::module_& m);
+
+}  // namespace fd
+
+PYBIND11_MODULE(_ops_cpu, m) {
+  m.doc() =
+      "CPU kernels over views (pointer, dtype, shape, strides); outputs are written in place.";
+  fd::current_isa();  // a wrong FD_LITE_CPU_ISA fails at import, not in the middle of a step
+  fd::bind_system(m);
+}
