@@ -1,0 +1,166 @@
+"""From the scheduler's slices to the arrays that the forward pass reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastdeploy_lite.config import BLOCK_SIZE
+from fastdeploy_lite.model_executor.static_buffers import PackedBuffer
+from fastdeploy_lite.model_executor.step import SequenceSlice
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Sizes of one prepared step.
+
+    Attributes:
+        num_tokens: T, tokens of all slices.
+        num_seqs: B, slices.
+        decode_only: every slice has one token, so a graph of B tokens can replay the step.
+    """
+
+    num_tokens: int
+    num_seqs: int
+    decode_only: bool
+
+
+class InputBatch:
+    """Static input arrays and the block table of every slot.
+
+    Block tables live here by slot; a step copies the rows it needs, and a slice that is not fresh
+    only hands over the blocks that were appended since its last step.
+    """
+
+    def __init__(
+        self, max_tokens: int, max_seqs: int, max_model_len: int, vocab_size: int, place: Any
+    ) -> None:
+        """Args: the limits of one step and of one sequence; place: where the tensors live."""
+        self.max_tokens = max_tokens
+        self.max_seqs = max_seqs
+        self.vocab_size = vocab_size
+        self.num_blocks = 0
+        width = -(-max_model_len // BLOCK_SIZE)
+        self._tables = np.zeros((max_seqs, width), np.int32)
+        self._filled = np.zeros(max_seqs, np.int64)
+        self.buffer = PackedBuffer(
+            {
+                "cu_seqlens_q": ([max_seqs + 1], "int32"),
+                "context_lens": ([max_seqs], "int32"),
+                "logit_rows": ([max_seqs], "int32"),
+                "token_ids": ([max_tokens], "int32"),
+                "positions": ([max_tokens], "int32"),
+                "slot_mapping": ([max_tokens], "int32"),
+                "block_tables": ([max_seqs, width], "int32"),
+            },
+            place,
+        )
+
+    def prepare(self, slices: Sequence[SequenceSlice]) -> BatchShape:
+        """Fill the host arrays for `slices`, in their order.
+
+        Raises:
+            ValueError: the step exceeds a limit or names a token or block that does not exist.
+        """
+        lengths = np.array([len(part.token_ids) for part in slices], np.int64)
+        starts = np.array([part.start for part in slices], np.int64)
+        slots = np.array([part.slot for part in slices], np.int64)
+        total = int(lengths.sum())
+        self._check_limits(len(slices), total, lengths)
+        self._update_tables(slices)
+        self._fill_sequences(lengths, starts, slots)
+        self._fill_tokens(slices, lengths, total)
+        self._fill_positions(lengths, starts, slots, total)
+        return BatchShape(total, len(slices), total == len(slices))
+
+    def pad_decode(self, num_seqs: int, bucket: int) -> None:
+        """Extend a decode-only step to `bucket` sequences for a graph of that size.
+
+        A padding sequence is token 0 at position 0 with a context of one token in block 0; it
+        writes nothing (slot -1), and its results are never read.
+        """
+        host = self.buffer.host
+        extra = slice(num_seqs, bucket)
+        host["cu_seqlens_q"][num_seqs + 1 : bucket + 1] = np.arange(num_seqs + 1, bucket + 1)
+        host["context_lens"][extra] = 1
+        host["token_ids"][extra] = 0
+        host["positions"][extra] = 0
+        host["slot_mapping"][extra] = -1
+        host["block_tables"][extra] = 0
+        host["logit_rows"][extra] = np.arange(num_seqs, bucket)
+
+    def _check_limits(self, count: int, total: int, lengths: np.ndarray[Any, Any]) -> None:
+        if not 0 < count <= self.max_seqs:
+            raise ValueError(f"a step has {count} sequences, the limit is {self.max_seqs}")
+        if not 0 < total <= self.max_tokens or lengths.min() < 1:
+            raise ValueError(f"a step has {total} tokens, the limit is {self.max_tokens}")
+
+    def _update_tables(self, slices: Sequence[SequenceSlice]) -> None:
+        for part in slices:
+            slot = part.slot
+            known = 0 if part.fresh else int(self._filled[slot])
+            count = len(part.block_table)
+            if count == known:
+                continue
+            new = part.block_table[known:count]
+            if count > self._tables.shape[1] or min(new) < 0 or max(new) >= self.num_blocks:
+                raise ValueError(
+                    f"request {part.request_id}: block table of {count} blocks, at most "
+                    f"{self._tables.shape[1]} ids below {self.num_blocks} are possible"
+                )
+            self._tables[slot, known:count] = new
+            self._filled[slot] = count
+
+    def _fill_sequences(
+        self,
+        lengths: np.ndarray[Any, Any],
+        starts: np.ndarray[Any, Any],
+        slots: np.ndarray[Any, Any],
+    ) -> None:
+        host, count = self.buffer.host, len(lengths)
+        ends = starts + lengths
+        short = ends > self._filled[slots] * BLOCK_SIZE
+        if short.any():
+            slot = int(slots[short.argmax()])
+            raise ValueError(f"slot {slot}: its block table is too short for the step's tokens")
+        host["cu_seqlens_q"][0] = 0
+        np.cumsum(lengths, out=host["cu_seqlens_q"][1 : count + 1])
+        host["context_lens"][:count] = ends
+        np.take(self._tables, slots, axis=0, out=host["block_tables"][:count])
+
+    def _fill_tokens(
+        self, slices: Sequence[SequenceSlice], lengths: np.ndarray[Any, Any], total: int
+    ) -> None:
+        tokens = self.buffer.host["token_ids"]
+        if total == len(slices):
+            tokens[:total] = [part.token_ids[0] for part in slices]
+        else:
+            begin = 0
+            for part, length in zip(slices, lengths, strict=True):
+                tokens[begin : begin + length] = part.token_ids
+                begin += int(length)
+        used = tokens[:total]
+        if used.min() < 0 or used.max() >= self.vocab_size:
+            bad = int(used[(used < 0) | (used >= self.vocab_size)][0])
+            raise ValueError(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
+
+    def _fill_positions(
+        self,
+        lengths: np.ndarray[Any, Any],
+        starts: np.ndarray[Any, Any],
+        slots: np.ndarray[Any, Any],
+        total: int,
+    ) -> None:
+        host = self.buffer.host
+        if total == len(lengths):
+            positions, owners = starts, slots
+        else:
+            first = np.cumsum(lengths) - lengths
+            positions = np.repeat(starts - first, lengths) + np.arange(total)
+            owners = np.repeat(slots, lengths)
+        host["positions"][:total] = positions
+        blocks = self._tables[owners, positions // BLOCK_SIZE]
+        host["slot_mapping"][:total] = blocks * BLOCK_SIZE + positions % BLOCK_SIZE

@@ -1,0 +1,42 @@
+"""The tensors of one step, as the layers see them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastdeploy_lite.model_executor.workspace import Workspace
+
+KVCache = tuple[Any, Any]
+"""Key and value blocks of one layer, each [num_blocks, Hkv, 64, D]."""
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """A ragged batch: T tokens of B sequences, one after another.
+
+    Attributes:
+        token_ids: int32 [T].
+        positions: int32 [T], place of each token in its sequence.
+        slot_mapping: int32 [T], block * 64 + offset where keys and values go; -1 writes nothing.
+        cu_seqlens_q: int32 [B + 1], where each sequence's tokens begin.
+        context_lens: int32 [B], tokens of each sequence including this step's.
+        block_tables: int32 [B, max_blocks].
+        kv_caches: one pair per layer.
+        workspace: scratch memory.
+    """
+
+    token_ids: Any
+    positions: Any
+    slot_mapping: Any
+    cu_seqlens_q: Any
+    context_lens: Any
+    block_tables: Any
+    kv_caches: Sequence[KVCache]
+    workspace: Workspace
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.token_ids.shape[0])

@@ -1,0 +1,50 @@
+"""Mixture of experts: softmax router, routed experts, un-gated shared experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastdeploy_lite.model_executor import ops
+from fastdeploy_lite.model_executor.layers.linear import GatedMLP
+from fastdeploy_lite.model_executor.ops import PackedWeight
+from fastdeploy_lite.model_executor.workspace import Workspace
+
+
+class Router:
+    """Choice of top_k experts: by probability plus bias; weighted by probability alone."""
+
+    def __init__(self, gate: Any, bias: Any | None, top_k: int) -> None:
+        """Args: gate: float32 [H, E]; bias: float32 [E] or None; top_k: experts per token."""
+        self.gate = gate
+        self.bias = bias
+        self.top_k = top_k
+
+    def __call__(self, x: Any, workspace: Workspace) -> tuple[Any, Any]:
+        """Return expert ids int32 [T, k] and weights float32 [T, k] for x [T, H]."""
+        shape = [x.shape[0], self.top_k]
+        ids = workspace.get("topk_ids", shape, "int32")
+        weights = workspace.get("topk_weights", shape, "float32")
+        ops.route(x, self.gate, self.bias, self.top_k, ids, weights)
+        return ids, weights
+
+
+class MoE:
+    """Sum of the chosen experts' SwiGLU outputs and of the shared experts."""
+
+    def __init__(
+        self, router: Router, up_gate: PackedWeight, down: PackedWeight, shared: GatedMLP | None
+    ) -> None:
+        """Args: up_gate: E x [H, 2I]; down: E x [I, H]; shared: one fused MLP or None."""
+        self.router = router
+        self.up_gate = up_gate
+        self.down = down
+        self.shared = shared
+
+    def __call__(self, x: Any, workspace: Workspace) -> Any:
+        """Return [T, H] for x [T, H]."""
+        ids, weights = self.router(x, workspace)
+        out = workspace.get("moe", x.shape, x.dtype)
+        ops.fused_moe(x, ids, weights, self.up_gate, self.down, out, workspace)
+        if self.shared is not None:
+            ops.add_inplace(out, self.shared(x, workspace))
+        return out
