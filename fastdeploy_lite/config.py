@@ -433,6 +433,7 @@ class CacheConfig:
     num_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
+    enable_output_caching: bool = True
     kv_cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -491,6 +492,29 @@ class LoadConfig:
 
 
 @dataclass(frozen=True)
+class EarlyStopConfig:
+    """End a sequence once every token of a window was sampled with near certainty (repetition).
+
+    Attributes:
+        strategy: only "repetition".
+        window_size: tokens looked at.
+        threshold: probability that all of them must exceed.
+    """
+
+    strategy: str = "repetition"
+    window_size: int = 3000
+    threshold: float = 0.99
+
+    def __post_init__(self) -> None:
+        if self.strategy != "repetition":
+            _refuse("early_stop_config.strategy", self.strategy, "'repetition'")
+        if type(self.window_size) is not int or self.window_size < 1:
+            _refuse("early_stop_config.window_size", self.window_size, "an integer above 0")
+        if type(self.threshold) not in (int, float) or not 0.0 <= self.threshold <= 1.0:
+            _refuse("early_stop_config.threshold", self.threshold, "a number in [0, 1]")
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """Everything that the engine core and the model runner need; built once, shared read-only."""
 
@@ -508,6 +532,13 @@ class RuntimeConfig:
     logprobs_mode: LogprobsMode = "raw_logprobs"
     max_logprobs: int = 20
     lm_head_fp32: bool = False
+    tokenizer_path: Path | None = None
+    early_stop: EarlyStopConfig | None = None
+    guided_decoding_backend: str = "off"
+    guided_any_whitespace: bool = True
+    reasoning_parser: str | None = None
+    chat_template: str | None = None
+    logits_processors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.logprobs_mode not in get_args(LogprobsMode):

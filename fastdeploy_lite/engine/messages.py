@@ -1,0 +1,212 @@
+"""What crosses the boundary between the front end and the engine core.
+
+msgspec structs, msgpack on the wire: typed on both sides, and nothing in them can run code.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from fastdeploy_lite.engine.guided_decoding import GuidedSpec
+from fastdeploy_lite.model_executor.step import SamplerParams, TokenLogprobs
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class EngineSampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How to generate, every default resolved and every word already tokens.
+
+    Attributes:
+        sampler: Numbers for the sampler.
+        max_tokens: Tokens to generate, closing EOS included; at least 1.
+        min_tokens: Tokens before which the sequence cannot end.
+        eos_token_ids: Ids that end a sequence; the first stands for all of them in the output.
+        stop: Texts that end generation.
+        stop_token_seqs: Token sequences that do; single stop tokens are sequences of one.
+        guided: Constraint on the output.
+        thinking: Whether the answer starts inside the model's thinking.
+        think_start_id, think_end_id: Tokens that open and close thinking; -1 when there are none.
+        think_truncate_ids: What is forced when the budget is spent.
+        reasoning_max_tokens: The budget of thinking tokens; None is unlimited.
+        response_max_tokens: Tokens after thinking, closing EOS included; None is unlimited.
+        logits_processors_args: msgpack of the arguments for configured logits processors.
+    """
+
+    sampler: SamplerParams
+    max_tokens: int
+    eos_token_ids: tuple[int, ...]
+    min_tokens: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_seqs: tuple[tuple[int, ...], ...] = ()
+    guided: GuidedSpec | None = None
+    thinking: bool = False
+    think_start_id: int = -1
+    think_end_id: int = -1
+    think_truncate_ids: tuple[int, ...] = ()
+    reasoning_max_tokens: int | None = None
+    response_max_tokens: int | None = None
+    logits_processors_args: bytes = b""
+
+
+class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True, tag="request"):
+    """One sequence to generate.
+
+    Attributes:
+        request_id: Unique among the requests alive.
+        prompt_token_ids: At least one token.
+        sampling: How.
+        arrival_time: Seconds since the epoch, when the request reached the program.
+        preprocess_end_time: When it had become tokens.
+        include_stop_str_in_output: For the output processor: the closing EOS shows in the text.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: EngineSampling
+    arrival_time: float = 0.0
+    preprocess_end_time: float = 0.0
+    include_stop_str_in_output: bool = False
+
+
+class Timing(msgspec.Struct, frozen=True, array_like=True):
+    """When a request passed through the core; seconds since the epoch.
+
+    Attributes:
+        received: Added to the core.
+        scheduled: First scheduled.
+        first_token: First token sampled; 0 before.
+    """
+
+    received: float
+    scheduled: float = 0.0
+    first_token: float = 0.0
+
+
+class EngineOutput(msgspec.Struct, omit_defaults=True):
+    """News of one request after one step: at most one token, or its end.
+
+    Attributes:
+        request_id: Whose.
+        new_token_ids: The new token, if any.
+        new_logprobs: Its log-probabilities when asked for, one entry per new token.
+        prompt_logprobs: With the first token, when asked for: entries for prompt tokens 1, 2, ...
+        finished: Whether this is the last message about the request.
+        finish_reason: Why, once finished.
+        stop_reason: The stop text or token that ended it, when one did.
+        num_cached_tokens: Prompt tokens that the prefix cache served (with the first message).
+        error_code: 200, or an HTTP-like status.
+        error_msg: One line.
+        timing: With the first token and with the last message.
+    """
+
+    request_id: str
+    new_token_ids: list[int] = []
+    new_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finished: bool = False
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    num_cached_tokens: int = 0
+    error_code: int = 200
+    error_msg: str | None = None
+    timing: Timing | None = None
+
+
+class EngineStats(msgspec.Struct, omit_defaults=True):
+    """The core's counters; totals since start unless said otherwise.
+
+    Attributes:
+        time: Seconds since the epoch when these were taken.
+        num_running, num_waiting: Requests now; a preempted one waits.
+        num_preempted: Requests that were preempted and wait, now.
+        preemptions: Preemptions.
+        num_blocks: KV blocks.
+        num_free_blocks: Blocks that a request can get now, unused or evictable.
+        num_cached_blocks: Those of them that hold a reusable prefix.
+        requests: Requests received.
+        prompt_tokens: Prompt tokens of requests that produced a token.
+        generation_tokens: Tokens generated.
+        prefix_queries, prefix_hits: Admissions that looked for a cached prefix / found one.
+        prefix_query_tokens, prefix_hit_tokens: Tokens looked for / found.
+        steps: Engine steps.
+        last_batch_size: Sequences in the newest step.
+        step_seconds, model_seconds: Time in steps and in the model runner within them.
+        failed_steps: Steps that the model runner failed.
+        paused: Whether scheduling is stopped.
+    """
+
+    time: float = 0.0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_preempted: int = 0
+    preemptions: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_cached_blocks: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    steps: int = 0
+    last_batch_size: int = 0
+    step_seconds: float = 0.0
+    model_seconds: float = 0.0
+    failed_steps: int = 0
+    paused: bool = False
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """End these requests now; unknown ids are ignored.  `request_ids` None means all."""
+
+    request_ids: list[str] | None
+
+
+class Control(msgspec.Struct, frozen=True, tag="control"):
+    """pause: schedule nothing; resume: go on; reset: abort all and forget cached prefixes;
+    shutdown: end the process; check: verify that no KV block and no request is lost."""
+
+    action: Literal["pause", "resume", "reset", "shutdown", "check"]
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The model is loaded.
+
+    Attributes:
+        num_blocks: KV blocks.
+        load_seconds: Time from the process's start.
+        device: Where it runs.
+        memory: Bytes by purpose, as the model runner reports them.
+    """
+
+    num_blocks: int
+    load_seconds: float
+    device: str
+    memory: dict[str, int] = {}
+
+
+class Outputs(msgspec.Struct, frozen=True, omit_defaults=True, tag="outputs"):
+    """What one step brought; `stats` come along at least once a second, busy or idle."""
+
+    outputs: list[EngineOutput] = []
+    stats: EngineStats | None = None
+
+
+class Checked(msgspec.Struct, frozen=True, tag="checked"):
+    """Answer to `check`; `error` is None when nothing is lost."""
+
+    error: str | None = None
+
+
+class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
+    """The engine cannot go on; its process ends after this.  `error` is one line."""
+
+    error: str
+
+
+ToCore = EngineRequest | Abort | Control
+FromCore = Ready | Outputs | Checked | Fatal

@@ -1,0 +1,1 @@
+"""Result containers under upstream's import path."""
