@@ -1,0 +1,197 @@
+"""From a conversation to the prompt's text: where the template comes from, what it may see."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdeploy_lite.input.template_rendering import TemplateError, render, render_untrusted
+from fastdeploy_lite.utils.errors import CheckpointError, ConfigError, RequestError, quote
+
+MAX_UNTRUSTED_CHARACTERS = 64 << 10
+TEMPLATE_FILE = "chat_template.jinja"
+
+# ERNIE 4.5's text form, for a checkpoint that brings none: docs/checkpoint_format.md, section 1.5.
+DEFAULT_TEMPLATE = """\
+{{- cls_token | default('<|begin_of_sentence|>') -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}
+{{- 'User: ' + message['content'] + '\\n' -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- 'Assistant: ' + message['content'] + (sep_token | default('<|end_of_sentence|>')) -}}
+{%- else -%}
+{{- message['content'] + '\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Assistant: ' -}}{%- endif -%}
+"""
+
+
+def load_model_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+    """The model's own template: chat_template.jinja, else tokenizer_config.json's.
+
+    Args:
+        folder: Of the model.
+        tokenizer_config: Content of tokenizer_config.json.
+
+    Returns:
+        Jinja source, or None when the model brings none.
+
+    Raises:
+        CheckpointError: The file cannot be read, or the key is not a template.
+    """
+    file = folder / TEMPLATE_FILE
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file}: cannot be read as UTF-8 text: {error}") from None
+    value = tokenizer_config.get("chat_template")
+    if isinstance(value, list):  # several named templates
+        named = {t.get("name"): t.get("template") for t in value if isinstance(t, Mapping)}
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: chat_template: found {quote(value)}, expected "
+            "Jinja source"
+        )
+    return value
+
+
+def load_template_argument(value: str | None) -> str | None:
+    """The `chat_template` argument of a server or of `LLM`: a file, or Jinja source.
+
+    Args:
+        value: Path or source; None stays None.
+
+    Returns:
+        Jinja source.
+
+    Raises:
+        ConfigError: It names a file that cannot be opened and does not look like Jinja.
+    """
+    if value is None:
+        return None
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        if any(mark in value for mark in "{}\n"):
+            return value
+        raise ConfigError(
+            f"chat_template {quote(value)} cannot be opened ({error}) and is not Jinja source"
+        ) from None
+
+
+def render_chat(
+    messages: Sequence[Any],
+    *,
+    template: str | None,
+    special_tokens: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    variables: Mapping[str, Any] | None = None,
+    trusted: bool = True,
+) -> str:
+    """Render a conversation into the prompt's text.
+
+    Args:
+        messages: Mappings with `role` and `content`.
+        template: Jinja source; None takes ERNIE 4.5's text form.
+        special_tokens: Variables such as `cls_token`.
+        tools: Tool definitions.
+        add_generation_prompt: Whether to open the assistant's turn.
+        variables: Further variables (`enable_thinking` ...).
+        trusted: Whether the template comes from whoever runs the program.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        RequestError: Messages or template cannot be used.
+    """
+    source = DEFAULT_TEMPLATE if template is None else template
+    context = {
+        **special_tokens,
+        "add_generation_prompt": add_generation_prompt,
+        **(variables or {}),
+        "messages": normalize_messages(messages),
+        "tools": list(tools) if tools else None,
+    }
+    try:
+        if trusted:
+            return render(source, context)
+        if len(source) > MAX_UNTRUSTED_CHARACTERS:
+            raise TemplateError(f"it is longer than {MAX_UNTRUSTED_CHARACTERS} characters")
+        return render_untrusted(source, context)
+    except TemplateError as failure:
+        raise RequestError(
+            f"The chat template cannot be rendered: {failure}",
+            param="messages" if trusted else "chat_template",
+            code="invalid_value",
+        ) from None
+
+
+def normalize_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """Bring messages into the form that templates expect: `content` is one text.
+
+    Args:
+        messages: As a client sent them.
+
+    Returns:
+        New mappings; the input is left alone.
+
+    Raises:
+        RequestError: A message is not a mapping with a role, or holds an image.
+    """
+    return [_normalize(message) for message in messages]
+
+
+def _normalize(message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise RequestError(
+            f"messages: expected objects with 'role' and 'content', found {quote(message)}",
+            param="messages",
+            code="invalid_value",
+        )
+    result = {**message, "content": _text(message.get("content"))}
+    if message.get("tool_calls"):
+        result["tool_calls"] = [_with_parsed_arguments(call) for call in message["tool_calls"]]
+    return result
+
+
+def _text(content: Any) -> str:
+    if content is None:  # an assistant message that only calls tools
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(_part_text(part) for part in content)
+    return json.dumps(content, ensure_ascii=False)  # a tool's result as an object
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise RequestError(
+        f"messages: content part {quote(kind if kind else part)} is not supported: this model "
+        'reads text only; send {"type": "text", "text": ...}',
+        param="messages",
+        code="invalid_value",
+    )
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    """Templates print arguments with `tojson`; clients send them as JSON text."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
