@@ -81,7 +81,9 @@ def unpack_int4(packed: Array) -> npt.NDArray[np.int8]:
     data = _bytes(packed).reshape(-1)
     nibbles = np.stack([data & np.uint8(15), data >> np.uint8(4)], axis=-1)
     axes = nibbles.reshape(n // 4, k // TILE, 4, 2, 8, 4).transpose(1, 3, 5, 4, 0, 2)
-    return np.ascontiguousarray(axes).view(np.int8).reshape(k, n) - np.int8(8)
+    quantized: npt.NDArray[np.int8] = np.ascontiguousarray(axes).view(np.int8).reshape(k, n)
+    quantized -= np.int8(8)
+    return quantized
 
 
 def slice_columns(

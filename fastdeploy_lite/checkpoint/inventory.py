@@ -1,0 +1,369 @@
+"""What a checkpoint must hold for its config.json, checked as a whole and read piece by piece.
+
+`verify` compares every expected key, dtype and shape with the file headers before any data is
+read. `read_linear`, `read_vector`, `read_embedding` and `read_lm_head` then return one rank's
+arrays in the form in which the native ops take them, whatever spelling the files use.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdeploy_lite.checkpoint.linears import (
+    COLUMN_UNITS,
+    ROW_UNITS,
+    Linear,
+    check_tensor_parallel,
+    model_linears,
+)
+from fastdeploy_lite.checkpoint.reader import Checkpoint, Shape, check_finite, describe_expected
+from fastdeploy_lite.checkpoint.tensor import Array, HostTensor
+from fastdeploy_lite.checkpoint.weight_layout import packed_shape, slice_columns, slice_rows
+from fastdeploy_lite.config import ModelConfig, WeightKind
+from fastdeploy_lite.utils.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+_DENSE = ("BF16", "F32")
+_FLOATS = ("BF16", "F16", "F32", "F64")
+_BYTES = ("U8", "I8")  # one upstream note calls the 2-bit bytes int8; the bits are the same
+_LARGEST_CODE = 2.0**31
+_MOST_PROBLEMS = 1000  # counted, not shown; a damaged config.json can expect millions of tensors
+
+
+@dataclass(frozen=True)
+class ExpectedTensor:
+    """One tensor that must be there. `aliases` are other keys under which it is accepted."""
+
+    key: str
+    dtypes: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Last part of the key: `quant_weight`, `super_scales`, ..."""
+        return self.key.rsplit(".", 1)[1]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearArrays:
+    """One linear's weights on the host, in file layout; `arrays` are fill_weight's keywords.
+
+    dense: weight uint16 (bf16 bits) or float32 [K, N]. int8, int4: quant_weight, weight_scale
+    float32 [N]. ccq: quant_weight uint8 [K/4, N], weight_scale uint8 [K/128, N], super_scales,
+    code_scale, code_zp float32 [N].
+    """
+
+    kind: WeightKind
+    arrays: dict[str, Array]
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Check every expected tensor; raise one CheckpointError with the first problem and a count."""
+    if not checkpoint.is_presharded:
+        check_tensor_parallel(checkpoint.config, checkpoint.tensor_parallel_size)
+    problems = list(islice(find_problems(checkpoint), _MOST_PROBLEMS))
+    if problems:
+        rest = len(problems) - 1
+        more = f" (and {rest}{'+' if len(problems) == _MOST_PROBLEMS else ''} more problems)"
+        raise CheckpointError(problems[0] + (more if rest else ""))
+    _log_unknown_keys(checkpoint)
+
+
+def find_problems(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield one line per missing, mis-shaped, mis-typed or contradictory tensor."""
+    yield from _bias_problems(checkpoint)
+    for expected in expected_plain_tensors(checkpoint):
+        yield from _compare(checkpoint, expected)
+    first_kinds: dict[tuple[int, str], WeightKind] = {}
+    for linear in file_linears(checkpoint):
+        kind = resolve_kind(checkpoint, linear)
+        # One native weight holds all experts of a layer, so they share a format.
+        stack = (linear.layer, linear.role if linear.expert is not None else linear.module)
+        first = first_kinds.setdefault(stack, kind)
+        if first != kind:
+            yield (
+                f"{checkpoint.source}: {linear.module}: found {kind} weights, expected {first}"
+                " as in the layer's first expert"
+            )
+            continue
+        size_problem = _size_problem(checkpoint, linear, kind)
+        if size_problem:
+            yield size_problem
+            continue
+        for expected in expected_linear_tensors(checkpoint, linear, kind):
+            yield from _compare(checkpoint, expected)
+
+
+def file_linears(checkpoint: Checkpoint) -> Iterator[Linear]:
+    """Yield the linears with the sizes that the files have (whole, or one rank's)."""
+    if checkpoint.is_presharded:
+        return model_linears(checkpoint.config, checkpoint.tensor_parallel_size, checkpoint.rank)
+    return model_linears(checkpoint.config)
+
+
+def rank_linears(checkpoint: Checkpoint) -> Iterator[Linear]:
+    """Yield the linears with the sizes that this rank computes with."""
+    return model_linears(checkpoint.config, checkpoint.tensor_parallel_size, checkpoint.rank)
+
+
+def resolve_kind(checkpoint: Checkpoint, linear: Linear) -> WeightKind:
+    """Return the format of a linear's weights: config.json's, corrected by what the files hold.
+
+    For routed experts the key `.super_scales` means ccq on any layer. Without it, a configured
+    ccq is int4 if the bytes are as many as int4 needs (twice those of ccq).
+    """
+    if linear.expert is None or linear.kind == "dense":
+        return linear.kind
+    module = linear.module
+    if any(f"{module}.{name}" in checkpoint for name in ("super_scales", "super_scale")):
+        return "ccq"
+    weight = f"{module}.quant_weight"
+    if linear.kind == "ccq" and weight in checkpoint:
+        in_file = linear if checkpoint.is_presharded else linear.whole()
+        if checkpoint.info(weight).nbytes == in_file.in_features * in_file.out_features // 2:
+            return "int4"
+    return linear.kind
+
+
+def expected_plain_tensors(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
+    """Yield the tensors that are never quantised: embedding, norms, router, head."""
+    config = checkpoint.config
+    hidden, vocab = config.hidden_size, _file_vocab_size(checkpoint)
+    yield ExpectedTensor("ernie.embed_tokens.weight", _DENSE, ((vocab, hidden),))
+    yield ExpectedTensor("ernie.norm.weight", _DENSE, ((hidden,),))
+    if not config.tie_word_embeddings or "lm_head.weight" in checkpoint:
+        yield ExpectedTensor("lm_head.weight", _DENSE, ((hidden, vocab), (vocab, hidden)))
+    for layer in range(config.num_hidden_layers):
+        prefix = f"ernie.layers.{layer}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield ExpectedTensor(f"{prefix}.{name}.weight", _DENSE, ((hidden,),))
+        if config.is_moe_layer(layer):
+            yield from _router_tensors(config, f"{prefix}.mlp")
+
+
+def _router_tensors(config: ModelConfig, prefix: str) -> Iterator[ExpectedTensor]:
+    experts = config.moe_num_experts
+    yield ExpectedTensor(f"{prefix}.gate.weight", _DENSE, ((config.hidden_size, experts),))
+    if config.moe_use_aux_free:
+        key = f"{prefix}.moe_statics.e_score_correction_bias"
+        yield ExpectedTensor(key, _DENSE, ((1, experts), (experts,)))
+
+
+def expected_linear_tensors(
+    checkpoint: Checkpoint, linear: Linear, kind: WeightKind
+) -> Iterator[ExpectedTensor]:
+    """Yield the tensors of one linear of `file_linears`, under the names that the files use."""
+    module, k, n = linear.module, linear.in_features, linear.out_features
+    if kind == "dense":
+        if f"{module}.weight" in checkpoint or not _has_parts(checkpoint, linear):
+            yield ExpectedTensor(f"{module}.weight", _DENSE, ((k, n),))
+            return
+        for part, width in linear.parts:
+            yield ExpectedTensor(f"{part}.weight", _DENSE, ((k, width),))
+        return
+    weight, scale = f"{module}.quant_weight", f"{module}.weight_scale"
+    if kind == "ccq":
+        yield ExpectedTensor(weight, _BYTES, ((k // 4, n),))
+        yield ExpectedTensor(scale, _BYTES, ((k // 128, n),))
+        singular = (f"{module}.super_scale",)
+        yield ExpectedTensor(f"{module}.super_scales", ("BF16", "F32"), ((n,),), singular)
+        yield ExpectedTensor(f"{module}.code_scale", ("F32",), ((n,),))
+        yield ExpectedTensor(f"{module}.code_zp", ("F32",), ((n,),))
+        return
+    yield ExpectedTensor(weight, _BYTES, (packed_shape(kind, k, n),))
+    yield ExpectedTensor(scale, _FLOATS, ((n,),))
+
+
+def expected_nbytes(checkpoint: Checkpoint) -> int:
+    """Return the bytes in files of all tensors that will be read (for progress bars)."""
+    keys = [e.key for e in expected_plain_tensors(checkpoint)]
+    for linear in file_linears(checkpoint):
+        kind = resolve_kind(checkpoint, linear)
+        for expected in expected_linear_tensors(checkpoint, linear, kind):
+            keys.append(_actual_key(checkpoint, expected) or expected.key)
+    return sum(checkpoint.info(key).nbytes for key in keys)
+
+
+def read_linear(checkpoint: Checkpoint, linear: Linear) -> LinearArrays:
+    """Return this rank's arrays of `linear` (one of `rank_linears`).
+
+    Zero-copy where the files hold just that; fused from separate q/k/v or gate/up tensors and cut
+    for tensor parallelism otherwise. Scales are checked to be finite. Raises CheckpointError.
+    """
+    in_file = linear if _holds_ranks(checkpoint) else linear.whole()
+    kind = resolve_kind(checkpoint, linear)
+    expected = list(expected_linear_tensors(checkpoint, in_file, kind))
+    if kind == "dense":
+        arrays: dict[str, Array] = {"weight": _fuse([_fetch(checkpoint, e) for e in expected])}
+    else:
+        arrays = {e.name: _quantized_array(_fetch(checkpoint, e)) for e in expected}
+    if kind == "ccq":
+        _check_code_map(checkpoint, linear.module, arrays)
+    if in_file is not linear:
+        arrays = _cut(kind, arrays, linear)
+    return LinearArrays(kind, arrays)
+
+
+def read_vector(checkpoint: Checkpoint, key: str, size: int) -> npt.NDArray[np.float32]:
+    """Return a tensor of [size] or [1, size] elements, such as a norm weight, finite, float32."""
+    tensor = checkpoint.expect(key, _DENSE, ((size,), (1, size)), finite=True)
+    return tensor.float32().reshape(-1)
+
+
+def read_router(
+    checkpoint: Checkpoint, layer: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+    """Return a MoE layer's gate weight [H, E] and selection bias [E] (None without one)."""
+    config = checkpoint.config
+    gate, *bias = _router_tensors(config, f"ernie.layers.{layer}.mlp")
+    weight = _fetch(checkpoint, gate, finite=True).float32()
+    if not bias:
+        return weight, None
+    return weight, _fetch(checkpoint, bias[0], finite=True).float32().reshape(-1)
+
+
+def read_embedding(checkpoint: Checkpoint) -> Array:
+    """Return the embedding table [V, H], bf16 bits (uint16) or float32: this rank's rows."""
+    shape = (_file_vocab_size(checkpoint), checkpoint.config.hidden_size)
+    table = checkpoint.expect("ernie.embed_tokens.weight", _DENSE, shape).data
+    return table[_vocab_slice(checkpoint)]
+
+
+def read_lm_head(checkpoint: Checkpoint) -> tuple[Array, bool] | None:
+    """Return (head, transposed) for this rank, or None if the embedding table is the head.
+
+    The array is [H, V], or [V, H] if `transposed`; bf16 bits (uint16) or float32. A head in the
+    files is used even where config.json says that it is tied.
+    """
+    key, hidden = "lm_head.weight", checkpoint.config.hidden_size
+    if checkpoint.config.tie_word_embeddings and key not in checkpoint:
+        return None
+    vocab = _file_vocab_size(checkpoint)
+    head = checkpoint.expect(key, _DENSE, ((hidden, vocab), (vocab, hidden))).data
+    transposed = head.shape != (hidden, vocab)
+    part = _vocab_slice(checkpoint)
+    return (head[part] if transposed else head[:, part]), transposed
+
+
+def _holds_ranks(checkpoint: Checkpoint) -> bool:
+    """Whether the files hold just what a rank needs: pre-sharded, or only one rank."""
+    return checkpoint.is_presharded or checkpoint.tensor_parallel_size == 1
+
+
+def _file_vocab_size(checkpoint: Checkpoint) -> int:
+    degree = checkpoint.tensor_parallel_size if checkpoint.is_presharded else 1
+    return checkpoint.config.vocab_size // degree
+
+
+def _vocab_slice(checkpoint: Checkpoint) -> slice:
+    if _holds_ranks(checkpoint):
+        return slice(None)
+    share = checkpoint.config.vocab_size // checkpoint.tensor_parallel_size
+    return slice(checkpoint.rank * share, (checkpoint.rank + 1) * share)
+
+
+def _has_parts(checkpoint: Checkpoint, linear: Linear) -> bool:
+    return any(f"{part}.weight" in checkpoint for part, _ in linear.parts)
+
+
+def _actual_key(checkpoint: Checkpoint, expected: ExpectedTensor) -> str | None:
+    return next((key for key in (expected.key, *expected.aliases) if key in checkpoint), None)
+
+
+def _fetch(checkpoint: Checkpoint, expected: ExpectedTensor, finite: bool = False) -> HostTensor:
+    key = _actual_key(checkpoint, expected) or expected.key
+    return checkpoint.expect(key, expected.dtypes, expected.shapes, finite)
+
+
+def _fuse(tensors: list[HostTensor]) -> Array:
+    """Concatenate separately stored linears along N; one is returned as it is."""
+    if len(tensors) == 1:
+        return tensors[0].data
+    if len({tensor.dtype for tensor in tensors}) == 1:
+        return np.concatenate([tensor.data for tensor in tensors], axis=1)
+    return np.concatenate([tensor.float32() for tensor in tensors], axis=1)
+
+
+def _quantized_array(tensor: HostTensor) -> Array:
+    if tensor.data.dtype.itemsize == 1:  # codes, 4-bit scales
+        return tensor.data.view(np.uint8)
+    check_finite(tensor)
+    return tensor.float32()
+
+
+def _check_code_map(checkpoint: Checkpoint, module: str, arrays: dict[str, Array]) -> None:
+    """Refuse maps from byte to code that leave int32, where kernels could differ."""
+    reach = 255.0 * np.abs(arrays["code_scale"].astype(np.float64)) + np.abs(arrays["code_zp"])
+    if reach.size and float(reach.max()) >= _LARGEST_CODE:
+        info = checkpoint.info(f"{module}.code_scale")
+        raise CheckpointError(
+            f"{info.file}: {info.key}: found a code of {reach.max():.3g} in column"
+            f" {int(reach.argmax())}, expected less than {_LARGEST_CODE:.0f}"
+        )
+
+
+def _cut(kind: WeightKind, arrays: dict[str, Array], linear: Linear) -> dict[str, Array]:
+    if linear.role in ("o_proj", "down_proj"):
+        return slice_rows(kind, arrays, *linear.row_range)
+    return slice_columns(kind, arrays, list(linear.column_ranges))
+
+
+def _compare(checkpoint: Checkpoint, expected: ExpectedTensor) -> Iterator[str]:
+    wanted = describe_expected(expected.dtypes, expected.shapes)
+    key = _actual_key(checkpoint, expected)
+    if key is None:
+        hint = _missing_hint(checkpoint, expected.key)
+        yield f"{checkpoint.source}: {expected.key}: found nothing, expected {wanted}{hint}"
+        return
+    info = checkpoint.info(key)
+    if info.dtype not in expected.dtypes or info.shape not in expected.shapes:
+        is_transposed = info.shape[::-1] in expected.shapes and info.dtype in _DENSE
+        hint = " (transposed: a torch export? use the '-Paddle' one)" if is_transposed else ""
+        yield f"{info.file}: {key}: found {info.describe()}, expected {wanted}{hint}"
+
+
+def _missing_hint(checkpoint: Checkpoint, key: str) -> str:
+    module, _, name = key.rpartition(".")
+    other = {"weight": "quant_weight", "quant_weight": "weight"}.get(name)
+    if other is None or f"{module}.{other}" not in checkpoint:
+        return ""
+    verb = "has no" if name == "weight" else "has a"
+    return f" (there is .{other} instead, but config.json {verb} quantization_config for it)"
+
+
+def _size_problem(checkpoint: Checkpoint, linear: Linear, kind: WeightKind) -> str | None:
+    k, n = linear.in_features, linear.out_features
+    rows, columns = ROW_UNITS[kind], COLUMN_UNITS[kind]
+    if k % rows == 0 and n % columns == 0:
+        return None
+    return (
+        f"{checkpoint.config.source}: {linear.module}: found K = {k}, N = {n}, expected multiples"
+        f" of {rows} and {columns} for {kind} weights"
+    )
+
+
+def _bias_problems(checkpoint: Checkpoint) -> Iterator[str]:
+    for key in checkpoint:
+        if key.endswith(("_proj.bias", "norm.bias", "lm_head.bias")) and "mtp" not in key:
+            yield f"{checkpoint.info(key).file}: {key}: biases are not supported"
+
+
+def _log_unknown_keys(checkpoint: Checkpoint) -> None:
+    if not log.isEnabledFor(logging.DEBUG):
+        return
+    known = {e.key for e in expected_plain_tensors(checkpoint)}
+    for linear in file_linears(checkpoint):
+        kind = resolve_kind(checkpoint, linear)
+        for expected in expected_linear_tensors(checkpoint, linear, kind):
+            known.add(_actual_key(checkpoint, expected) or expected.key)
+    for key in checkpoint:
+        if key not in known:
+            log.debug("%s: %s is not used", checkpoint.source, key)

@@ -1,0 +1,30 @@
+"""The progress bar of loading: bytes, not tensors, because tensors differ a thousandfold."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    Bar = tqdm[None]
+
+
+def loading_bar(
+    total_bytes: int, enabled: bool = True, description: str = "Loading Weights"
+) -> Bar:
+    """Return a tqdm bar over `total_bytes`; call `update(nbytes)` and close it (or use `with`).
+
+    Rates and sizes are shown in binary units. Where stderr is a file it refreshes every 10 s.
+    """
+    bar: Bar = tqdm(
+        total=total_bytes,
+        desc=description,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=not enabled,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    )
+    return bar
