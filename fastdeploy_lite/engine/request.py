@@ -36,6 +36,7 @@ class Request:
         add_generation_prompt: Whether the template opens the assistant's turn.
         completion_token_ids: Start of the answer, to be continued.
         include_stop_str_in_output: Whether the closing EOS shows in the text.
+        thinking: Whether the answer starts inside the thinking; None looks at the prompt's markers.
         arrival_time: Seconds since the epoch.
     """
 
@@ -52,6 +53,7 @@ class Request:
     add_generation_prompt: bool = True
     completion_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
+    thinking: bool | None = None
     arrival_time: float = field(default_factory=time.time)
 
     @classmethod
