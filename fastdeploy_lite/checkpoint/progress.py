@@ -19,6 +19,7 @@ def loading_bar(
     Rates and sizes are shown in binary units. Where stderr is a file it refreshes every 10 s.
     """
     bar: Bar = tqdm(
+        iterable=None,
         total=total_bytes,
         desc=description,
         unit="B",
