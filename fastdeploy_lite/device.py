@@ -44,11 +44,6 @@ class Device:
         """Whether the CUDA ops compute."""
         return self.kind != "cpu"
 
-    @property
-    def activation_dtype(self) -> str:
-        """Paddle dtype of activations and KV cache: float32 on CPU, bfloat16 on a card."""
-        return "bfloat16" if self.is_cuda else "float32"
-
 
 @functools.cache
 def decide() -> Device:
@@ -80,19 +75,26 @@ def prepare_environment() -> None:
         paddle_device.register()
 
 
-def activate(index: int = 0) -> Any:
-    """Import Paddle, make the decided device current and return its place.
+def activate(index: int = 0, wanted: str | None = None) -> Any:
+    """Import Paddle, make the device current and return its place.
 
     Args:
         index: card number, the tensor-parallel rank; ignored on CPU.
+        wanted: "cpu" to leave a card alone, else the decided kind or None.
 
     Raises:
-        ConfigError: the card does not exist.
+        ConfigError: the card does not exist, or `wanted` is not what was decided.
     """
     prepare_environment()
     import paddle  # noqa: PLC0415 - only the process that computes pays for the import
 
-    kind = decide().kind
+    decided = decide()
+    kind = decided.kind if wanted in (None, "auto") else wanted
+    if kind not in ("cpu", decided.kind):
+        raise ConfigError(
+            f"device {kind!r} was asked for but this process runs on {decided.kind!r}: "
+            f"{decided.reason}"
+        )
     if kind == "cpu":
         paddle.set_device("cpu")
         return paddle.CPUPlace()
@@ -101,6 +103,11 @@ def activate(index: int = 0) -> Any:
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(f"device {kind}:{index} cannot be used: {error}") from error
     return paddle.CUDAPlace(index) if kind == "gpu" else paddle.CustomPlace(kind, index)
+
+
+def activation_dtype(place: Any) -> str:
+    """Paddle dtype of activations and KV cache: float32 on CPU, bfloat16 on a card."""
+    return "float32" if place.is_cpu_place() else "bfloat16"
 
 
 def describe() -> dict[str, str]:

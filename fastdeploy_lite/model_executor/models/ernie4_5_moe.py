@@ -20,27 +20,20 @@ from fastdeploy_lite.model_executor.ops import PackedWeight
 from fastdeploy_lite.model_executor.workspace import Workspace
 
 
-def gated_mlp(source: ParameterSource, prefix: str, hidden: int, width: int) -> GatedMLP:
-    """Build the SwiGLU block whose keys begin with `prefix`; width: its inner features."""
-    return GatedMLP(
-        source.linear(f"{prefix}.up_gate_proj", hidden, 2 * width, "up_gate"),
-        source.linear(f"{prefix}.down_proj", width, hidden, "row"),
-    )
+def gated_mlp(source: ParameterSource, prefix: str) -> GatedMLP:
+    """Build the SwiGLU block whose keys begin with `prefix`."""
+    return GatedMLP(source.linear(f"{prefix}.up_gate_proj"), source.linear(f"{prefix}.down_proj"))
 
 
 def mixture(config: ModelConfig, source: ParameterSource, layer: int) -> MoE:
     """Build the routed and shared experts of one layer."""
-    hidden, width = config.hidden_size, config.moe_intermediate_size
+    router = Router(*source.router(layer), config.moe_k)
+    up_gate = source.experts(layer, "up_gate_proj")
+    down = source.experts(layer, "down_proj")
     shared = None
-    if config.shared_intermediate_size:
-        prefix = f"ernie.layers.{layer}.mlp.shared_experts"
-        shared = gated_mlp(source, prefix, hidden, config.shared_intermediate_size)
-    return MoE(
-        Router(*source.router(layer), config.moe_k),
-        source.experts(layer, "up_gate_proj", hidden, 2 * width, "up_gate"),
-        source.experts(layer, "down_proj", width, hidden, "row"),
-        shared,
-    )
+    if config.moe_num_shared_experts:
+        shared = gated_mlp(source, f"ernie.layers.{layer}.mlp.shared_experts")
+    return MoE(router, up_gate, down, shared)
 
 
 class DecoderLayer:
@@ -50,25 +43,23 @@ class DecoderLayer:
         self, config: ModelConfig, source: ParameterSource, layer: int, cos_sin: Any
     ) -> None:
         """Load the parameters of decoder layer `layer`."""
-        prefix = f"ernie.layers.{layer}"
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        mixed = config.num_attention_heads * config.head_dim
-        self.input_norm = RMSNorm(source.vector(f"{prefix}.input_layernorm.weight", hidden), eps)
+        prefix, eps = f"ernie.layers.{layer}", config.rms_norm_eps
+        self.input_norm = RMSNorm(source.vector(f"{prefix}.input_layernorm.weight"), eps)
         self.attention = Attention(
             layer,
             config.head_dim,
-            source.linear(f"{prefix}.self_attn.qkv_proj", hidden, config.qkv_size, "qkv"),
-            source.linear(f"{prefix}.self_attn.o_proj", mixed, hidden, "row"),
+            source.linear(f"{prefix}.self_attn.qkv_proj"),
+            source.linear(f"{prefix}.self_attn.o_proj"),
             cos_sin,
         )
         self.post_attention_norm = RMSNorm(
-            source.vector(f"{prefix}.post_attention_layernorm.weight", hidden), eps
+            source.vector(f"{prefix}.post_attention_layernorm.weight"), eps
         )
         self.mlp: MoE | GatedMLP
         if config.is_moe_layer(layer):
             self.mlp = mixture(config, source, layer)
         else:
-            self.mlp = gated_mlp(source, f"{prefix}.mlp", hidden, config.intermediate_size)
+            self.mlp = gated_mlp(source, f"{prefix}.mlp")
 
     def __call__(self, update: Any | None, residual: Any, batch: ForwardBatch) -> Any:
         """Add `update` to `residual` in place, run the layer, return the next update [T, H]."""
@@ -102,9 +93,7 @@ class Ernie4_5_MoeForCausalLM:  # noqa: N801 - the architecture's name in config
             DecoderLayer(config, source, layer, cos_sin)
             for layer in range(config.num_hidden_layers)
         ]
-        self.norm = RMSNorm(
-            source.vector("ernie.norm.weight", config.hidden_size), config.rms_norm_eps
-        )
+        self.norm = RMSNorm(source.vector("ernie.norm.weight"), config.rms_norm_eps)
         self.head = LogitsHead(source.head() or table)
 
     def __call__(self, batch: ForwardBatch) -> Any:

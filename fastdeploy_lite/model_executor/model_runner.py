@@ -1,0 +1,347 @@
+"""Runs the model for the engine: slices of sequences in, tokens out.
+
+A step is: fill static arrays on the host, one copy to the device, forward pass (a CUDA graph where
+one fits), logits of the rows that sample, sampling, one copy back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import paddle
+
+from fastdeploy_lite import device
+from fastdeploy_lite.config import BLOCK_SIZE, RuntimeConfig
+from fastdeploy_lite.model_executor import ops
+from fastdeploy_lite.model_executor.input_batch import BatchShape, InputBatch
+from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch, KVCache
+from fastdeploy_lite.model_executor.layers.rotary import cos_sin_table
+from fastdeploy_lite.model_executor.models.registry import ModelRegistry
+from fastdeploy_lite.model_executor.prompt_logprobs import PromptScorer
+from fastdeploy_lite.model_executor.sampling_batch import SamplingBatch
+from fastdeploy_lite.model_executor.step import SequenceSlice, SliceResult
+from fastdeploy_lite.model_executor.weights import bits_per_weight, open_source
+from fastdeploy_lite.model_executor.workspace import Workspace
+from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.host_memory import available_bytes
+
+log = logging.getLogger(__name__)
+GIB = 1 << 30
+LOGIT_ROWS_AT_ONCE = 256
+
+
+class DecodeGraphs(Protocol):
+    """Captured forward passes for decode steps, one per batch size."""
+
+    def bucket(self, num_seqs: int) -> int | None:
+        """Return the smallest captured size that holds `num_seqs`, None when none does."""
+
+    def run(self, size: int, forward: Callable[[], Any]) -> Any:
+        """Capture `forward` for `size` or replay it; return the tensor that it returned."""
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes held on the device, and how densely the experts are stored.
+
+    Attributes:
+        weights: by role: embedding, head, attention, mlp, experts.
+        kv_cache, workspace, sampling: bytes.
+        bits_per_expert_weight: 0 for a model without routed experts.
+    """
+
+    weights: dict[str, int] = field(default_factory=dict)
+    kv_cache: int = 0
+    workspace: int = 0
+    sampling: int = 0
+    bits_per_expert_weight: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(self.weights.values()) + self.kv_cache + self.workspace + self.sampling
+
+
+class ModelRunner:
+    """One model on one device with its KV cache; used by one thread.
+
+    Call `load_model`, `profile_num_blocks`, `allocate_kv_cache`, then `execute` per step.
+    """
+
+    def __init__(self, config: RuntimeConfig) -> None:
+        """Choose the device; nothing is loaded yet.
+
+        Raises:
+            ConfigError: the device or the tensor-parallel degree cannot be had.
+        """
+        if config.parallel.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size {config.parallel.tensor_parallel_size} is not supported "
+                "by this version: set it to 1 and use an unsharded checkpoint"
+            )
+        self.config = config
+        self.place = device.activate(config.parallel.rank, config.device)
+        self.dtype = device.activation_dtype(self.place)
+        self.workspace = Workspace(self.place)
+        self.num_blocks = 0
+        self.load_seconds = 0.0
+        self._kv_caches: list[KVCache] = []
+        self._teacher_caches: list[KVCache] = []
+        self._graphs: DecodeGraphs | None = None
+
+    def load_model(self, show_progress: bool = False) -> None:
+        """Load all weights and build the step's buffers.
+
+        Args:
+            show_progress: draw a bar of bytes on stderr.
+
+        Raises:
+            CheckpointError, ConfigError, FastDeployError: one line naming file and key, or memory.
+        """
+        started = time.perf_counter()
+        config, limits = self.config, self.config.scheduler
+        model = config.model
+        source = open_source(config, self.place, show_progress)
+        table = cos_sin_table(limits.max_model_len, model.head_dim, model.rope_theta)
+        cos_sin = paddle.to_tensor(table, place=self.place)
+        self.model = ModelRegistry.get_class(model)(model, source, cos_sin, self.dtype)
+        source.close()
+        self._inputs = InputBatch(
+            limits.max_num_batched_tokens,
+            limits.max_num_seqs,
+            limits.max_model_len,
+            model.vocab_size,
+            self.place,
+        )
+        self._sampling = SamplingBatch(
+            limits.max_num_seqs, model.vocab_size, self.workspace, config.logprobs_mode
+        )
+        as_logits = config.logprobs_mode.endswith("_logits")
+        self._prompts = PromptScorer(self.model.logits, self.workspace, as_logits)
+        self.load_seconds = time.perf_counter() - started
+
+    # -- KV cache --------------------------------------------------------------------------------
+
+    @property
+    def kv_bytes_per_block(self) -> int:
+        """Bytes of one block of 64 tokens over all layers, keys and values."""
+        model = self.config.model
+        itemsize = 4 if self.dtype == "float32" else 2
+        per_layer = 2 * model.num_key_value_heads * BLOCK_SIZE * model.head_dim * itemsize
+        return per_layer * model.num_hidden_layers
+
+    def profile_num_blocks(self) -> int:
+        """Return how many KV blocks to allocate.
+
+        An explicit number wins. Otherwise `gpu_memory_utilization` of the memory that is free after
+        loading; on the CPU no more than all slots at full length can use, twice that when finished
+        prefixes are kept.
+
+        Raises:
+            ConfigError: not even one sequence of max_model_len fits.
+        """
+        config = self.config
+        per_sequence = -(-config.scheduler.max_model_len // BLOCK_SIZE)
+        if config.cache.num_blocks is not None:
+            blocks = config.cache.num_blocks
+        else:
+            blocks = int(self._cache_budget() // self.kv_bytes_per_block)
+            if self.place.is_cpu_place():
+                keep = 2 if config.cache.enable_prefix_caching else 1
+                blocks = min(blocks, keep * config.scheduler.max_num_seqs * per_sequence)
+        if blocks < per_sequence:
+            raise ConfigError(
+                f"the KV cache has room for {max(0, blocks) * BLOCK_SIZE} tokens but max_model_len "
+                f"is {config.scheduler.max_model_len}: lower max_model_len, or raise "
+                "gpu_memory_utilization or num_gpu_blocks_override"
+            )
+        return blocks
+
+    def _cache_budget(self) -> float:
+        """Bytes that the KV cache may take, after a step of the largest size has run on a card."""
+        utilization = self.config.cache.gpu_memory_utilization
+        if self.place.is_cpu_place():
+            return utilization * available_bytes()
+        self._run_largest_step()
+        free, total = ops.memory_info(self.place)
+        return utilization * total - (total - free)
+
+    def _run_largest_step(self) -> None:
+        """Grow the workspace to its final size with a prefill that fills the token budget."""
+        limits = self.config.scheduler
+        longest = min(limits.max_num_batched_tokens, limits.max_model_len)
+        for _ in self.logits_chunks([0] * longest):
+            pass
+        self._teacher_caches = []
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Allocate `num_blocks` blocks per layer, replacing any earlier cache."""
+        self._kv_caches = []
+        self._kv_caches = self._new_caches(num_blocks)
+        self.num_blocks = self._inputs.num_blocks = num_blocks
+
+    def _new_caches(self, num_blocks: int) -> list[KVCache]:
+        model = self.config.model
+        shape = [num_blocks, model.num_key_value_heads, BLOCK_SIZE, model.head_dim]
+
+        def blocks() -> Any:
+            return paddle.empty(shape, dtype=self.dtype, device=self.place)
+
+        return [(blocks(), blocks()) for _ in range(model.num_hidden_layers)]
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def execute(self, slices: Sequence[SequenceSlice]) -> list[SliceResult]:
+        """Compute one step.
+
+        Args:
+            slices: tokens to compute, at most one slice per sequence; prefill chunks and decodes
+                in any order.
+
+        Returns:
+            One result per slice, in order.
+
+        Raises:
+            ValueError: a slice exceeds the step's limits or names blocks that do not exist.
+        """
+        shape = self._inputs.prepare(slices)
+        for part in slices:
+            if part.fresh:
+                self._sampling.table.admit(part)
+        sampled = [index for index, part in enumerate(slices) if part.sample]
+        results = [SliceResult() for _ in slices]
+        if shape.decode_only and len(sampled) == len(slices):
+            logits = self._decode(shape)
+        else:
+            hidden = self._prefill(shape, sampled)
+            self._score_prompts(hidden, slices, results)
+            if not sampled:
+                return results
+            logits = self.model.logits(self._sampled_rows(hidden, len(sampled)), self.workspace)
+        rows = self._sampling.sample(logits, [slices[index] for index in sampled])
+        for index, row in zip(sampled, rows, strict=True):
+            result = results[index]
+            result.token_id, result.logprobs, result.error = row.token_id, row.logprobs, row.error
+        return results
+
+    def _decode(self, shape: BatchShape) -> Any:
+        """One token per sequence, every row sampled: logits [B, V], by graph where there is one."""
+        count = shape.num_seqs
+        size = None if self._graphs is None else self._graphs.bucket(count)
+        if self._graphs is None or size is None:
+            self._inputs.buffer.upload()
+            return self._decode_logits(count)
+        self._inputs.pad_decode(count, size)
+        self._inputs.buffer.upload()
+        logits = self._graphs.run(size, lambda: self._decode_logits(size))
+        return logits[:count]
+
+    def _decode_logits(self, count: int) -> Any:
+        return self.model.logits(self.model(self._batch(count, count)), self.workspace)
+
+    def _prefill(self, shape: BatchShape, sampled: Sequence[int]) -> Any:
+        """Any mix of slices: hidden states [T, H]."""
+        host = self._inputs.buffer.host
+        last = host["cu_seqlens_q"][1:][sampled] - 1
+        host["logit_rows"][: len(sampled)] = last
+        self._inputs.buffer.upload()
+        return self.model(self._batch(shape.num_tokens, shape.num_seqs))
+
+    def _sampled_rows(self, hidden: Any, count: int) -> Any:
+        rows = self._inputs.buffer.device["logit_rows"][:count]
+        out = self.workspace.get("sampled_hidden", [count, hidden.shape[1]], self.dtype)
+        ops.gather_rows(hidden, rows, out)
+        return out
+
+    def _batch(self, num_tokens: int, num_seqs: int) -> ForwardBatch:
+        tensors = self._inputs.buffer.device
+        return ForwardBatch(
+            token_ids=tensors["token_ids"][:num_tokens],
+            positions=tensors["positions"][:num_tokens],
+            slot_mapping=tensors["slot_mapping"][:num_tokens],
+            cu_seqlens_q=tensors["cu_seqlens_q"][: num_seqs + 1],
+            context_lens=tensors["context_lens"][:num_seqs],
+            block_tables=tensors["block_tables"][:num_seqs],
+            kv_caches=self._kv_caches,
+            workspace=self.workspace,
+        )
+
+    def _score_prompts(
+        self, hidden: Any, slices: Sequence[SequenceSlice], results: list[SliceResult]
+    ) -> None:
+        first_rows = self._inputs.buffer.host["cu_seqlens_q"]
+        for index, part in enumerate(slices):
+            wanted = part.sampling.prompt_logprobs is not None
+            if wanted and part.start < len(part.prompt_token_ids) - 1:
+                first = int(first_rows[index])
+                results[index].prompt_logprobs = self._prompts.score(hidden, first, part)
+
+    # -- evaluation ------------------------------------------------------------------------------
+
+    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return next-token logits [T, V] after every token of one sequence (teacher forcing)."""
+        return np.concatenate(list(self.logits_chunks(token_ids)))
+
+    def logits_chunks(self, token_ids: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield `logits` in pieces of at most 256 rows, for vocabularies that are large.
+
+        Works beside the engine's sequences: keys and values go to a cache of its own.
+
+        Raises:
+            ValueError: the sequence is empty, longer than max_model_len, or has an unknown token.
+        """
+        limits, count = self.config.scheduler, len(token_ids)
+        tokens = np.asarray(token_ids, np.int32)
+        if not 0 < count <= limits.max_model_len:
+            raise ValueError(f"{count} tokens, expected 1 to max_model_len {limits.max_model_len}")
+        if tokens.min() < 0 or tokens.max() >= self.config.model.vocab_size:
+            raise ValueError(f"a token id is outside [0, {self.config.model.vocab_size})")
+        blocks = -(-count // BLOCK_SIZE)
+        if not self._teacher_caches or self._teacher_caches[0][0].shape[0] < blocks:
+            self._teacher_caches = self._new_caches(blocks)
+        for start in range(0, count, limits.max_num_batched_tokens):
+            chunk = tokens[start : start + limits.max_num_batched_tokens]
+            hidden = self.model(self._teacher_batch(chunk, start, blocks))
+            for row in range(0, len(chunk), LOGIT_ROWS_AT_ONCE):
+                part = hidden[row : row + LOGIT_ROWS_AT_ONCE]
+                yield ops.download(self.model.logits(part, self.workspace)).copy()
+
+    def _teacher_batch(self, chunk: npt.NDArray[np.int32], start: int, blocks: int) -> ForwardBatch:
+        """One sequence in blocks 0, 1, ..: a token's slot is its position."""
+
+        def tensor(values: Any) -> Any:
+            return paddle.to_tensor(np.asarray(values, np.int32), place=self.place)
+
+        positions = tensor(np.arange(start, start + len(chunk)))
+        return ForwardBatch(
+            token_ids=tensor(chunk),
+            positions=positions,
+            slot_mapping=positions,
+            cu_seqlens_q=tensor([0, len(chunk)]),
+            context_lens=tensor([start + len(chunk)]),
+            block_tables=tensor(np.arange(blocks)[None, :]),
+            kv_caches=self._teacher_caches,
+            workspace=self.workspace,
+        )
+
+    # -- reports ---------------------------------------------------------------------------------
+
+    def memory_report(self) -> MemoryReport:
+        """Return what is held now."""
+        weights = self.model.weights()
+        caches = [*self._kv_caches, *self._teacher_caches]
+        blocks = sum(int(keys.shape[0]) for keys, _ in caches)
+        per_layer = self.kv_bytes_per_block // self.config.model.num_hidden_layers
+        return MemoryReport(
+            weights={role: sum(w.nbytes for w in found) for role, found in weights.items()},
+            kv_cache=blocks * per_layer,
+            workspace=self.workspace.nbytes,
+            sampling=self._sampling.nbytes,
+            bits_per_expert_weight=bits_per_weight(weights["experts"]),
+        )

@@ -1,0 +1,211 @@
+"""Sampling parameters by slot, gathered into the device tensors of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import paddle
+
+from fastdeploy_lite.model_executor import ops
+from fastdeploy_lite.model_executor.layers.sampler import SamplingTensors
+from fastdeploy_lite.model_executor.static_buffers import PackedBuffer
+from fastdeploy_lite.model_executor.step import SamplerParams, SequenceSlice
+
+_ROW_FIELDS = {
+    "temperature": "float32",
+    "top_p": "float32",
+    "min_p": "float32",
+    "repetition": "float32",
+    "frequency": "float32",
+    "presence": "float32",
+    "top_k": "int32",
+    "seeds": "int64",
+}
+_NO_LOGPROBS = -2
+Edits = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
+
+
+class SamplingTable:
+    """Parameters of all slots.
+
+    They are written when a slot is fresh and gathered by numpy afterwards, so a step costs the same
+    few array operations for any number of sequences.
+    """
+
+    def __init__(self, max_seqs: int, vocab_size: int, place: Any) -> None:
+        """Args: max_seqs: slots; place: where the step's tensors live."""
+        self.max_seqs = max_seqs
+        self.vocab_size = vocab_size
+        self.place = place
+        self._columns = {name: np.zeros(max_seqs, dtype) for name, dtype in _ROW_FIELDS.items()}
+        self._logprobs = np.full(max_seqs, _NO_LOGPROBS, np.int64)
+        self._counts_tokens = np.zeros(max_seqs, np.bool_)
+        self._edits: dict[int, Edits] = {}
+        self._inputs = PackedBuffer(
+            {
+                "slots": ([max_seqs], "int32"),
+                "steps": ([max_seqs], "int64"),
+                "forced": ([max_seqs], "int32"),
+                "edit_offsets": ([max_seqs + 1], "int32"),
+                **{name: ([max_seqs], dtype) for name, dtype in _ROW_FIELDS.items()},
+            },
+            place,
+        )
+        self._edit_buffer = self._new_edit_buffer(64)
+        self._occurrences: Any | None = None
+        self._guided: PackedBuffer | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of static buffers and of the occurrence table."""
+        buffers = [self._inputs, self._edit_buffer, self._guided]
+        total = sum(buffer.nbytes for buffer in buffers if buffer is not None)
+        if self._occurrences is not None:
+            total += self.max_seqs * self.vocab_size * 4
+        return total
+
+    def admit(self, part: SequenceSlice) -> None:
+        """Rebuild the row of a fresh slot."""
+        self._write_row(part.slot, part.sampling)
+        if self._counts_tokens[part.slot]:
+            self._rebuild_occurrences(part)
+
+    def gather(self, slices: Sequence[SequenceSlice]) -> SamplingTensors:
+        """Fill and upload the tensors of the slices that sample in this step."""
+        slots = self._fill_rows(slices)
+        return self._upload_rows(slices, slots)
+
+    def logprobs_width(self, slices: Sequence[SequenceSlice]) -> int | None:
+        """Most alternatives that any of the slices wants per token; None when none reports."""
+        counts = self._logprobs[[part.slot for part in slices]]
+        if (counts == _NO_LOGPROBS).all():
+            return None
+        return self.vocab_size if (counts == -1).any() else int(counts.max())
+
+    def changes_logits(self, slices: Sequence[SequenceSlice]) -> bool:
+        """Whether bans, penalties or temperatures do anything in this step, after `gather`."""
+        slots = [part.slot for part in slices]
+        temperature = self._columns["temperature"][slots]
+        return bool(
+            self._inputs.host["edit_offsets"][len(slices)]
+            or self._counts_tokens[slots].any()
+            or ((temperature != 0.0) & (temperature != 1.0)).any()
+        )
+
+    def _write_row(self, slot: int, params: SamplerParams) -> None:
+        table = self._columns
+        table["temperature"][slot] = params.temperature
+        table["top_p"][slot] = params.top_p
+        table["min_p"][slot] = params.min_p
+        table["top_k"][slot] = params.top_k
+        table["repetition"][slot] = params.repetition_penalty
+        table["frequency"][slot] = params.frequency_penalty
+        table["presence"][slot] = params.presence_penalty
+        table["seeds"][slot] = params.seed
+        self._logprobs[slot] = _NO_LOGPROBS if params.logprobs is None else params.logprobs
+        self._counts_tokens[slot] = params.uses_penalties
+        edits = self._edits_of(params)
+        if edits is None:
+            self._edits.pop(slot, None)
+        else:
+            self._edits[slot] = edits
+
+    def _edits_of(self, params: SamplerParams) -> Edits | None:
+        """Bias and bans as sparse additions; an id outside the vocabulary changes nothing."""
+        bias = params.logit_bias or {}
+        if not bias and not params.banned_ids:
+            return None
+        ids = np.array([*bias.keys(), *params.banned_ids], np.int64)
+        values = np.array([*bias.values(), *([-np.inf] * len(params.banned_ids))], np.float32)
+        inside = (ids >= 0) & (ids < self.vocab_size)
+        return ids[inside].astype(np.int32), values[inside]
+
+    def _rebuild_occurrences(self, part: SequenceSlice) -> None:
+        """Count a sequence's history anew; a slot's row is stale from its previous owner."""
+        place = self.place
+        if self._occurrences is None:
+            shape = [self.max_seqs, self.vocab_size]
+            self._occurrences = paddle.empty(shape, dtype="int32", device=place)
+        slot = paddle.to_tensor(np.array([part.slot], np.int32), place=place)
+        ops.zero_rows(self._occurrences, slot)
+        for tokens, prompt in ((part.prompt_token_ids, True), (part.output_token_ids, False)):
+            if len(tokens):
+                slots = np.full(len(tokens), part.slot, np.int32)
+                ops.update_occurrences(
+                    self._occurrences,
+                    paddle.to_tensor(slots, place=place),
+                    paddle.to_tensor(np.asarray(tokens, np.int32), place=place),
+                    prompt=prompt,
+                )
+
+    def _fill_rows(self, slices: Sequence[SequenceSlice]) -> npt.NDArray[np.int64]:
+        host, count = self._inputs.host, len(slices)
+        slots = np.array([part.slot for part in slices], np.int64)
+        host["slots"][:count] = slots
+        host["steps"][:count] = [part.step for part in slices]
+        host["forced"][:count] = [part.forced_token for part in slices]
+        for name, column in self._columns.items():
+            host[name][:count] = column[slots]
+        self._fill_edits(slices)
+        return slots
+
+    def _fill_edits(self, slices: Sequence[SequenceSlice]) -> None:
+        offsets = self._inputs.host["edit_offsets"]
+        pieces: list[Edits] = []
+        total = offsets[0] = 0
+        for row, part in enumerate(slices, start=1):
+            edits = self._edits.get(part.slot)
+            if edits is not None:
+                pieces.append(edits)
+                total += len(edits[0])
+            if part.banned_now:
+                banned = np.array(part.banned_now, np.int32)
+                pieces.append((banned, np.full(len(banned), -np.inf, np.float32)))
+                total += len(banned)
+            offsets[row] = total
+        if not total:
+            return
+        if total > len(self._edit_buffer.host["ids"]):
+            self._edit_buffer = self._new_edit_buffer(2 * total)
+        np.concatenate([ids for ids, _ in pieces], out=self._edit_buffer.host["ids"][:total])
+        np.concatenate([v for _, v in pieces], out=self._edit_buffer.host["values"][:total])
+        self._edit_buffer.upload()
+
+    def _upload_rows(
+        self, slices: Sequence[SequenceSlice], slots: npt.NDArray[np.int64]
+    ) -> SamplingTensors:
+        count = len(slices)
+        bitmask, bitmask_rows = self._upload_bitmasks(slices)
+        self._inputs.upload()
+        named = {name: tensor[:count] for name, tensor in self._inputs.device.items()}
+        named["edit_offsets"] = self._inputs.device["edit_offsets"][: count + 1]
+        return SamplingTensors(
+            **named,
+            edit_ids=self._edit_buffer.device["ids"],
+            edit_values=self._edit_buffer.device["values"],
+            occurrences=self._occurrences if self._counts_tokens[slots].any() else None,
+            bitmask=bitmask,
+            bitmask_rows=bitmask_rows,
+        )
+
+    def _upload_bitmasks(self, slices: Sequence[SequenceSlice]) -> tuple[Any | None, Any | None]:
+        masks = [part.bitmask for part in slices if part.bitmask is not None]
+        if not masks:
+            return None, None
+        if self._guided is None:
+            words = -(-self.vocab_size // 32)
+            fields = {"rows": ([self.max_seqs], "int32"), "bits": ([self.max_seqs, words], "int32")}
+            self._guided = PackedBuffer(fields, self.place)
+        host, device = self._guided.host, self._guided.device
+        np.stack(masks, out=host["bits"][: len(masks)])
+        guided = np.array([part.bitmask is not None for part in slices])
+        host["rows"][: len(slices)] = np.where(guided, np.cumsum(guided) - 1, -1)
+        self._guided.upload()
+        return device["bits"], device["rows"][: len(slices)]
+
+    def _new_edit_buffer(self, capacity: int) -> PackedBuffer:
+        fields = {"ids": ([capacity], "int32"), "values": ([capacity], "float32")}
+        return PackedBuffer(fields, self.place)

@@ -1,0 +1,230 @@
+"""Parameters of the model: streamed from a checkpoint, or made up for runs without files.
+
+A checkpoint is read in the order of the model, one expert at a time: each array is a view of a
+mapped file, is repacked once into the kernel's layout, and its pages are given back. So the peak
+of host memory is the weights that are kept plus what one layer maps.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import paddle
+
+from fastdeploy_lite.checkpoint import Checkpoint, inventory
+from fastdeploy_lite.checkpoint.linears import Linear, check_tensor_parallel, model_linears
+from fastdeploy_lite.checkpoint.progress import loading_bar
+from fastdeploy_lite.config import ModelConfig, RuntimeConfig, WeightKind
+from fastdeploy_lite.model_executor import ops
+from fastdeploy_lite.model_executor.layers.parameters import ParameterSource
+from fastdeploy_lite.model_executor.ops import PackedWeight
+from fastdeploy_lite.utils.errors import CheckpointError, FastDeployError
+from fastdeploy_lite.utils.host_memory import available_bytes
+
+log = logging.getLogger(__name__)
+GIB = 1 << 30
+
+
+def open_source(config: RuntimeConfig, place: Any, show_progress: bool) -> ParameterSource:
+    """Return where the parameters of `config` come from.
+
+    Raises:
+        ConfigError, CheckpointError: the checkpoint does not fit the configuration; everything
+            that headers tell is checked before any data is read.
+        FastDeployError: main memory does not suffice.
+    """
+    parallel = config.parallel
+    if config.load.load_choices == "dummy":
+        check_tensor_parallel(config.model, parallel.tensor_parallel_size)
+        return DummySource(config, place)
+    checkpoint = Checkpoint.open(config.model_path, parallel.tensor_parallel_size, parallel.rank)
+    inventory.verify(checkpoint)
+    if place.is_cpu_place():
+        check_memory(inventory.expected_nbytes(checkpoint))
+    return CheckpointSource(checkpoint, place, show_progress)
+
+
+def check_memory(needed: int) -> None:
+    """Raise FastDeployError when `needed` bytes of weights cannot fit in main memory."""
+    available = available_bytes()
+    if needed > available:
+        raise FastDeployError(
+            f"the weights need {needed / GIB:.1f} GiB of main memory, {available / GIB:.1f} GiB "
+            "are available: free memory, or use a smaller or more quantised model"
+        )
+
+
+class CheckpointSource:
+    """Parameters of one rank of a checkpoint whose headers have been verified."""
+
+    def __init__(self, checkpoint: Checkpoint, place: Any, show_progress: bool = False) -> None:
+        """Args: place: where weights are kept; show_progress: draw a bar of bytes on stderr."""
+        self.checkpoint = checkpoint
+        self.place = place
+        self._linears = {linear.module: linear for linear in inventory.rank_linears(checkpoint)}
+        self._bar = loading_bar(inventory.expected_nbytes(checkpoint), enabled=show_progress)
+
+    def close(self) -> None:
+        """Complete the progress bar and give back all file pages."""
+        self._advance(self._bar.total - self._bar.n)
+        self._bar.close()
+        self.checkpoint.release()
+
+    def linear(self, module: str) -> PackedWeight:
+        """See ParameterSource."""
+        linear = self._linears[module]
+        kind = inventory.resolve_kind(self.checkpoint, linear)
+        weight = ops.allocate_weight(kind, linear.in_features, linear.out_features, self.place)
+        self._fill(weight, None, linear)
+        return self._finish(weight, module)
+
+    def experts(self, layer: int, name: str) -> PackedWeight:
+        """See ParameterSource."""
+        count = self.checkpoint.config.moe_num_experts
+        prefix = f"ernie.layers.{layer}.mlp.experts"
+        first = self._linears[f"{prefix}.0.{name}"]
+        kind = inventory.resolve_kind(self.checkpoint, first)
+        sizes = (first.in_features, first.out_features)
+        weight = ops.allocate_weight(kind, *sizes, self.place, num_experts=count)
+        for expert in range(count):
+            self._fill(weight, expert, self._linears[f"{prefix}.{expert}.{name}"])
+        return self._finish(weight, f"{prefix}.*.{name}")
+
+    def embedding(self) -> PackedWeight:
+        """See ParameterSource."""
+        table = inventory.read_embedding(self.checkpoint)
+        return self._dense(table, True, "ernie.embed_tokens")
+
+    def head(self) -> PackedWeight | None:
+        """See ParameterSource."""
+        found = inventory.read_lm_head(self.checkpoint)
+        return None if found is None else self._dense(*found, "lm_head")
+
+    def vector(self, key: str) -> Any:
+        """See ParameterSource."""
+        values = inventory.read_vector(self.checkpoint, key, self.checkpoint.config.hidden_size)
+        return self._tensor(values)
+
+    def router(self, layer: int) -> tuple[Any, Any | None]:
+        """See ParameterSource."""
+        gate, bias = inventory.read_router(self.checkpoint, layer)
+        return self._tensor(gate), None if bias is None else self._tensor(bias)
+
+    def _fill(self, weight: PackedWeight, expert: int | None, linear: Linear) -> None:
+        found = inventory.read_linear(self.checkpoint, linear)
+        try:
+            ops.fill_weight(weight, expert, **found.arrays)
+        except ValueError as error:
+            raise self._blame(linear.module, error) from error
+        self._advance(sum(array.nbytes for array in found.arrays.values()))
+
+    def _dense(self, array: npt.NDArray[Any], transposed: bool, module: str) -> PackedWeight:
+        """Keep a matrix [K, N], or [N, K] if `transposed`."""
+        rows, columns = array.shape[::-1] if transposed else array.shape
+        weight = ops.allocate_weight("dense", rows, columns, self.place)
+        try:
+            ops.fill_weight(weight, None, weight=array, transposed=transposed)
+        except ValueError as error:
+            raise self._blame(module, error) from error
+        self._advance(array.nbytes)
+        return self._finish(weight, module)
+
+    def _finish(self, weight: PackedWeight, module: str) -> PackedWeight:
+        try:
+            ops.finish_weight(weight)
+        except ValueError as error:
+            raise self._blame(module, error) from error
+        self.checkpoint.release()
+        return weight
+
+    def _tensor(self, values: npt.NDArray[np.float32]) -> Any:
+        self._advance(values.nbytes)
+        return paddle.to_tensor(np.ascontiguousarray(values), place=self.place)
+
+    def _blame(self, module: str, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.checkpoint.source}: {module}: {error}")
+
+    def _advance(self, nbytes: int) -> None:
+        """Move the bar; scales grow when they become float32, so it must be kept from overrun."""
+        self._bar.update(min(nbytes, self._bar.total - self._bar.n))
+
+
+class DummySource:
+    """Valid random weights of any architecture, made where they are kept.
+
+    Norms are ones and the router is random, so activations stay finite and experts are used evenly;
+    the text means nothing.
+    """
+
+    def __init__(self, config: RuntimeConfig, place: Any) -> None:
+        """Args: config: its model, parallel and seed matter; place: where weights are kept."""
+        self.config: ModelConfig = config.model
+        self.place = place
+        self.seed = config.seed
+        parallel = config.parallel
+        self._ranks = parallel.tensor_parallel_size
+        linears = model_linears(config.model, parallel.tensor_parallel_size, parallel.rank)
+        self._linears = {linear.module: linear for linear in linears}
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def linear(self, module: str) -> PackedWeight:
+        """See ParameterSource."""
+        linear = self._linears[module]
+        return self._random(module, linear.kind, linear.in_features, linear.out_features)
+
+    def experts(self, layer: int, name: str) -> PackedWeight:
+        """See ParameterSource."""
+        first = self._linears[f"ernie.layers.{layer}.mlp.experts.0.{name}"]
+        sizes = (first.in_features, first.out_features)
+        return self._random(first.module, first.kind, *sizes, self.config.moe_num_experts)
+
+    def embedding(self) -> PackedWeight:
+        """See ParameterSource."""
+        return self._random("embed_tokens", "dense", *self._table_sizes())
+
+    def head(self) -> PackedWeight | None:
+        """See ParameterSource."""
+        if self.config.tie_word_embeddings:
+            return None
+        return self._random("lm_head", "dense", *self._table_sizes())
+
+    def vector(self, key: str) -> Any:
+        """See ParameterSource."""
+        return paddle.to_tensor(np.ones(self.config.hidden_size, np.float32), place=self.place)
+
+    def router(self, layer: int) -> tuple[Any, Any | None]:
+        """See ParameterSource."""
+        config = self.config
+        generator = np.random.default_rng((self.seed, layer))
+        shape = (config.hidden_size, config.moe_num_experts)
+        gate = generator.standard_normal(shape, np.float32) * np.float32(0.02)
+        bias = None
+        if config.moe_use_aux_free:
+            zeros = np.zeros(config.moe_num_experts, np.float32)
+            bias = paddle.to_tensor(zeros, place=self.place)
+        return paddle.to_tensor(gate, place=self.place), bias
+
+    def _table_sizes(self) -> tuple[int, int]:
+        return self.config.hidden_size, self.config.vocab_size // self._ranks
+
+    def _random(
+        self, name: str, kind: WeightKind, rows: int, columns: int, experts: int = 0
+    ) -> PackedWeight:
+        weight = ops.allocate_weight(kind, rows, columns, self.place, num_experts=experts)
+        ops.randomize_weight(weight, self.seed ^ zlib.crc32(name.encode()))
+        ops.finish_weight(weight)
+        return weight
+
+
+def bits_per_weight(weights: Iterable[PackedWeight]) -> float:
+    """Bytes kept for `weights` in bits per logical element."""
+    kept = list(weights)
+    count = sum(w.in_features * w.out_features * max(1, w.num_experts) for w in kept)
+    return 8.0 * sum(w.nbytes for w in kept) / count if count else 0.0
