@@ -41,7 +41,7 @@ def find_weight_files(root: Path, tensor_parallel_size: int = 1, rank: int = 0) 
     """Find the weights of `rank` of `tensor_parallel_size` in `root`; CheckpointError if none."""
     if not 0 <= rank < tensor_parallel_size:
         raise ConfigError(f"rank must be in [0, {tensor_parallel_size}), got {rank}")
-    ranks = _rank_numbers(root)
+    ranks = rank_numbers(root)
     if len(ranks) >= 2:
         _check_rank_folders(root, ranks, tensor_parallel_size)
         found = _find_in(root / f"rank{rank}")
@@ -128,7 +128,8 @@ def _checked_shard_name(index: Path, key: str, name: object) -> str:
     return name
 
 
-def _rank_numbers(root: Path) -> list[int]:
+def rank_numbers(root: Path) -> list[int]:
+    """Return the sorted ranks r for which `root` has a folder `rank{r}`."""
     matches = [_RANK_FOLDER.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir()]
     return sorted(int(match[1]) for match in matches if match)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    Bar = tqdm[None]
+    Bar = tqdm[Any]
 
 
 def loading_bar(
@@ -18,8 +18,7 @@ def loading_bar(
 
     Rates and sizes are shown in binary units. Where stderr is a file it refreshes every 10 s.
     """
-    bar: Bar = tqdm(
-        iterable=None,
+    return tqdm(
         total=total_bytes,
         desc=description,
         unit="B",
@@ -28,4 +27,3 @@ def loading_bar(
         disable=not enabled,
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
     )
-    return bar
