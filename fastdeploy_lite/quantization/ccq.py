@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -64,9 +66,9 @@ class CCQWeight:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight, the bfloat16 super scale counted as 16."""
-        rows, columns = self.shape
-        per_column = 8 * (self.packed.shape[0] + self.local_scale.shape[0]) + 16 + 32 + 32
-        return columns * per_column / (rows * columns)
+        rows: int = self.shape[0]
+        per_column: int = 8 * (self.packed.shape[0] + self.local_scale.shape[0]) + 16 + 32 + 32
+        return per_column / rows
 
     def decode(self) -> ArrayF32:
         """The matrix that a reader of these five arrays sees, float32 [K, N]."""
@@ -149,14 +151,16 @@ def code_values(codes: npt.NDArray[Any]) -> npt.NDArray[np.int8]:
 
 def unpack_local_scale(local_scale: npt.NDArray[np.uint8]) -> ArrayU8:
     """Nibbles to one 0..15 value per group: uint8 [K/128, N] -> uint8 [K/64, N]."""
-    both = np.stack([local_scale >> 4, local_scale & 15], axis=1)
-    return both.reshape(2 * local_scale.shape[0], *local_scale.shape[1:])
+    both: ArrayU8 = np.stack([local_scale >> np.uint8(4), local_scale & np.uint8(15)], axis=1)
+    groups: ArrayU8 = both.reshape(2 * local_scale.shape[0], *local_scale.shape[1:])
+    return groups
 
 
 def pack_local_scale(scale: npt.NDArray[Any]) -> ArrayU8:
     """Inverse of ``unpack_local_scale``: integers 0..15 [K/64, N] -> uint8 [K/128, N]."""
     pairs = np.asarray(scale, dtype=np.uint8)
-    return (pairs[0::2] << 4) | pairs[1::2]
+    packed: ArrayU8 = (pairs[0::2] << np.uint8(4)) | pairs[1::2]
+    return packed
 
 
 def decode(
@@ -187,7 +191,8 @@ def decode(
     column_scale = _column_vector("super_scale", _widen(super_scale), columns=columns)
 
     values = code_values(decode_codes(bytes_, code_scale, code_zp))
-    weight = values.transpose(0, 2, 1).reshape(-1, GROUP_ROWS, columns).astype(np.float32)
+    fields = values.transpose(0, 2, 1).reshape(-1, GROUP_ROWS, columns)
+    weight: ArrayF32 = fields.astype(np.float32)
     weight *= (unpack_local_scale(nibbles) * column_scale)[:, None, :]
     return weight.reshape(-1, columns)
 
@@ -200,16 +205,17 @@ def encode(
     ``codes`` lists the (code_scale, code_zp) pairs that columns may use; None searches them.
     Deterministic. See ``ccq_search.encode`` for the method, its cost and its errors.
     """
-    from fastdeploy_lite.quantization import ccq_search  # noqa: PLC0415  (it imports this module)
+    # Here because the search imports this module.
+    from fastdeploy_lite.quantization.ccq_search import encode as search  # noqa: PLC0415
 
-    return ccq_search.encode(weight, codes=codes)
+    return search(weight, codes=codes)
 
 
 def _widen(super_scale: npt.ArrayLike) -> npt.NDArray[Any]:
     """bfloat16 bit patterns (uint16) as the float32 they stand for; anything else unchanged."""
     array = np.asarray(super_scale)
     if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
+        return bfloat16_to_float32(array)
     return array
 
 

@@ -18,11 +18,12 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32, float32_to_bfloat16
 from fastdeploy_lite.quantization import ccq
 from fastdeploy_lite.quantization.ccq_codes import CODES
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fastdeploy_lite.quantization.ccq import ArrayF32, ArrayU8, CCQWeight
+
+    ArrayF64: TypeAlias = npt.NDArray[np.float64]
 
 VECTORS_PER_BLOCK = 2048
 """Groups of four weights that are scored at once: 2048 x 256 float32 scores are 2 MB."""
@@ -56,7 +59,7 @@ class _Block:
     """
 
     vectors: ArrayF32
-    energy: npt.NDArray[np.float64]
+    energy: ArrayF64
 
 
 @dataclass(slots=True)
@@ -116,10 +119,8 @@ def relative_error(weight: npt.NDArray[Any], encoded: CCQWeight) -> float:
 
 
 def round_to_bfloat16(values: npt.NDArray[Any]) -> ArrayF32:
-    """Nearest bfloat16, ties to even, kept as float32; for finite values."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
+    """Nearest bfloat16, ties to even, kept as float32."""
+    return bfloat16_to_float32(float32_to_bfloat16(values))
 
 
 def _default_codes(rows: int) -> Sequence[tuple[float, float]]:
@@ -208,13 +209,14 @@ def _nearest(vectors: ArrayF32, scale: ArrayF32, books: ArrayF32) -> tuple[Array
     return best.astype(np.uint8).reshape(count, length), value.reshape(count, length)
 
 
-def _group_error(block: _Block, scale: ArrayF32, score: ArrayF32) -> npt.NDArray[np.float64]:
+def _group_error(block: _Block, scale: ArrayF32, score: ArrayF32) -> ArrayF64:
     """Squared error per group [n, G] of the assignment with these scores."""
     gain = (scale.astype(np.float64) * score).reshape(*block.energy.shape, VECTORS_PER_GROUP)
-    return block.energy - 2 * gain.sum(axis=2)
+    error: ArrayF64 = block.energy - 2 * gain.sum(axis=2)
+    return error
 
 
-def _initial_scale(block: _Block, book: ArrayF32) -> npt.NDArray[np.float64]:
+def _initial_scale(block: _Block, book: ArrayF32) -> ArrayF64:
     """Unrounded scale per group [n, G]: root mean square times each column's best trial factor."""
     rms = np.sqrt(block.energy / ccq.GROUP_ROWS)
     errors = []
@@ -222,13 +224,14 @@ def _initial_scale(block: _Block, book: ArrayF32) -> npt.NDArray[np.float64]:
         scale = np.repeat(rms * factor, VECTORS_PER_GROUP, axis=1).astype(np.float32)
         _, score = _nearest(block.vectors, scale, book)
         errors.append(_group_error(block, scale, score).sum(axis=1))
-    return rms * np.take(SCALE_FACTORS, np.argmin(errors, axis=0))[:, None]
+    best: ArrayF64 = rms * np.take(SCALE_FACTORS, np.argmin(errors, axis=0))[:, None]
+    return best
 
 
 def _quantise_scale(
     block: _Block,
-    scale: npt.NDArray[np.float64],
-    floor: npt.NDArray[np.float64],
+    scale: ArrayF64,
+    floor: ArrayF64,
     books: ArrayF32,
 ) -> _Fit:
     """Super scale and local scales nearest to ``scale`` [n, G], errors weighted by energy.
@@ -254,7 +257,7 @@ def _quantise_scale(
     return _Fit(best_local, best_super, books[code], code)
 
 
-def _valid_super_scale(values: npt.NDArray[Any], floor: npt.NDArray[np.float64]) -> ArrayF32:
+def _valid_super_scale(values: npt.NDArray[Any], floor: ArrayF64) -> ArrayF32:
     """bfloat16 values of at least ``floor`` (which is a power of two): never 0 nor subnormal."""
     return round_to_bfloat16(np.maximum(values, floor))
 
@@ -291,9 +294,7 @@ def _choose_local_scale(block: _Block, fit: _Fit) -> ArrayU8:
     return np.choose(per_vector, [packed for _, packed in trials])
 
 
-def _fit_super_scale(
-    block: _Block, fit: _Fit, packed: ArrayU8, floor: npt.NDArray[np.float64]
-) -> None:
+def _fit_super_scale(block: _Block, fit: _Fit, packed: ArrayU8, floor: ArrayF64) -> None:
     """Least-squares super scale for the bytes ``packed`` [n, R] and the local scales."""
     points = fit.books[np.arange(len(packed))[:, None], :, packed]  # [n, R, 5]
     local = np.repeat(fit.local_scale, VECTORS_PER_GROUP, axis=1).astype(np.float64)
