@@ -26,6 +26,7 @@ import numpy.typing as npt
 from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32, float32_to_bfloat16
 from fastdeploy_lite.quantization import ccq
 from fastdeploy_lite.quantization.ccq_codes import CODES
+from fastdeploy_lite.quantization.weight_only import check_finite, check_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -129,23 +130,13 @@ def _default_codes(rows: int) -> Sequence[tuple[float, float]]:
 
 def _checked(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
     matrix = np.asarray(weight)
-    if not np.issubdtype(matrix.dtype, np.floating):
-        raise TypeError(f"weight: found dtype {matrix.dtype}, expected floating point")
-    if matrix.ndim != 2 or 0 in matrix.shape:
-        raise ValueError(f"weight: found shape {list(matrix.shape)}, expected a matrix [K, N]")
+    check_matrix(matrix)
     if matrix.shape[0] % ccq.ROWS_PER_SCALE_BYTE:
         raise ValueError(
             f"weight: found K = {matrix.shape[0]} rows, expected a multiple of "
             f"{ccq.ROWS_PER_SCALE_BYTE} (two groups of {ccq.GROUP_ROWS} share a scale byte)"
         )
-    # NaN fails the comparison too.
-    good = np.abs(matrix) <= MAX_MAGNITUDE
-    if not good.all():
-        row, column = (int(i) for i in np.unravel_index(np.argmin(good), matrix.shape))
-        raise ValueError(
-            f"weight[{row}, {column}]: found {matrix[row, column]}, expected a finite number "
-            "of magnitude at most 2**126"
-        )
+    check_finite(matrix, MAX_MAGNITUDE)
     return matrix
 
 
