@@ -43,9 +43,13 @@ class PackedBuffer:
         self.host: dict[str, npt.NDArray[Any]] = {}
         self.device: dict[str, Any] = {}
         for name, (shape, dtype) in fields.items():
-            part = slice(starts[name], self._ends[name])
-            self.host[name] = self._bytes[part].view(dtype).reshape(shape)
-            self.device[name] = self._flat[part].view(dtype).view(list(shape))
+            self.host[name] = self._bytes[starts[name] : self._ends[name]].view(dtype)
+            self.host[name] = self.host[name].reshape(shape)
+            size = np.dtype(dtype).itemsize
+            # Reinterpret before slicing: Paddle 3.3 loses the offset of a slice in view(dtype).
+            whole = self._flat.view(dtype)
+            part = whole[starts[name] // size : self._ends[name] // size]
+            self.device[name] = part.view(list(shape))
 
     @property
     def nbytes(self) -> int:
