@@ -74,7 +74,7 @@ class BuildNative(build_ext):
     def run(self) -> None:
         """Build the CPU module, then what of CUDA this machine can build."""
         super().run()
-        if any((ROOT / "custom_ops" / "cuda").glob("*.cu")):
+        if (ROOT / "custom_ops" / "build_cuda.py").exists():
             from custom_ops import build_cuda  # noqa: PLC0415 - needs nothing on a plain machine
 
             package = ROOT if self.inplace else Path(self.build_lib)

@@ -15,3 +15,119 @@ def set_num_threads(count: int) -> None: ...
 def current_isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def available_isas() -> list[str]: ...
+
+# --- rows: norms, activation, gathers ------------------------------------------------------------
+def rms_norm(x: View, weight: View, eps: float, out: View) -> None: ...
+def add_rms_norm(x: View, residual: View, weight: View, eps: float, out: View) -> None: ...
+def silu_and_mul(x: View, out: View) -> None: ...
+def add_inplace(x: View, y: View) -> None: ...
+def gather_rows(x: View, rows: View, out: View) -> None: ...
+def exponential(x: View, out: View) -> None: ...
+
+# --- attention ----------------------------------------------------------------------------------
+def rope_and_cache(
+    qkv: View,
+    positions: View,
+    cos_sin: View,
+    slot_mapping: View,
+    key_cache: View,
+    value_cache: View,
+    q_out: View,
+) -> None: ...
+def paged_attention(
+    q: View,
+    key_cache: View,
+    value_cache: View,
+    block_tables: View,
+    cu_seqlens_q: View,
+    context_lens: View,
+    scale: float,
+    out: View,
+) -> None: ...
+
+# --- sampling -----------------------------------------------------------------------------------
+def mask_logits(logits: View, bitmask: View, bitmask_rows: View) -> None: ...
+def process_logits(
+    logits: View,
+    slots: View,
+    occurrences: View | None,
+    repetition: View,
+    frequency: View,
+    presence: View,
+    temperature: View,
+    edit_offsets: View,
+    edit_ids: View,
+    edit_values: View,
+) -> None: ...
+def update_occurrences(occurrences: View, slots: View, token_ids: View, prompt: bool) -> None: ...
+def sample(
+    logits: View,
+    temperature: View,
+    top_k: View,
+    top_p: View,
+    min_p: View,
+    seeds: View,
+    steps: View,
+    forced: View,
+    out: View,
+) -> None: ...
+def token_logprobs(
+    logits: View,
+    tokens: View,
+    k: int,
+    out_logprob: View,
+    out_rank: View,
+    out_ids: View,
+    out_logprobs: View,
+) -> None: ...
+def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
+
+# --- packed weights, linear maps, mixture of experts -----------------------------------------------
+class PackedWeight:
+    """Addresses of a packed weight's parts; owns nothing."""
+
+    def __init__(
+        self,
+        kind: str,
+        in_features: int,
+        out_features: int,
+        experts: int,
+        data: int = ...,
+        scale: int = ...,
+        code_scale: int = ...,
+        code_offset: int = ...,
+    ) -> None: ...
+    @property
+    def data_bytes(self) -> int: ...
+    @property
+    def padded_columns(self) -> int: ...
+
+def pack_dense(weight: PackedWeight, expert: int, source: View, transposed: bool) -> None: ...
+def pack_int8(weight: PackedWeight, expert: int, source: View, scale: View) -> None: ...
+def pack_int4(weight: PackedWeight, expert: int, source: View, scale: View) -> None: ...
+def pack_ccq(
+    weight: PackedWeight,
+    expert: int,
+    packed: View,
+    local_scale: View,
+    super_scale: View,
+    code_scale: View,
+    code_zp: View,
+) -> None: ...
+def linear(x: View, weight: PackedWeight, out: View) -> None: ...
+def embedding(token_ids: View, weight: PackedWeight, out: View) -> None: ...
+def route(
+    x: View, gate_weight: View, bias: View | None, topk_ids: View, topk_weights: View
+) -> None: ...
+def moe_workspace_bytes(
+    tokens: int, top_k: int, up_gate: PackedWeight, down: PackedWeight
+) -> int: ...
+def fused_moe(
+    x: View,
+    topk_ids: View,
+    topk_weights: View,
+    up_gate: PackedWeight,
+    down: PackedWeight,
+    out: View,
+    workspace: View,
+) -> None: ...

@@ -5,6 +5,10 @@
 namespace fd {
 
 void bind_system(py::module_& m);
+void bind_linear(py::module_& m);
+void bind_sampling(py::module_& m);
+void bind_attention(py::module_& m);
+void bind_rowwise(py::module_& m);
 
 }  // namespace fd
 
@@ -13,4 +17,8 @@ PYBIND11_MODULE(_ops_cpu, m) {
       "CPU kernels over views (pointer, dtype, shape, strides); outputs are written in place.";
   fd::current_isa();  // a wrong FD_LITE_CPU_ISA fails at import, not in the middle of a step
   fd::bind_system(m);
+  fd::bind_linear(m);
+  fd::bind_sampling(m);
+  fd::bind_attention(m);
+  fd::bind_rowwise(m);
 }

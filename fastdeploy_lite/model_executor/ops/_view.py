@@ -6,11 +6,14 @@ through `Arguments`. An op makes about five views a call, at about 2 us each.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import paddle
 
 from fastdeploy_lite.model_executor.ops._dispatch import PlaceKind, native, place_kind
+
+if TYPE_CHECKING:
+    from fastdeploy_lite.model_executor.ops.weights import PackedWeight
 
 Tensor: TypeAlias = Any
 """A `paddle.Tensor`; Paddle's own annotations are not checked here."""
@@ -92,6 +95,31 @@ class Arguments:
                 f"{self.op}: {name} is on {tensor.place}, the other arguments on {self.place}"
             )
         return tensor.data_ptr(), found, extents, strides
+
+    def weight(self, name: str, weight: PackedWeight, experts: bool = False) -> Any:
+        """Check a packed weight and return what the native op takes in its place.
+
+        Raises:
+            TypeError: not a PackedWeight.
+            ValueError: another place, never filled, or with experts where there should be none.
+        """
+        handle = getattr(weight, "handle", None)
+        if handle is None:
+            if not hasattr(weight, "handle"):
+                raise TypeError(
+                    f"{self.op}: {name} must be a PackedWeight, found {type(weight).__name__}"
+                )
+            raise ValueError(f"{self.op}: {name} was never filled")
+        if (weight.num_experts > 0) != experts:
+            raise ValueError(
+                f"{self.op}: {name} has {weight.num_experts} experts, expected "
+                f"{'at least 1' if experts else 'a plain linear map'}"
+            )
+        if weight.place != self.place:
+            raise ValueError(
+                f"{self.op}: {name} is on {weight.place}, the other arguments on {self.place}"
+            )
+        return handle
 
     def native(self, op: str | None = None) -> Any:
         """The native function of this op (or of another name) for this place."""

@@ -1,0 +1,69 @@
+// Packed weights, linear maps, embeddings and mixture of experts.
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "../cpu/linear.h"
+#include "bindings.h"
+
+namespace fd {
+namespace {
+
+float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+PackedWeight make_weight(const std::string& kind, int64_t in_features, int64_t out_features,
+                         int64_t experts, uintptr_t data, uintptr_t scale, uintptr_t code_scale,
+                         uintptr_t code_offset) {
+  PackedWeight weight{weight_kind(kind),
+                      in_features,
+                      out_features,
+                      experts,
+                      reinterpret_cast<uint8_t*>(data),
+                      floats(scale),
+                      floats(code_scale),
+                      floats(code_offset)};
+  weight.check();
+  return weight;
+}
+
+void bind_weight(py::module_& m) {
+  py::class_<PackedWeight>(m, "PackedWeight", "Addresses of a packed weight's parts; owns nothing.")
+      .def(py::init(&make_weight), py::arg("kind"), py::arg("in_features"), py::arg("out_features"),
+           py::arg("experts"), py::arg("data") = 0, py::arg("scale") = 0, py::arg("code_scale") = 0,
+           py::arg("code_offset") = 0)
+      .def_property_readonly(
+          "data_bytes",
+          [](const PackedWeight& w) { return w.experts * w.tiles() * w.tile_bytes(); })
+      .def_property_readonly("padded_columns",
+                             [](const PackedWeight& w) { return w.tiles() * kTileColumns; });
+  m.def("pack_dense", &pack_dense, py::arg("weight"), py::arg("expert"), py::arg("source"),
+        py::arg("transposed"), no_gil());
+  m.def("pack_int8", &pack_int8, py::arg("weight"), py::arg("expert"), py::arg("source"),
+        py::arg("scale"), no_gil());
+  m.def("pack_int4", &pack_int4, py::arg("weight"), py::arg("expert"), py::arg("source"),
+        py::arg("scale"), no_gil());
+  m.def("pack_ccq", &pack_ccq, py::arg("weight"), py::arg("expert"), py::arg("packed"),
+        py::arg("local_scale"), py::arg("super_scale"), py::arg("code_scale"), py::arg("code_zp"),
+        no_gil());
+}
+
+}  // namespace
+
+void bind_linear(py::module_& m) {
+  bind_weight(m);
+  m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("out"), no_gil());
+  m.def("embedding", &embedding, py::arg("token_ids"), py::arg("weight"), py::arg("out"), no_gil());
+  m.def(
+      "route",
+      [](const TensorView& x, const TensorView& gate, const std::optional<TensorView>& bias,
+         const TensorView& ids,
+         const TensorView& weights) { route(x, gate, bias.value_or(TensorView{}), ids, weights); },
+      py::arg("x"), py::arg("gate_weight"), py::arg("bias"), py::arg("topk_ids"),
+      py::arg("topk_weights"), no_gil());
+  m.def("moe_workspace_bytes", &moe_workspace_bytes, py::arg("tokens"), py::arg("top_k"),
+        py::arg("up_gate"), py::arg("down"));
+  m.def("fused_moe", &fused_moe, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"),
+        py::arg("up_gate"), py::arg("down"), py::arg("out"), py::arg("workspace"), no_gil());
+}
+
+}  // namespace fd

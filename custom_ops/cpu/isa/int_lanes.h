@@ -1,0 +1,244 @@
+// Sixteen int32 lanes and exact dot products of bytes, on top of lanes.h.
+//
+// A Quads holds four unsigned bytes for each of sixteen columns: rows 4r .. 4r + 3 of a tile. `dot`
+// adds to each column the product of its four bytes with four signed digits of the activation. All
+// of it is integer arithmetic without overflow, hence the same on every instruction set.
+#pragma once
+
+#include "ccq.h"
+#include "lanes.h"
+
+namespace fd::FD_ISA {
+
+#if defined(FD_ISA_AVX512)
+
+// Rows handled at once: 3 x 4 sums, 4 float sums and the decoder's constants fit in 32 registers.
+constexpr int kRowBlock = 4;
+constexpr int kDenseRowBlock = 8;
+
+struct I16 {
+  __m512i v;
+};
+struct Quads {  // bytes up to 127
+  __m512i v;
+};
+struct WideQuads {  // bytes up to 255
+  __m512i v;
+};
+
+FD_INLINE I16 splat_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+FD_INLINE I16 load_bytes(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))};
+}
+FD_INLINE I16 add(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+FD_INLINE I16 shift_left(I16 a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
+FD_INLINE I16 shift_right(I16 a, int n) { return {_mm512_srli_epi32(a.v, n)}; }
+FD_INLINE I16 bit_and(I16 a, int32_t mask) {
+  return {_mm512_and_si512(a.v, _mm512_set1_epi32(mask))};
+}
+FD_INLINE F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+FD_INLINE __m512i splat_digits(const int8_t* four) {
+  int32_t word;
+  memcpy(&word, four, sizeof(word));
+  return _mm512_set1_epi32(word);
+}
+FD_INLINE I16 dot(I16 sum, Quads w, const int8_t* four) {
+  return {_mm512_dpbusd_epi32(sum.v, w.v, splat_digits(four))};
+}
+FD_INLINE I16 dot(I16 sum, WideQuads w, const int8_t* four) {
+  return {_mm512_dpbusd_epi32(sum.v, w.v, splat_digits(four))};
+}
+FD_INLINE void store(uint8_t* p, Quads w) { _mm512_store_si512(p, w.v); }
+FD_INLINE void store(uint8_t* p, WideQuads w) { _mm512_store_si512(p, w.v); }
+FD_INLINE Quads load_quads(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+FD_INLINE WideQuads load_wide_quads(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+FD_INLINE Quads load_nibbles(const uint8_t* p, bool high) {
+  const __m512i both = _mm512_loadu_si512(p);
+  const __m512i shifted = high ? _mm512_srli_epi16(both, 4) : both;
+  return {_mm512_and_si512(shifted, _mm512_set1_epi8(0x0f))};
+}
+FD_INLINE Quads decode_ccq(const uint8_t* p, F16 code_scale, F16 offset) {
+  const F16 sum = fma(to_float(load_bytes(p)), code_scale, offset);
+  const __m512i d = _mm512_cvt_roundps_epi32(sum.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  // Two codes a 64-bit lane; each output byte is taken at its own bit position.
+  const __m512i positions = _mm512_set1_epi64(0x2023262900030609);
+  const __m512i fields = _mm512_multishift_epi64_epi8(positions, d);
+  return {_mm512_and_si512(fields, _mm512_set1_epi8(ccq::kFieldMask))};
+}
+
+#elif defined(FD_LANES_X86)
+
+constexpr int kRowBlock = 1;
+constexpr int kDenseRowBlock = 3;
+
+struct I16 {
+  __m256i lo, hi;
+};
+struct Quads {
+  __m256i lo, hi;
+};
+
+FD_INLINE I16 splat_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+FD_INLINE __m256i load_8_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+}
+FD_INLINE I16 load_bytes(const uint8_t* p) { return {load_8_bytes(p), load_8_bytes(p + 8)}; }
+FD_INLINE I16 add(I16 a, I16 b) {
+  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+FD_INLINE I16 shift_left(I16 a, int n) {
+  return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)};
+}
+FD_INLINE I16 shift_right(I16 a, int n) {
+  return {_mm256_srli_epi32(a.lo, n), _mm256_srli_epi32(a.hi, n)};
+}
+FD_INLINE I16 bit_and(I16 a, int32_t mask) {
+  const __m256i m = _mm256_set1_epi32(mask);
+  return {_mm256_and_si256(a.lo, m), _mm256_and_si256(a.hi, m)};
+}
+FD_INLINE F16 to_float(I16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+
+FD_INLINE __m256i splat_digits(const int8_t* four) {
+  int32_t word;
+  memcpy(&word, four, sizeof(word));
+  return _mm256_set1_epi32(word);
+}
+FD_INLINE void store(uint8_t* p, Quads w) {
+  _mm256_store_si256((__m256i*)p, w.lo);
+  _mm256_store_si256((__m256i*)p + 1, w.hi);
+}
+FD_INLINE Quads load_quads(const uint8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
+FD_INLINE __m256i nibbles(__m256i both, bool high) {
+  return _mm256_and_si256(high ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(0x0f));
+}
+FD_INLINE Quads load_nibbles(const uint8_t* p, bool high) {
+  const Quads both = load_quads(p);
+  return {nibbles(both.lo, high), nibbles(both.hi, high)};
+}
+
+#if defined(FD_ISA_AVXVNNI)
+struct WideQuads {
+  __m256i lo, hi;
+};
+FD_INLINE WideQuads load_wide_quads(const uint8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
+FD_INLINE void store(uint8_t* p, WideQuads w) { store(p, Quads{w.lo, w.hi}); }
+FD_INLINE I16 dot(I16 sum, Quads w, const int8_t* four) {
+  const __m256i x = splat_digits(four);
+  return {_mm256_dpbusd_avx_epi32(sum.lo, w.lo, x), _mm256_dpbusd_avx_epi32(sum.hi, w.hi, x)};
+}
+FD_INLINE I16 dot(I16 sum, WideQuads w, const int8_t* four) {
+  return dot(sum, Quads{w.lo, w.hi}, four);
+}
+#else
+// The byte product adds pairs in 16 bits: exact for bytes up to 127 (127 * 128 * 2 < 2^15), not for
+// bytes up to 255, which are therefore kept as two nibbles.
+struct WideQuads {
+  Quads low, high;
+};
+FD_INLINE WideQuads load_wide_quads(const uint8_t* p) {
+  return {load_nibbles(p, false), load_nibbles(p, true)};
+}
+FD_INLINE void store(uint8_t* p, WideQuads w) {
+  store(p, Quads{_mm256_or_si256(w.low.lo, _mm256_slli_epi16(w.high.lo, 4)),
+                 _mm256_or_si256(w.low.hi, _mm256_slli_epi16(w.high.hi, 4))});
+}
+FD_INLINE __m256i dot_half(__m256i sum, __m256i w, __m256i x, int16_t factor) {
+  const __m256i pairs = _mm256_maddubs_epi16(w, x);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(factor)));
+}
+FD_INLINE I16 dot(I16 sum, Quads w, const int8_t* four) {
+  const __m256i x = splat_digits(four);
+  return {dot_half(sum.lo, w.lo, x, 1), dot_half(sum.hi, w.hi, x, 1)};
+}
+FD_INLINE I16 dot(I16 sum, WideQuads w, const int8_t* four) {
+  const __m256i x = splat_digits(four);
+  sum = dot(sum, w.low, four);
+  return {dot_half(sum.lo, w.high.lo, x, 16), dot_half(sum.hi, w.high.hi, x, 16)};
+}
+#endif
+
+FD_INLINE __m256i field_bytes(__m256i d) {
+  const __m256i mask = _mm256_set1_epi32(ccq::kFieldMask);
+  const __m256i b0 = _mm256_and_si256(_mm256_srli_epi32(d, 9), mask);
+  const __m256i b1 = _mm256_and_si256(_mm256_slli_epi32(d, 2), _mm256_slli_epi32(mask, 8));
+  const __m256i b2 = _mm256_and_si256(_mm256_slli_epi32(d, 13), _mm256_slli_epi32(mask, 16));
+  const __m256i b3 = _mm256_and_si256(_mm256_slli_epi32(d, 24), _mm256_slli_epi32(mask, 24));
+  return _mm256_or_si256(_mm256_or_si256(b0, b1), _mm256_or_si256(b2, b3));
+}
+FD_INLINE __m256i floor_to_int(__m256 x) { return _mm256_cvttps_epi32(_mm256_floor_ps(x)); }
+FD_INLINE Quads decode_ccq(const uint8_t* p, F16 code_scale, F16 offset) {
+  const F16 sum = fma(to_float(load_bytes(p)), code_scale, offset);
+  return {field_bytes(floor_to_int(sum.lo)), field_bytes(floor_to_int(sum.hi))};
+}
+
+#else
+
+constexpr int kRowBlock = 1;
+constexpr int kDenseRowBlock = 1;
+
+struct I16 {
+  int32_t v[16];
+};
+struct Quads {
+  uint8_t v[64];
+};
+struct WideQuads {
+  uint8_t v[64];
+};
+
+#define FD_EACH_INT(expression)                       \
+  I16 r;                                              \
+  for (int i = 0; i < 16; ++i) r.v[i] = (expression); \
+  return r
+FD_INLINE I16 splat_int(int32_t x) { FD_EACH_INT(x); }
+FD_INLINE I16 load_bytes(const uint8_t* p) { FD_EACH_INT(p[i]); }
+FD_INLINE I16 add(I16 a, I16 b) { FD_EACH_INT(a.v[i] + b.v[i]); }
+FD_INLINE I16 shift_left(I16 a, int n) { FD_EACH_INT((int32_t)((uint32_t)a.v[i] << n)); }
+FD_INLINE I16 shift_right(I16 a, int n) { FD_EACH_INT((int32_t)((uint32_t)a.v[i] >> n)); }
+FD_INLINE I16 bit_and(I16 a, int32_t mask) { FD_EACH_INT(a.v[i] & mask); }
+FD_INLINE F16 to_float(I16 a) {
+  F16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = (float)a.v[i];
+  return r;
+}
+FD_INLINE I16 dot_bytes(I16 sum, const uint8_t* w, const int8_t* four) {
+  FD_EACH_INT(sum.v[i] + w[4 * i] * four[0] + w[4 * i + 1] * four[1] + w[4 * i + 2] * four[2] +
+              w[4 * i + 3] * four[3]);
+}
+#undef FD_EACH_INT
+FD_INLINE I16 dot(I16 sum, Quads w, const int8_t* four) { return dot_bytes(sum, w.v, four); }
+FD_INLINE I16 dot(I16 sum, WideQuads w, const int8_t* four) { return dot_bytes(sum, w.v, four); }
+FD_INLINE void store(uint8_t* p, Quads w) { memcpy(p, w.v, sizeof(w.v)); }
+FD_INLINE void store(uint8_t* p, WideQuads w) { memcpy(p, w.v, sizeof(w.v)); }
+FD_INLINE Quads load_quads(const uint8_t* p) {
+  Quads w;
+  memcpy(w.v, p, sizeof(w.v));
+  return w;
+}
+FD_INLINE WideQuads load_wide_quads(const uint8_t* p) {
+  WideQuads w;
+  memcpy(w.v, p, sizeof(w.v));
+  return w;
+}
+FD_INLINE Quads load_nibbles(const uint8_t* p, bool high) {
+  Quads w;
+  for (int i = 0; i < 64; ++i) w.v[i] = high ? p[i] >> 4 : p[i] & 15;
+  return w;
+}
+FD_INLINE Quads decode_ccq(const uint8_t* p, F16 code_scale, F16 offset) {
+  Quads w;
+  for (int i = 0; i < 16; ++i) {
+    const int d = ccq::code(p[i], code_scale.v[i], offset.v[i]);
+    for (int j = 0; j < 4; ++j) w.v[4 * i + j] = (uint8_t)ccq::field(d, j);
+  }
+  return w;
+}
+
+#endif
+
+}  // namespace fd::FD_ISA

@@ -1,0 +1,109 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+#include "parallel.h"
+
+namespace fd {
+namespace {
+
+// Memory for the digits of at most kMaxRows rows, kept between calls of a thread.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  uint8_t* get(int64_t bytes) {
+    if (bytes > capacity_) {
+      std::free(data_);
+      capacity_ = (bytes + 4095) / 4096 * 4096;
+      data_ = static_cast<uint8_t*>(std::aligned_alloc(64, capacity_));
+      if (data_ == nullptr) {
+        capacity_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return data_;
+  }
+
+ private:
+  uint8_t* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+thread_local Scratch scratch;
+
+void multiply_rows(const PackedWeight& weight, const Rows& input, int64_t count, float* out,
+                   int64_t out_stride) {
+  parallel_for(weight.tiles(), tile_grain(weight, count), [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      multiply_tile(weight, 0, tile, input, nullptr, count, out, out_stride);
+    }
+  });
+}
+
+}  // namespace
+
+void linear(const TensorView& x, const PackedWeight& weight, const TensorView& out) {
+  x.check_rank("x", 2).check_extent("x", 1, weight.in_features);
+  out.check_rank("out", 2).check_extent("out", 0, x.shape[0]);
+  out.check_extent("out", 1, weight.out_features);
+  const float* in = x.as<float>("x");
+  float* result = out.as<float>("out");
+  const int64_t depth = weight.in_features;
+  // A block of rows is as much as stays in the L2 cache while the weights pass by.
+  for (int64_t first = 0; first < x.shape[0]; first += kMaxRows) {
+    const int64_t count = std::min<int64_t>(kMaxRows, x.shape[0] - first);
+    Rows rows{in + first * x.strides[0], x.strides[0], nullptr, nullptr};
+    if (weight.quantized()) {
+      uint8_t* memory = scratch.get(digit_bytes(count, depth) + group_bytes(count, depth));
+      auto* digits = reinterpret_cast<int8_t*>(memory);
+      auto* groups = reinterpret_cast<GroupNumbers*>(memory + digit_bytes(count, depth));
+      quantize_rows(rows.x, rows.x_stride, count, depth, weight.offset(), digits, groups);
+      rows.digits = digits;
+      rows.groups = groups;
+    }
+    multiply_rows(weight, rows, count, result + first * out.strides[0], out.strides[0]);
+  }
+}
+
+void embedding(const TensorView& token_ids, const PackedWeight& weight, const TensorView& out) {
+  token_ids.check_rank("token_ids", 1);
+  out.check_rank("out", 2).check_extent("out", 0, token_ids.shape[0]);
+  out.check_extent("out", 1, weight.in_features);
+  if (weight.quantized()) throw std::invalid_argument("weight is quantised, expected dense");
+  const int32_t* ids = token_ids.as<int32_t>("token_ids");
+  float* result = out.as<float>("out");
+  const int64_t tokens = token_ids.shape[0], width = weight.in_features;
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (ids[t] < 0 || ids[t] >= weight.out_features) {
+      throw std::invalid_argument("token_ids[" + std::to_string(t) + "] is " +
+                                  std::to_string(ids[t]) + ", expected 0 to " +
+                                  std::to_string(weight.out_features - 1));
+    }
+  }
+  parallel_for(tokens, std::max<int64_t>(1, 8192 / width), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const uint8_t* tile = weight.tile(0, ids[t] / kTileColumns);
+      const int64_t column = ids[t] % kTileColumns;
+      float* row = result + t * out.strides[0];
+      for (int64_t k = 0; k < width; ++k) {
+        const int64_t element = k * kTileColumns + column;
+        uint32_t bits;
+        if (weight.kind == WeightKind::kFloat32) {
+          bits = reinterpret_cast<const uint32_t*>(tile)[element];
+        } else {
+          bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(tile)[element]) << 16;
+        }
+        std::memcpy(row + k, &bits, sizeof(bits));
+      }
+    }
+  });
+}
+
+}  // namespace fd

@@ -1,0 +1,205 @@
+// From the layouts of a checkpoint to tiles, once at load.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "ccq.h"
+#include "packed_weight.h"
+#include "parallel.h"
+
+namespace fd {
+namespace {
+
+void check_expert(const PackedWeight& weight, int64_t expert) {
+  if (expert < 0 || expert >= weight.experts) {
+    throw std::invalid_argument("expert is " + std::to_string(expert) + ", expected 0 to " +
+                                std::to_string(weight.experts - 1));
+  }
+}
+
+const float* finite_vector(const PackedWeight& weight, const char* name, const TensorView& view) {
+  view.check_rank(name, 1).check_extent(name, 0, weight.out_features);
+  const float* values = view.as<float>(name);
+  for (int64_t n = 0; n < weight.out_features; ++n) {
+    if (!std::isfinite(values[n])) {
+      throw std::invalid_argument(std::string(name) + "[" + std::to_string(n) + "] is " +
+                                  std::to_string(values[n]) + ", expected a finite number");
+    }
+  }
+  return values;
+}
+
+void copy_padded(const PackedWeight& weight, int64_t expert, const float* source, float* target) {
+  float* begin = target + weight.column(expert, 0);
+  std::copy(source, source + weight.out_features, begin);
+  std::fill(begin + weight.out_features, begin + weight.tiles() * kTileColumns, 0.0f);
+}
+
+int64_t columns_of_tile(const PackedWeight& weight, int64_t tile) {
+  return std::min<int64_t>(kTileColumns, weight.out_features - tile * kTileColumns);
+}
+
+// A piece of at least 64 KiB of the result for a thread.
+template <typename Function>
+void for_each_tile(const PackedWeight& weight, const Function& function) {
+  const int64_t grain = std::max<int64_t>(1, 65536 / weight.tile_bytes());
+  parallel_for(weight.tiles(), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) function(tile);
+  });
+}
+
+template <typename Element>
+void pack_dense_as(const PackedWeight& weight, int64_t expert, const TensorView& source,
+                   bool transposed) {
+  const Element* in = source.as<Element>("weight");
+  const int64_t row = source.strides[0];
+  const int64_t step_k = transposed ? 1 : row, step_n = transposed ? row : 1;
+  for_each_tile(weight, [&](int64_t tile) {
+    Element* out = reinterpret_cast<Element*>(weight.tile(expert, tile));
+    const int64_t columns = columns_of_tile(weight, tile);
+    for (int64_t k = 0; k < weight.in_features; ++k, out += kTileColumns) {
+      const Element* from = in + k * step_k + tile * kTileColumns * step_n;
+      for (int64_t c = 0; c < kTileColumns; ++c) out[c] = c < columns ? from[c * step_n] : 0;
+    }
+  });
+}
+
+// Bytes of an int8 or int4 tensor: any shape, no gaps, int8 or uint8.
+const uint8_t* permuted_bytes(const TensorView& source, int64_t expected) {
+  source.check_contiguous("quant_weight");
+  if (dtype_size(source.dtype) != 1) {
+    throw std::invalid_argument(std::string("quant_weight has dtype ") + dtype_name(source.dtype) +
+                                ", expected int8 or uint8");
+  }
+  if (source.size() != expected) {
+    throw std::invalid_argument("quant_weight has " + std::to_string(source.size()) +
+                                " bytes, expected " + std::to_string(expected));
+  }
+  return static_cast<const uint8_t*>(source.data);
+}
+
+// Where row k (0..63) of a column stands among its 64 values in a file.
+int int8_place(int k) { return k / 16 * 16 + 2 * (k % 8) + k % 16 / 8; }
+int int4_place(int k) { return k / 32 * 32 + 4 * (k % 8) + k % 32 / 8; }
+
+void require_kind(const PackedWeight& weight, WeightKind kind, const char* name) {
+  if (weight.kind != kind) {
+    throw std::invalid_argument(std::string("the weight was not allocated as ") + name);
+  }
+}
+
+void check_code_range(int64_t count, const float* code_scale, const float* code_zp) {
+  for (int64_t n = 0; n < count; ++n) {
+    if (255.0f * std::fabs(code_scale[n]) + std::fabs(code_zp[n]) >= ccq::kMaxCode) {
+      throw std::invalid_argument(
+          "code_scale[" + std::to_string(n) + "] = " + std::to_string(code_scale[n]) +
+          " with code_zp = " + std::to_string(code_zp[n]) + " gives codes beyond 2^30");
+    }
+  }
+}
+
+const uint8_t* byte_matrix(const char* name, const TensorView& view, int64_t rows,
+                           int64_t columns) {
+  view.check_rank(name, 2).check_extent(name, 0, rows).check_extent(name, 1, columns);
+  return view.as<uint8_t>(name);
+}
+
+void copy_row(const uint8_t* from, int64_t columns, uint8_t* to) {
+  std::memcpy(to, from, columns);
+  if (columns < kTileColumns) std::memset(to + columns, 0, kTileColumns - columns);
+}
+
+}  // namespace
+
+void pack_dense(const PackedWeight& weight, int64_t expert, const TensorView& source,
+                bool transposed) {
+  check_expert(weight, expert);
+  const int64_t rows = transposed ? weight.out_features : weight.in_features;
+  const int64_t columns = transposed ? weight.in_features : weight.out_features;
+  source.check_rank("weight", 2).check_extent("weight", 0, rows).check_extent("weight", 1, columns);
+  if (weight.kind == WeightKind::kFloat32) {
+    pack_dense_as<float>(weight, expert, source, transposed);
+  } else {
+    require_kind(weight, WeightKind::kBFloat16, "dense");
+    pack_dense_as<uint16_t>(weight, expert, source, transposed);
+  }
+}
+
+void pack_int8(const PackedWeight& weight, int64_t expert, const TensorView& source,
+               const TensorView& scale) {
+  require_kind(weight, WeightKind::kInt8, "int8");
+  check_expert(weight, expert);
+  const uint8_t* in = permuted_bytes(source, weight.in_features * weight.out_features);
+  copy_padded(weight, expert, finite_vector(weight, "weight_scale", scale), weight.scale);
+  const int64_t groups = weight.groups();
+  for_each_tile(weight, [&](int64_t tile) {
+    uint8_t* out = weight.tile(expert, tile);
+    for (int64_t g = 0; g < groups; ++g, out += kInt8GroupBytes) {
+      for (int64_t c = 0; c < kTileColumns; ++c) {
+        const int64_t n = tile * kTileColumns + c;
+        const uint8_t* column = in + ((n / 2) * groups + g) * 128 + n % 2 * 64;
+        for (int k = 0; k < kGroupRows; ++k) {
+          out[k / 4 * 64 + c * 4 + k % 4] = column[int8_place(k)];
+        }
+      }
+    }
+  });
+}
+
+void pack_int4(const PackedWeight& weight, int64_t expert, const TensorView& source,
+               const TensorView& scale) {
+  require_kind(weight, WeightKind::kInt4, "int4");
+  check_expert(weight, expert);
+  const uint8_t* in = permuted_bytes(source, weight.in_features * weight.out_features / 2);
+  copy_padded(weight, expert, finite_vector(weight, "weight_scale", scale), weight.scale);
+  const int64_t groups = weight.groups();
+  for_each_tile(weight, [&](int64_t tile) {
+    uint8_t* out = weight.tile(expert, tile);
+    for (int64_t g = 0; g < groups; ++g, out += kInt4GroupBytes) {
+      std::memset(out, 0, kInt4GroupBytes);
+      for (int64_t c = 0; c < kTileColumns; ++c) {
+        const int64_t n = tile * kTileColumns + c;
+        const uint8_t* column = in + ((n / 4) * groups + g) * 128 + n % 4 * 32;
+        for (int k = 0; k < kGroupRows; ++k) {
+          const int place = int4_place(k);
+          const int nibble = column[place / 2] >> (place % 2 * 4) & 15;
+          out[k / 8 * 64 + c * 4 + k % 4] |= static_cast<uint8_t>(nibble << (k / 4 % 2 * 4));
+        }
+      }
+    }
+  });
+}
+
+void pack_ccq(const PackedWeight& weight, int64_t expert, const TensorView& packed,
+              const TensorView& local_scale, const TensorView& super_scale,
+              const TensorView& code_scale, const TensorView& code_zp) {
+  require_kind(weight, WeightKind::kCcq, "ccq");
+  check_expert(weight, expert);
+  const int64_t k = weight.in_features, n = weight.out_features;
+  const uint8_t* codes = byte_matrix("quant_weight", packed, k / 4, n);
+  const uint8_t* locals = byte_matrix("weight_scale", local_scale, k / 128, n);
+  const float* supers = finite_vector(weight, "super_scales", super_scale);
+  const float* slopes = finite_vector(weight, "code_scale", code_scale);
+  const float* zeros = finite_vector(weight, "code_zp", code_zp);
+  check_code_range(n, slopes, zeros);
+  copy_padded(weight, expert, supers, weight.scale);
+  copy_padded(weight, expert, slopes, weight.code_scale);
+  copy_padded(weight, expert, zeros, weight.code_offset);
+  float* offsets = weight.code_offset + weight.column(expert, 0);
+  for (int64_t i = 0; i < n; ++i) offsets[i] = ccq::code_offset(zeros[i]);
+  for_each_tile(weight, [&](int64_t tile) {
+    uint8_t* out = weight.tile(expert, tile);
+    const int64_t first = tile * kTileColumns, columns = columns_of_tile(weight, tile);
+    for (int64_t block = 0; block < k / 128; ++block, out += kCcqBlockBytes) {
+      for (int64_t r = 0; r < 32; ++r) {
+        const uint8_t* from = codes + (block * 32 + r) * packed.strides[0] + first;
+        copy_row(from, columns, out + r * kTileColumns);
+      }
+      const uint8_t* from = locals + block * local_scale.strides[0] + first;
+      copy_row(from, columns, out + 2 * kCcqGroupBytes);
+    }
+  });
+}
+
+}  // namespace fd

@@ -1,0 +1,47 @@
+"""Native ops as Python functions: checks, shapes, dispatch by place.
+
+Every function takes Paddle tensors on one place, writes into the tensors it is told to and returns
+None. A missing native module raises RuntimeError that says how to build it; nothing falls back.
+"""
+
+from fastdeploy_lite.model_executor.ops.activation import add_inplace, gather_rows, silu_and_mul
+from fastdeploy_lite.model_executor.ops.attention import paged_attention, rope_and_cache
+from fastdeploy_lite.model_executor.ops.dense import embedding, linear
+from fastdeploy_lite.model_executor.ops.moe import fused_moe, route
+from fastdeploy_lite.model_executor.ops.norm import add_rms_norm, rms_norm
+from fastdeploy_lite.model_executor.ops.sampling import (
+    mask_logits,
+    process_logits,
+    sample,
+    token_logprobs,
+    update_occurrences,
+)
+from fastdeploy_lite.model_executor.ops.weights import (
+    PackedWeight,
+    allocate_weight,
+    fill_weight,
+    finish_weight,
+)
+
+__all__ = [
+    "PackedWeight",
+    "add_inplace",
+    "add_rms_norm",
+    "allocate_weight",
+    "embedding",
+    "fill_weight",
+    "finish_weight",
+    "fused_moe",
+    "gather_rows",
+    "linear",
+    "mask_logits",
+    "paged_attention",
+    "process_logits",
+    "rms_norm",
+    "rope_and_cache",
+    "route",
+    "sample",
+    "silu_and_mul",
+    "token_logprobs",
+    "update_occurrences",
+]

@@ -1,0 +1,102 @@
+"""Mixture of experts: which experts a token goes to, and the experts themselves."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from fastdeploy_lite.model_executor.ops._view import Arguments, Tensor
+from fastdeploy_lite.model_executor.ops.weights import PackedWeight
+
+
+class Workspace(Protocol):
+    """Source of named scratch tensors, as `model_executor.workspace.Workspace`."""
+
+    def get(self, name: str, shape: list[int], dtype: str) -> Tensor:
+        """Return an uninitialised tensor."""
+        ...
+
+
+def route(
+    x: Tensor,
+    gate_weight: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+) -> None:
+    """Choose the experts of each token.
+
+    p = softmax(x @ gate_weight) in float32; the top_k experts by p + bias, ties to the lower id;
+    their weights are p divided by the sum of the chosen p (the bias only selects). Source:
+    docs/checkpoint_format.md, model semantics.
+
+    Args:
+        x: [T, H], float32 on CPU, bfloat16 on a card.
+        gate_weight: float32 [H, E].
+        bias: float32 [E] or None.
+        top_k: 1 to E.
+        topk_ids: int32 [T, top_k], written, best first.
+        topk_weights: float32 [T, top_k], written.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape or place, top_k out of range.
+    """
+    args = Arguments("route", x)
+    hidden, experts = gate_weight.shape
+    tokens = x.shape[0]
+    args.native()(
+        args.view("x", x, args.activation, None, hidden),
+        args.view("gate_weight", gate_weight, "float32", hidden, experts),
+        None if bias is None else args.view("bias", bias, "float32", experts),
+        args.view("topk_ids", topk_ids, "int32", tokens, top_k),
+        args.view("topk_weights", topk_weights, "float32", tokens, top_k),
+    )
+
+
+def fused_moe(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    up_gate: PackedWeight,
+    down: PackedWeight,
+    out: Tensor,
+    workspace: Workspace,
+) -> None:
+    """out[t] = sum over slots s of topk_weights[t, s] * expert topk_ids[t, s] (x[t]).
+
+    An expert is (silu(x @ G) * (x @ U)) @ D with [G | U] = up_gate, D = down. On CPU the sum runs
+    in slot order and a token's result does not depend on the rest of the batch.
+
+    Args:
+        x: [T, H], float32 on CPU, bfloat16 on a card.
+        topk_ids: int32 [T, k], each 0 to E - 1.
+        topk_weights: float32 [T, k].
+        up_gate: packed [H, 2 * I] with E experts, gate columns first.
+        down: packed [I, H] with E experts.
+        out: [T, H], dtype of x; must not overlap x.
+        workspace: scratch memory on the same place.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape or place, weights that do not fit each other, an id out of range
+            (on CPU).
+    """
+    args = Arguments("fused_moe", x)
+    if args.kind == "cuda":
+        from fastdeploy_lite.model_executor.ops import cuda_moe  # noqa: PLC0415
+
+        cuda_moe.fused_moe(x, topk_ids, topk_weights, up_gate, down, out, workspace)
+        return
+    tokens, top_k = topk_ids.shape
+    weights = args.weight("up_gate", up_gate, True), args.weight("down", down, True)
+    needed = args.native("moe_workspace_bytes")(tokens, top_k, *weights)
+    scratch = workspace.get("fused_moe", [max(needed // 4, 1)], "float32")
+    args.native()(
+        args.view("x", x, "float32", None, up_gate.in_features),
+        args.view("topk_ids", topk_ids, "int32", x.shape[0], None),
+        args.view("topk_weights", topk_weights, "float32", tokens, top_k),
+        *weights,
+        args.view("out", out, "float32", tokens, down.out_features),
+        args.view("workspace", scratch, "float32", None),
+    )

@@ -1,0 +1,232 @@
+"""Weights in the layout that the kernels read: allocated once, filled expert by expert.
+
+A checkpoint's tensors are repacked while they are copied, so a weight exists once in memory. The
+CPU layout (tiles of 16 columns, read in one stream) is described in
+custom_ops/cpu/linear_kernels.h, the file layouts in docs/checkpoint_format.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import paddle
+
+from fastdeploy_lite.model_executor.ops._dispatch import native, place_kind
+from fastdeploy_lite.model_executor.ops._view import Tensor, View
+
+WeightKind = Literal["dense", "int8", "int4", "ccq"]
+Array: TypeAlias = npt.NDArray[Any]
+
+_ELEMENT_KINDS = {"uint16": "bf16", "float32": "f32"}
+_VECTORS: dict[str, tuple[str, ...]] = {
+    "int8": ("scale",),
+    "int4": ("scale",),
+    "ccq": ("scale", "code_scale", "code_offset"),
+}
+
+
+@dataclass(slots=True, eq=False)
+class PackedWeight:
+    """One linear map [K, N], or one for each expert, on one place.
+
+    Attributes:
+        kind: how the numbers are stored.
+        in_features: K.
+        out_features: N.
+        num_experts: 0 for a plain linear map.
+        place: Paddle place of all tensors.
+        tensors: the memory; empty for a dense weight until its first fill says bf16 or float32.
+        handle: what the native ops take in its place.
+    """
+
+    kind: WeightKind
+    in_features: int
+    out_features: int
+    num_experts: int
+    place: Any
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    handle: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return sum(int(t.size) * int(t.element_size()) for t in self.tensors.values())
+
+    @property
+    def logical_bits(self) -> float:
+        """Bits of memory per weight, scales and padding included."""
+        weights = self.in_features * self.out_features * max(self.num_experts, 1)
+        return 8.0 * self.nbytes / weights
+
+
+def allocate_weight(
+    kind: WeightKind, in_features: int, out_features: int, place: Any, num_experts: int = 0
+) -> PackedWeight:
+    """Allocate a weight without contents; `fill_weight` must follow for every expert.
+
+    Args:
+        kind: "dense" (bf16 or float32, decided by the first fill), "int8", "int4" or "ccq".
+        in_features: K; a multiple of 64 for int8 and int4, of 128 for ccq.
+        out_features: N; a multiple of 16 for int8 and int4, of 8 for ccq.
+        place: Paddle place.
+        num_experts: 0 for a plain linear map.
+
+    Raises:
+        ValueError: unknown kind, or sizes that the kind does not allow.
+    """
+    if kind not in ("dense", "int8", "int4", "ccq"):
+        raise ValueError(f"allocate_weight: kind is {kind!r}, expected dense, int8, int4 or ccq")
+    weight = PackedWeight(kind, in_features, out_features, num_experts, place)
+    if place_kind(place) == "cuda":
+        from fastdeploy_lite.model_executor.ops import cuda_weights  # noqa: PLC0415
+
+        cuda_weights.allocate(weight)
+    else:
+        _make_handle(weight, "bf16" if kind == "dense" else kind, {})  # checks the sizes
+        if kind != "dense":
+            _allocate_cpu(weight, kind)
+    return weight
+
+
+def fill_weight(weight: PackedWeight, expert: int | None, **arrays: Any) -> None:
+    """Repack host arrays in file layout into the weight; they may be read-only views of a file.
+
+    Args:
+        weight: from `allocate_weight`.
+        expert: which expert, None for a plain linear map.
+        arrays: by kind (K inputs, N outputs):
+            dense: `weight` uint16 (bf16 bits) or float32 [K, N], or [N, K] with `transposed=True`;
+            int8, int4: `quant_weight` int8 or uint8 in the permuted file layout, any shape with
+            the right number of bytes; `weight_scale` float32 [N];
+            ccq: `quant_weight` uint8 [K/4, N], `weight_scale` uint8 [K/128, N], `super_scales`,
+            `code_scale`, `code_zp` float32 [N].
+
+    Raises:
+        TypeError: an array is missing or unknown, or has another dtype.
+        ValueError: wrong shape, expert out of range, a scale that is not finite.
+    """
+    if (expert is None) != (weight.num_experts == 0):
+        raise ValueError(
+            f"fill_weight: expert is {expert} for a weight with {weight.num_experts} experts"
+        )
+    _check_names(weight.kind, arrays)
+    if place_kind(weight.place) == "cuda":
+        from fastdeploy_lite.model_executor.ops import cuda_weights  # noqa: PLC0415
+
+        cuda_weights.fill(weight, expert, arrays)
+        return
+    index = expert or 0
+    if weight.kind == "dense":
+        _fill_dense(weight, index, **arrays)
+    elif weight.kind == "ccq":
+        _fill_ccq(weight, index, **arrays)
+    else:
+        _fill_integers(weight, index, **arrays)
+
+
+def finish_weight(weight: PackedWeight) -> None:
+    """Do what needs the whole weight, once, after the last fill.
+
+    Raises:
+        ValueError: a dense weight was never filled.
+    """
+    if place_kind(weight.place) == "cuda":
+        from fastdeploy_lite.model_executor.ops import cuda_weights  # noqa: PLC0415
+
+        cuda_weights.finish(weight)
+    elif not weight.tensors:
+        raise ValueError("finish_weight: the dense weight was never filled")
+
+
+_REQUIRED: dict[str, frozenset[str]] = {
+    "dense": frozenset({"weight"}),
+    "int8": frozenset({"quant_weight", "weight_scale"}),
+    "int4": frozenset({"quant_weight", "weight_scale"}),
+    "ccq": frozenset({"quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp"}),
+}
+
+
+def _check_names(kind: str, arrays: dict[str, Any]) -> None:
+    found = set(arrays) - ({"transposed"} if kind == "dense" else set())
+    if found != _REQUIRED[kind]:
+        raise TypeError(
+            f"fill_weight: a {kind} weight takes {', '.join(sorted(_REQUIRED[kind]))}, "
+            f"found {', '.join(sorted(found)) or 'nothing'}"
+        )
+
+
+def _make_handle(weight: PackedWeight, native_kind: str, tensors: dict[str, Tensor]) -> Any:
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    sizes = (weight.in_features, weight.out_features, max(weight.num_experts, 1))
+    return native("cpu", "PackedWeight")(native_kind, *sizes, **addresses)
+
+
+def _allocate_cpu(weight: PackedWeight, native_kind: str) -> None:
+    plan = _make_handle(weight, native_kind, {})
+    tensors = {"data": paddle.empty([plan.data_bytes], dtype="uint8", device=weight.place)}
+    columns = [max(weight.num_experts, 1) * plan.padded_columns]
+    for name in _VECTORS.get(native_kind, ()):
+        tensors[name] = paddle.empty(columns, dtype="float32", device=weight.place)
+    weight.tensors = tensors
+    weight.handle = _make_handle(weight, native_kind, tensors)
+
+
+def _view(name: str, array: Any, *dtypes: str) -> View:
+    """View of a host array; the caller keeps the array alive during the native call."""
+    found = np.asarray(array)
+    if found.dtype.name not in dtypes:
+        raise TypeError(
+            f"fill_weight: {name} has dtype {found.dtype.name}, expected {' or '.join(dtypes)}"
+        )
+    address: int = found.__array_interface__["data"][0]
+    strides = [step // found.itemsize for step in found.strides]
+    return address, found.dtype.name, list(found.shape), strides
+
+
+def _rows(array: Any) -> Array:
+    """The array itself if its rows have no gaps (a slice of columns is fine), else a copy."""
+    found = np.asarray(array)
+    gapless = found.ndim == 0 or found.strides[-1] == found.itemsize or found.shape[-1] == 1
+    return found if gapless else np.ascontiguousarray(found)
+
+
+def _fill_dense(packed: PackedWeight, expert: int, weight: Any, transposed: bool = False) -> None:
+    source = _rows(weight)
+    native_kind = _ELEMENT_KINDS.get(source.dtype.name)
+    if native_kind is None:
+        raise TypeError(
+            f"fill_weight: weight has dtype {source.dtype.name}, expected uint16 (bf16 bits) "
+            "or float32"
+        )
+    if not packed.tensors:
+        _allocate_cpu(packed, native_kind)
+    view = _view("weight", source, "uint16", "float32")
+    native("cpu", "pack_dense")(packed.handle, expert, view, transposed)
+
+
+def _fill_integers(
+    weight: PackedWeight, expert: int, *, quant_weight: Any, weight_scale: Any
+) -> None:
+    packed, scale = np.ascontiguousarray(quant_weight), np.ascontiguousarray(weight_scale)
+    native("cpu", f"pack_{weight.kind}")(
+        weight.handle,
+        expert,
+        _view("quant_weight", packed, "int8", "uint8"),
+        _view("weight_scale", scale, "float32"),
+    )
+
+
+def _fill_ccq(weight: PackedWeight, expert: int, **arrays: Any) -> None:
+    rows = {name: _rows(array) for name, array in arrays.items()}
+    native("cpu", "pack_ccq")(
+        weight.handle,
+        expert,
+        _view("quant_weight", rows["quant_weight"], "uint8"),
+        _view("weight_scale", rows["weight_scale"], "uint8"),
+        _view("super_scales", rows["super_scales"], "float32"),
+        _view("code_scale", rows["code_scale"], "float32"),
+        _view("code_zp", rows["code_zp"], "float32"),
+    )
