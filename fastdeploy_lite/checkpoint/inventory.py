@@ -67,10 +67,13 @@ class LinearArrays:
 
 def verify(checkpoint: Checkpoint) -> None:
     """Check every expected tensor; raise one CheckpointError with the first problem and a count."""
-    if not checkpoint.is_presharded:
-        check_tensor_parallel(checkpoint.config, checkpoint.tensor_parallel_size)
+    config, size = checkpoint.config, checkpoint.tensor_parallel_size
+    if size > 1 and not checkpoint.is_presharded:
+        check_tensor_parallel(config, size)
     problems = list(islice(find_problems(checkpoint), _MOST_PROBLEMS))
     if problems:
+        # Impossible sizes in config.json explain the tensors that do not fit them.
+        problems.sort(key=lambda problem: not problem.startswith(config.source))
         rest = len(problems) - 1
         more = f" (and {rest}{'+' if len(problems) == _MOST_PROBLEMS else ''} more problems)"
         raise CheckpointError(problems[0] + (more if rest else ""))

@@ -95,14 +95,15 @@ def _from_index(index: Path) -> WeightFiles:
         raise CheckpointError(
             f"{index}: weight_map: found {quote(weight_map)}, expected an object of key: file name"
         )
-    paths: dict[str, Path] = {}
+    paths: dict[str, Path] = {}  # one check per shard, not per tensor: there are 30,000 of these
+    owners: dict[str, Path] = {}
     for key, name in weight_map.items():
-        if isinstance(name, str) and name in paths:
-            continue
-        paths[_checked_shard_name(index, key, name)] = index.parent / name
-    return WeightFiles(
-        tuple(paths.values()), index, {key: paths[name] for key, name in weight_map.items()}
-    )
+        path = paths.get(name) if isinstance(name, str) else None
+        if path is None:
+            checked = _checked_shard_name(index, key, name)
+            path = paths[checked] = index.parent / checked
+        owners[key] = path
+    return WeightFiles(tuple(paths.values()), index, owners)
 
 
 def _checked_shard_name(index: Path, key: str, name: object) -> str:

@@ -66,7 +66,7 @@ class JsonFields:
 
     def fail(self, key: str, value: object, expected: str) -> NoReturn:
         """Raise ConfigError: `source: key: found value, expected ...`."""
-        found = "nothing" if value is _MISSING else quote(value)
+        found = "nothing" if value is _MISSING or value is None else quote(value)
         raise ConfigError(f"{self.source}: {self.prefix}{key}: found {found}, expected {expected}")
 
     def integer(
