@@ -6,6 +6,7 @@ through `Arguments`. An op makes about five views a call, at about 2 us each.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import paddle
@@ -80,11 +81,13 @@ class Arguments:
             wanted = dtype if isinstance(dtype, str) else " or ".join(dtype)
             raise TypeError(f"{self.op}: {name} has dtype {tensor.dtype}, expected {wanted}")
         extents, strides = tensor.shape, tensor.strides
+        if 0 in extents:  # Paddle leaves such strides meaningless; nothing is read
+            strides = [math.prod(extents[axis + 1 :]) for axis in range(len(extents))]
         if len(extents) != len(shape) or any(
             want is not None and want != have for want, have in zip(shape, extents, strict=True)
         ):
             wanted = ", ".join("any" if extent is None else str(extent) for extent in shape)
-            raise ValueError(f"{self.op}: {name} has shape {extents}, expected [{wanted}]")
+            raise ValueError(f"{self.op}: {name} has shape {list(extents)}, expected [{wanted}]")
         if extents and strides[-1] != 1 and extents[-1] > 1:
             raise ValueError(
                 f"{self.op}: {name} has stride {strides[-1]} along its last axis, expected 1: "
