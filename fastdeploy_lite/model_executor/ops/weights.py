@@ -91,7 +91,7 @@ def allocate_weight(
     return weight
 
 
-def fill_weight(weight: PackedWeight, expert: int | None, **arrays: Any) -> None:
+def fill_weight(weight: PackedWeight, expert: int | None, /, **arrays: Any) -> None:
     """Repack host arrays in file layout into the weight; they may be read-only views of a file.
 
     Args:
