@@ -39,7 +39,7 @@ constexpr int kTileCols = 4;
 FD_INLINE F16 splat(float x) { return {_mm512_set1_ps(x)}; }
 FD_INLINE F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 FD_INLINE void store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
-FD_INLINE __mmask16 first_lanes(int n) { return n >= 16 ? 0xffff : ((1u << n) - 1); }
+FD_INLINE __mmask16 first_lanes(int n) { return n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0; }
 FD_INLINE F16 load_first(const float* p, int n, float fill) {
   return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n), p)};
 }
