@@ -1,7 +1,7 @@
 """`.pdparams` files (pickles written by `paddle.save`) without executing anything from them.
 
 A pickle is a program. This reader runs the dozen instructions that describe dictionaries, strings,
-numbers and numpy arrays, resolves the five names that Paddle's files mention to plain stand-ins of
+numbers and numpy arrays, resolves the six names that Paddle's files mention to plain stand-ins of
 its own, and refuses every other instruction and name. Array bytes are not copied: the pickle
 machine reads from a mapped file, and large reads return views of the mapping.
 """
@@ -158,6 +158,11 @@ def _encode(text: object, encoding: object) -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """Stand-in for `bytes`, by which protocol 2 spells an array without elements."""
+    return b""
+
+
 def _pair(items: object) -> object:
     """Stand-in for `tuple`: paddle.save spells a nested tensor as tuple((name, array))."""
     if not isinstance(items, tuple) or len(items) != 2:
@@ -172,6 +177,8 @@ _ADMITTED: dict[tuple[str, str], _Standin] = {
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
     ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
+    ("builtins", "bytes"): _no_bytes,
     ("builtins", "tuple"): _pair,
     ("__builtin__", "tuple"): _pair,
 }
@@ -183,12 +190,17 @@ _OPCODES = (
 )
 
 
+class _Dispatch(dict[int, Callable[[Any], None]]):
+    def __missing__(self, opcode: int) -> Callable[[Any], None]:
+        raise pickle.UnpicklingError(f"instruction {opcode:#04x}, which no array needs")
+
+
 # The Python implementation, because the C one can neither drop instructions nor read views.
 class _Unpickler(pickle._Unpickler):
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = _Dispatch(
+        (getattr(pickle, name)[0], pickle._Unpickler.dispatch[getattr(pickle, name)[0]])
         for name in _OPCODES.split()
-    }
+    )
     stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
