@@ -29,7 +29,6 @@ from fastdeploy_lite.model_executor.step import SequenceSlice, SliceResult
 from fastdeploy_lite.model_executor.weights import bits_per_weight, open_source
 from fastdeploy_lite.model_executor.workspace import Workspace
 from fastdeploy_lite.utils.errors import ConfigError
-from fastdeploy_lite.utils.host_memory import available_bytes
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
@@ -167,7 +166,7 @@ class ModelRunner:
         """Bytes that the KV cache may take, after a step of the largest size has run on a card."""
         utilization = self.config.cache.gpu_memory_utilization
         if self.place.is_cpu_place():
-            return utilization * available_bytes()
+            return utilization * ops.memory_info(self.place)[0]
         self._run_largest_step()
         free, total = ops.memory_info(self.place)
         return utilization * total - (total - free)

@@ -129,8 +129,7 @@ class SamplingTable:
         if self._occurrences is None:
             shape = [self.max_seqs, self.vocab_size]
             self._occurrences = paddle.empty(shape, dtype="int32", device=place)
-        slot = paddle.to_tensor(np.array([part.slot], np.int32), place=place)
-        ops.zero_rows(self._occurrences, slot)
+        ops.upload(np.zeros(self.vocab_size, np.int32), self._occurrences[part.slot])
         for tokens, prompt in ((part.prompt_token_ids, True), (part.output_token_ids, False)):
             if len(tokens):
                 slots = np.full(len(tokens), part.slot, np.int32)

@@ -7,6 +7,7 @@ None. A missing native module raises RuntimeError that says how to build it; not
 from fastdeploy_lite.model_executor.ops.activation import add_inplace, gather_rows, silu_and_mul
 from fastdeploy_lite.model_executor.ops.attention import paged_attention, rope_and_cache
 from fastdeploy_lite.model_executor.ops.dense import embedding, linear
+from fastdeploy_lite.model_executor.ops.dummy import randomize_weight
 from fastdeploy_lite.model_executor.ops.moe import fused_moe, route
 from fastdeploy_lite.model_executor.ops.norm import add_rms_norm, rms_norm
 from fastdeploy_lite.model_executor.ops.sampling import (
@@ -16,6 +17,7 @@ from fastdeploy_lite.model_executor.ops.sampling import (
     token_logprobs,
     update_occurrences,
 )
+from fastdeploy_lite.model_executor.ops.transfer import download, memory_info, upload
 from fastdeploy_lite.model_executor.ops.weights import (
     PackedWeight,
     allocate_weight,
@@ -28,6 +30,7 @@ __all__ = [
     "add_inplace",
     "add_rms_norm",
     "allocate_weight",
+    "download",
     "embedding",
     "fill_weight",
     "finish_weight",
@@ -35,8 +38,10 @@ __all__ = [
     "gather_rows",
     "linear",
     "mask_logits",
+    "memory_info",
     "paged_attention",
     "process_logits",
+    "randomize_weight",
     "rms_norm",
     "rope_and_cache",
     "route",
@@ -44,4 +49,5 @@ __all__ = [
     "silu_and_mul",
     "token_logprobs",
     "update_occurrences",
+    "upload",
 ]
