@@ -61,6 +61,8 @@ class ReasoningParser:
 
     think_start_token: ClassVar[str] = "<think>"
     think_end_token: ClassVar[str] = "</think>"
+    # Whether the model is taken to think when neither prompt nor request says so.
+    assumes_thinking: ClassVar[bool] = False
 
     def __init__(self, tokenizer: Any) -> None:
         self.model_tokenizer = tokenizer
@@ -112,7 +114,7 @@ class ReasoningParser:
         reasoning, tail = self.split(model_output, _thinking(model_status), True)
         return reasoning, self.present(tail, True)
 
-    def extract_reasoning_content_streaming(  # noqa: PLR0917  (upstream's signature)
+    def extract_reasoning_content_streaming(
         self,
         previous_text: str,
         current_text: str,

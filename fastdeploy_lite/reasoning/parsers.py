@@ -55,6 +55,8 @@ class Ernie45VLReasoningParser(_EndMarkerParser):
 class Ernie45VLThinkingReasoningParser(_EndMarkerParser):
     """Without an end marker everything is content, unless the prompt opened the thinking."""
 
+    assumes_thinking = True
+
     def split(self, text: str, thinking: bool | None, final: bool) -> tuple[str, str]:
         """See the base class."""
         if thinking is False:
@@ -73,6 +75,8 @@ class Ernie45VLThinkingReasoningParser(_EndMarkerParser):
 @ReasoningParserManager.register_module("ernie-x1")
 class ErnieX1ReasoningParser(_EndMarkerParser):
     """Always thinking; the answer stands in `<response>`, tool calls beside it."""
+
+    assumes_thinking = True
 
     def split(self, text: str, thinking: bool | None, final: bool) -> tuple[str, str]:
         """See the base class."""
@@ -103,6 +107,8 @@ class Qwen3ReasoningParser(_EndMarkerParser):
     end of the output decides; with an opened one it flows at once, and its truncation is reasoning.
     """
 
+    assumes_thinking = True
+
     def split(self, text: str, thinking: bool | None, final: bool) -> tuple[str, str]:
         """See the base class."""
         if thinking is False:
@@ -114,6 +120,8 @@ class Qwen3ReasoningParser(_EndMarkerParser):
 @ReasoningParserManager.register_module(["deepseek_r1", "deepseek-r1", "deepseek"])
 class DeepSeekR1ReasoningParser(_EndMarkerParser):
     """Thinks unless the prompt closed the thinking; no end marker: everything is reasoning."""
+
+    assumes_thinking = True
 
     def split(self, text: str, thinking: bool | None, final: bool) -> tuple[str, str]:
         """See the base class."""

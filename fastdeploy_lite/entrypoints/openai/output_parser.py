@@ -155,12 +155,12 @@ class OutputParser:
         Returns:
             What is certain now and was not before.
         """
-        previous_ids = list(self._token_ids)
-        previous, self.text = self.text, self.text + delta_text
-        self._token_ids.extend(token_ids)
         if self.parsers.reasoning is None and self._tool is None:
             return ParsedDelta(content=delta_text)
-        step = _Step(previous, self.text, previous_ids, self._token_ids, list(token_ids))
+        previous, self.text = self.text, self.text + delta_text
+        before = len(self._token_ids)
+        self._token_ids.extend(token_ids)
+        step = _Step(previous, self.text, self._token_ids, before)
         reasoning, tail_delta = self._split(step, final)
         delta = self._read_tail(tail_delta, step, final)
         delta.reasoning = reasoning
@@ -201,7 +201,10 @@ class OutputParser:
         if parser is None:
             return "", step.current[len(step.previous) :]
         if _is_plugin(parser):
-            delta = parser.extract_reasoning_content_streaming(*step.arguments(), self.request)
+            new = step.current[len(step.previous) :]
+            delta = parser.extract_reasoning_content_streaming(
+                step.previous, step.current, new, *step.ids(), self.request
+            )
             if delta is None:
                 return "", ""
             return delta.reasoning_content or "", delta.content or ""
@@ -235,9 +238,8 @@ class OutputParser:
         if not tail_delta:
             return ParsedDelta()
         message = tool.extract_tool_calls_streaming(
-            previous, self._tail, tail_delta, step.previous_ids, step.current_ids, step.delta_ids,
-            self.request,
-        )  # fmt: skip
+            previous, self._tail, tail_delta, *step.ids(), self.request
+        )
         if message is None:
             return ParsedDelta()
         self.tools_called |= bool(message.tool_calls)
@@ -246,19 +248,17 @@ class OutputParser:
 
 @dataclass(slots=True)
 class _Step:
-    """One stream step in the form of upstream's plug-in methods."""
+    """One stream step: texts, all token ids and how many of them are old."""
 
     previous: str
     current: str
-    previous_ids: list[int]
-    current_ids: list[int]
-    delta_ids: list[int]
+    token_ids: list[int]
+    num_previous: int
 
-    def arguments(self) -> tuple[str, str, str, list[int], list[int], list[int]]:
-        """In upstream's order."""
-        delta = self.current[len(self.previous) :]
-        ids = (self.previous_ids, self.current_ids, self.delta_ids)
-        return (self.previous, self.current, delta, *ids)
+    def ids(self) -> tuple[list[int], list[int], list[int]]:
+        """Previous, current and new ids, as upstream's plug-in methods take them."""
+        previous, new = self.token_ids[: self.num_previous], self.token_ids[self.num_previous :]
+        return previous, list(self.token_ids), new
 
 
 def _is_plugin(parser: ReasoningParser | ToolParser) -> bool:

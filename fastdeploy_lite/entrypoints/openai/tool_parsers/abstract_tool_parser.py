@@ -94,7 +94,7 @@ class ToolParser:
         content = found.content if called or not calls else model_output
         return ExtractedToolCallInformation(tools_called=called, tool_calls=calls, content=content)
 
-    def extract_tool_calls_streaming(  # noqa: PLR0917  (upstream's signature)
+    def extract_tool_calls_streaming(
         self,
         previous_text: str,
         current_text: str,

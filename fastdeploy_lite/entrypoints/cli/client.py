@@ -1,0 +1,103 @@
+"""A small client of OpenAI-compatible servers, for `chat`, `complete` and `bench serve`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+from fastdeploy_lite.utils.errors import FastDeployError
+
+DEFAULT_URL = "http://localhost:9904/v1"
+
+
+def add_arguments(parser: Any, url: str | None) -> None:
+    """Add the flags that say which server and which model.
+
+    Args:
+        parser: Where to.
+        url: Default of `--url`.
+    """
+    parser.add_argument("--url", default=url, help="server, for instance http://localhost:8000/v1")
+    parser.add_argument("--model-name", default=None, help="default: the server's first model")
+    parser.add_argument("--api-key", default=None, help="default: OPENAI_API_KEY, else EMPTY")
+
+
+class Client:
+    """One server.
+
+    Args:
+        url: With `/v1`.
+        model: Name of the model; None asks the server.
+        api_key: None takes `OPENAI_API_KEY`.
+
+    Raises:
+        FastDeployError: The server cannot be reached.
+    """
+
+    def __init__(self, url: str, model: str | None, api_key: str | None) -> None:
+        key = api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY"
+        self._http = httpx.Client(
+            base_url=url.rstrip("/"), headers={"Authorization": f"Bearer {key}"}, timeout=None
+        )
+        self.model = model or self._first_model()
+
+    def _first_model(self) -> str:
+        try:
+            response = self._http.get("/models", timeout=10)
+        except httpx.HTTPError as error:
+            raise FastDeployError(f"No server at {self._http.base_url}: {error}") from None
+        if response.status_code != 200:
+            raise FastDeployError(f"{self._http.base_url}: {response.status_code} {response.text}")
+        return str(response.json()["data"][0]["id"])
+
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Post a request and give its events.
+
+        Args:
+            path: `/chat/completions` or `/completions`.
+            body: The request, without model and stream.
+
+        Yields:
+            Choice objects.
+
+        Raises:
+            FastDeployError: The server refuses or fails.
+        """
+        request = {"model": self.model, "stream": True, **body}
+        try:
+            with self._http.stream("POST", path, json=request) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise FastDeployError(f"{response.status_code}: {response.text}")
+                yield from _choices(response.iter_lines())
+        except httpx.HTTPError as error:
+            raise FastDeployError(f"The connection failed: {error}") from None
+
+
+def _choices(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        if not line.startswith("data: ") or line.startswith("data: [DONE]"):
+            continue
+        value = json.loads(line[len("data: ") :])
+        if "error" in value:
+            raise FastDeployError(str(value["error"].get("message")))
+        yield from value.get("choices", [])
+
+
+def chat_text(
+    client: Client, messages: list[dict[str, str]], body: dict[str, Any]
+) -> Iterator[str]:
+    """The pieces of a chat answer, thinking included."""
+    for choice in client.stream("/chat/completions", {"messages": messages, **body}):
+        delta = choice.get("delta") or {}
+        yield (delta.get("reasoning_content") or "") + (delta.get("content") or "")
+
+
+def completion_text(client: Client, prompt: str, body: dict[str, Any]) -> Iterator[str]:
+    """The pieces of a completion."""
+    for choice in client.stream("/completions", {"prompt": prompt, **body}):
+        yield choice.get("text") or ""

@@ -1,0 +1,139 @@
+"""Answer an OpenAI batch file (JSONL) with the server's own handlers, without a port."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import httpx
+from tqdm import tqdm
+
+from fastdeploy_lite.engine.args_utils import EngineArgs
+from fastdeploy_lite.entrypoints.openai import api_server
+from fastdeploy_lite.entrypoints.openai.app import create_application
+from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
+from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.logging import init_file_logging
+
+URLS = ("/v1/chat/completions", "/v1/completions")
+
+
+def add_arguments(parser: FlexibleArgumentParser) -> None:
+    """Add the flags."""
+    group = parser.add_argument_group("batch")
+    add = group.add_argument
+    add("-i", "--input-file", required=True, help="path or http URL of the requests")
+    add("-o", "--output-file", required=True, help="path or http URL (PUT) of the answers")
+    add("--output-tmp-dir", default=None, help="where answers wait for the upload")
+    add("--max-waiting-time", type=int, default=-1, help="seconds to the first token, -1 for ever")
+    add("--port", type=int, default=None, help="accepted, no effect")
+    add("--workers", type=int, default=None, help="accepted, no effect")
+    add("--max-concurrency", type=int, default=512, help="requests at the same time")
+    EngineArgs.add_cli_args(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer all requests; the exit status is 0 even when some were refused."""
+    init_file_logging()
+    lines = [line for line in _read(args.input_file).splitlines() if line.strip()]
+    answers = asyncio.run(_answer_all(args, lines))
+    _write(args, "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
+    failed = sum(answer["error"] is not None for answer in answers)
+    print(f"{len(answers)} requests, {failed} failed; written to {args.output_file}")
+    return 0
+
+
+def _read(source: str) -> str:
+    try:
+        if source.startswith(("http://", "https://")):
+            return httpx.get(source, follow_redirects=True).raise_for_status().text
+        return Path(source).read_text(encoding="utf-8")
+    except (httpx.HTTPError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--input-file {source}: {error}") from None
+
+
+def _write(args: argparse.Namespace, text: str) -> None:
+    target = args.output_file
+    try:
+        if not target.startswith(("http://", "https://")):
+            Path(target).write_text(text, encoding="utf-8")
+            return
+        with tempfile.NamedTemporaryFile("w+b", dir=args.output_tmp_dir) as file:
+            file.write(text.encode())
+            file.seek(0)
+            httpx.put(target, content=file.read(), timeout=300).raise_for_status()
+    except (httpx.HTTPError, OSError) as error:
+        raise ConfigError(f"--output-file {target}: {error}") from None
+
+
+async def _answer_all(args: argparse.Namespace, lines: list[str]) -> list[dict[str, Any]]:
+    http = api_server.ServerArgs(
+        max_concurrency=args.max_concurrency, max_waiting_time=args.max_waiting_time
+    )
+    http.check()
+    server = api_server.ApiServer(http, EngineArgs.from_cli_args(args))
+    service = await server.start_engine()
+    try:
+        app = create_application(
+            service, max_concurrency=len(lines) + 1, api_keys=(), with_metrics=False
+        )
+        limit = asyncio.Semaphore(args.max_concurrency)
+        transport = httpx.ASGITransport(app=app.asgi)
+        with tqdm(total=len(lines), desc="Processed requests") as bar:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://batch", timeout=None
+            ) as client:
+
+                async def bounded(line: str) -> dict[str, Any]:
+                    async with limit:
+                        answer = await answer_line(client, line)
+                        bar.update()
+                        return answer
+
+                return list(await asyncio.gather(*map(bounded, lines)))
+    finally:
+        await service.client.shutdown()
+        service.close()
+
+
+async def answer_line(client: httpx.AsyncClient, line: str) -> dict[str, Any]:
+    """Answer one line of a batch.
+
+    Args:
+        client: Reaches the application.
+        line: JSON with custom_id, method, url and body.
+
+    Returns:
+        A line of the output: id, custom_id, response, error.
+    """
+    answer: dict[str, Any] = {
+        "id": f"fastdeploy-{uuid.uuid4().hex}",
+        "custom_id": None,
+        "response": None,
+        "error": None,
+    }
+    try:
+        request = json.loads(line)
+        answer["custom_id"] = request["custom_id"]
+        url, body = request["url"], request["body"]
+        if url not in URLS or request.get("method", "POST") != "POST":
+            raise ValueError(f"only POST to {' and '.join(URLS)} is possible, got {url!r}")
+        if body.get("stream"):
+            raise ValueError("a batch cannot stream")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        answer["error"] = f"{type(error).__name__}: {error}"
+        return answer
+    response = await client.post(url, json=body)
+    answer["response"] = {
+        "status_code": response.status_code,
+        "request_id": f"fastdeploy-batch-{uuid.uuid4().hex}",
+        "body": response.json(),
+    }
+    if response.status_code != 200:
+        answer["error"] = response.json()
+    return answer

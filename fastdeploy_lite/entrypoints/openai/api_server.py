@@ -1,0 +1,462 @@
+"""Starting, watching and stopping the HTTP service.
+
+`python -m fastdeploy_lite.entrypoints.openai.api_server --model DIR --port 8180` serves one model.
+This process never imports Paddle: the model lives in the engine's process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import uvicorn
+
+from fastdeploy_lite import envs
+from fastdeploy_lite.config import RuntimeConfig
+from fastdeploy_lite.engine.args_utils import EngineArgs
+from fastdeploy_lite.engine.engine_client import AsyncEngineClient
+from fastdeploy_lite.entrypoints.openai.app import (
+    Application,
+    controller_application,
+    create_application,
+    metrics_application,
+)
+from fastdeploy_lite.entrypoints.openai.output_parser import OutputParsers
+from fastdeploy_lite.entrypoints.openai.ports import reserve
+from fastdeploy_lite.entrypoints.openai.service import Service
+from fastdeploy_lite.input.preprocess import Preprocessor
+from fastdeploy_lite.metrics.metrics import ServerMetrics
+from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
+from fastdeploy_lite.utils.errors import ConfigError, FastDeployError
+from fastdeploy_lite.utils.logging import RecordFormatter, get_logger, init_file_logging
+
+console = get_logger("console")
+STATS_SECONDS = 1.0
+THROUGHPUT_SECONDS = 10.0
+# After the engine died: long enough for probes and clients to be told, short enough to restart.
+LAST_WORDS_SECONDS = 3.0
+ABORT_SECONDS = 5.0  # for aborted requests to send their last event
+
+
+@dataclass
+class ServerArgs:
+    """Arguments of the HTTP side; see `add_server_arguments`."""
+
+    host: str = "0.0.0.0"
+    port: int = 8000
+    workers: int = 1
+    metrics_port: int | None = None
+    controller_port: int = -1
+    max_waiting_time: int = -1
+    max_concurrency: int = 512
+    timeout_graceful_shutdown: int = 0
+    api_key: list[str] = field(default_factory=list)
+    restart_engine: bool = False
+
+    def check(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        for name, least in (("port", 0), ("max_concurrency", 1), ("timeout_graceful_shutdown", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("port", "metrics_port", "controller_port"):
+            if (getattr(self, name) or 0) > 65535:
+                raise ConfigError(f"{name} must be at most 65535, got {getattr(self, name)}")
+
+    @property
+    def shares_metrics(self) -> bool:
+        """Whether the metrics live on the API's port."""
+        return self.metrics_port is None or self.metrics_port == self.port
+
+
+def add_server_arguments(parser: FlexibleArgumentParser) -> None:
+    """Add the flags of the HTTP side.
+
+    Args:
+        parser: Where to.
+    """
+    group = parser.add_argument_group("server")
+    add = group.add_argument
+    add("--host", default="0.0.0.0", help="address to bind")
+    add("--port", type=int, default=8000, help="HTTP port")
+    add("--workers", type=int, default=1, help="API processes (one serves all; others: no effect)")
+    add("--metrics-port", type=int, default=None, help="metrics port, default: the HTTP port")
+    add("--controller-port", type=int, default=-1, help="controller port, -1 is off")
+    add("--max-waiting-time", type=int, default=-1,
+        help="seconds that a request may wait for its first token, -1 is for ever")  # fmt: skip
+    add("--max-concurrency", type=int, default=512, help="requests at the same time; beyond: 429")
+    add("--enable-mm-output", action="store_true", help="accepted, no effect")
+    add("--timeout-graceful-shutdown", type=int, default=0,
+        help="seconds that running requests get to finish after SIGTERM")  # fmt: skip
+    add("--timeout", type=int, default=0, help="accepted, no effect: the engine is always watched")
+    add("--api-key", action="append", default=None, help="accepted key, repeatable")
+    add("--restart-engine", action="store_true", help="restart a dead engine instead of exiting")
+    if not any(action.dest == "config" for action in parser._actions):
+        add("--config", default=None, metavar="FILE.yaml", help="YAML file of defaults")
+
+
+def add_arguments(parser: FlexibleArgumentParser) -> None:
+    """Add every flag of the server.
+
+    Args:
+        parser: Where to.
+    """
+    add_server_arguments(parser)
+    EngineArgs.add_cli_args(parser)
+
+
+def server_args(args: argparse.Namespace) -> ServerArgs:
+    """The HTTP side of parsed arguments.
+
+    Args:
+        args: What the parser gave.
+
+    Returns:
+        Checked arguments.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+    names = [f.name for f in dataclasses.fields(ServerArgs)]
+    values = {name: getattr(args, name) for name in names}
+    values["api_key"] = list(values["api_key"] or envs.FD_API_KEY)
+    result = ServerArgs(**values)
+    result.check()
+    return result
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: this module decides when to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+
+class ApiServer:
+    """One service from its first line to its last.
+
+    Args:
+        http: Arguments of the HTTP side.
+        engine: Arguments of the engine.
+    """
+
+    def __init__(self, http: ServerArgs, engine: EngineArgs) -> None:
+        self._http = http
+        self._engine = engine
+        self._servers: list[tuple[_Server, socket.socket]] = []
+        self._stopping = asyncio.Event()
+        self._exit_code = 0
+        self._service: Service
+        self._application: Application
+
+    async def run(self) -> int:
+        """Serve until a signal or the engine's end.
+
+        Returns:
+            The process's exit status.
+
+        Raises:
+            FastDeployError: The service cannot start.
+        """
+        sockets = self._reserve_ports()
+        try:
+            await self.start_engine()
+            self._create_servers(sockets)
+            return await self._serve()
+        finally:
+            for bound in sockets.values():
+                bound.close()
+
+    def _reserve_ports(self) -> dict[str, socket.socket]:
+        http = self._http
+        wanted = {"port": http.port}
+        if not http.shares_metrics:
+            wanted["metrics_port"] = http.metrics_port or 0
+        if http.controller_port >= 0:
+            wanted["controller_port"] = http.controller_port
+        return {name: reserve(name, http.host, port) for name, port in wanted.items()}
+
+    # Start ---------------------------------------------------------------------------------------
+
+    async def start_engine(self) -> Service:
+        """Load the model, without any port.
+
+        Returns:
+            The service; its client must be shut down.
+
+        Raises:
+            FastDeployError: The model cannot be loaded.
+        """
+        console.info("Number of api-server workers: 1.")
+        if self._http.workers > 1:
+            console.warning("--workers %d: one API process serves all", self._http.workers)
+        console.info("Internal ports: none; the engine is reached through private local sockets")
+        config = self._engine.create_runtime_config()
+        preprocessor = Preprocessor(config)
+        parsers = OutputParsers.create(
+            preprocessor.tokenizer,
+            self._engine.reasoning_parser,
+            self._engine.tool_call_parser,
+            self._engine.tool_parser_plugin,
+        )
+        client = AsyncEngineClient(self._engine)
+        metrics = ServerMetrics(config.scheduler.max_num_seqs, dataclasses.asdict(config.cache))
+        self._service = Service(
+            self._engine, config, client, preprocessor, parsers, metrics,
+            self._http.max_waiting_time,
+        )  # fmt: skip
+        await self._launch(config)
+        return self._service
+
+    async def _launch(self, config: RuntimeConfig) -> None:
+        """Start the engine; a signal meanwhile stops it."""
+        client = self._service.client
+        console.info("Waiting for worker processes to be ready...")
+        started = time.monotonic()
+        with _stop_on_signals(self._stopping):
+            starting = asyncio.ensure_future(client.start())
+            stopping = asyncio.ensure_future(self._stopping.wait())
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if not starting.done():
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+                await client.shutdown()
+                raise ConfigError("Stopped by a signal while the model was loading")
+            starting.result()
+        self._announce(config, time.monotonic() - started)
+
+    def _announce(self, config: RuntimeConfig, seconds: float) -> None:
+        blocks, size = self._service.client.ready.num_blocks, config.cache.block_size
+        length = config.scheduler.max_model_len
+        fitting = blocks * size // length
+        most = min(config.scheduler.max_num_seqs, max(fitting, 1))
+        console.info("Worker processes are launched with %.1f seconds.", seconds)
+        console.info(
+            "Detected %d gpu blocks and 0 cpu blocks in cache (block size: %d).", blocks, size
+        )
+        console.info(
+            "FastDeploy will be serving %d running requests if each sequence reaches its maximum "
+            "length: %d", most, length,
+        )  # fmt: skip
+        get_logger("config").info(
+            "Reset block num, the total_block_num:%d, prefill_kvcache_block_num:%d", blocks, blocks
+        )
+        get_logger("api_server").info("args: %s", self._engine.to_dict())
+
+    def _create_servers(self, sockets: dict[str, socket.socket]) -> None:
+        http, service = self._http, self._service
+        self._application = create_application(
+            service,
+            max_concurrency=min(http.max_concurrency, envs.FD_SUPPORT_MAX_CONNECTIONS),
+            api_keys=http.api_key,
+            with_metrics=http.shares_metrics,
+        )
+        self._add(self._application.asgi, sockets["port"])
+        if "metrics_port" in sockets:
+            self._add(metrics_application(service), sockets["metrics_port"])
+        if "controller_port" in sockets:
+            self._add(controller_application(service), sockets["controller_port"])
+
+    def _add(self, app: object, bound: socket.socket) -> None:
+        config = uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            access_log=False,
+            log_config=None,
+            lifespan="off",
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=1,
+            backlog=2048,
+            server_header=False,
+        )
+        self._servers.append((_Server(config), bound))
+
+    # Life ----------------------------------------------------------------------------------------
+
+    async def _serve(self) -> int:
+        _adopt_uvicorn_log()
+        serving = [
+            asyncio.ensure_future(server.serve(sockets=[bound])) for server, bound in self._servers
+        ]
+        background = [
+            asyncio.ensure_future(self._watch_engine()),
+            asyncio.ensure_future(self._report()),
+        ]
+        self._announce_urls()
+        with _stop_on_signals(self._stopping):
+            await asyncio.wait(
+                [*serving, asyncio.ensure_future(self._stopping.wait())],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            await self._drain()
+        for task in background:
+            task.cancel()
+        for server, _ in self._servers:
+            server.should_exit = True
+        await asyncio.gather(*serving, *background, return_exceptions=True)
+        await self._service.client.shutdown()
+        self._service.close()
+        return self._exit_code
+
+    def _announce_urls(self) -> None:
+        host, port = self._http.host, self._servers[0][1].getsockname()[1]
+        shared = self._http.shares_metrics
+        metrics = port if shared else self._servers[1][1].getsockname()[1]
+        base = f"http://{host}:{port}"
+        console.info("Launching metrics service at http://%s:%d/metrics", host, metrics)
+        console.info("Launching chat completion service at %s/v1/chat/completions", base)
+        console.info("Launching completion service at %s/v1/completions", base)
+
+    async def _drain(self) -> None:
+        """Refuse new requests, let the running ones finish for a while, abort the rest."""
+        admission = self._application.admission
+        admission.closed_reason = "The server is shutting down"
+        seconds = self._http.timeout_graceful_shutdown
+        if admission.active and self._service.client.is_healthy:
+            console.info("Shutting down: %d requests get %d s to finish", admission.active, seconds)
+            if seconds and await admission.wait_idle(seconds):
+                return
+            await self._service.client.abort(None)
+            await admission.wait_idle(ABORT_SECONDS)
+
+    async def _watch_engine(self) -> None:
+        """Exit, or restart the engine, when it dies."""
+        while True:
+            reason = await self._service.client.wait_dead()
+            if self._stopping.is_set():
+                return
+            console.error("The engine is dead: %s", reason)
+            if not self._http.restart_engine:
+                self._application.admission.closed_reason = "Worker Service Not Healthy"
+                self._exit_code = 1
+                await asyncio.sleep(LAST_WORDS_SECONDS)
+                self._stopping.set()
+                return
+            await self._restart()
+
+    async def _restart(self) -> None:
+        admission = self._application.admission
+        admission.closed_reason = "The engine is starting"
+        try:
+            old, self._service.client = self._service.client, AsyncEngineClient(self._engine)
+            await old.shutdown()
+            await self._launch(self._service.config)
+        except (FastDeployError, RuntimeError, OSError) as error:
+            console.error("The engine cannot be restarted: %s", error)
+            self._exit_code = 1
+            self._stopping.set()
+        else:
+            admission.closed_reason = None
+
+    async def _report(self) -> None:
+        """Keep the rates current; print a throughput line while there is traffic."""
+        metrics, last_line, last_total = self._service.metrics, time.monotonic(), 0
+        while True:
+            await asyncio.sleep(STATS_SECONDS)
+            stats = self._service.client.stats
+            metrics.update(stats)
+            if time.monotonic() - last_line < THROUGHPUT_SECONDS:
+                continue
+            last_line = time.monotonic()
+            total = stats.prompt_tokens + stats.generation_tokens
+            if total == last_total and not stats.num_running and not stats.num_waiting:
+                continue
+            last_total = total
+            used = stats.num_blocks - stats.num_free_blocks
+            console.info(
+                "Throughput: prompt %.1f tokens/s, generation %.1f tokens/s; running %d, "
+                "waiting %d, KV cache usage %.1f%%, prefix cache hit rate %.1f%%",
+                metrics.rates.prompt, metrics.rates.generation, stats.num_running,
+                stats.num_waiting, 100.0 * used / max(stats.num_blocks, 1),
+                100.0 * stats.prefix_hit_tokens / max(stats.prefix_query_tokens, 1),
+            )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _stop_on_signals(event: asyncio.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT set the event; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        if event.is_set():
+            os._exit(130)
+        event.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _adopt_uvicorn_log() -> None:
+    """uvicorn's lines in this package's layout, on the console."""
+    logger = logging.getLogger("uvicorn.error")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(RecordFormatter())
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Run the server for parsed arguments.
+
+    Args:
+        args: What the parser gave.
+
+    Returns:
+        The process's exit status; the root cause of a failed start is on the console.
+    """
+    try:
+        init_file_logging()
+        http = server_args(args)
+        server = ApiServer(http, EngineArgs.from_cli_args(args))
+        return asyncio.run(_run(server))
+    except (FastDeployError, RuntimeError, OSError) as error:
+        _print_failure(error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+async def _run(server: ApiServer) -> int:
+    return await server.run()
+
+
+def _print_failure(error: Exception) -> None:
+    """The root cause last, where a user looks first."""
+    causes: list[BaseException] = [error]
+    while (below := causes[-1].__cause__) is not None:
+        causes.append(below)
+    console.error("Failed to start: %s", causes[-1])
+    get_logger("api_server").error("start failed", exc_info=error)
+
+
+def main() -> None:
+    """Entry point of `python -m`."""
+    parser = FlexibleArgumentParser(prog="fastdeploy_lite.entrypoints.openai.api_server")
+    add_arguments(parser)
+    sys.exit(serve(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

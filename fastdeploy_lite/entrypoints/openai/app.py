@@ -1,0 +1,295 @@
+"""The FastAPI application: routes of the service, of its metrics and of its controller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute
+
+from fastdeploy_lite import envs
+from fastdeploy_lite import version as package_version
+from fastdeploy_lite.engine.request import Request as EngineSideRequest
+from fastdeploy_lite.entrypoints.openai import errors
+from fastdeploy_lite.entrypoints.openai.middleware import (
+    Admission,
+    ApiKeys,
+    App,
+    BoundedBody,
+    Observer,
+)
+from fastdeploy_lite.entrypoints.openai.protocol import (
+    AbortRequest,
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    CompletionRequest,
+    CompletionResponse,
+    DetokenizeRequest,
+    ErrorResponse,
+    ModelList,
+    TokenizeRequest,
+)
+from fastdeploy_lite.entrypoints.openai.service import Service
+from fastdeploy_lite.entrypoints.openai.serving_chat import ChatHandler
+from fastdeploy_lite.entrypoints.openai.serving_completion import CompletionHandler
+from fastdeploy_lite.entrypoints.openai.serving_models import list_models
+from fastdeploy_lite.metrics.metrics import CONTENT_TYPE
+
+NOT_HEALTHY = "Worker Service Not Healthy"
+WEIGHTS_DISABLED = "Dynamic Load Weight Disabled."
+_STATUSES = {
+    400: "The request is at fault",
+    401: "The API key is missing or wrong",
+    408: "The body arrived too slowly",
+    413: "The body is too large",
+    429: "Too many requests at the same time",
+    500: "The service failed, or the request waited too long",
+    503: "The engine is starting, draining or gone",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "model": ErrorResponse}
+    if status == 400
+    else {"description": text}
+    for status, text in _STATUSES.items()
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """The service's application inside its middleware.
+
+    Attributes:
+        asgi: What the HTTP server runs.
+        admission: Counts requests in flight.
+    """
+
+    asgi: App
+    admission: Admission
+
+
+def create_application(
+    service: Service, *, max_concurrency: int, api_keys: Sequence[str], with_metrics: bool
+) -> Application:
+    """Build the service's application.
+
+    Args:
+        service: The service.
+        max_concurrency: Generation requests at the same time.
+        api_keys: Accepted keys; empty for none.
+        with_metrics: Whether the metrics routes are served here too.
+
+    Returns:
+        The application.
+    """
+    app = FastAPI(title="fastdeploy_lite", version=_version())
+    errors.install(app)
+    _add_generation(app, service)
+    _add_probes(app, service)
+    _add_text(app, service)
+    _add_control(app, service)
+    _add_disabled(app)
+    if with_metrics:
+        add_metrics(app, service)
+    bounded = BoundedBody(app, envs.FD_LITE_MAX_BODY_BYTES)
+    admission = Admission(bounded, max_concurrency)
+    return Application(Observer(ApiKeys(admission, api_keys), service.metrics), admission)
+
+
+def metrics_application(service: Service) -> FastAPI:
+    """The application of a metrics port of its own."""
+    app = FastAPI(title="fastdeploy_lite metrics", version=_version())
+    add_metrics(app, service)
+    return app
+
+
+def controller_application(service: Service) -> FastAPI:
+    """The application of the controller port."""
+    app = FastAPI(title="fastdeploy_lite controller", version=_version())
+
+    @app.post("/controller/reset_scheduler")
+    async def reset_scheduler() -> Response:
+        """Abort everything and forget cached prefixes."""
+        if not service.client.is_healthy:
+            return PlainTextResponse("Engine not loaded", 500)
+        await service.client.control("reset")
+        return PlainTextResponse("Scheduler Reset Successfully")
+
+    @app.post("/controller/scheduler")
+    async def scheduler(request: Request) -> Response:
+        """Reset on demand; the local scheduler has nothing else to change."""
+        body = await request.json() if await request.body() else {}
+        if isinstance(body, dict) and body.get("reset"):
+            await service.client.control("reset")
+            message = "Scheduler updated successfully"
+            return errors.json_response(errors.error_body(message))
+        message = "The local scheduler cannot be reconfigured; only reset is available"
+        body = errors.error_body(message, "invalid_request_error", None, "invalid_value")
+        return errors.json_response(body, 400)
+
+    return app
+
+
+def _version() -> str:
+    import fastdeploy_lite  # noqa: PLC0415 - the attribute is computed on access
+
+    return str(fastdeploy_lite.__version__)
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    chat, completion = ChatHandler(service), CompletionHandler(service)
+
+    @app.post(
+        "/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS,
+        tags=["generation"],
+    )  # fmt: skip
+    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        return await chat.create(body, request)
+
+    @app.post(
+        "/v1/completions", response_model=CompletionResponse, responses=ERRORS, tags=["generation"]
+    )
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        """Continue a text."""
+        return await completion.create(body, request)
+
+    @app.get("/v1/models", response_model=ModelList, tags=["models"])
+    async def models() -> ModelList:
+        """List the model."""
+        return list_models(service)
+
+
+def _add_probes(app: FastAPI, service: Service) -> None:
+    responses: dict[int | str, dict[str, Any]] = {404: {"description": NOT_HEALTHY}}
+
+    @app.get("/health", responses=responses, tags=["probes"])
+    async def health() -> Response:
+        """200 while the engine lives."""
+        if service.client.is_healthy:
+            return Response(status_code=200)
+        return PlainTextResponse(NOT_HEALTHY, 404)
+
+    app.add_api_route("/ping", health, methods=["GET"], responses=responses, tags=["probes"])
+    app.add_api_route("/ping", health, methods=["POST"], responses=responses, tags=["probes"])
+
+    @app.get("/load", tags=["probes"])
+    async def load() -> dict[str, Any]:
+        """The `/v1` routes (upstream's meaning of load)."""
+        return {"routes": [_route(r) for r in app.routes if _path(r).startswith("/v1")]}
+
+    @app.get("/version", tags=["probes"])
+    async def show_version() -> dict[str, str]:
+        """Versions of this package and of Paddle."""
+        return {"version": _version(), "details": package_version()}
+
+
+def _path(route: BaseRoute) -> str:
+    return str(getattr(route, "path", ""))
+
+
+def _route(route: BaseRoute) -> dict[str, Any]:
+    methods = sorted(getattr(route, "methods", None) or [])
+    return {"path": _path(route), "methods": methods, "tags": getattr(route, "tags", None) or []}
+
+
+def _add_text(app: FastAPI, service: Service) -> None:
+    responses = {400: ERRORS[400]}
+
+    @app.post("/tokenize", responses=responses, tags=["text"])
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """Token ids of a text or of a rendered conversation."""
+        request = EngineSideRequest(
+            prompt=body.prompt,
+            messages=body.messages,
+            chat_template_kwargs=body.chat_template_kwargs,
+        )
+        ids = await service.in_thread(service.preprocessor.prompt_token_ids, request)
+        limit = service.config.scheduler.max_model_len
+        return {"count": len(ids), "max_model_len": limit, "tokens": ids}
+
+    @app.post("/detokenize", responses=responses, tags=["text"])
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        """The text of token ids."""
+        return {"prompt": service.tokenizer.decode(body.tokens)}
+
+
+def _add_control(app: FastAPI, service: Service) -> None:
+    unavailable = {503: ERRORS[503]}
+
+    @app.post("/v1/pause", responses=unavailable, tags=["control"])
+    async def pause() -> dict[str, str]:
+        """Schedule nothing until resumed; requests wait."""
+        service.check_alive()
+        await service.client.control("pause")
+        return {"status": "paused"}
+
+    @app.post("/v1/resume", responses=unavailable, tags=["control"])
+    async def resume() -> dict[str, str]:
+        """Go on after a pause."""
+        service.check_alive()
+        await service.client.control("resume")
+        return {"status": "resumed"}
+
+    @app.get("/v1/is_paused", tags=["control"])
+    async def is_paused() -> dict[str, bool]:
+        """Whether the engine is paused."""
+        return {"is_paused": service.client.stats.paused}
+
+    @app.post("/v1/abort", responses={**unavailable, 400: ERRORS[400]}, tags=["control"])
+    async def abort(body: AbortRequest) -> dict[str, list[str]]:
+        """End requests by their public id; they answer with `finish_reason` abort."""
+        service.check_alive()
+        wanted = [*(body.request_ids or []), *([body.request_id] if body.request_id else [])]
+        if body.abort_all:
+            wanted = list(service.active)
+        known = [name for name in wanted if name in service.active]
+        ids = [engine_id for name in known for engine_id in service.active[name]]
+        if ids:
+            await service.client.abort(ids)
+        return {"aborted": known}
+
+
+def _add_disabled(app: FastAPI) -> None:
+    """Routes of reinforcement learning and expert balancing answer as upstream's do when off."""
+
+    async def weights() -> Response:
+        return PlainTextResponse(WEIGHTS_DISABLED, 404)
+
+    async def experts() -> Response:
+        return errors.json_response({"code": 1, "msg": "redundant expert is disabled"}, 400)
+
+    for path in ("/update_model_weight", "/clear_load_weight"):
+        app.add_api_route(path, weights, methods=["GET"], include_in_schema=False)
+    for path in ("/v1/update_weights", "/v1/sleep", "/v1/wakeup"):
+        app.add_api_route(path, weights, methods=["POST"], include_in_schema=False)
+    for path in ("/rearrange_experts", "/get_per_expert_tokens_stats", "/check_redundant"):
+        app.add_api_route(path, experts, methods=["POST"], include_in_schema=False)
+
+
+def add_metrics(app: FastAPI, service: Service) -> None:
+    """Add `/metrics` and `/config-info`.
+
+    Args:
+        app: Where to.
+        service: The service.
+    """
+
+    @app.get("/metrics", tags=["metrics"])
+    async def metrics() -> Response:
+        """Prometheus text."""
+        service.metrics.update(service.client.stats)
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE)
+
+    @app.get("/config-info", tags=["metrics"])
+    async def config_info() -> Response:
+        """The configuration and the environment variables that matter."""
+        if not service.client.is_healthy:
+            return PlainTextResponse("Engine not loaded", 500)
+        values = {**service.args.to_dict(), "env_config": envs.snapshot()}
+        for name, group in (("scheduler_config", service.config.scheduler),
+                            ("cache_config", service.config.cache)):  # fmt: skip
+            values[name] = {f: getattr(group, f) for f in group.__dataclass_fields__}
+        return errors.json_response(values)

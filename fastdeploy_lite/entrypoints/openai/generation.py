@@ -1,0 +1,217 @@
+"""Running the sequences of one HTTP request and merging their outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastdeploy_lite.engine.messages import EngineRequest
+from fastdeploy_lite.engine.request import RequestOutput
+from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError, ServiceError
+from fastdeploy_lite.entrypoints.openai.service import Service
+from fastdeploy_lite.utils.errors import RequestError
+from fastdeploy_lite.utils.logging import get_logger
+
+_log = get_logger("fastdeploy")
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One sequence: choice `index` of an answer.
+
+    Attributes:
+        index: Of the choice; prompt-major.
+        request: For the engine.
+        prompt_text: The rendered prompt.
+        num_tokens: Tokens generated so far.
+        num_cached_tokens: Prompt tokens that the prefix cache served.
+        started: Wall clock when inference began.
+    """
+
+    index: int
+    request: EngineRequest
+    prompt_text: str = ""
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    started: float = 0.0
+    finish_reason: str | None = None
+    token_ids: list[int] = field(default_factory=list)
+
+    def arrival_time(self) -> float:
+        """Seconds since inference began."""
+        return round(max(time.time() - self.started, 0.0), 6) if self.started else 0.0
+
+
+async def run(
+    service: Service, public_id: str, sequences: list[Sequence]
+) -> AsyncIterator[tuple[Sequence, RequestOutput]]:
+    """Generate all sequences; closing the iterator early aborts what still runs.
+
+    Args:
+        service: The service.
+        public_id: Id of the answer, for the abort route.
+        sequences: What to generate.
+
+    Yields:
+        A sequence and the new part of its output.
+
+    Raises:
+        ServiceError: The engine died or refused.
+        RequestError: A sequence failed for a reason that lies in the request.
+    """
+    ids = {sequence.request.request_id for sequence in sequences}
+    service.active.setdefault(public_id, set()).update(ids)
+    try:
+        stream = _one(service, sequences[0]) if len(sequences) == 1 else _many(service, sequences)
+        async with aclosing(stream):
+            async for sequence, output in stream:
+                yield sequence, output
+    finally:
+        remaining = service.active.get(public_id, set())
+        remaining -= ids
+        if not remaining:
+            service.active.pop(public_id, None)
+
+
+async def _one(service: Service, sequence: Sequence) -> AsyncIterator[Any]:
+    request = sequence.request
+    observer = _Observer(service, sequence)
+    service.outputs.add(request, prompt=sequence.prompt_text, index=sequence.index)
+    stream = service.client.generate(request)
+    try:
+        async with aclosing(stream):
+            first = True
+            while True:
+                news = await _next(service, stream, first)
+                if news is None:
+                    raise EngineUnavailableError("The engine stopped while the request ran")
+                first = False
+                output = service.outputs.process(news)
+                observer.note(news, output)
+                _raise_error(output)
+                yield sequence, output
+                if output.finished:
+                    return
+    finally:
+        service.outputs.discard(request.request_id)
+
+
+async def _next(service: Service, stream: Any, first: bool) -> Any:
+    """The next message; the first one within the waiting time."""
+    wait = service.max_waiting_time if first and service.max_waiting_time >= 0 else None
+    try:
+        return await asyncio.wait_for(anext(stream, None), wait)
+    except asyncio.TimeoutError:
+        text = f"Request waiting time exceeded {service.max_waiting_time:g} s"
+        raise ServiceError(text, 500, "timeout_error", "timeout") from None
+
+
+def _raise_error(output: RequestOutput) -> None:
+    """Turn an engine-side failure into an exception; an abort is an ordinary end."""
+    if output.error_code in (0, 200) or output.outputs.finish_reason == "abort":
+        return
+    text = output.error_msg or "generation failed"
+    if 400 <= output.error_code < 500:
+        raise RequestError(text)
+    if output.error_code == 503:
+        raise EngineUnavailableError(text)
+    raise ServiceError(text, 500, "server_error", "internal_error")
+
+
+async def _many(service: Service, sequences: list[Sequence]) -> AsyncIterator[Any]:
+    """Merge several sequences; the first failure ends all."""
+    queue: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def pump(sequence: Sequence) -> None:
+        try:
+            async with aclosing(_one(service, sequence)) as stream:
+                async for item in stream:
+                    queue.put_nowait(item)
+        except Exception as error:
+            queue.put_nowait(error)
+        else:
+            queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(pump(sequence)) for sequence in sequences]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Observer:
+    """Feeds one sequence's times and counts into the metrics."""
+
+    def __init__(self, service: Service, sequence: Sequence) -> None:
+        self._metrics = service.metrics
+        self._sequence = sequence
+        self._previous = 0.0
+        self._metrics.counters["requests_number"].inc()
+        self._metrics.observe("request_params_max_tokens", sequence.request.sampling.max_tokens)
+
+    def note(self, news: Any, output: RequestOutput) -> None:
+        """Take one message in."""
+        sequence, now = self._sequence, time.time()
+        sequence.num_tokens += len(output.outputs.token_ids)
+        sequence.token_ids.extend(output.outputs.token_ids)
+        sequence.num_cached_tokens = max(sequence.num_cached_tokens, output.num_cached_tokens)
+        if news.timing is not None and not sequence.started:
+            sequence.started = news.timing.scheduled or news.timing.received
+        if output.outputs.token_ids:
+            self._note_token(now)
+        if output.finished:
+            sequence.finish_reason = self._reason(output)
+            self._note_end(news, now)
+
+    def _note_token(self, now: float) -> None:
+        metrics, arrival = self._metrics, self._sequence.request.arrival_time
+        if not self._previous:
+            metrics.observe("time_to_first_token_seconds", now - arrival)
+            metrics.gauges["first_token_latency"].set(max(now - arrival, 0.0))
+        else:
+            metrics.observe("time_per_output_token_seconds", now - self._previous)
+            metrics.gauges["infer_latency"].set(max(now - self._previous, 0.0))
+        self._previous = now
+
+    def _reason(self, output: RequestOutput) -> str:
+        sequence = self._sequence
+        if output.outputs.finish_reason == "abort":
+            return "abort"
+        if sequence.num_tokens >= sequence.request.sampling.max_tokens:
+            return "length"  # even when a natural end falls on the last slot, as upstream says
+        return str(output.outputs.finish_reason or "stop")
+
+    def _note_end(self, news: Any, now: float) -> None:
+        metrics, sequence = self._metrics, self._sequence
+        _log.info(
+            "Request %s finished (%s), number of generated tokens: %d",
+            sequence.request.request_id, sequence.finish_reason, sequence.num_tokens,
+        )  # fmt: skip
+        if sequence.finish_reason != "abort":
+            metrics.counters["request_success_total"].inc()
+        elapsed = now - sequence.request.arrival_time
+        metrics.observe("e2e_request_latency_seconds", elapsed)
+        metrics.observe("request_prompt_tokens", len(sequence.request.prompt_token_ids))
+        metrics.observe("request_generation_tokens", sequence.num_tokens)
+        metrics.observe("request_token_ratio", sequence.num_tokens / max(elapsed, 1e-9))
+        timing = news.timing
+        if timing is None or not timing.first_token:
+            return
+        metrics.observe("request_queue_time_seconds", timing.scheduled - timing.received)
+        metrics.observe("request_prefill_time_seconds", timing.first_token - timing.scheduled)
+        metrics.observe("request_decode_time_seconds", now - timing.first_token)
+        metrics.observe("request_inference_time_seconds", now - timing.scheduled)

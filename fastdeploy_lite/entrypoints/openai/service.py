@@ -1,0 +1,114 @@
+"""What the handlers of one HTTP service share."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastdeploy_lite.config import RuntimeConfig
+from fastdeploy_lite.engine.args_utils import EngineArgs
+from fastdeploy_lite.engine.engine_client import AsyncEngineClient
+from fastdeploy_lite.engine.output_processor import OutputProcessor
+from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError
+from fastdeploy_lite.entrypoints.openai.output_parser import OutputParsers
+from fastdeploy_lite.input.preprocess import Preprocessor
+from fastdeploy_lite.metrics.metrics import ServerMetrics
+from fastdeploy_lite.utils.errors import RequestError, quote
+
+Result = TypeVar("Result")
+# Templates, tokenisation and grammar compilation: milliseconds each, beside the event loop.
+PREPROCESS_THREADS = 2
+
+
+@dataclass(slots=True)
+class Service:
+    """One model behind HTTP.
+
+    Attributes:
+        args: The engine arguments, as given.
+        config: The engine's configuration.
+        client: The engine.
+        preprocessor: Requests to tokens.
+        parsers: Reasoning and tool parsers.
+        metrics: Where everything is counted.
+        max_waiting_time: Seconds that a request may wait for its first token; -1 is for ever.
+        active: Engine ids of requests in flight, by public id.
+    """
+
+    args: EngineArgs
+    config: RuntimeConfig
+    client: AsyncEngineClient
+    preprocessor: Preprocessor
+    parsers: OutputParsers
+    metrics: ServerMetrics
+    max_waiting_time: float = -1
+    active: dict[str, set[str]] = field(default_factory=dict)
+    outputs: OutputProcessor = field(init=False)
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+    _threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(PREPROCESS_THREADS, "preprocess")
+    )
+
+    def __post_init__(self) -> None:
+        self.outputs = OutputProcessor(self.tokenizer)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.preprocessor.tokenizer
+
+    @property
+    def model_name(self) -> str:
+        """The name in answers: the served name, else what was given to `--model`."""
+        return self.args.served_model_name or self.args.model
+
+    def check_model(self, name: str | None) -> None:
+        """Upstream's rule: names matter only with `--served-model-name`.
+
+        Args:
+            name: From the request.
+
+        Raises:
+            RequestError: Another model is served.
+        """
+        served = self.args.served_model_name
+        if served is None or name in (served, "default"):
+            return
+        raise RequestError(
+            f"Unsupported model: [{quote(name)}], support [{served}] or default",
+            param="model",
+            code="model_not_support",
+        )
+
+    def check_alive(self) -> None:
+        """Refuse work that nobody would do.
+
+        Raises:
+            EngineUnavailableError: The engine is not there.
+        """
+        if not self.client.is_healthy:
+            raise EngineUnavailableError("Worker Service Not Healthy")
+
+    def engine_id(self, public_id: str) -> str:
+        """An id that is unique even when clients repeat theirs."""
+        return f"{public_id}#{next(self._numbers)}"
+
+    async def in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Run blocking preparation beside the event loop.
+
+        Args:
+            function: What to run.
+            *args: Its arguments.
+
+        Returns:
+            Its result.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    def close(self) -> None:
+        """Stop the preparation threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,211 @@
+"""What chat and completions have in common: preparing sequences, collecting, usage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
+
+from fastdeploy_lite.engine.messages import EngineRequest
+from fastdeploy_lite.engine.request import Request, RequestOutput
+from fastdeploy_lite.entrypoints.openai import errors, generation
+from fastdeploy_lite.entrypoints.openai.generation import Sequence
+from fastdeploy_lite.entrypoints.openai.output_parser import prompt_leaves_thinking
+from fastdeploy_lite.entrypoints.openai.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    CompletionTokensDetails,
+    PromptTokensDetails,
+    UsageInfo,
+)
+from fastdeploy_lite.entrypoints.openai.request_building import MergedBodyError, seed_of
+from fastdeploy_lite.entrypoints.openai.service import Service
+from fastdeploy_lite.entrypoints.openai.streams import (
+    DONE,
+    ClientGoneError,
+    EventStream,
+    event,
+    while_connected,
+)
+from fastdeploy_lite.utils.logging import get_logger
+from fastdeploy_lite.worker.output import LogprobsLists
+
+log = get_logger("api_server")
+_LONGEST_DUMP = 4096
+
+
+@dataclass(slots=True)
+class Collected:
+    """The whole output of one sequence."""
+
+    text: str = ""
+    logprobs: list[LogprobsLists] = field(default_factory=list)
+    prompt_logprobs: list[Any] | None = None
+
+    def add(self, output: RequestOutput) -> None:
+        """Append a step's output."""
+        self.text += output.outputs.text
+        if output.outputs.top_logprobs is not None:
+            self.logprobs.append(output.outputs.top_logprobs)
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+
+
+def prepare(service: Service, request: Request, switch: bool | None) -> tuple[EngineRequest, str]:
+    """Turn a request into tokens; blocking.
+
+    Args:
+        service: The service.
+        request: What the client asks.
+        switch: The request's thinking switch.
+
+    Returns:
+        The engine's request, and the prompt's text.
+
+    Raises:
+        RequestError: The request is at fault.
+    """
+    preprocessor, parser = service.preprocessor, service.parsers.reasoning
+    ids = preprocessor.prompt_token_ids(request)
+    text = service.tokenizer.decode(ids)
+    request = dataclasses.replace(request, prompt_token_ids=ids, completion_token_ids=None)
+    if parser is not None and request.messages:
+        thinking = prompt_leaves_thinking(text, switch)
+        request.thinking = parser.assumes_thinking if thinking is None else thinking
+    return preprocessor.process(request), text
+
+
+def expand(service: Service, public_id: str, request: EngineRequest, n: int) -> list[EngineRequest]:
+    """`n` copies that differ in their name and seed.
+
+    Args:
+        service: The service.
+        public_id: Id of the answer.
+        request: What to copy.
+        n: How often.
+
+    Returns:
+        The copies.
+    """
+    copies = []
+    for choice in range(n):
+        sampler = request.sampling.sampler
+        sampler = dataclasses.replace(sampler, seed=seed_of(sampler.seed, choice))
+        sampling = msgspec.structs.replace(request.sampling, sampler=sampler)
+        name = service.engine_id(public_id)
+        copies.append(msgspec.structs.replace(request, request_id=name, sampling=sampling))
+    return copies
+
+
+def usage_of(sequences: list[Sequence], prompts: int, reasoning_tokens: int = 0) -> UsageInfo:
+    """Token counts; a prompt with several choices counts once.
+
+    Args:
+        sequences: All choices, prompt-major.
+        prompts: Number of prompts.
+        reasoning_tokens: Tokens of reasoning text, of all choices.
+
+    Returns:
+        The usage.
+    """
+    each = max(len(sequences) // max(prompts, 1), 1)
+    firsts = sequences[::each]
+    prompt = sum(len(s.request.prompt_token_ids) for s in firsts)
+    completion = sum(s.num_tokens for s in sequences)
+    return UsageInfo(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(
+            cached_tokens=sum(s.num_cached_tokens for s in firsts)
+        ),
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=reasoning_tokens),
+    )
+
+
+async def collect(
+    service: Service, public_id: str, sequences: list[Sequence]
+) -> dict[int, Collected]:
+    """Run all sequences to their end.
+
+    Args:
+        service: The service.
+        public_id: Id of the answer.
+        sequences: What to generate.
+
+    Returns:
+        The outputs by choice index.
+    """
+    results = {sequence.index: Collected() for sequence in sequences}
+    async with aclosing(generation.run(service, public_id, sequences)) as outputs:
+        async for sequence, output in outputs:
+            results[sequence.index].add(output)
+    return results
+
+
+def log_request(kind: str, body: ChatCompletionRequest | CompletionRequest, public_id: str) -> None:
+    """Dump a request into api_server.log, cut to a few KiB."""
+    dump = json.dumps(body.model_dump(exclude_unset=True, by_alias=True), ensure_ascii=False)
+    if len(dump) > _LONGEST_DUMP:
+        dump = f"{dump[:_LONGEST_DUMP]}… ({len(dump)} characters)"
+    log.info("Create %s request %s: %s", kind, public_id, dump)
+
+
+async def respond(http: HttpRequest, work: Any) -> Response:
+    """Await a handler while its client is there; every failure becomes an answer.
+
+    Args:
+        http: The HTTP request.
+        work: Coroutine that gives the response.
+
+    Returns:
+        The response.
+    """
+    try:
+        response: Response = await while_connected(http, work)
+    except ClientGoneError:
+        return Response(status_code=499)  # nobody reads it
+    except MergedBodyError as error:
+        return errors.from_validation(error.errors)
+    except Exception as error:
+        return errors.from_exception(error)
+    return response
+
+
+def stream_response(events: AsyncIterator[dict[str, Any] | bytes], completion: bool) -> Response:
+    """Send a stream that ends with `[DONE]`, also after a failure.
+
+    Args:
+        events: Plain data, or encoded events.
+        completion: Whether errors take the form of completion streams.
+
+    Returns:
+        The response.
+    """
+    return EventStream(_guarded(events, completion))
+
+
+async def _guarded(
+    events: AsyncIterator[dict[str, Any] | bytes], completion: bool
+) -> AsyncIterator[bytes]:
+    last = b""
+    try:
+        async with aclosing(events) as source:  # type: ignore[type-var]
+            async for value in source:
+                last = value if isinstance(value, bytes) else event(value)
+                yield last
+    except Exception as error:
+        status, body = errors.describe(error)
+        if completion:
+            body = {"error": {"message": body["error"]["message"], "code": str(status)}}
+        log.info("Stream failed: %s", body["error"]["message"])
+        yield event(body)
+    log.info("Last stream event: %s", last[:512].decode(errors="replace"))
+    yield DONE

@@ -1,0 +1,105 @@
+"""The command line: help, dispatch, the small subcommands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import fastdeploy_lite
+from fastdeploy_lite.entrypoints.cli import bench_common, main, tokenizer
+from fastdeploy_lite.utils.errors import ConfigError
+
+
+def test_no_subcommand_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in main.SUBCOMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["-v"]) == 0
+    assert capsys.readouterr().out.strip() == fastdeploy_lite.__version__
+
+
+@pytest.mark.parametrize("arguments", [["nope"], ["bench", "nope"]])
+def test_unknown_subcommands_list_the_known(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(arguments) == 2
+    assert "choose from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[name] for name in main.SUBCOMMANDS if name != "bench"]
+    + [["bench", name] for name in main.BENCHMARKS],
+)
+def test_help_of_every_subcommand(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main.run([*command, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: fastdeploy-lite {' '.join(command)}" in capsys.readouterr().out
+
+
+def test_help_filters_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["serve", "--help=cudagraph"]) == 0
+    text = capsys.readouterr().out
+    assert "--use-cudagraph" in text
+    assert "--port" not in text
+    assert main.run(["serve", "--help=listgroup"]) == 0
+    assert "engine" in capsys.readouterr().out
+    assert main.run(["serve", "--help=server"]) == 0
+    assert "--max-concurrency" in capsys.readouterr().out
+    assert main.run(["serve", "--help=zzz"]) == 0
+    assert "No option matches" in capsys.readouterr().out
+
+
+def test_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "vocabulary.json"
+    arguments = ["-m", "demo", "-e", "hello", "-d", "[437, 341]", "-vs", "-ve", str(file)]
+    assert main.run(["tokenizer", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "vocabulary size: 8192" in text
+    assert "text: hell" in text
+    assert len(json.loads(file.read_text())) == 8192
+    lines = tmp_path / "vocabulary.txt"
+    assert main.run(["tokenizer", "-ve", str(lines)]) == 0
+    assert lines.read_text().splitlines()[2] == "2\t'</s>'"
+
+
+@pytest.mark.parametrize("text", ["x", "[1, 'a']", "1;2", "[True]", "__import__('os')"])
+def test_tokenizer_refuses_what_is_not_ids(text: str) -> None:
+    with pytest.raises(ConfigError, match="--decode"):
+        tokenizer.parse_ids(text)
+
+
+def test_errors_are_one_line_and_the_status_is_not_zero(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main.run(["tokenizer", "-m", "/nonexistent/model", "-vs"]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_collect_env(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["collect-env"]) == 0
+    text = capsys.readouterr().out
+    assert "device" in text
+    assert "numpy" in text
+
+
+def test_percentiles() -> None:
+    report = bench_common.percentiles(list(range(101)), [50, 99])
+    assert report == {"mean": 50.0, "p50": 50.0, "p99": 99.0}
+    assert bench_common.percentiles([], [50]) == {"mean": 0.0, "p50": 0.0}
+
+
+def test_sharegpt_file(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x" * 40}]
+    path.write_text(json.dumps([{"conversations": turns}, {"conversations": turns[:1]}]))
+    [request] = bench_common.sharegpt_requests(str(path), 10, None)
+    assert (request.prompt, request.output_len) == ("hi", 10)
+    with pytest.raises(ConfigError, match=r"absent\.json"):
+        bench_common.sharegpt_requests(str(tmp_path / "absent.json"), 1, None)
