@@ -40,6 +40,10 @@ void mask_row(float* row, int64_t vocabulary, const int32_t* words) {
     const auto allowed = static_cast<uint32_t>(words[begin / 32]);
     if (allowed == ~uint32_t{0}) continue;
     const int64_t size = std::min<int64_t>(32, vocabulary - begin);
+    if (allowed == 0) {  // most words, under a grammar
+      std::fill_n(row + begin, size, -kInfinity);
+      continue;
+    }
     for (int64_t i = 0; i < size; ++i) {
       if (!(allowed >> i & 1)) row[begin + i] = -kInfinity;
     }

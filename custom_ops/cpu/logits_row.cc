@@ -1,6 +1,7 @@
 #include "logits_row.h"
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <numeric>
@@ -11,9 +12,13 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Rounds to nearest even like the kernels' sums do.
+// Rounds to nearest even like the kernels' sums do: adding 2^52 leaves the integer in the mantissa.
 uint64_t fixed_weight(float weight) {
-  return static_cast<uint64_t>(__builtin_nearbyint(static_cast<double>(weight * kWeightUnit)));
+  constexpr double kMagic = 4503599627370496.0;
+  const double shifted = static_cast<double>(weight * kWeightUnit) + kMagic;
+  uint64_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  return bits & ((uint64_t{1} << 52) - 1);
 }
 
 }  // namespace

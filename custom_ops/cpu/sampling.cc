@@ -102,9 +102,10 @@ class Sampler {
       row_.weigh(p.min_p);
       return;
     }
-    // Only top_p limits: widen until the tokens found weigh enough. Mostly the first reach does.
+    // Only top_p limits: widen until the tokens found weigh enough. Mostly the first reach does;
+    // small steps keep flat rows from gathering the whole vocabulary.
     const uint64_t target = fraction_of(p.top_p, row_.total_weight());
-    for (const float reach : {4.0f, 8.0f, 16.0f, kInfinity}) {
+    for (const float reach : {4.0f, 7.0f, 10.0f, 14.0f, kInfinity}) {
       row_.collect(row_.max() - reach);
       row_.weigh(0.0f);
       const std::vector<Candidate>& found = row_.candidates();
