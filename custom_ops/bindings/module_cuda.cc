@@ -1,0 +1,314 @@
+// fastdeploy_lite._ops_cuda: the CUDA ops over plain addresses. Shapes and dtypes were checked by the caller,
+// fastdeploy_lite/model_executor/ops; the stream is the last argument everywhere.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "../cuda/gemm.h"
+#include "../cuda/ops.h"
+#include "../cuda/runtime.h"
+#include "../cuda/weight_tiles.cuh"
+
+namespace py = pybind11;
+
+namespace {
+
+namespace fc = fd::cuda;
+using no_gil = py::call_guard<py::gil_scoped_release>;
+using Address = uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+cudaStream_t stream_of(Address stream) { return at<CUstream_st>(stream); }
+
+fc::TiledWeight tiled_weight(Address tiles, Address local_scale, Address code_scale,
+                             Address code_bias, Address column_scale, int in_features,
+                             int out_features) {
+  return {at<const uint4>(tiles),
+          at<const uint16_t>(local_scale),
+          at<const float>(code_scale),
+          at<const float>(code_bias),
+          at<const float>(column_scale),
+          in_features,
+          out_features,
+          fc::ceil_div(out_features, fc::kTileColumns),
+          fc::ceil_div(in_features, fc::kTileRows)};
+}
+
+/// A weight as Python holds it: addresses and sizes, made once per weight.
+struct Weight {
+  int kind;
+  fc::TiledWeight tiled;
+};
+
+Weight make_weight(int kind, Address tiles, Address local_scale, Address code_scale,
+                   Address code_bias, Address column_scale, int in_features, int out_features) {
+  return {kind, tiled_weight(tiles, local_scale, code_scale, code_bias, column_scale, in_features,
+                             out_features)};
+}
+
+void linear(Address x, const Weight& weight, Address out, bool out_is_float, int tokens,
+            int tile_rows, Address stream) {
+  fc::GemmParams params;
+  params.x = at<const fc::bf16>(x);
+  if (out_is_float) {
+    params.out_float = at<float>(out);
+  } else {
+    params.out = at<fc::bf16>(out);
+  }
+  params.out_columns = weight.tiled.out_features;
+  params.rows.count = tokens;
+  const int row_tiles = fc::ceil_div(tokens, tile_rows);
+  fc::gemm(weight.kind, false, weight.tiled, params, tile_rows, row_tiles, stream_of(stream));
+}
+
+/// The experts of a MoE layer. `hidden` [slots, I] and `y` [slots, H] are scratch; `slot_of_row` [slots] and `tiles`
+/// [max_tiles, 4] are int32 scratch, not used when `tile_rows` is 0: then every slot is a tile of its own.
+void fused_moe(Address x, Address ids, Address weights, const Weight& up_gate, const Weight& down,
+               int experts, Address hidden, Address y, Address slot_of_row, Address tiles, Address out,
+               int tokens, int top_k, int tile_rows, int max_tiles, Address stream) {
+  const cudaStream_t queue = stream_of(stream);
+  const int slots = tokens * top_k;
+  const bool direct = tile_rows == 0;
+  const int height = direct ? 8 : tile_rows;
+  const int row_tiles = direct ? slots : max_tiles;
+  fc::GemmRows rows;
+  rows.count = slots;
+  rows.gather = true;
+  rows.source_divisor = top_k;
+  if (direct) {
+    rows.expert_of_row = at<const int>(ids);
+  } else {
+    fc::align_experts(at<const int>(ids), slots, experts, tile_rows, max_tiles, at<int>(slot_of_row),
+                      at<int4>(tiles), queue);
+    rows.tiles = at<const int4>(tiles);
+    rows.slot_of_row = at<const int>(slot_of_row);
+  }
+  fc::GemmParams up;
+  up.x = at<const fc::bf16>(x);
+  up.out = at<fc::bf16>(hidden);
+  up.out_columns = up_gate.tiled.out_features / 2;
+  up.rows = rows;
+  fc::gemm(up_gate.kind, true, up_gate.tiled, up, height, row_tiles, queue);
+  fc::GemmParams lower;
+  lower.x = at<const fc::bf16>(hidden);
+  lower.out = at<fc::bf16>(y);
+  lower.out_columns = down.tiled.out_features;
+  lower.rows = rows;
+  lower.rows.gather = false;
+  lower.rows.scatter = true;
+  fc::gemm(down.kind, false, down.tiled, lower, height, row_tiles, queue);
+  fc::combine(at<const fc::bf16>(y), at<const float>(weights), at<fc::bf16>(out), tokens, top_k,
+              down.tiled.out_features, queue);
+}
+
+fc::AttentionShape attention_shape(const py::tuple& sizes) {
+  return {sizes[0].cast<int>(), sizes[1].cast<int>(), sizes[2].cast<int>(), sizes[3].cast<int>(),
+          sizes[4].cast<int>(), sizes[5].cast<int>(), sizes[6].cast<int>()};
+}
+
+void bind_runtime(py::module_& m) {
+  py::class_<fc::DeviceFacts>(m, "DeviceFacts")
+      .def_readonly("name", &fc::DeviceFacts::name)
+      .def_readonly("major", &fc::DeviceFacts::major)
+      .def_readonly("minor", &fc::DeviceFacts::minor)
+      .def_readonly("multiprocessors", &fc::DeviceFacts::multiprocessors)
+      .def_readonly("total_bytes", &fc::DeviceFacts::total_bytes)
+      .def_readonly("free_bytes", &fc::DeviceFacts::free_bytes);
+  m.def("device_facts", &fc::device_facts, no_gil());
+  m.def(
+      "upload",
+      [](Address device, Address host, int64_t bytes, Address stream) {
+        fc::upload(at<void>(device), at<const void>(host), bytes, stream_of(stream));
+      },
+      no_gil());
+  m.def(
+      "download",
+      [](Address host, Address device, int64_t bytes, Address stream) {
+        fc::download(at<void>(host), at<const void>(device), bytes, stream_of(stream));
+      },
+      no_gil());
+  m.def("copy", [](Address to, Address from, int64_t bytes, Address stream) {
+    fc::copy(at<void>(to), at<const void>(from), bytes, stream_of(stream));
+  });
+  m.def(
+      "time_copy",
+      [](Address to, Address from, int64_t bytes, int repeats, Address stream) {
+        return fc::time_copy(at<void>(to), at<const void>(from), bytes, repeats, stream_of(stream));
+      },
+      no_gil());
+  m.def("synchronize", [](Address stream) { fc::synchronize(stream_of(stream)); }, no_gil());
+  m.def("begin_capture", [](Address stream) { fc::begin_capture(stream_of(stream)); });
+  m.def("end_capture", [](Address stream, bool discard) {
+    return fc::end_capture(stream_of(stream), discard);
+  });
+  m.def(
+      "launch_graph",
+      [](uint64_t graph, Address stream) { fc::launch_graph(graph, stream_of(stream)); }, no_gil());
+  m.def("destroy_graph", &fc::destroy_graph);
+  m.def("blas_open", &fc::blas_open);
+}
+
+void bind_weights(py::module_& m) {
+  py::class_<Weight>(m, "Weight")
+      .def(py::init(&make_weight), py::arg("kind"), py::arg("tiles"), py::arg("local_scale"),
+           py::arg("code_scale"), py::arg("code_bias"), py::arg("column_scale"),
+           py::arg("in_features"), py::arg("out_features"));
+  m.def("tile_bytes", [](int kind) { return fc::tile_bytes(static_cast<fc::Kind>(kind)); });
+  m.def("pack_tiles", [](int kind, Address source, bool source_is_float, bool transposed,
+                         Address tiles, int in_features, int out_features, Address stream) {
+    fc::pack_tiles(kind, at<const void>(source), source_is_float, transposed, at<void>(tiles),
+                   in_features, out_features, stream_of(stream));
+  });
+  m.def("pack_local_scales", [](Address source, Address packed, int in_features, int out_features,
+                                Address stream) {
+    fc::pack_local_scales(at<const uint8_t>(source), at<void>(packed), in_features, out_features,
+                          stream_of(stream));
+  });
+  m.def("pack_rows", [](Address source, bool source_is_float, bool transposed, Address out,
+                        int in_features, int out_features, Address stream) {
+    fc::pack_rows(at<const void>(source), source_is_float, transposed, at<fc::bf16>(out),
+                  in_features, out_features, stream_of(stream));
+  });
+  m.def("unpack_tiles", [](const Weight& w, int expert, bool scaled, Address out, Address stream) {
+    const fc::TiledWeight& t = w.tiled;
+    const int64_t blocks = int64_t{expert} * t.n_tiles;
+    const int64_t tile = blocks * t.k_tiles, column = blocks * fc::kTileColumns;
+    const int64_t vectors = fc::tile_bytes(static_cast<fc::Kind>(w.kind)) / 16;
+    auto offset = [](const float* p, int64_t by) { return p == nullptr ? p : p + by; };
+    fc::unpack_tiles(w.kind, t.tiles + tile * vectors,
+                     t.local_scale == nullptr ? nullptr : t.local_scale + tile * 8,
+                     offset(t.code_scale, column), offset(t.code_bias, column),
+                     offset(t.column_scale, column), scaled, at<float>(out), t.in_features,
+                     t.out_features, stream_of(stream));
+  });
+  m.def("randomize", [](int kind, Address data, int64_t bytes, uint64_t seed, Address stream) {
+    fc::randomize(kind, at<void>(data), bytes, seed, stream_of(stream));
+  });
+}
+
+void bind_rows(py::module_& m) {
+  m.def("embedding", [](Address ids, Address table, Address out, int tokens, int hidden, int vocab,
+                        Address stream) {
+    fc::embedding(at<const int>(ids), at<const fc::bf16>(table), at<fc::bf16>(out), tokens, hidden,
+                  vocab, stream_of(stream));
+  });
+  m.def("rms_norm", [](Address x, Address residual, Address weight, bool weight_is_float, float eps,
+                       Address out, int tokens, int hidden, Address stream) {
+    fc::rms_norm(at<const fc::bf16>(x), at<fc::bf16>(residual), at<const void>(weight),
+                 weight_is_float, eps, at<fc::bf16>(out), tokens, hidden, stream_of(stream));
+  });
+  m.def("silu_and_mul", [](Address x, Address out, int tokens, int width, Address stream) {
+    fc::silu_and_mul(at<const fc::bf16>(x), at<fc::bf16>(out), tokens, width, stream_of(stream));
+  });
+  m.def("add_inplace", [](Address x, Address y, int64_t count, Address stream) {
+    fc::add_inplace(at<fc::bf16>(x), at<const fc::bf16>(y), count, stream_of(stream));
+  });
+  m.def("gather_rows", [](Address x, Address rows, Address out, int count, int64_t row_bytes,
+                          int source_rows, Address stream) {
+    fc::gather_rows(at<const void>(x), at<const int>(rows), at<void>(out), count, row_bytes,
+                    source_rows, stream_of(stream));
+  });
+  m.def("zero_rows", [](Address x, Address rows, int count, int width, int total_rows,
+                        Address stream) {
+    fc::zero_rows(at<int>(x), at<const int>(rows), count, width, total_rows, stream_of(stream));
+  });
+}
+
+void bind_products(py::module_& m) {
+  m.def("linear", &linear);
+  m.def("fused_moe", &fused_moe);
+  m.def("dense_linear", [](Address x, Address rows, Address out, bool out_is_float, int tokens,
+                           int in_features, int out_features, Address workspace,
+                           int64_t workspace_bytes, Address stream) {
+    fc::dense_linear(at<const fc::bf16>(x), at<const fc::bf16>(rows), at<void>(out), out_is_float,
+                     tokens, in_features, out_features, at<void>(workspace), workspace_bytes,
+                     stream_of(stream));
+  });
+  m.def("route", [](Address x, Address gate, Address bias, Address partial, int splits, Address ids,
+                    Address weights, int tokens, int hidden, int experts, int top_k,
+                    Address stream) {
+    fc::route(at<const fc::bf16>(x), at<const float>(gate), at<const float>(bias),
+              at<float>(partial), splits, at<int>(ids), at<float>(weights), tokens, hidden, experts,
+              top_k, stream_of(stream));
+  });
+}
+
+void bind_attention(py::module_& m) {
+  m.def("attention_plan", [](const py::tuple& sizes, int multiprocessors) {
+    const fc::AttentionShape shape = attention_shape(sizes);
+    const int splits = fc::attention_splits(shape, multiprocessors);
+    return py::make_tuple(splits, fc::attention_partial_floats(shape, splits));
+  });
+  m.def("rope_and_cache", [](Address qkv, Address positions, Address cos_sin, Address slot_mapping,
+                             Address key_cache, Address value_cache, Address q_out,
+                             const py::tuple& sizes, int max_positions, Address stream) {
+    fc::rope_and_cache(at<const fc::bf16>(qkv), at<const int>(positions), at<const float>(cos_sin),
+                       at<const int>(slot_mapping), at<fc::bf16>(key_cache),
+                       at<fc::bf16>(value_cache), at<fc::bf16>(q_out), attention_shape(sizes),
+                       max_positions, stream_of(stream));
+  });
+  m.def("paged_attention", [](Address q, Address key_cache, Address value_cache, Address block_tables,
+                              Address cu_seqlens_q, Address context_lens, float scale, int splits,
+                              Address partial, Address out, const py::tuple& sizes, Address stream) {
+    fc::paged_attention(at<const fc::bf16>(q), at<const fc::bf16>(key_cache),
+                        at<const fc::bf16>(value_cache), at<const int>(block_tables),
+                        at<const int>(cu_seqlens_q), at<const int>(context_lens), scale, splits,
+                        at<float>(partial), at<fc::bf16>(out), attention_shape(sizes),
+                        stream_of(stream));
+  });
+}
+
+void bind_sampling(py::module_& m) {
+  m.attr("max_top_logprobs") = fc::kMaxTopLogprobs;
+  m.def("mask_logits", [](Address logits, Address bitmask, Address rows, int count, int vocab,
+                          int words, Address stream) {
+    fc::mask_logits(at<float>(logits), at<const int>(bitmask), at<const int>(rows), count, vocab,
+                    words, stream_of(stream));
+  });
+  m.def("process_logits", [](Address logits, Address slots, Address occurrences, Address repetition,
+                             Address frequency, Address presence, Address temperature,
+                             Address edit_offsets, Address edit_ids, Address edit_values, int rows,
+                             int vocab, Address stream) {
+    fc::process_logits(at<float>(logits), at<const int>(slots), at<const int>(occurrences),
+                       at<const float>(repetition), at<const float>(frequency),
+                       at<const float>(presence), at<const float>(temperature),
+                       at<const int>(edit_offsets), at<const int>(edit_ids),
+                       at<const float>(edit_values), rows, vocab, stream_of(stream));
+  });
+  m.def("update_occurrences", [](Address occurrences, Address slots, Address ids, int count,
+                                 bool prompt, int slot_count, int vocab, Address stream) {
+    fc::update_occurrences(at<int>(occurrences), at<const int>(slots), at<const int>(ids), count,
+                           prompt, slot_count, vocab, stream_of(stream));
+  });
+  m.def("sample", [](Address logits, Address temperature, Address top_k, Address top_p, Address min_p,
+                     Address seeds, Address steps, Address forced, Address out, int rows, int vocab,
+                     Address stream) {
+    fc::sample(at<const float>(logits), at<const float>(temperature), at<const int>(top_k),
+               at<const float>(top_p), at<const float>(min_p), at<const int64_t>(seeds),
+               at<const int64_t>(steps), at<const int>(forced), at<int>(out), rows, vocab,
+               stream_of(stream));
+  });
+  m.def("token_logprobs", [](Address logits, Address tokens, int k, Address out_logprob,
+                             Address out_rank, Address out_ids, Address out_logprobs, int rows,
+                             int vocab, Address stream) {
+    fc::token_logprobs(at<const float>(logits), at<const int>(tokens), k, at<float>(out_logprob),
+                       at<int>(out_rank), at<int>(out_ids), at<float>(out_logprobs), rows, vocab,
+                       stream_of(stream));
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_ops_cuda, m) {
+  m.doc() = "CUDA ops over plain device addresses; see fastdeploy_lite.model_executor.ops.";
+  bind_runtime(m);
+  bind_weights(m);
+  bind_rows(m);
+  bind_products(m);
+  bind_attention(m);
+  bind_sampling(m);
+}

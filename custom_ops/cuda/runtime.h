@@ -1,0 +1,39 @@
+// What the ops need around them: host-device copies through pinned memory, graphs, facts about the card.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <string>
+
+namespace fd::cuda {
+
+struct DeviceFacts {
+  std::string name;
+  int major;
+  int minor;
+  int multiprocessors;
+  int64_t total_bytes;
+  int64_t free_bytes;
+};
+DeviceFacts device_facts(int device);
+
+/// Copies host memory of any kind (such as a mapped file) to the card through a ring of pinned buffers, so that
+/// reading the source and the transfer overlap. Returns when the source has been read; the copy is ordered on `stream`.
+void upload(void* device, const void* host, int64_t bytes, cudaStream_t stream);
+/// Copies to the host and waits.
+void download(void* host, const void* device, int64_t bytes, cudaStream_t stream);
+void copy(void* to, const void* from, int64_t bytes, cudaStream_t stream);
+void synchronize(cudaStream_t stream);
+
+/// Seconds for one device-to-device copy of `bytes`, median of `repeats`, and so the card's copy bandwidth.
+double time_copy(void* to, const void* from, int64_t bytes, int repeats, cudaStream_t stream);
+
+/// A captured sequence of kernels.
+void begin_capture(cudaStream_t stream);
+/// Ends the capture and returns a handle for launch_graph; 0 if `discard`.
+uint64_t end_capture(cudaStream_t stream, bool discard);
+void launch_graph(uint64_t graph, cudaStream_t stream);
+void destroy_graph(uint64_t graph);
+
+}  // namespace fd::cuda
