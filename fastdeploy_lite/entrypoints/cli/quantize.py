@@ -1,0 +1,118 @@
+"""`fastdeploy-lite quantize`: a bf16 checkpoint in, a 2-bit one out."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from typing import get_args
+
+from fastdeploy_lite.quantization.convert import (
+    DEFAULT_W4_END_LAYER,
+    ConversionReport,
+    Scheme,
+    quantize_checkpoint,
+)
+from fastdeploy_lite.utils.errors import FastDeployError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_SMALLEST_SHARD = 1 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the subcommand."""
+    parser.description = (
+        "Quantise a bf16 ERNIE-4.5 MoE checkpoint (Paddle names) to the published 2Bits-Paddle "
+        "form: int4 and 2-bit experts, int8 for the other linears."
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of the bf16 model")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder")
+    parser.add_argument(
+        "--scheme",
+        choices=get_args(Scheme),
+        default="w4w2",
+        help="w4w2: int4 experts in the first layers, 2-bit after (default); 2bits: 2-bit experts "
+        "in all MoE layers; wint4: int4 experts in all layers",
+    )
+    parser.add_argument(
+        "--moe-w4-end-layer",
+        type=int,
+        metavar="N",
+        help="last decoder layer (0-based, inclusive) with int4 experts under w4w2 "
+        f"(default {DEFAULT_W4_END_LAYER}; -1 for none)",
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=parse_size,
+        default=4 << 30,
+        metavar="SIZE",
+        help="largest output file, such as 500M or 4G (default 4G)",
+    )
+    parser.add_argument(
+        "--code",
+        type=parse_code,
+        metavar="SCALE,ZP",
+        help="one fixed code_scale and code_zp for all columns instead of the search",
+    )
+    parser.add_argument("--num-threads", type=int, metavar="N", help="default: all CPUs")
+    parser.add_argument("--force", action="store_true", help="replace a model in --output")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert; 0, or 1 with a line on stderr that names what is wrong."""
+    try:
+        report = quantize_checkpoint(
+            args.model,
+            args.output,
+            scheme=args.scheme,
+            w4_end_layer=args.moe_w4_end_layer,
+            codes=None if args.code is None else [args.code],
+            shard_bytes=args.shard_size,
+            force=args.force,
+            workers=args.num_threads,
+            progress=not args.quiet,
+        )
+    except (FastDeployError, OSError) as error:
+        print(f"fastdeploy-lite quantize: {error}", file=sys.stderr)
+        return 1
+    if not args.quiet:
+        print(summary(report))
+    return 0
+
+
+def summary(report: ConversionReport) -> str:
+    """A line on sizes and time, and one for each format with bits per weight and error."""
+    mebibyte = float(1 << 20)
+    lines = [
+        f"{report.input_bytes / mebibyte:.1f} MiB -> {report.output_bytes / mebibyte:.1f} MiB "
+        f"in {report.seconds:.1f} s"
+    ]
+    for name, kind in sorted(report.kinds.items()):
+        lines.append(
+            f"{name:>5}: {kind.weights / 1e6:10.2f} M weights, {kind.bits_per_weight:.3f} bits "
+            f"each, relative squared error {kind.relative_error:.5f}"
+        )
+    return "\n".join(lines)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `500M`, `4G`, `4GB`, `4GiB` or a plain number; at least 1 MiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a size such as 500M or 4G")
+    size = int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+    if size < _SMALLEST_SHARD:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected at least 1M")
+    return size
+
+
+def parse_code(text: str) -> tuple[float, float]:
+    """(code_scale, code_zp) from `128.5,0`."""
+    try:
+        scale, zero = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}, expected code_scale,code_zp such as 120.94,1262"
+        ) from None
+    return scale, zero

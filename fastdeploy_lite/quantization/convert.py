@@ -1,0 +1,296 @@
+"""A bf16 ERNIE-4.5 MoE checkpoint in, the published 2Bits-Paddle form out.
+
+The routed experts become int4 up to a layer and CCQ after it, every other linear int8; embedding,
+norms, router and head stay as they are. One linear is in memory at a time: it is read from the
+mapped file, quantised on all cores (threads over column blocks) and appended to the output.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
+from fastdeploy_lite.checkpoint.inventory import expected_linear_tensors, read_linear, verify
+from fastdeploy_lite.checkpoint.linears import COLUMN_UNITS, ROW_UNITS, Linear, model_linears
+from fastdeploy_lite.checkpoint.progress import loading_bar
+from fastdeploy_lite.checkpoint.tensor import Array, bfloat16_to_float32, float32_to_bfloat16
+from fastdeploy_lite.checkpoint.weight_layout import pack_int4, pack_int8
+from fastdeploy_lite.config import ModelConfig, QuantizationConfig, WeightKind
+from fastdeploy_lite.quantization import ccq_search
+from fastdeploy_lite.quantization.weight_only import quantize_int4, quantize_int8
+from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
+
+Scheme = Literal["w4w2", "wint4", "2bits"]
+Codes = Sequence[tuple[float, float]]
+FileTensor = tuple[Array, str]
+
+DEFAULT_W4_END_LAYER = 6
+"""Last layer with int4 experts in the published 300B model (inclusive)."""
+COMPANION_FILES = (
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "LICENSE*",
+)
+"""What is copied beside the weights; other files may describe the unquantised weights only."""
+_LAYER = re.compile(r"ernie\.layers\.(\d+)\.")
+
+
+@dataclass
+class KindReport:
+    """Sums over the linears of one format: counts of weights and bits, squared sums."""
+
+    weights: int = 0
+    bits: int = 0
+    energy: float = 0.0
+    error: float = 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, scales included."""
+        return self.bits / self.weights
+
+    @property
+    def relative_error(self) -> float:
+        """Squared error over squared weights."""
+        return self.error / self.energy if self.energy else 0.0
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did: bytes of tensors read and written, seconds, errors by format."""
+
+    input_bytes: int = 0
+    output_bytes: int = 0
+    seconds: float = 0.0
+    kinds: dict[str, KindReport] = field(default_factory=dict)
+
+
+def quantize_checkpoint(
+    model_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    scheme: Scheme = "w4w2",
+    w4_end_layer: int | None = None,
+    codes: Codes | None = None,
+    shard_bytes: int = 4 << 30,
+    force: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+) -> ConversionReport:
+    """Quantise the bf16 checkpoint in ``model_dir`` into the new folder ``output_dir``.
+
+    scheme: "w4w2" has int4 experts in decoder layers 0..``w4_end_layer`` (inclusive) and CCQ
+    experts after; "2bits" CCQ experts in every MoE layer; "wint4" int4 experts in every layer.
+    All three are written as the published ``quantization_config``. w4_end_layer: default 6 as
+    published, or the first MoE layer of a model with at most 7 layers; for "w4w2" alone.
+    codes: see ``ccq.encode``. shard_bytes: size of an output file. force: replace an output
+    folder that is not empty. workers: threads of the encoder (default: all CPUs).
+
+    The result depends on the input alone, not on threads or memory. Raises ConfigError
+    (arguments, an input that is quantised already) and CheckpointError (damaged input, a linear
+    whose sizes the format cannot hold, an output folder in use); a failed run leaves no model.
+    """
+    started = time.perf_counter()
+    checkpoint = Checkpoint.open(model_dir)
+    config = _target_config(checkpoint.config, scheme, w4_end_layer)
+    verify(checkpoint)
+    _check_sizes(config)
+    output = Path(output_dir)
+    _prepare_output(Path(model_dir), output, force)
+    report = ConversionReport()
+    with (
+        CheckpointWriter(output, dict(config.raw), shard_bytes) as writer,
+        loading_bar(checkpoint.nbytes, progress, "Quantizing Weights") as bar,
+    ):
+        for item in _plan(checkpoint, config):
+            if isinstance(item, Linear):
+                tensors, size = _quantize_linear(checkpoint, item, codes, workers, report)
+            else:
+                source = checkpoint.get(item)
+                tensors, size = {item: (source.data, source.dtype)}, source.data.nbytes
+            for key, (array, dtype) in tensors.items():
+                writer.add(key, array, dtype)
+                report.output_bytes += array.nbytes
+            report.input_bytes += size
+            bar.update(size)
+            checkpoint.release()
+    _copy_companions(Path(model_dir), output)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def quantize_matrix(
+    kind: WeightKind,
+    weight: npt.NDArray[np.float32],
+    *,
+    codes: Codes | None = None,
+    workers: int | None = None,
+) -> tuple[dict[str, FileTensor], npt.NDArray[np.float32]]:
+    """One matrix [K, N] as the tensors of a file (suffix -> bits, dtype), and what they decode to.
+
+    kind is int8, int4 or ccq. The suffixes are those of docs/checkpoint_format.md.
+    """
+    if kind == "ccq":
+        encoded = ccq_search.encode(weight, codes=codes, workers=workers)
+        tensors: dict[str, FileTensor] = {
+            "quant_weight": (encoded.packed, "U8"),
+            "weight_scale": (encoded.local_scale, "U8"),
+            "super_scales": (float32_to_bfloat16(encoded.super_scale), "BF16"),
+            "code_scale": (encoded.code_scale, "F32"),
+            "code_zp": (encoded.code_zp, "F32"),
+        }
+        return tensors, encoded.decode()
+    quantize, pack = (quantize_int8, pack_int8) if kind == "int8" else (quantize_int4, pack_int4)
+    result = quantize(weight)
+    tensors = {
+        "quant_weight": (pack(result.quantized), "I8"),
+        "weight_scale": (float32_to_bfloat16(result.scale), "BF16"),
+    }
+    return tensors, result.dequantize()
+
+
+def _target_config(source: ModelConfig, scheme: str, w4_end_layer: int | None) -> ModelConfig:
+    """The output's configuration: the input's keys, `is_quantized` and `quantization_config`."""
+    if source.quantization is not None:
+        raise ConfigError(
+            f"{source.source}: quantization_config: found "
+            f"{source.quantization.quantization!r}, expected an unquantised bf16 checkpoint"
+        )
+    if not source.moe_num_experts:
+        raise ConfigError(f"{source.source}: moe_num_experts: found none, expected a MoE model")
+    last = source.num_hidden_layers - 1
+    end = _w4_end_layer(source, scheme, w4_end_layer)
+    quantization = QuantizationConfig(
+        w4_start_layer=0, w4_end_layer=end, w2_start_layer=end + 1, w2_end_layer=last
+    )
+    raw: dict[str, Any] = {
+        **source.raw,
+        "is_quantized": True,
+        "quantization_config": quantization.to_dict(),
+    }
+    return ModelConfig.from_dict(raw, source.source)
+
+
+def _w4_end_layer(source: ModelConfig, scheme: str, requested: int | None) -> int:
+    if scheme not in get_args(Scheme):
+        raise ConfigError(
+            f"scheme: found {scheme!r}, expected one of {', '.join(get_args(Scheme))}"
+        )
+    first, last = source.moe_layer_start_index, source.num_hidden_layers - 1
+    if scheme == "w4w2":
+        # The published rule would leave a short model no 2-bit layer: there, one MoE layer is int4.
+        default = DEFAULT_W4_END_LAYER if last > DEFAULT_W4_END_LAYER else first
+        end = default if requested is None else requested
+        if not -1 <= end <= last:
+            raise ConfigError(
+                f"moe_w4_end_layer: found {end}, expected -1 (no int4 experts) to {last}, the last "
+                "decoder layer of this model"
+            )
+        return end
+    if requested is not None:
+        raise ConfigError(f"moe_w4_end_layer: scheme {scheme!r} fixes it; use scheme 'w4w2'")
+    # Dense layers have no experts, so "2bits" may end int4 just before the first MoE layer.
+    return last if scheme == "wint4" else first - 1
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    """Refuse before any work what a format cannot hold."""
+    for linear in model_linears(config):
+        k, n, kind = linear.in_features, linear.out_features, linear.kind
+        if k % ROW_UNITS[kind] or n % COLUMN_UNITS[kind]:
+            raise CheckpointError(
+                f"{config.source}: {linear.module}: found K = {k}, N = {n}, expected multiples of "
+                f"{ROW_UNITS[kind]} and {COLUMN_UNITS[kind]} for {kind} weights"
+            )
+
+
+def _prepare_output(model: Path, output: Path, force: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"{output}: found a file, expected a folder or nothing")
+    if output.is_dir() and output.resolve() == model.resolve():
+        raise CheckpointError(f"{output}: the output folder is the input folder")
+    if output.is_dir() and any(output.iterdir()):
+        if not force:
+            raise CheckpointError(
+                f"{output}: the output folder is not empty; name another one, or pass --force to "
+                "replace the model in it"
+            )
+        # config.json first: a folder without it is not taken for a model.
+        (output / "config.json").unlink(missing_ok=True)
+        for old in output.glob("*.safetensors*"):
+            old.unlink()
+
+
+def _plan(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str | Linear]:
+    """What goes into the output, in the order in which a loader wants it: layer by layer.
+
+    Keys are copied, linears quantised. Tensors that the model does not use (draft layers, expert
+    statistics) are copied too; layers that `remove_tail_layer` drops are left out.
+    """
+    by_layer: dict[int, list[Linear]] = {}
+    consumed: set[str] = set()
+    sources = model_linears(checkpoint.config)
+    for target, source in zip(model_linears(config), sources, strict=True):
+        by_layer.setdefault(target.layer, []).append(target)
+        consumed.update(e.key for e in expected_linear_tensors(checkpoint, source, "dense"))
+    copied: dict[int, list[str]] = {}
+    for key in checkpoint:
+        if key not in consumed:
+            copied.setdefault(_layer_of(key), []).append(key)
+    for layer in (-1, *range(config.num_hidden_layers)):
+        yield from copied.get(layer, ())
+        yield from by_layer.get(layer, ())
+
+
+def _layer_of(key: str) -> int:
+    """Decoder layer of a tensor, -1 for tensors outside the layers."""
+    match = _LAYER.match(key)
+    return int(match.group(1)) if match else -1
+
+
+def _quantize_linear(
+    checkpoint: Checkpoint,
+    linear: Linear,
+    codes: Codes | None,
+    workers: int | None,
+    report: ConversionReport,
+) -> tuple[dict[str, FileTensor], int]:
+    """Tensors by full key for one linear of the target, and the bytes that were read for it."""
+    source = read_linear(checkpoint, _as_dense(linear)).arrays["weight"]
+    weight = bfloat16_to_float32(source) if source.dtype == np.uint16 else source
+    try:
+        tensors, decoded = quantize_matrix(linear.kind, weight, codes=codes, workers=workers)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.source}: {linear.module}: {error}") from error
+    kind = report.kinds.setdefault(linear.kind, KindReport())
+    kind.weights += weight.size
+    kind.bits += 8 * sum(array.nbytes for array, _ in tensors.values())
+    kind.energy += float(np.square(weight, dtype=np.float64).sum())
+    kind.error += float(np.square(decoded - weight, dtype=np.float64).sum())
+    named = {f"{linear.module}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    return named, source.nbytes
+
+
+def _as_dense(linear: Linear) -> Linear:
+    """The same linear as the unquantised input has it."""
+    return replace(linear, kind="dense")
+
+
+def _copy_companions(model: Path, output: Path) -> None:
+    for pattern in COMPANION_FILES:
+        for file in sorted(model.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, output / file.name)

@@ -1,0 +1,246 @@
+"""From a bf16 checkpoint to the published form: contents, formats, layers, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_model import tiny_config, tiny_tensors, write_tensors, write_tiny_model
+
+from fastdeploy_lite.checkpoint import Checkpoint
+from fastdeploy_lite.checkpoint.inventory import model_linears, read_linear, verify
+from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32
+from fastdeploy_lite.checkpoint.weight_layout import unpack_int4, unpack_int8
+from fastdeploy_lite.entrypoints.cli import quantize as cli
+from fastdeploy_lite.quantization import ccq
+from fastdeploy_lite.quantization.convert import quantize_checkpoint, quantize_matrix
+from fastdeploy_lite.quantization.weight_only import dequantize
+from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
+
+# One code makes the encoder twenty times faster; the search of codes has its own tests.
+QUIET = {"progress": False, "codes": [(120.94422, 1262.3779)]}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(
+        tmp_path_factory.mktemp("source") / "bf16", kind="bf16", layers=4, experts=2
+    )
+
+
+def decoded(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Every linear of a checkpoint as the float32 matrix that its files mean."""
+    result = {}
+    for linear in model_linears(checkpoint.config):
+        read = read_linear(checkpoint, linear)
+        a = read.arrays
+        if read.kind == "ccq":
+            result[linear.module] = ccq.decode(
+                a["quant_weight"],
+                a["weight_scale"],
+                a["super_scales"],
+                a["code_scale"],
+                a["code_zp"],
+            )
+        elif read.kind == "dense":
+            result[linear.module] = bfloat16_to_float32(a["weight"])
+        else:
+            unpack = unpack_int8 if read.kind == "int8" else unpack_int4
+            result[linear.module] = dequantize(unpack(a["quant_weight"]), a["weight_scale"])
+    return result
+
+
+@pytest.mark.parametrize(
+    ("scheme", "end", "expected"),
+    [
+        ("w4w2", 2, ["int4", "int4", "ccq"]),
+        ("w4w2", None, ["int4", "ccq", "ccq"]),
+        ("w4w2", -1, ["ccq"] * 3),
+        ("2bits", None, ["ccq"] * 3),
+        ("wint4", None, ["int4"] * 3),
+    ],
+)
+def test_output_is_a_complete_model_of_the_asked_formats(
+    source: Path, tmp_path: Path, scheme: str, end: int | None, expected: list[str]
+) -> None:
+    report = quantize_checkpoint(source, tmp_path / "out", scheme=scheme, w4_end_layer=end, **QUIET)
+    before, after = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
+    verify(after)
+    assert [after.config.expert_kind(layer) for layer in (1, 2, 3)] == expected
+    assert after.config.linear_kind == "int8"
+    assert set(report.kinds) == {"int8", *expected}
+    assert report.output_bytes == after.nbytes
+    assert report.input_bytes == before.nbytes
+    limits = {"int8": 1e-4, "int4": 0.02, "ccq": 0.109}
+    kinds = {linear.module: linear.kind for linear in model_linears(after.config)}
+    original = decoded(before)
+    for module, matrix in decoded(after).items():
+        error = ((matrix - original[module]) ** 2).sum() / (original[module] ** 2).sum()
+        assert error < limits[kinds[module]], module
+    for key in before:
+        if f"{key.rsplit('.', 1)[0]}.quant_weight" not in after:
+            np.testing.assert_array_equal(after.get(key).data, before.get(key).data)
+            assert after.info(key).dtype == before.info(key).dtype
+
+
+def test_config_has_the_published_shape(source: Path, demo_dir: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(source, tmp_path / "out", scheme="2bits", **QUIET)
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    original = json.loads((source / "config.json").read_text())
+    published = json.loads((demo_dir / "config.json").read_text())["quantization_config"]
+    published["moe_quant_config"]["moe_w2_quant_config"]["quant_end_layer"] = 3
+    assert found.pop("quantization_config") == published
+    assert found.pop("is_quantized") is True
+    assert found == {k: v for k, v in original.items() if k not in ("is_quantized",)}
+    for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_result_is_deterministic_and_independent_of_threads_and_shards(
+    source: Path, tmp_path: Path
+) -> None:
+    one = tmp_path / "one"
+    many = tmp_path / "many"
+    quantize_checkpoint(source, one, scheme="2bits", workers=1, **QUIET)
+    quantize_checkpoint(source, many, scheme="2bits", workers=3, shard_bytes=1 << 18, **QUIET)
+    assert len(list(many.glob("*.safetensors"))) > 1
+    first, second = Checkpoint.open(one), Checkpoint.open(many)
+    assert set(first) == set(second)
+    for key in first:
+        np.testing.assert_array_equal(first.get(key).data, second.get(key).data)
+
+
+def test_unfused_inputs_and_extra_tensors(tmp_path: Path) -> None:
+    """gate/up and q/k/v may be separate; draft and statistics tensors pass through unchanged."""
+    config = tiny_config("bf16")
+    tensors = tiny_tensors(config)
+    fused = dict(tensors)
+    key = "ernie.layers.1.mlp.experts.0.up_gate_proj.weight"
+    array, dtype = fused.pop(key)
+    half = array.shape[1] // 2
+    prefix = "ernie.layers.1.mlp.experts.0"
+    fused[f"{prefix}.gate_proj.weight"] = (array[:, :half].copy(), dtype)
+    fused[f"{prefix}.up_proj.weight"] = (array[:, half:].copy(), dtype)
+    usage = np.arange(8, dtype=np.int64)
+    fused["ernie.layers.1.mlp.moe_statics.expert_usage"] = (usage, "I64")
+    write_tensors(tmp_path / "plain", config, tensors)
+    write_tensors(tmp_path / "split", config, fused)
+    for name in ("plain", "split"):
+        quantize_checkpoint(tmp_path / name, tmp_path / f"{name}-out", scheme="2bits", **QUIET)
+    plain, split = Checkpoint.open(tmp_path / "plain-out"), Checkpoint.open(tmp_path / "split-out")
+    assert set(split) - set(plain) == {"ernie.layers.1.mlp.moe_statics.expert_usage"}
+    for name in plain:
+        np.testing.assert_array_equal(plain.get(name).data, split.get(name).data)
+
+
+def test_dropped_tail_layers_are_left_out(tmp_path: Path) -> None:
+    config = tiny_config("bf16", layers=4)
+    tensors = tiny_tensors(config)
+    write_tensors(tmp_path / "in", {**config, "remove_tail_layer": 1}, tensors)
+    quantize_checkpoint(tmp_path / "in", tmp_path / "out", scheme="2bits", **QUIET)
+    out = Checkpoint.open(tmp_path / "out")
+    verify(out)
+    assert out.config.num_hidden_layers == 3
+    assert not any(key.startswith("ernie.layers.3.") for key in out)
+
+
+def test_matrix_in_file_form_decodes_to_what_is_reported() -> None:
+    weight = np.random.default_rng(0).standard_normal((128, 16)).astype(np.float32)
+    for kind, unpack in (("int8", unpack_int8), ("int4", unpack_int4)):
+        tensors, meant = quantize_matrix(kind, weight)
+        scale = bfloat16_to_float32(tensors["weight_scale"][0])
+        stored = unpack(tensors["quant_weight"][0])
+        np.testing.assert_array_equal(dequantize(stored, scale), meant)
+
+
+def test_already_quantised_input_is_refused(demo_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="found 'wint2', expected an unquantised"):
+        quantize_checkpoint(demo_dir, tmp_path / "out", **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folders_are_protected(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"not empty.*--force"):
+        quantize_checkpoint(source, out, **QUIET)
+    quantize_checkpoint(source, out, scheme="wint4", force=True, **QUIET)
+    assert (out / "notes.txt").read_text() == "mine"
+    quantize_checkpoint(source, out, scheme="2bits", force=True, **QUIET)
+    verify(Checkpoint.open(out))
+    with pytest.raises(CheckpointError, match="is the input folder"):
+        quantize_checkpoint(source, source, force=True, **QUIET)
+    with pytest.raises(CheckpointError, match="found a file"):
+        quantize_checkpoint(source, out / "config.json", force=True, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"scheme": "w3"}, "scheme: found 'w3', expected one of w4w2, wint4, 2bits"),
+        ({"w4_end_layer": 4}, "moe_w4_end_layer: found 4, expected -1 .* to 3"),
+        ({"scheme": "2bits", "w4_end_layer": 2}, "scheme '2bits' fixes it"),
+    ],
+)
+def test_wrong_arguments(source: Path, tmp_path: Path, arguments: dict, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        quantize_checkpoint(source, tmp_path / "out", **arguments, **QUIET)
+
+
+def test_sizes_that_the_format_cannot_hold_are_named_before_any_work(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "in", kind="bf16", moe_intermediate_size=192)
+    with pytest.raises(CheckpointError, match=r"experts\.0\.down_proj: found K = 192"):
+        quantize_checkpoint(model, tmp_path / "out", scheme="2bits", **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_nan_names_tensor_and_place_and_leaves_no_model(tmp_path: Path) -> None:
+    config = tiny_config("bf16")
+    tensors = tiny_tensors(config)
+    key = "ernie.layers.2.mlp.experts.1.down_proj.weight"
+    array, dtype = tensors[key]
+    array = array.copy()
+    array[5, 7] = 0x7FC0
+    write_tensors(tmp_path / "in", config, {**tensors, key: (array, dtype)})
+    with pytest.raises(CheckpointError, match=r"experts\.1\.down_proj: weight\[5, 7\]: found nan"):
+        quantize_checkpoint(tmp_path / "in", tmp_path / "out", scheme="2bits", **QUIET)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def run_cli(*arguments: object) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    return cli.run(parser.parse_args([str(a) for a in arguments]))
+
+
+def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    options = ("--scheme", "2bits", "--code", "128.5,0.25", "--shard-size", "1MiB")
+    assert run_cli("--model", source, "--output", out, *options) == 0
+    text = capsys.readouterr().out
+    assert "ccq:" in text
+    assert "int8:" in text
+    scale = Checkpoint.open(out).get("ernie.layers.1.mlp.experts.0.up_gate_proj.code_scale").data
+    assert (scale == np.float32(128.5)).all()
+    assert run_cli("--model", source, "--output", out, *options) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastdeploy-lite quantize: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1M", 1 << 20), ("1.5GiB", 3 << 29), ("4gb", 4 << 30), ("2097152", 2 << 20)]
+)
+def test_sizes_are_parsed(text: str, size: int) -> None:
+    assert cli.parse_size(text) == size
+
+
+@pytest.mark.parametrize("option", [("--shard-size", "9"), ("--shard-size", "x"), ("--code", "1")])
+def test_bad_options_are_refused(option: tuple[str, str]) -> None:
+    with pytest.raises(SystemExit):
+        run_cli("--model", "a", "--output", "b", *option)
