@@ -73,7 +73,7 @@ def resolve_model(name: str, revision: str | None = "master") -> Path:
     if name == "demo":
         return demo_path()
     local = Path(name).expanduser()
-    if local.is_dir():
+    if name and local.is_dir():  # an empty name would be the working directory
         return local
     if local.is_file():
         raise CheckpointError(f"model {quote(name)} is a file; give the folder that holds it")
