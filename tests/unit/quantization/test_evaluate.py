@@ -1,0 +1,89 @@
+"""entrypoints/evaluate.py: rendering of documents, windows, and scores against the oracle."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from oracles.ernie_float32 import ErnieFloat32
+from tiny_model import write_tiny_model
+
+from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def evaluate() -> ModuleType:
+    path = REPOSITORY / "entrypoints" / "evaluate.py"
+    spec = importlib.util.spec_from_file_location("evaluate_script", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up here
+    spec.loader.exec_module(module)
+    return module
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def test_documents_are_rendered_as_in_training(evaluate: ModuleType, demo_dir: Path) -> None:
+    tokenizer = Ernie4_5Tokenizer.from_pretrained(str(demo_dir))
+    text = evaluate.encode_document(tokenizer, {"text": "静夜思"})
+    assert text == [*tokenizer.encode_text("静夜思"), 2]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    chat = evaluate.encode_document(tokenizer, {"messages": messages})
+    assert chat[0] == tokenizer.token_id("<|begin_of_sentence|>")
+    assert tokenizer.decode(chat) == "<|begin_of_sentence|>User: Hi\nAssistant: Hello</s>"
+    assert chat[-1 - len(tokenizer.encode_text("Hello")) :] == [*tokenizer.encode_text("Hello"), 2]
+
+
+def test_windows_cover_the_stream_once(evaluate: ModuleType) -> None:
+    parts = list(evaluate.windows(list(range(23)), 5, None))
+    assert [token for part in parts for token in part] == list(range(23))
+    assert [len(part) for part in parts] == [5, 5, 5, 5, 3]
+    # A single token left over has nothing to be predicted from.
+    assert [len(p) for p in evaluate.windows(list(range(23)), 5, 11)] == [5, 5]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "2bits"])
+def test_perplexity_equals_the_oracles(evaluate: ModuleType, tmp_path: Path, kind: str) -> None:
+    model = write_tiny_model(tmp_path / "model", kind=kind, experts=2)
+    text = tmp_path / "text.jsonl"
+    lines = [{"text": "床前明月光，疑是地上霜。" * 9}, {"text": "A peer of the realm."}]
+    text.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    args = evaluate.parse_arguments(
+        ["--text", str(text), "--context", "40", "--limit", "70", "--device", "cpu", str(model)]
+    )
+    runner = evaluate.load_runner(model, args.context, args.device)
+    stream = evaluate.read_stream(Ernie4_5Tokenizer.from_pretrained(str(model)), text)
+    oracle, expected = ErnieFloat32(model), []
+    for window in evaluate.windows(stream, 40, 70):
+        rows = log_softmax(oracle.logits(list(window)))
+        targets = np.asarray(window[1:])
+        expected.append(rows[np.arange(len(targets)), targets])
+        found = evaluate.score(runner, window)
+        np.testing.assert_allclose(found.logprobs, expected[-1], atol=2e-4)
+        np.testing.assert_array_equal(found.argmax, rows.argmax(axis=1)[:-1])
+    perplexity = float(np.exp(-np.concatenate(expected).mean()))
+    line = evaluate.report_perplexity(runner, args, model)
+    assert float(line.split("perplexity ")[1].split(",")[0]) == pytest.approx(perplexity, rel=1e-3)
+    assert "68 tokens in windows of 40" in line
+
+
+def test_agreement_with_recorded_values(evaluate: ModuleType, demo_bf16_dir: Path) -> None:
+    """What the demo model's makers recorded in bf16 on a GPU; their README gives the tolerance."""
+    reference = demo_bf16_dir / "reference_logprobs.json"
+    args = evaluate.parse_arguments(
+        ["--reference", str(reference), "--key", "bf16", "--device", "cpu", str(demo_bf16_dir)]
+    )
+    runner = evaluate.load_runner(demo_bf16_dir, args.context, args.device)
+    line = evaluate.report_agreement(runner, args, demo_bf16_dir)
+    assert float(line.split("mean |difference| ")[1].split(",")[0]) < 0.04
+    assert float(line.split("same argmax ")[1].split("%")[0]) > 97.5
