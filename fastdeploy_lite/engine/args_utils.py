@@ -132,7 +132,7 @@ class EngineArgs:
     )
     speculative_config: dict[str, Any] | None = _flag(None, _json, "JSON; no method is available")
     guided_decoding_backend: str = _flag(
-        "off", str, "structured output; any value but off uses llguidance", choices=GUIDED_BACKENDS
+        "auto", str, "structured output; any value but off uses llguidance", choices=GUIDED_BACKENDS
     )
     guided_decoding_disable_any_whitespace: bool = _flag(
         False, _boolean, "JSON without free whitespace", nargs="?", const=True

@@ -197,7 +197,7 @@ class RequestOutput:
         error_msg: One line; contains `Aborted` when the request was aborted.
     """
 
-    def __init__(  # noqa: PLR0917 - upstream's order
+    def __init__(
         self,
         request_id: str,
         prompt: Any = None,

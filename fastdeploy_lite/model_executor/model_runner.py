@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import paddle
 
-from fastdeploy_lite import device
+from fastdeploy_lite import device, envs
 from fastdeploy_lite.config import BLOCK_SIZE, RuntimeConfig
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.input_batch import BatchShape, InputBatch
@@ -153,7 +153,8 @@ class ModelRunner:
             blocks = int(self._cache_budget() // self.kv_bytes_per_block)
             if self.place.is_cpu_place():
                 keep = 2 if config.cache.enable_prefix_caching else 1
-                blocks = min(blocks, keep * config.scheduler.max_num_seqs * per_sequence)
+                useful = keep * config.scheduler.max_num_seqs * per_sequence
+                blocks = min(blocks, useful + envs.FD_ENC_DEC_BLOCK_NUM)
         if blocks < per_sequence:
             raise ConfigError(
                 f"the KV cache has room for {max(0, blocks) * BLOCK_SIZE} tokens but max_model_len "

@@ -1,0 +1,508 @@
+"""The engine core: requests in, one step at a time, tokens out.
+
+Single-threaded; a process of its own for the server (core_process.py), in-process for `LLM`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Protocol
+
+from fastdeploy_lite import envs
+from fastdeploy_lite.config import RuntimeConfig
+from fastdeploy_lite.engine import guided_decoding
+from fastdeploy_lite.engine.args_utils import check_block_count
+from fastdeploy_lite.engine.generation import Generation
+from fastdeploy_lite.engine.guided_decoding import Grammar
+from fastdeploy_lite.engine.kv_cache import BlockManager
+from fastdeploy_lite.engine.logits_processors import LogitsProcessors
+from fastdeploy_lite.engine.messages import (
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    Timing,
+)
+from fastdeploy_lite.engine.scheduler import Scheduler, Sequence
+from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
+from fastdeploy_lite.model_executor.step import (
+    LogitsProcessor,
+    SamplerParams,
+    SequenceSlice,
+    SliceResult,
+    TokenLogprobs,
+)
+from fastdeploy_lite.utils.errors import ConfigError, RequestError, one_line
+from fastdeploy_lite.utils.logging import get_logger
+
+# A runner that fails this many steps in a row for every request is taken for broken.
+MOST_FAILED_STEPS = 3
+_log = get_logger("fastdeploy")
+
+
+class EngineDeadError(RuntimeError):
+    """The engine cannot go on; the message says why in one line."""
+
+
+class Runner(Protocol):
+    """What the core asks of a model runner."""
+
+    def execute(self, slices: list[SequenceSlice]) -> list[SliceResult]:
+        """Compute one step; one result per slice."""
+
+
+class _Active:
+    """A request inside the core: its sequence, its rules, its clock."""
+
+    __slots__ = (
+        "cached_sent",
+        "first_token",
+        "generation",
+        "processors",
+        "prompt_logprobs",
+        "received",
+        "request",
+        "sampler",
+        "scheduled",
+        "sequence",
+        "shows_logprobs",
+    )  # fmt: skip
+
+    def __init__(self, request: EngineRequest, sequence: Sequence, sampler: SamplerParams) -> None:
+        self.request = request
+        self.sequence = sequence
+        self.sampler = sampler
+        self.shows_logprobs = request.sampling.sampler.logprobs is not None
+        self.generation: Generation
+        self.processors: list[LogitsProcessor] | None = None
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.received = time.time()
+        self.scheduled = self.first_token = 0.0
+
+    @property
+    def timing(self) -> Timing:
+        """When it passed through the core."""
+        return Timing(self.received, self.scheduled, self.first_token)
+
+
+class EngineCore:
+    """Scheduler, KV blocks, rules of generation, model runner.
+
+    Args:
+        config: Of the engine.
+        runner: Computes steps; its KV cache has `num_blocks` blocks.
+        tokenizer: For stop texts and constraints.
+        num_blocks: KV blocks.
+
+    Raises:
+        ConfigError: The KV cache cannot hold one sequence, or a logits processor is unknown.
+    """
+
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        runner: Runner,
+        tokenizer: Ernie4_5Tokenizer,
+        num_blocks: int,
+    ) -> None:
+        check_block_count(num_blocks, config.scheduler.max_model_len, config.cache.block_size)
+        if config.early_stop and config.logprobs_mode.endswith("_logits"):
+            raise ConfigError("early stop needs probabilities: use logprobs_mode raw_logprobs")
+        self.config = config
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._processors = LogitsProcessors(config)
+        self._blocks = BlockManager(
+            num_blocks, config.cache.block_size, config.cache.enable_prefix_caching
+        )
+        self._scheduler = Scheduler(
+            config.scheduler,
+            self._blocks,
+            reserve=envs.FD_ENC_DEC_BLOCK_NUM,
+            cache_outputs=config.cache.enable_output_caching,
+            on_preempt=_log_preemption,
+        )
+        self._active: dict[str, _Active] = {}
+        self._compiling: dict[Future[Grammar], _Active] = {}
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="guided-compiler")
+        self._outbox: list[EngineOutput] = []
+        self._stats = EngineStats(num_blocks=num_blocks)
+        self._failed_in_a_row = 0
+
+    # Requests ------------------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest) -> None:
+        """Take a request; what is wrong with it comes back as an output with an error.
+
+        Raises:
+            ValueError: A request of that id is alive.
+        """
+        if request.request_id in self._active:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        self._stats.requests += 1
+        problem = self._problem(request)
+        if problem is not None:
+            code, message = problem
+            self._outbox.append(_failure(request.request_id, code, message))
+            return
+        active = _Active(
+            request, Sequence(request, self.config.cache.block_size), self._sampler(request)
+        )
+        self._active[request.request_id] = active
+        if request.sampling.guided is None:
+            self._enqueue(active, None)
+            return
+        future = self._compiler.submit(
+            guided_decoding.compile,
+            request.sampling.guided,
+            self._tokenizer,
+            self.config.model.vocab_size,
+        )
+        self._compiling[future] = active
+
+    def _problem(self, request: EngineRequest) -> tuple[int, str] | None:
+        """Why the core cannot run a request: it does not trust its clients to have checked."""
+        sampling, count = request.sampling, len(request.prompt_token_ids)
+        limits = self.config.scheduler
+        if not count or sampling.max_tokens < 1 or not sampling.eos_token_ids:
+            return 400, "The request has no prompt, no room for output, or no EOS id"
+        if count + sampling.max_tokens > limits.max_model_len:
+            return 400, (
+                f"Input text is too long, input_ids_len ({count}) + max_tokens "
+                f"({sampling.max_tokens}) > max_model_len ({limits.max_model_len})"
+            )
+        if len(self._scheduler.waiting) + len(self._compiling) >= limits.max_waiting_requests:
+            return 429, f"Too many requests wait: the limit is {limits.max_waiting_requests}"
+        return None
+
+    def _sampler(self, request: EngineRequest) -> SamplerParams:
+        """Numbers for the runner; early stop needs the probability of every token."""
+        sampler = request.sampling.sampler
+        if self.config.early_stop is None or sampler.logprobs is not None:
+            return sampler
+        return dataclasses.replace(sampler, logprobs=0)
+
+    def _enqueue(self, active: _Active, grammar: Grammar | None) -> None:
+        sampling = active.request.sampling
+        try:
+            active.generation = Generation(
+                sampling,
+                active.sequence.output_token_ids,
+                vocab_size=self.config.model.vocab_size,
+                stream=self._tokenizer.detokenizer() if sampling.stop else None,
+                matcher=None if grammar is None else grammar.matcher(),
+                early_stop=self.config.early_stop,
+            )
+            active.processors = self._processors.for_request(active.request)
+        except Exception as error:
+            self._outbox.append(self._fail(active, error))
+            return
+        self._scheduler.add(active.sequence)
+
+    def abort(self, request_ids: Iterable[str] | None = None) -> None:
+        """End requests now and free their blocks; unknown ids are ignored, None means all."""
+        for request_id in list(self._active if request_ids is None else request_ids):
+            active = self._active.get(request_id)
+            if active is not None:
+                self._outbox.append(self._end(active, "abort", 499, "Aborted"))
+
+    def pause(self) -> None:
+        """Schedule nothing until `resume`."""
+        self._stats.paused = True
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._stats.paused = False
+
+    def reset(self) -> None:
+        """Abort everything and forget cached prefixes."""
+        self.abort()
+        self._blocks.forget_prefixes()
+
+    def shutdown(self) -> None:
+        """Stop the helper thread."""
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+
+    # Steps ---------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to say."""
+        if self._outbox or self._compiling:
+            return True
+        return self._scheduler.has_sequences and not self._stats.paused
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not been admitted."""
+        return len(self._scheduler.waiting) + len(self._compiling)
+
+    def step(self) -> list[EngineOutput]:
+        """Run one step.
+
+        Returns:
+            News of requests, at most two messages each (a token, then the closing EOS).
+
+        Raises:
+            EngineDeadError: The model runner fails whatever it is given.
+        """
+        started = time.perf_counter()
+        self._collect_compiled()
+        plan = [] if self._stats.paused else self._scheduler.schedule()
+        outputs, self._outbox = self._outbox, []
+        if plan:
+            self._run(plan, outputs)
+            outputs += self._outbox
+            self._outbox = []
+            self._stats.steps += 1
+        self._stats.step_seconds += time.perf_counter() - started
+        return outputs
+
+    def _collect_compiled(self) -> None:
+        if not self._compiling:
+            return
+        # With nothing else to do, wait here instead of spinning.
+        idle = not self._scheduler.has_sequences and not self._outbox
+        done, _ = wait(self._compiling, 0.01 if idle else 0, FIRST_COMPLETED)
+        for future in done:
+            active = self._compiling.pop(future)
+            if active.request.request_id not in self._active:  # aborted meanwhile
+                continue
+            error = future.exception()
+            if error is None:
+                self._enqueue(active, future.result())
+            else:
+                self._outbox.append(self._fail(active, error))
+
+    def _run(self, plan: list[tuple[Sequence, int]], outputs: list[EngineOutput]) -> None:
+        batch: list[tuple[_Active, SequenceSlice]] = []
+        now = time.time()
+        for sequence, count in plan:
+            active = self._active[sequence.request.request_id]
+            if not active.scheduled:
+                active.scheduled = now
+            try:
+                batch.append((active, self._slice(active, count)))
+            except Exception as error:
+                outputs.append(self._fail(active, error))
+        self._stats.last_batch_size = len(batch)
+        if batch:
+            results = self._execute([part for _, part in batch])
+            for (active, part), result in zip(batch, results, strict=True):
+                self._advance(active, part, result, outputs)
+
+    def _slice(self, active: _Active, count: int) -> SequenceSlice:
+        sequence = active.sequence
+        generation = active.generation
+        samples = count == sequence.num_to_compute
+        forced = generation.forced_token if samples else -1
+        free = samples and forced < 0
+        return SequenceSlice(
+            request_id=active.request.request_id,
+            slot=sequence.slot,
+            fresh=sequence.fresh,
+            token_ids=sequence.next_tokens(count),
+            start=sequence.num_computed,
+            block_table=sequence.block_table,
+            sample=samples,
+            prompt_token_ids=sequence.prompt_token_ids,
+            output_token_ids=sequence.output_token_ids,
+            sampling=active.sampler,
+            step=len(sequence.output_token_ids),
+            banned_now=generation.banned_now if free else (),
+            forced_token=forced,
+            bitmask=generation.bitmask() if free else None,
+            logits_processors=active.processors,
+        )
+
+    def _execute(self, slices: list[SequenceSlice]) -> list[SliceResult]:
+        """Run the model; when a step fails, find the slices that it fails for.
+
+        A slice writes keys and values that nobody else reads and may be computed again, so each
+        one gets a second chance alone.
+
+        Raises:
+            EngineDeadError: Every slice failed, several steps in a row.
+        """
+        started = time.perf_counter()
+        try:
+            results = self._runner.execute(slices)
+            self._failed_in_a_row = 0
+        except Exception as error:
+            _log.exception("A step of %d requests failed", len(slices))
+            self._stats.failed_steps += 1
+            if len(slices) == 1:
+                results = [SliceResult(error=_describe(error))]
+            else:
+                results = [self._execute_alone(part) for part in slices]
+            broken = all(result.error is not None for result in results)
+            self._failed_in_a_row = self._failed_in_a_row + 1 if broken else 0
+            if self._failed_in_a_row >= MOST_FAILED_STEPS:
+                raise EngineDeadError(
+                    f"the model runner failed {MOST_FAILED_STEPS} steps in a row: "
+                    f"{_describe(error)}"
+                ) from error
+        self._stats.model_seconds += time.perf_counter() - started
+        return results
+
+    def _execute_alone(self, part: SequenceSlice) -> SliceResult:
+        part.fresh = True  # the failed step may have left the slot's rows half updated
+        try:
+            return self._runner.execute([part])[0]
+        except Exception as error:
+            return SliceResult(error=_describe(error))
+
+    # After a step --------------------------------------------------------------------------------
+
+    def _advance(
+        self,
+        active: _Active,
+        part: SequenceSlice,
+        result: SliceResult,
+        outputs: list[EngineOutput],
+    ) -> None:
+        if result.error is not None:
+            outputs.append(self._end(active, "error", 500, one_line(result.error)))
+            return
+        self._scheduler.computed(active.sequence, len(part.token_ids))
+        if result.prompt_logprobs is not None:
+            self._collect_prompt_logprobs(active, part, result.prompt_logprobs)
+        if result.token_id is None:
+            return
+        try:
+            self._accept(active, result.token_id, result.logprobs, outputs)
+        except Exception as error:
+            outputs.append(self._fail(active, error))
+
+    def _accept(
+        self,
+        active: _Active,
+        token_id: int,
+        logprobs: TokenLogprobs | None,
+        outputs: list[EngineOutput],
+    ) -> None:
+        generation = active.generation
+        logprob = None if logprobs is None else logprobs.logprob
+        token_id = generation.accept(token_id, logprob)
+        output = EngineOutput(active.request.request_id, [token_id])
+        if active.shows_logprobs and logprobs is not None:
+            output.new_logprobs = [logprobs]
+        if not active.first_token:
+            self._first_token(active, output)
+        self._stats.generation_tokens += 1
+        outputs.append(output)
+        if generation.forced_token >= 0 and generation.reason is None:
+            self._close_early(active, outputs)
+        elif generation.reason is not None:
+            self._complete(active, outputs[-1])
+
+    def _close_early(self, active: _Active, outputs: list[EngineOutput]) -> None:
+        """Append the closing EOS without a step: it is known, and nobody asked how likely it is."""
+        generation = active.generation
+        eos = active.request.sampling.eos_token_ids[0]
+        if active.shows_logprobs or generation.forced_token != eos:
+            return
+        generation.accept(eos)
+        self._stats.generation_tokens += 1
+        outputs.append(EngineOutput(active.request.request_id, [eos]))
+        self._complete(active, outputs[-1])
+
+    def _complete(self, active: _Active, output: EngineOutput) -> None:
+        generation = active.generation
+        output.finished = True
+        output.finish_reason = generation.reason
+        output.stop_reason = generation.stop_reason
+        output.num_cached_tokens = active.sequence.num_cached_tokens
+        output.timing = active.timing
+        self._forget(active)
+
+    def _first_token(self, active: _Active, output: EngineOutput) -> None:
+        active.first_token = time.time()
+        output.num_cached_tokens = active.sequence.num_cached_tokens
+        output.timing = active.timing
+        if active.sampler.prompt_logprobs is not None:
+            output.prompt_logprobs = active.prompt_logprobs
+        self._stats.prompt_tokens += len(active.request.prompt_token_ids)
+
+    @staticmethod
+    def _collect_prompt_logprobs(
+        active: _Active, part: SequenceSlice, entries: list[TokenLogprobs]
+    ) -> None:
+        """Entry i of a chunk is about prompt token start + i + 1; a recomputed chunk brings what
+        is known already."""
+        known = len(active.prompt_logprobs)
+        if part.start <= known:
+            active.prompt_logprobs.extend(entries[known - part.start :])
+
+    # Ends ----------------------------------------------------------------------------------------
+
+    def _fail(self, active: _Active, error: BaseException) -> EngineOutput:
+        if isinstance(error, RequestError):
+            return self._end(active, "error", 400, str(error))
+        _log.error("Request %s failed", active.request.request_id, exc_info=error)
+        return self._end(active, "error", 500, _describe(error))
+
+    def _end(self, active: _Active, reason: FinishReason, code: int, message: str) -> EngineOutput:
+        output = _failure(active.request.request_id, code, message, reason)
+        output.num_cached_tokens = active.sequence.num_cached_tokens
+        output.timing = active.timing
+        self._forget(active)
+        return output
+
+    def _forget(self, active: _Active) -> None:
+        self._scheduler.finish(active.sequence)
+        del self._active[active.request.request_id]
+
+    # Reports -------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Counters as of now; a new object."""
+        scheduler, blocks = self._scheduler, self._blocks
+        stats = self._stats
+        stats.time = time.time()
+        stats.num_running = len(scheduler.running)
+        stats.num_waiting = self.num_waiting
+        stats.num_preempted = scheduler.num_preempted
+        stats.preemptions = scheduler.num_preemptions
+        stats.num_free_blocks = blocks.num_free
+        stats.num_cached_blocks = blocks.num_cached
+        stats.prefix_queries = scheduler.prefix_queries
+        stats.prefix_hits = scheduler.prefix_hits
+        stats.prefix_query_tokens = scheduler.prefix_query_tokens
+        stats.prefix_hit_tokens = scheduler.prefix_hit_tokens
+        if not scheduler.running:
+            stats.last_batch_size = 0
+        return EngineStats(**{name: getattr(stats, name) for name in stats.__struct_fields__})
+
+    def check_integrity(self) -> None:
+        """Verify that no block, slot or request is lost.
+
+        Raises:
+            RuntimeError: Something is.
+        """
+        self._scheduler.check_integrity()
+        known = {s.request_id for s in [*self._scheduler.running, *self._scheduler.waiting]}
+        known |= {active.request.request_id for active in self._compiling.values()}
+        if not known >= set(self._active):
+            raise RuntimeError(f"Engine: requests are lost: {sorted(set(self._active) - known)}")
+        if not self._active and self._blocks.num_free != self._blocks.num_blocks:
+            raise RuntimeError("Engine: no request is alive but blocks are held")
+
+
+def _failure(
+    request_id: str, code: int, message: str, reason: FinishReason = "error"
+) -> EngineOutput:
+    return EngineOutput(
+        request_id, finished=True, finish_reason=reason, error_code=code, error_msg=message
+    )
+
+
+def _describe(error: BaseException) -> str:
+    return one_line(f"{type(error).__name__}: {error}")
+
+
+def _log_preemption(sequence: Sequence) -> None:
+    _log.info("Preemption is triggered! Preempted request id: %s", sequence.request_id)

@@ -1,0 +1,249 @@
+"""The rules of one answer: what its next token may be, and when it ends.
+
+Upstream's peculiarity (docs/serving.md): every sequence is closed by an EOS token, whatever ended
+it. At the length limit the last slot is EOS; after a stop text the next one is. All EOS ids appear
+as the first of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdeploy_lite.config import EarlyStopConfig
+from fastdeploy_lite.engine.guided_decoding import Matcher
+from fastdeploy_lite.engine.messages import EngineSampling, FinishReason
+
+
+class TextStream(Protocol):
+    """An incremental detokeniser."""
+
+    def feed(self, token_id: int) -> str:
+        """Text that the token completes."""
+
+
+class StopFinder:
+    """Finds stop texts in the text and stop sequences in the tokens of an answer.
+
+    Both are looked for: a text may be spelled by other tokens in context, and a special token may
+    have no text.
+
+    Args:
+        texts: Stop texts.
+        sequences: Stop token sequences.
+        stream: Detokeniser of this answer; needed when there are texts.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        sequences: Sequence[tuple[int, ...]],
+        stream: TextStream | None,
+    ) -> None:
+        self._texts = tuple(texts)
+        self._single = {s[0] for s in sequences if len(s) == 1}
+        self._sequences = [list(s) for s in sequences if len(s) > 1]
+        self._keep = max(map(len, self._texts), default=1) - 1
+        self._stream = stream
+        self._tail = ""
+
+    def feed(self, output: Sequence[int]) -> str | int | None:
+        """Look at the newest token.
+
+        Args:
+            output: All tokens of the answer.
+
+        Returns:
+            The stop text or (last) stop token that is now complete, or None.
+        """
+        found = self._in_text(output[-1])
+        if found is not None:
+            return found
+        if output[-1] in self._single:
+            return output[-1]
+        ends = (s for s in self._sequences if list(output[-len(s) :]) == s)
+        return next((s[-1] for s in ends), None)
+
+    def _in_text(self, token_id: int) -> str | None:
+        if self._stream is None:
+            return None
+        text = self._tail + self._stream.feed(token_id)
+        self._tail = text[-self._keep :] if self._keep else ""
+        return next((stop for stop in self._texts if stop in text), None)
+
+
+class RepetitionFinder:
+    """Notices that a model only repeats: every token of a window was nearly certain.
+
+    Args:
+        config: Window and threshold.
+    """
+
+    def __init__(self, config: EarlyStopConfig) -> None:
+        self._window = config.window_size
+        self._least = math.log(config.threshold) if config.threshold > 0 else -math.inf
+        self._streak = 0
+
+    def feed(self, logprob: float) -> bool:
+        """Count one token; True when the window is full of certain ones."""
+        self._streak = self._streak + 1 if logprob > self._least else 0
+        return self._streak >= self._window
+
+
+class Generation:
+    """State of one answer.
+
+    Args:
+        sampling: What the request asks.
+        output: The answer's tokens; this object appends to it.
+        vocab_size: Number of logits.
+        stream: Detokeniser, when there are stop texts.
+        matcher: Constraint on the output.
+        early_stop: When to give up on repetition.
+    """
+
+    __slots__ = (
+        "_answer_tokens",
+        "_early",
+        "_eos_ids",
+        "_forced",
+        "_is_plain",
+        "_last_slot",
+        "_mask",
+        "_matcher",
+        "_sampling",
+        "_stops",
+        "_thinking",
+        "_thinking_tokens",
+        "ending",
+        "output",
+        "reason",
+        "stop_reason",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        sampling: EngineSampling,
+        output: list[int],
+        *,
+        vocab_size: int,
+        stream: TextStream | None = None,
+        matcher: Matcher | None = None,
+        early_stop: EarlyStopConfig | None = None,
+    ) -> None:
+        self.output = output
+        self.ending = False  # the next token is the closing EOS
+        self.reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self._sampling = sampling
+        self._eos_ids = frozenset(sampling.eos_token_ids)
+        self._last_slot = sampling.max_tokens - 1
+        has_stops = sampling.stop or sampling.stop_token_seqs
+        self._stops = (
+            StopFinder(sampling.stop, sampling.stop_token_seqs, stream) if has_stops else None
+        )
+        self._early = RepetitionFinder(early_stop) if early_stop is not None else None
+        self._matcher = matcher
+        self._mask = np.empty(-(-vocab_size // 32), np.int32) if matcher is not None else None
+        self._forced: deque[int] = deque()
+        self._thinking = sampling.thinking
+        self._thinking_tokens = self._answer_tokens = 0
+        limits = (sampling.reasoning_max_tokens, sampling.response_max_tokens)
+        # Most requests have none of these rules; their tokens take the short way.
+        self._is_plain = not (has_stops or self._early or matcher) and limits == (None, None)
+        if not self._is_plain:
+            self._look_ahead()
+
+    # Before a token ------------------------------------------------------------------------------
+
+    @property
+    def forced_token(self) -> int:
+        """The token that must come next, -1 when the model decides."""
+        if self.ending or len(self.output) >= self._last_slot:
+            return self._sampling.eos_token_ids[0]
+        return self._forced[0] if self._forced else -1
+
+    @property
+    def banned_now(self) -> tuple[int, ...]:
+        """EOS ids while the answer is too short to end."""
+        sampling = self._sampling
+        return sampling.eos_token_ids if len(self.output) < sampling.min_tokens else ()
+
+    def bitmask(self) -> npt.NDArray[np.int32] | None:
+        """Tokens that the constraint allows; None allows all.
+
+        Raises:
+            RequestError: The constraint became too complex.
+        """
+        if self._matcher is None or self._mask is None or not self._matcher.is_active:
+            return None
+        self._matcher.fill_bitmask(self._mask)
+        return self._mask
+
+    # After a token -------------------------------------------------------------------------------
+
+    def accept(self, token_id: int, logprob: float | None = None) -> int:
+        """Append a token.
+
+        Args:
+            token_id: Sampled or forced.
+            logprob: Its log-probability, when it was computed.
+
+        Returns:
+            The token as it appears in the answer. `reason` is set when the answer is complete.
+
+        Raises:
+            RuntimeError: The sampler gave a token that the constraint forbids.
+        """
+        output = self.output
+        if token_id in self._eos_ids:
+            output.append(self._sampling.eos_token_ids[0])
+            if self.reason is None:
+                self.reason = "length" if len(output) > self._last_slot else "stop"
+            return output[-1]
+        output.append(token_id)
+        if not self._is_plain:
+            self._apply_rules(token_id, logprob)
+        return token_id
+
+    def _apply_rules(self, token_id: int, logprob: float | None) -> None:
+        if self._forced:
+            self._forced.popleft()
+        if self._matcher is not None and not self._matcher.accept(token_id):
+            raise RuntimeError(f"the sampler gave token {token_id}, which the constraint forbids")
+        self._count_thinking(token_id)
+        stop = None if self._stops is None else self._stops.feed(self.output)
+        if stop is not None and len(self.output) + 1 >= self._sampling.min_tokens:
+            self.stop_reason, self.ending = stop, True
+        if self._early is not None and logprob is not None and self._early.feed(logprob):
+            self.ending = True
+        self._look_ahead()
+
+    def _count_thinking(self, token_id: int) -> None:
+        sampling = self._sampling
+        if token_id == sampling.think_end_id:
+            self._thinking = False
+        elif token_id == sampling.think_start_id:
+            self._thinking = True
+        elif self._thinking:
+            self._thinking_tokens += 1
+        else:
+            self._answer_tokens += 1
+
+    def _look_ahead(self) -> None:
+        """Decide whether something is forced from here on."""
+        sampling = self._sampling
+        if self._matcher is not None and self._matcher.is_finished:
+            self.ending = True
+        budget = sampling.reasoning_max_tokens
+        spent = self._thinking and budget is not None and self._thinking_tokens >= budget
+        if spent and not self._forced:
+            self._forced.extend(sampling.think_truncate_ids)
+        limit = sampling.response_max_tokens
+        if limit is not None and not self._thinking and self._answer_tokens >= limit - 1:
+            self.ending, self.reason = True, "length"
