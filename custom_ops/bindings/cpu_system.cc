@@ -1,11 +1,29 @@
 // Threads and instruction sets.
 #include <pybind11/stl.h>
 
+#include <atomic>
+
+#include "../cpu/read_kernels.h"
 #include "bindings.h"
 #include "cpu_features.h"
 #include "parallel.h"
 
 namespace fd {
+namespace {
+
+uint64_t fold_memory(const TensorView& data) {
+  data.check_contiguous("data");
+  const int64_t words = data.size() * dtype_size(data.dtype) / 8;
+  const ReadKernels& kernels = pick(read_kernels_tables);
+  std::atomic<uint64_t> result{0};
+  parallel_for(words, int64_t{1} << 17, [&](int64_t begin, int64_t end) {
+    const uint64_t* from = static_cast<const uint64_t*>(data.data) + begin;
+    result.fetch_xor(kernels.fold(from, end - begin), std::memory_order_relaxed);
+  });
+  return result;
+}
+
+}  // namespace
 
 void bind_system(py::module_& m) {
   m.def("num_threads", &num_threads, "Threads that an op may use, the caller included.");
@@ -22,6 +40,8 @@ void bind_system(py::module_& m) {
         return names;
       },
       "Names of the instruction sets that were built and that this machine runs, plainest first.");
+  m.def("fold_memory", &fold_memory, py::arg("data"), no_gil(),
+        "Exclusive or of all whole 64-bit words: a pass over memory, to measure its speed.");
 }
 
 }  // namespace fd

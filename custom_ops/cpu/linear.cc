@@ -41,10 +41,18 @@ thread_local Scratch scratch;
 void multiply_rows(const PackedWeight& weight, const Rows& input, int64_t count, float* out,
                    int64_t out_stride) {
   parallel_for(weight.tiles(), tile_grain(weight, count), [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      multiply_tile(weight, 0, tile, input, nullptr, count, out, out_stride);
-    }
+    multiply_tiles(weight, 0, begin, end, input, nullptr, count, out, out_stride);
   });
+}
+
+// As many rows as stay in the L2 cache while all tiles pass by. Reading the weights once more for
+// every 16 rows or more costs little beside the products; reading the rows from further away for
+// every tile cost half of the speed at K = 8192.
+int64_t block_rows(const PackedWeight& weight) {
+  constexpr int64_t kCacheBytes = 1 << 20;
+  const int64_t row_bytes = weight.quantized() ? digit_bytes(1, weight.in_features)
+                                               : weight.in_features * int64_t{sizeof(float)};
+  return std::clamp<int64_t>(kCacheBytes / row_bytes / 16 * 16, 16, kMaxRows);
 }
 
 }  // namespace
@@ -56,9 +64,9 @@ void linear(const TensorView& x, const PackedWeight& weight, const TensorView& o
   const float* in = x.as<float>("x");
   float* result = out.as<float>("out");
   const int64_t depth = weight.in_features;
-  // A block of rows is as much as stays in the L2 cache while the weights pass by.
-  for (int64_t first = 0; first < x.shape[0]; first += kMaxRows) {
-    const int64_t count = std::min<int64_t>(kMaxRows, x.shape[0] - first);
+  const int64_t block = block_rows(weight);
+  for (int64_t first = 0; first < x.shape[0]; first += block) {
+    const int64_t count = std::min(block, x.shape[0] - first);
     Rows rows{in + first * x.strides[0], x.strides[0], nullptr, nullptr};
     if (weight.quantized()) {
       uint8_t* memory = scratch.get(digit_bytes(count, depth) + group_bytes(count, depth));

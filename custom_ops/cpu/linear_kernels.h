@@ -42,13 +42,15 @@ struct GroupNumbers {
   float scale;             // NaN if the group holds an infinity or a NaN
 };
 
-// One tile times some rows.
+// Some tiles, one behind the other, times some rows.
 struct TileJob {
-  const uint8_t* tile;
+  const uint8_t* tile;  // the first one
+  int64_t tile_bytes;
+  int columns;                 // of all tiles together; the last one may be ragged
   int64_t depth;               // K
-  const float* scale;          // [16] per column: super scale, weight scale (unused for dense)
-  const float* code_scale;     // [16] ccq only
-  const float* code_offset;    // [16] ccq only
+  const float* scale;          // per column: super scale, weight scale (unused for dense)
+  const float* code_scale;     // per column, ccq only
+  const float* code_offset;    // per column, ccq only
   const int8_t* digits;        // [rows][K / 64][3][64]
   const GroupNumbers* groups;  // [rows][K / 64]
   const float* x;              // dense only
@@ -57,7 +59,6 @@ struct TileJob {
   int num_rows;         // at most kMaxRows
   float* out;           // row i of the result goes to out + i * out_stride
   int64_t out_stride;
-  int columns;  // columns of this tile that exist, 1..16
 };
 
 struct LinearKernels {

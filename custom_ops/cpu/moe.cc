@@ -125,13 +125,15 @@ void multiply_experts(const PackedWeight& weight, const Assignment& assignment, 
   const int64_t pairs = assignment.tokens.size();
   const int64_t grain = tile_grain(weight, (pairs + active - 1) / active);
   parallel_for(active * tiles, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
+    for (int64_t unit = begin; unit < end;) {
       const int64_t a = unit / tiles, first = assignment.first_pair[a];
       const int64_t count = assignment.first_pair[a + 1] - first;
-      const Rows rows = skip_rows(weight, input, by_token ? 0 : first);
-      multiply_tile(weight, assignment.experts[a], unit % tiles, rows,
-                    by_token ? assignment.tokens.data() + first : nullptr, count,
-                    out + first * weight.out_features, weight.out_features);
+      const int64_t tile = unit % tiles, stop = std::min(tiles, tile + end - unit);
+      multiply_tiles(weight, assignment.experts[a], tile, stop,
+                     skip_rows(weight, input, by_token ? 0 : first),
+                     by_token ? assignment.tokens.data() + first : nullptr, count,
+                     out + first * weight.out_features, weight.out_features);
+      unit += stop - tile;
     }
   });
 }

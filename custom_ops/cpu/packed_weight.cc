@@ -81,17 +81,19 @@ Rows skip_rows(const PackedWeight& weight, const Rows& input, int64_t count) {
           input.groups + count * weight.groups()};
 }
 
-void multiply_tile(const PackedWeight& weight, int64_t expert, int64_t tile, const Rows& input,
-                   const int32_t* rows, int64_t count, float* out, int64_t out_stride) {
+void multiply_tiles(const PackedWeight& weight, int64_t expert, int64_t begin, int64_t end,
+                    const Rows& input, const int32_t* rows, int64_t count, float* out,
+                    int64_t out_stride) {
   const LinearKernels& kernels = pick(linear_kernels_tables);
   void (*const by_kind[])(const TileJob&) = {kernels.bf16, kernels.f32, kernels.int8, kernels.int4,
                                              kernels.ccq};
-  const int64_t column = weight.column(expert, tile);
+  const int64_t column = weight.column(expert, begin);
   TileJob job{};
-  job.tile = weight.tile(expert, tile);
+  job.tile = weight.tile(expert, begin);
+  job.tile_bytes = weight.tile_bytes();
   job.depth = weight.in_features;
   job.columns =
-      static_cast<int>(std::min<int64_t>(kTileColumns, weight.out_features - tile * kTileColumns));
+      static_cast<int>(std::min(end * kTileColumns, weight.out_features) - begin * kTileColumns);
   if (weight.quantized()) job.scale = weight.scale + column;
   if (weight.kind == WeightKind::kCcq) {
     job.code_scale = weight.code_scale + column;
@@ -107,7 +109,7 @@ void multiply_tile(const PackedWeight& weight, int64_t expert, int64_t tile, con
     job.x_stride = block.x_stride;
     job.digits = block.digits;
     job.groups = block.groups;
-    job.out = out + first * out_stride + tile * kTileColumns;
+    job.out = out + first * out_stride + begin * kTileColumns;
     by_kind[static_cast<int>(weight.kind)](job);
   }
 }

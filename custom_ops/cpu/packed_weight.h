@@ -79,10 +79,11 @@ inline int64_t group_bytes(int64_t rows, int64_t depth) {
 void quantize_rows(const float* x, int64_t stride, int64_t rows, int64_t depth, int32_t offset,
                    int8_t* digits, GroupNumbers* groups);
 
-// Rows `rows[0 .. count)` (null: 0 .. count) of `input` times one tile; the result's row i goes to
-// out + i * out_stride, where `out` is column 0 of the whole result.
-void multiply_tile(const PackedWeight& weight, int64_t expert, int64_t tile, const Rows& input,
-                   const int32_t* rows, int64_t count, float* out, int64_t out_stride);
+// Rows `rows[0 .. count)` (null: 0 .. count) of `input` times the tiles [begin, end); the result's
+// row i goes to out + i * out_stride, where `out` is column 0 of the whole result.
+void multiply_tiles(const PackedWeight& weight, int64_t expert, int64_t begin, int64_t end,
+                    const Rows& input, const int32_t* rows, int64_t count, float* out,
+                    int64_t out_stride);
 
 // Tiles that make a piece of work worth a thread, for `rows` rows.
 int64_t tile_grain(const PackedWeight& weight, int64_t rows);

@@ -1,4 +1,4 @@
-// Linear maps over packed weights: one tile of 16 columns times a block of rows.
+// Linear maps over packed weights: tiles of 16 columns times a block of rows.
 #include "../linear_kernels.h"
 #include "int_lanes.h"
 
@@ -7,12 +7,20 @@ namespace {
 
 // --- formats: how sixteen quads of a group are read, and the scale of a group --------------------
 
+// How far ahead of the decoder a tile is fetched. The processor's own prefetching stops at every
+// 4 KiB page, and decoding keeps too many instructions in flight to look past it: fetching by hand
+// is what lets the ccq kernel read from memory as fast as from cache.
+constexpr int64_t kFetchAhead = 2048;
+
 struct Ccq {
+  static constexpr int kGroupBytes = kCcqBlockBytes / 2;
   F16 code_scale, code_offset;
   const uint8_t* tile;
 
-  explicit Ccq(const TileJob& job)
-      : code_scale(load(job.code_scale)), code_offset(load(job.code_offset)), tile(job.tile) {}
+  Ccq(const TileJob& job, int index)
+      : code_scale(load(job.code_scale + index * kTileColumns)),
+        code_offset(load(job.code_offset + index * kTileColumns)),
+        tile(job.tile + index * job.tile_bytes) {}
 
   const uint8_t* group(int64_t g) const {
     return tile + (g >> 1) * kCcqBlockBytes + (g & 1) * kCcqGroupBytes;
@@ -29,9 +37,10 @@ struct Ccq {
 };
 
 struct Int8 {
+  static constexpr int kGroupBytes = kInt8GroupBytes;
   const uint8_t* tile;
 
-  explicit Int8(const TileJob& job) : tile(job.tile) {}
+  Int8(const TileJob& job, int index) : tile(job.tile + index * job.tile_bytes) {}
   const uint8_t* group(int64_t g) const { return tile + g * kInt8GroupBytes; }
   static WideQuads load_stored(const uint8_t* p) { return load_wide_quads(p); }
   WideQuads quad(const uint8_t* group, int q) const { return load_wide_quads(group + q * 64); }
@@ -39,9 +48,10 @@ struct Int8 {
 };
 
 struct Int4 {
+  static constexpr int kGroupBytes = kInt4GroupBytes;
   const uint8_t* tile;
 
-  explicit Int4(const TileJob& job) : tile(job.tile) {}
+  Int4(const TileJob& job, int index) : tile(job.tile + index * job.tile_bytes) {}
   const uint8_t* group(int64_t g) const { return tile + g * kInt4GroupBytes; }
   static Quads load_stored(const uint8_t* p) { return load_quads(p); }
   Quads quad(const uint8_t* group, int q) const {
@@ -69,114 +79,179 @@ FD_INLINE F16 join(const I16 (&sums)[kDigits]) {
   return fma(to_float(upper), splat(256.0f), to_float(sums[2]));
 }
 
-// Adds group g of kRows rows to `total`. `quad(q)` gives the weights of rows 4q .. 4q + 3.
-template <int kRows, typename QuadAt, typename Factor>
+// Adds group g of kRows rows to `total`. `quad(t, q)` gives the weights of rows 4q .. 4q + 3 of
+// tile t, `factor(t, scale)` what the sum of a group is worth.
+template <int kRows, int kTiles, typename QuadAt, typename Factor>
 FD_INLINE void add_group(const Row* rows, int64_t g, const QuadAt& quad, const Factor& factor,
-                         F16 (&total)[kRows]) {
-  I16 sums[kRows][kDigits];
+                         F16 (&total)[kRows][kTiles]) {
+  I16 sums[kRows][kTiles][kDigits];
   for (int r = 0; r < kRows; ++r) {
-    for (int d = 0; d < kDigits; ++d) sums[r][d] = splat_int(rows[r].groups[g].start[d]);
+    for (int d = 0; d < kDigits; ++d) {
+      for (int t = 0; t < kTiles; ++t) sums[r][t][d] = splat_int(rows[r].groups[g].start[d]);
+    }
   }
 #pragma GCC unroll 16
   for (int q = 0; q < kGroupQuads; ++q) {
-    const auto w = quad(q);
+    decltype(quad(0, 0)) w[kTiles];
+    for (int t = 0; t < kTiles; ++t) w[t] = quad(t, q);
     for (int r = 0; r < kRows; ++r) {
       const int8_t* digits = rows[r].digits + g * kGroupDigitBytes + 4 * q;
       for (int d = 0; d < kDigits; ++d) {
-        sums[r][d] = dot(sums[r][d], w, digits + d * kGroupRows);
+        for (int t = 0; t < kTiles; ++t) {
+          sums[r][t][d] = dot(sums[r][t][d], w[t], digits + d * kGroupRows);
+        }
       }
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    total[r] = fma(join(sums[r]), factor(splat(rows[r].groups[g].scale)), total[r]);
+    const F16 scale = splat(rows[r].groups[g].scale);
+    for (int t = 0; t < kTiles; ++t) {
+      total[r][t] = fma(join(sums[r][t]), factor(t, scale), total[r][t]);
+    }
   }
 }
 
-FD_INLINE void store_columns(const TileJob& job, int row, F16 value) {
-  float* out = job.out + row * job.out_stride;
-  if (job.columns == kTileColumns) {
+// Row `row` of tile `tile` of the job.
+FD_INLINE void store_columns(const TileJob& job, int row, int tile, F16 value) {
+  float* out = job.out + row * job.out_stride + tile * kTileColumns;
+  const int columns = job.columns - tile * kTileColumns;
+  if (columns >= kTileColumns) {
     store(out, value);
   } else {
-    store_first(out, value, job.columns);
+    store_first(out, value, columns);
   }
+}
+
+FD_INLINE void store_scaled(const TileJob& job, int row, int tile, F16 total) {
+  store_columns(job, row, tile, mul(total, load(job.scale + tile * kTileColumns)));
+}
+
+template <typename Format, int kTiles>
+struct Formats {
+  Format tile[kTiles];
+};
+template <typename Format>
+FD_INLINE Formats<Format, 1> formats_of(const TileJob& job, int first, Formats<Format, 1>*) {
+  return {{Format(job, first)}};
+}
+template <typename Format>
+FD_INLINE Formats<Format, 2> formats_of(const TileJob& job, int first, Formats<Format, 2>*) {
+  return {{Format(job, first), Format(job, first + 1)}};
+}
+
+// Fetches one group's worth of tile `tile` kFetchAhead bytes beyond `at`; past the tile's end that
+// is the tile which this place of the block takes next.
+template <typename Format, int kTiles>
+FD_INLINE void fetch_ahead(const TileJob& job, const uint8_t* tile, const uint8_t* at) {
+  const uint8_t* ahead = at + kFetchAhead;
+  if (ahead >= tile + job.tile_bytes) ahead += (kTiles - 1) * job.tile_bytes;
+  for (int i = 0; i < Format::kGroupBytes; i += 64) __builtin_prefetch(ahead + i);
 }
 
 // Few rows: the weights go from memory through the decoder straight into the dot products.
-template <typename Format, int kRows>
-void stream_rows(const TileJob& job, int first) {
-  const Format format(job);
+template <typename Format, int kRows, int kTiles>
+void stream_rows(const TileJob& job, int first_tile) {
+  const auto formats = formats_of(job, first_tile, (Formats<Format, kTiles>*)nullptr);
   Row rows[kRows];
-  F16 total[kRows];
+  F16 total[kRows][kTiles];
   for (int r = 0; r < kRows; ++r) {
-    rows[r] = row_of(job, first + r);
-    total[r] = splat(0.0f);
+    rows[r] = row_of(job, r);
+    for (int t = 0; t < kTiles; ++t) total[r][t] = splat(0.0f);
   }
   const int64_t groups = job.depth / kGroupRows;
   for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* weights = format.group(g);
-    add_group<kRows>(
-        rows, g, [&](int q) { return format.quad(weights, q); },
-        [&](F16 scale) { return format.factor(g, scale); }, total);
+    const uint8_t* weights[kTiles];
+    for (int t = 0; t < kTiles; ++t) {
+      weights[t] = formats.tile[t].group(g);
+      fetch_ahead<Format, kTiles>(job, formats.tile[t].tile, weights[t]);
+    }
+    add_group<kRows, kTiles>(
+        rows, g, [&](int t, int q) { return formats.tile[t].quad(weights[t], q); },
+        [&](int t, F16 scale) { return formats.tile[t].factor(g, scale); }, total);
   }
-  const F16 scale = load(job.scale);
-  for (int r = 0; r < kRows; ++r) store_columns(job, first + r, mul(total[r], scale));
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kTiles; ++t) store_scaled(job, r, first_tile + t, total[r][t]);
+  }
 }
 
-// Rows [first, first + kRows) of group g, whose decoded quads lie in `decoded`.
-template <typename Format, int kRows>
-FD_INLINE void add_decoded(const TileJob& job, const Format& format, int64_t g, int first,
-                           const uint8_t* decoded, float* totals) {
+constexpr int kTileBytesDecoded = kGroupQuads * 64;
+
+// Rows [first, first + kRows) of group g, whose decoded quads lie in `decoded`. Not inlined: inside
+// the loop over rows the compiler takes all 32 vectors of weights for loop invariants, which it
+// then spills (half the speed).
+template <typename Format, int kRows, int kTiles>
+__attribute__((noinline)) void add_decoded(const TileJob& job,
+                                           const Formats<Format, kTiles>& formats, int64_t g,
+                                           int first, const uint8_t* decoded, float* totals) {
   Row rows[kRows];
-  F16 total[kRows];
+  F16 total[kRows][kTiles];
+  float* kept = totals + first * kTiles * kTileColumns;
   for (int r = 0; r < kRows; ++r) {
     rows[r] = row_of(job, first + r);
-    total[r] = load(totals + (first + r) * kTileColumns);
+    for (int t = 0; t < kTiles; ++t) total[r][t] = load(kept + (r * kTiles + t) * kTileColumns);
   }
-  add_group<kRows>(
-      rows, g, [&](int q) { return Format::load_stored(decoded + q * 64); },
-      [&](F16 scale) { return format.factor(g, scale); }, total);
-  for (int r = 0; r < kRows; ++r) store(totals + (first + r) * kTileColumns, total[r]);
+  add_group<kRows, kTiles>(
+      rows, g,
+      [&](int t, int q) { return Format::load_stored(decoded + t * kTileBytesDecoded + q * 64); },
+      [&](int t, F16 scale) { return formats.tile[t].factor(g, scale); }, total);
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kTiles; ++t) store(kept + (r * kTiles + t) * kTileColumns, total[r][t]);
+  }
 }
 
 // Many rows: a group is decoded once into the L1 cache and used for all rows.
-template <typename Format>
-void decode_then_rows(const TileJob& job) {
-  alignas(64) uint8_t decoded[kGroupQuads * 64];
-  alignas(64) float totals[kMaxRows * kTileColumns];
-  memset(totals, 0, sizeof(float) * kTileColumns * (size_t)job.num_rows);
-  const Format format(job);
+template <typename Format, int kTiles>
+void decode_then_rows(const TileJob& job, int first_tile) {
+  alignas(64) uint8_t decoded[kTiles * kTileBytesDecoded];
+  alignas(64) float totals[kMaxRows * kTiles * kTileColumns];
+  memset(totals, 0, sizeof(float) * kTiles * kTileColumns * (size_t)job.num_rows);
+  const auto formats = formats_of(job, first_tile, (Formats<Format, kTiles>*)nullptr);
   const int64_t groups = job.depth / kGroupRows;
   const int whole = job.num_rows - job.num_rows % kRowBlock;
   for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* weights = format.group(g);
-    for (int q = 0; q < kGroupQuads; ++q) store(decoded + q * 64, format.quad(weights, q));
+    for (int t = 0; t < kTiles; ++t) {
+      const uint8_t* weights = formats.tile[t].group(g);
+      uint8_t* to = decoded + t * kTileBytesDecoded;
+      for (int q = 0; q < kGroupQuads; ++q) store(to + q * 64, formats.tile[t].quad(weights, q));
+    }
     for (int i = 0; i < whole; i += kRowBlock) {
-      add_decoded<Format, kRowBlock>(job, format, g, i, decoded, totals);
+      add_decoded<Format, kRowBlock, kTiles>(job, formats, g, i, decoded, totals);
     }
     for (int i = whole; i < job.num_rows; ++i) {
-      add_decoded<Format, 1>(job, format, g, i, decoded, totals);
+      add_decoded<Format, 1, kTiles>(job, formats, g, i, decoded, totals);
     }
   }
-  const F16 scale = load(job.scale);
   for (int i = 0; i < job.num_rows; ++i) {
-    store_columns(job, i, mul(load(totals + i * kTileColumns), scale));
+    for (int t = 0; t < kTiles; ++t) {
+      store_scaled(job, i, first_tile + t, load(totals + (i * kTiles + t) * kTileColumns));
+    }
+  }
+}
+
+template <typename Format, int kTiles>
+FD_INLINE void multiply(const TileJob& job, int first_tile) {
+  switch (job.num_rows) {
+    case 1:
+      return stream_rows<Format, 1, kTiles>(job, first_tile);
+    case 2:
+      return stream_rows<Format, 2, kTiles>(job, first_tile);
+    case 3:
+      return stream_rows<Format, 3, kTiles>(job, first_tile);
+    case 4:
+      return stream_rows<Format, 4, kTiles>(job, first_tile);
+    default:
+      return decode_then_rows<Format, kTiles>(job, first_tile);
   }
 }
 
 template <typename Format>
-void quantized_tile(const TileJob& job) {
-  switch (job.num_rows) {
-    case 1:
-      return stream_rows<Format, 1>(job, 0);
-    case 2:
-      return stream_rows<Format, 2>(job, 0);
-    case 3:
-      return stream_rows<Format, 3>(job, 0);
-    case 4:
-      return stream_rows<Format, 4>(job, 0);
-    default:
-      return decode_then_rows<Format>(job);
+void quantized_tiles(const TileJob& job) {
+  const int tiles = (job.columns + kTileColumns - 1) / kTileColumns;
+  int tile = 0;
+  for (; tile + kTileBlock <= tiles; tile += kTileBlock) {
+    multiply<Format, kTileBlock>(job, tile);
   }
+  for (; tile < tiles; ++tile) multiply<Format, 1>(job, tile);
 }
 
 // --- activations ---------------------------------------------------------------------------------
@@ -254,8 +329,8 @@ FD_INLINE F16 load_weights(const uint16_t* p) { return load_bf16(p); }
 // Sums over even and over odd k, then their sum: two chains of additions are enough to keep up with
 // memory, and one register block serves more rows than with four.
 template <typename Weight, int kRows>
-FD_INLINE void dense_rows(const TileJob& job, int first) {
-  const Weight* tile = (const Weight*)job.tile;
+FD_INLINE void dense_rows(const TileJob& job, int index, int first) {
+  const Weight* tile = (const Weight*)(job.tile + index * job.tile_bytes);
   const float* x[kRows];
   F16 sums[kRows][2];
   for (int r = 0; r < kRows; ++r) {
@@ -270,24 +345,26 @@ FD_INLINE void dense_rows(const TileJob& job, int first) {
     const F16 odd = load_weights(tile + (k + 1) * kTileColumns);
     for (int r = 0; r < kRows; ++r) sums[r][1] = fma(splat(x[r][k + 1]), odd, sums[r][1]);
   }
-  for (int r = 0; r < kRows; ++r) store_columns(job, first + r, add(sums[r][0], sums[r][1]));
+  for (int r = 0; r < kRows; ++r) store_columns(job, first + r, index, add(sums[r][0], sums[r][1]));
 }
 
 template <typename Weight, int kRows>
-void dense_remainder(const TileJob& job, int first) {
+void dense_remainder(const TileJob& job, int index, int first) {
   if constexpr (kRows > 0) {
-    if (job.num_rows - first >= kRows) return dense_rows<Weight, kRows>(job, first);
-    dense_remainder<Weight, kRows - 1>(job, first);
+    if (job.num_rows - first >= kRows) return dense_rows<Weight, kRows>(job, index, first);
+    dense_remainder<Weight, kRows - 1>(job, index, first);
   }
 }
 
 template <typename Weight>
-void dense_tile(const TileJob& job) {
-  int first = 0;
-  for (; first + kDenseRowBlock <= job.num_rows; first += kDenseRowBlock) {
-    dense_rows<Weight, kDenseRowBlock>(job, first);
+void dense_tiles(const TileJob& job) {
+  for (int index = 0; index * kTileColumns < job.columns; ++index) {
+    int first = 0;
+    for (; first + kDenseRowBlock <= job.num_rows; first += kDenseRowBlock) {
+      dense_rows<Weight, kDenseRowBlock>(job, index, first);
+    }
+    dense_remainder<Weight, kDenseRowBlock - 1>(job, index, first);
   }
-  dense_remainder<Weight, kDenseRowBlock - 1>(job, first);
 }
 
 // --- the router ----------------------------------------------------------------------------------
@@ -348,8 +425,8 @@ void weighted_sum(const float* rows, int64_t stride, const int32_t* positions, c
 }  // namespace
 
 const LinearKernels linear_kernels = {
-    quantize_row,         quantized_tile<Ccq>, quantized_tile<Int8>, quantized_tile<Int4>,
-    dense_tile<uint16_t>, dense_tile<float>,   gate_logits,          softmax,
+    quantize_row,          quantized_tiles<Ccq>, quantized_tiles<Int8>, quantized_tiles<Int4>,
+    dense_tiles<uint16_t>, dense_tiles<float>,   gate_logits,           softmax,
     weighted_sum};
 
 }  // namespace fd::FD_ISA

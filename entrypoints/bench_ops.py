@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Speed of the CPU's linear ops next to the speed of its memory.
+
+    python entrypoints/bench_ops.py [--threads 1,2] [--kinds ccq,int8] [--tokens 1,16]
+
+For every instruction set of this machine, kind of weight and number of tokens: milliseconds a call,
+GB/s of packed weights, the share of the read bandwidth measured just before, and G multiply-adds a
+second. Weights are random and larger than the caches (--megabytes a kind, walked through in turn).
+FD_LITE_CPU_ISA and FD_LITE_NUM_THREADS force one instruction set or thread count elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import paddle
+
+from fastdeploy_lite import _ops_cpu
+from fastdeploy_lite.model_executor import ops
+
+KINDS = ("ccq", "int4", "int8", "bf16", "f32")
+MIN_SECONDS = 0.4
+ROUNDS = 3
+
+
+def random_arrays(kind: str, k: int, n: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Host arrays of one random weight [k, n], as `fill_weight` takes them."""
+    if kind == "bf16":
+        return {"weight": rng.integers(0x3C00, 0x3E00, (k, n), dtype=np.uint16)}
+    if kind == "f32":
+        return {"weight": rng.standard_normal((k, n), dtype=np.float32)}
+    ones = np.ones(n, np.float32)
+    if kind != "ccq":
+        size = k * n // (1 if kind == "int8" else 2)
+        return {
+            "quant_weight": rng.integers(0, 256, size, dtype=np.uint8),
+            "weight_scale": ones,
+        }
+    return {
+        "quant_weight": rng.integers(0, 256, (k // 4, n), dtype=np.uint8),
+        "weight_scale": rng.integers(0, 256, (k // 128, n), dtype=np.uint8),
+        "super_scales": ones,
+        "code_scale": rng.uniform(100, 128, n).astype(np.float32),
+        "code_zp": rng.uniform(-50, 50, n).astype(np.float32),
+    }
+
+
+def make_weights(kind: str, k: int, n: int, megabytes: int) -> list[ops.PackedWeight]:
+    """Equal weights in different memory, at least two and `megabytes` together."""
+    arrays = random_arrays(kind, k, n, np.random.default_rng(0))
+    weights: list[ops.PackedWeight] = []
+    while len(weights) < 2 or sum(w.nbytes for w in weights) < megabytes << 20:
+        native_kind: Any = "dense" if kind in ("bf16", "f32") else kind
+        weight = ops.allocate_weight(native_kind, k, n, paddle.CPUPlace())
+        ops.fill_weight(weight, None, **arrays)
+        ops.finish_weight(weight)
+        weights.append(weight)
+    return weights
+
+
+def best_seconds(call: Callable[[], None]) -> float:
+    """Seconds of one call: the best round's mean, so that other processes disturb least."""
+    call()
+    best = float("inf")
+    for _ in range(ROUNDS):
+        calls, begin = 0, time.perf_counter()
+        while (spent := time.perf_counter() - begin) < MIN_SECONDS / ROUNDS:
+            call()
+            calls += 1
+        best = min(best, spent / calls)
+    return best
+
+
+def read_bandwidth(megabytes: int) -> float:
+    """GB/s of one pass over fresh memory with the threads in use."""
+    data = np.ones(megabytes << 17, np.uint64)
+    view = (data.__array_interface__["data"][0], "int64", [data.size], [1])
+    return float(data.nbytes / best_seconds(lambda: _ops_cpu.fold_memory(view)) / 1e9)
+
+
+def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+    """The table's rows."""
+    k, n = options.in_features, options.out_features
+    for kind in options.kinds:
+        weights = make_weights(kind, k, n, options.megabytes)
+        for threads in options.threads:
+            _ops_cpu.set_num_threads(threads)
+            for isa in options.isas:
+                _ops_cpu.set_isa(isa)
+                bandwidth = read_bandwidth(options.megabytes)
+                for tokens in options.tokens:
+                    seconds = linear_seconds(weights, tokens)
+                    speed = weights[0].nbytes / seconds / 1e9
+                    yield (
+                        *(kind, isa, str(threads), str(tokens), f"{seconds * 1e3:.3f}"),
+                        *(f"{speed:.2f}", f"{bandwidth:.2f}", f"{100 * speed / bandwidth:.0f} %"),
+                        f"{tokens * k * n / seconds / 1e9:.1f}",
+                    )
+
+
+def linear_seconds(weights: Sequence[ops.PackedWeight], tokens: int) -> float:
+    """Seconds of one linear over `tokens` rows, walking through the weights."""
+    k, n = weights[0].in_features, weights[0].out_features
+    x, out = paddle.randn([tokens, k]), paddle.empty([tokens, n])
+    turn = 0
+
+    def call() -> None:
+        nonlocal turn
+        ops.linear(x, weights[turn % len(weights)], out)
+        turn += 1
+
+    return best_seconds(call)
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    names, numbers = (lambda s: s.split(",")), (lambda s: [int(part) for part in s.split(",")])
+    parser.add_argument("--kinds", type=names, default=list(KINDS))
+    parser.add_argument("--isas", type=names, default=_ops_cpu.available_isas()[::-1])
+    parser.add_argument("--threads", type=numbers, default=[1])
+    parser.add_argument("--tokens", type=numbers, default=[1, 4, 16, 256])
+    parser.add_argument("--in-features", type=int, default=8192)
+    parser.add_argument("--out-features", type=int, default=7168)
+    parser.add_argument("--megabytes", type=int, default=512)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table, a row as soon as it is known."""
+    options = parse_options()
+    paddle.set_device("cpu")
+    print(f"linear [{options.in_features}, {options.out_features}], float32 activations\n")
+    head = ("weights", "ISA", "threads", "tokens", "ms", "GB/s", "read GB/s", "share", "GMAC/s")
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for row in rows(options):
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
