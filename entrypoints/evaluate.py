@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,10 @@ def encode_document(tokenizer: Ernie4_5Tokenizer, document: dict[str, Any]) -> l
     return ids
 
 
-def read_stream(tokenizer: Ernie4_5Tokenizer, path: Path) -> list[int]:
-    """All documents of a text file, packed one after another."""
-    with path.open(encoding="utf-8") as lines:
+def read_stream(tokenizer: Ernie4_5Tokenizer, path: Path, every: int = 1) -> list[int]:
+    """The documents 0, `every`, 2 `every` ... of a text file, packed one after another."""
+    with path.open(encoding="utf-8") as file:
+        lines = islice(file, 0, None, every)
         documents = [encode_document(tokenizer, json.loads(line)) for line in lines]
     return [token for document in documents for token in document]
 
@@ -108,7 +110,7 @@ def windows(stream: Sequence[int], context: int, limit: int | None) -> Iterator[
 def report_perplexity(runner: ModelRunner, args: argparse.Namespace, model: Path) -> str:
     """One line: perplexity, mean negative log-probability, tokens scored, seconds."""
     started = time.perf_counter()
-    stream = read_stream(Ernie4_5Tokenizer.from_pretrained(str(model)), args.text)
+    stream = read_stream(Ernie4_5Tokenizer.from_pretrained(str(model)), args.text, args.every)
     parts = [score(runner, window).logprobs for window in windows(stream, args.context, args.limit)]
     logprobs = np.concatenate(parts)
     mean = -float(logprobs.mean())
@@ -143,6 +145,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     what.add_argument("--reference", type=Path, metavar="FILE", help="recorded log-probabilities")
     parser.add_argument("--key", default="bf16", help="list in the reference file (default bf16)")
     parser.add_argument("--context", type=int, default=1024, help="tokens a window (default 1024)")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth document only")
     parser.add_argument("--limit", type=int, metavar="TOKENS", help="only the text's first tokens")
     parser.add_argument("--device", help="cpu, nvidia or gpu (default: the best there is)")
     return parser.parse_args(arguments)
