@@ -140,7 +140,7 @@ class ModelRunner:
 
         An explicit number wins. Otherwise `gpu_memory_utilization` of the memory that is free after
         loading; on the CPU no more than all slots at full length can use, twice that when finished
-        prefixes are kept.
+        prefixes are kept, plus what the scheduler keeps in reserve.
 
         Raises:
             ConfigError: not even one sequence of max_model_len fits.

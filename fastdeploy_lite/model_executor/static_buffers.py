@@ -37,8 +37,9 @@ class PackedBuffer:
             end = -(-self._ends[name] // _ALIGNMENT) * _ALIGNMENT
         self._flat = paddle.empty([end], dtype="uint8", device=place)
         self._shared = self._flat.place.is_cpu_place()
-        self._bytes: npt.NDArray[np.uint8]
-        self._bytes = np.from_dlpack(self._flat) if self._shared else np.empty(end, np.uint8)
+        self._bytes: npt.NDArray[np.uint8] = np.empty(0 if self._shared else end, np.uint8)
+        if self._shared:
+            self._bytes = np.from_dlpack(self._flat).view(np.uint8)
         self._bytes.fill(0)
         self.host: dict[str, npt.NDArray[Any]] = {}
         self.device: dict[str, Any] = {}

@@ -67,11 +67,12 @@ class CheckpointSource:
         self.checkpoint = checkpoint
         self.place = place
         self._linears = {linear.module: linear for linear in inventory.rank_linears(checkpoint)}
-        self._bar = loading_bar(inventory.expected_nbytes(checkpoint), enabled=show_progress)
+        self._left = inventory.expected_nbytes(checkpoint)
+        self._bar = loading_bar(self._left, enabled=show_progress)
 
     def close(self) -> None:
         """Complete the progress bar and give back all file pages."""
-        self._advance(self._bar.total - self._bar.n)
+        self._advance(self._left)
         self._bar.close()
         self.checkpoint.release()
 
@@ -150,8 +151,10 @@ class CheckpointSource:
         return CheckpointError(f"{self.checkpoint.source}: {module}: {error}")
 
     def _advance(self, nbytes: int) -> None:
-        """Move the bar; scales grow when they become float32, so it must be kept from overrun."""
-        self._bar.update(min(nbytes, self._bar.total - self._bar.n))
+        """Move the bar, never beyond its end: scales that became float32 count double."""
+        step = min(nbytes, self._left)
+        self._left -= step
+        self._bar.update(step)
 
 
 class DummySource:

@@ -13,6 +13,7 @@ from model_driver import generate, make_runner, sequences
 from oracles.ernie_float32 import ErnieFloat32
 from tiny_model import KINDS, Kind, tiny_config, tiny_tensors, write_tensors, write_tiny_model
 
+from fastdeploy_lite import envs
 from fastdeploy_lite.checkpoint import Checkpoint, inventory
 from fastdeploy_lite.config import (
     CacheConfig,
@@ -189,7 +190,8 @@ def test_block_count_follows_memory_limits_and_override(
 ) -> None:
     runner = make_runner(tiny_2bits, seqs=3, length=130)
     assert runner.kv_bytes_per_block == 3 * 2 * 2 * 64 * 64 * 4
-    assert runner.profile_num_blocks() == 2 * 3 * 3  # twice what all slots at full length use
+    # Twice what all slots at full length use, and the scheduler's reserve.
+    assert runner.profile_num_blocks() == 2 * 3 * 3 + envs.FD_ENC_DEC_BLOCK_NUM
     room = 5 * runner.kv_bytes_per_block
     monkeypatch.setattr(ops, "memory_info", lambda _: (int(room / 0.9) + 1, 1 << 40))
     assert runner.profile_num_blocks() == 5
