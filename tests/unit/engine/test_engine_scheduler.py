@@ -9,7 +9,13 @@ from fake_runner import next_token
 from helpers import EOS, make_core, make_request, run, runner_of, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from fastdeploy_lite.engine.messages import EngineRequest
 
@@ -192,39 +198,46 @@ def test_any_schedule_gives_the_tokens_of_a_lone_run(
         assert ends == [False] * (len(ends) - 1) + [True]
 
 
+SHAPES = st.lists(
+    st.tuples(st.integers(1, 150), st.integers(1, 350), st.booleans()), min_size=1, max_size=4
+)
+
+
 class Engine(RuleBasedStateMachine):
     """Requests come, are aborted, and the engine steps, in any order, with few blocks."""
 
-    names = Bundle("names")
-
     def __init__(self) -> None:
         super().__init__()
-        self.core = make_core(10, 9, max_num_seqs=3, max_num_batched_tokens=64, max_model_len=500)
+        self.core = make_core(10, 401, max_num_seqs=3, max_num_batched_tokens=64, max_model_len=500)
         self.requests: dict[str, EngineRequest] = {}
         self.outputs: dict[str, list[Any]] = {}
         self.aborted: set[str] = set()
 
-    @rule(target=names, length=st.integers(1, 250), tokens=st.integers(1, 200), kind=st.booleans())
-    def add(self, length: int, tokens: int, kind: bool) -> str:
-        name = f"r{len(self.requests)}"
-        request = make_request(name, prompt(length, 400 * kind), tokens)
-        self.requests[name] = request
-        self.outputs[name] = []
-        self.core.add(request)
-        return name
+    @initialize(shapes=SHAPES)
+    def start(self, shapes: list[tuple[int, int, bool]]) -> None:
+        self.add([*shapes, (100, 350, True), (100, 350, False), (20, 350, True)])
 
-    @rule(count=st.integers(1, 30))
+    @rule(shapes=SHAPES)
+    def add(self, shapes: list[tuple[int, int, bool]]) -> None:
+        for length, most, kind in shapes:
+            name = f"r{len(self.requests)}"
+            self.requests[name] = make_request(name, prompt(length, 400 * kind), most)
+            self.outputs[name] = []
+            self.core.add(self.requests[name])
+
+    @rule(count=st.integers(1, 200))
     def step(self, count: int) -> None:
         for _ in range(count):
             self.collect()
 
-    @rule(name=names)
-    def abort(self, name: str) -> None:
-        alive = not any(o.finished for o in self.outputs[name])
-        self.core.abort([name, "unknown"])
-        if alive:
+    @rule(pick=st.integers(0, 1000))
+    def abort(self, pick: int) -> None:
+        name = f"r{pick % len(self.requests)}"
+        if not any(o.finished for o in self.outputs[name]):
             self.aborted.add(name)
+        self.core.abort([name, "unknown"])
 
+    @precondition(lambda self: len(self.requests) > 20)
     @rule()
     def reset(self) -> None:
         self.aborted |= {n for n, o in self.outputs.items() if not any(x.finished for x in o)}
@@ -250,7 +263,7 @@ class Engine(RuleBasedStateMachine):
         assert (stats.num_running, stats.num_waiting, stats.num_free_blocks) == (0, 0, 10)
         for name, outputs in self.outputs.items():
             assert [o.finished for o in outputs].count(True) == 1
-            expected = lone(self.requests[name], 9)
+            expected = lone(self.requests[name], 401)
             if name in self.aborted:
                 assert outputs[-1].finish_reason == "abort"
                 assert "Aborted" in outputs[-1].error_msg
@@ -260,4 +273,4 @@ class Engine(RuleBasedStateMachine):
 
 
 TestEngine = Engine.TestCase
-TestEngine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestEngine.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
