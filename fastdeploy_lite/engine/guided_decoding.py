@@ -314,7 +314,7 @@ def _json_grammar(schema: Any, any_whitespace: bool) -> str:
     if not isinstance(schema, dict):
         raise ValueError(f"a schema is a JSON object, found {type(schema).__name__}")
     check_nesting(schema)
-    layout: dict[str, Any] = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
+    layout: Any = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
     if not any_whitespace:
         layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     return str(llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=layout))

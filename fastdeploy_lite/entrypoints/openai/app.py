@@ -196,7 +196,7 @@ def _route(route: BaseRoute) -> dict[str, Any]:
 
 
 def _add_text(app: FastAPI, service: Service) -> None:
-    responses = {400: ERRORS[400]}
+    responses: dict[int | str, dict[str, Any]] = {400: ERRORS[400]}
 
     @app.post("/tokenize", responses=responses, tags=["text"])
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def _add_text(app: FastAPI, service: Service) -> None:
 
 
 def _add_control(app: FastAPI, service: Service) -> None:
-    unavailable = {503: ERRORS[503]}
+    unavailable: dict[int | str, dict[str, Any]] = {503: ERRORS[503]}
 
     @app.post("/v1/pause", responses=unavailable, tags=["control"])
     async def pause() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +48,7 @@ class Sequence:
 
 async def run(
     service: Service, public_id: str, sequences: list[Sequence]
-) -> AsyncIterator[tuple[Sequence, RequestOutput]]:
+) -> AsyncGenerator[tuple[Sequence, RequestOutput], None]:
     """Generate all sequences; closing the iterator early aborts what still runs.
 
     Args:
@@ -77,7 +77,7 @@ async def run(
             service.active.pop(public_id, None)
 
 
-async def _one(service: Service, sequence: Sequence) -> AsyncIterator[Any]:
+async def _one(service: Service, sequence: Sequence) -> AsyncGenerator[Any, None]:
     request = sequence.request
     observer = _Observer(service, sequence)
     service.outputs.add(request, prompt=sequence.prompt_text, index=sequence.index)
@@ -122,7 +122,7 @@ def _raise_error(output: RequestOutput) -> None:
     raise ServiceError(text, 500, "server_error", "internal_error")
 
 
-async def _many(service: Service, sequences: list[Sequence]) -> AsyncIterator[Any]:
+async def _many(service: Service, sequences: list[Sequence]) -> AsyncGenerator[Any, None]:
     """Merge several sequences; the first failure ends all."""
     queue: asyncio.Queue[Any] = asyncio.Queue()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,7 +179,9 @@ async def respond(http: HttpRequest, work: Any) -> Response:
     return response
 
 
-def stream_response(events: AsyncIterator[dict[str, Any] | bytes], completion: bool) -> Response:
+def stream_response(
+    events: AsyncGenerator[dict[str, Any] | bytes, None], completion: bool
+) -> Response:
     """Send a stream that ends with `[DONE]`, also after a failure.
 
     Args:
@@ -193,11 +195,11 @@ def stream_response(events: AsyncIterator[dict[str, Any] | bytes], completion: b
 
 
 async def _guarded(
-    events: AsyncIterator[dict[str, Any] | bytes], completion: bool
-) -> AsyncIterator[bytes]:
+    events: AsyncGenerator[dict[str, Any] | bytes, None], completion: bool
+) -> AsyncGenerator[bytes, None]:
     last = b""
     try:
-        async with aclosing(events) as source:  # type: ignore[type-var]
+        async with aclosing(events) as source:
             async for value in source:
                 last = value if isinstance(value, bytes) else event(value)
                 yield last

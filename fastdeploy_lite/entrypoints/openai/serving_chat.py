@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,7 +187,7 @@ class ChatHandler:
 
     # Streams -------------------------------------------------------------------------------------
 
-    async def _stream(self, chat: _Chat) -> AsyncIterator[dict[str, Any] | bytes]:
+    async def _stream(self, chat: _Chat) -> AsyncGenerator[dict[str, Any] | bytes, None]:
         options = chat.body.stream_options
         continuous = options is not None and bool(options.continuous_usage_stats)
         packer = _Packer(chat.body.max_streaming_response_tokens or 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,8 +73,8 @@ def split_prompts(prompt: Prompt, field_name: str = "prompt") -> list[str | list
     if not prompt:
         raise RequestError(f"{field_name} can not be an empty list", param=field_name)
     if isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]  # the element type decides the whole list's
-    return list(prompt)  # type: ignore[arg-type]
+        return [prompt]
+    return list(prompt)
 
 
 class CompletionHandler:
@@ -180,7 +180,7 @@ class CompletionHandler:
 
     # Streams -------------------------------------------------------------------------------------
 
-    async def _stream(self, work: _Completion) -> AsyncIterator[dict[str, Any] | bytes]:
+    async def _stream(self, work: _Completion) -> AsyncGenerator[dict[str, Any] | bytes, None]:
         options = work.body.stream_options
         continuous = options is not None and bool(options.continuous_usage_stats)
         usage_at_end = options is not None and options.include_usage is not False

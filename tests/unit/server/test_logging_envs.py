@@ -76,7 +76,9 @@ def test_files_are_opened_by_the_start_only(tmp_path: Path) -> None:
         "l.init_file_logging(); l.init_file_logging(); log.info('after'); log.error('again')\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(envs.__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, check=True)
     lines = (tmp_path / "log" / "api_server.log").read_text().splitlines()
     assert [line.split("] ")[-1] for line in lines] == ["after", "again"]
     assert all(LAYOUT.match(line) for line in lines)

@@ -50,10 +50,10 @@ def sample(metrics: ServerMetrics, name: str) -> float:
 
 def test_names_and_types(metrics: ServerMetrics) -> None:
     found = {name: family.type for name, family in families(metrics).items()}
-    assert GAUGES <= {n for n, t in found.items() if t == "gauge"}
-    assert COUNTERS <= {n for n, t in found.items() if t == "counter"}
+    assert {n for n, t in found.items() if t == "gauge"} >= GAUGES
+    assert {n for n, t in found.items() if t == "counter"} >= COUNTERS
     kinds = {n for n, t in found.items() if t == "histogram"}
-    assert HISTOGRAMS <= kinds
+    assert kinds >= HISTOGRAMS
     assert {"http_requests", "http_request_duration_seconds"} <= set(found)
     assert "fastdeploy:requests_number_total 0.0" in metrics.render().decode()
 

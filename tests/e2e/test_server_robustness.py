@@ -1,0 +1,358 @@
+"""What must hold when clients, engines and operators misbehave; see docs/guarantees.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import storm
+from server_process import ServerProcess, free_port, running_server
+
+CHAT = "/v1/chat/completions"
+HELLO: list[Any] = [{"role": "user", "content": "hi"}]
+LONG = {"messages": HELLO, "min_tokens": 1900, "max_tokens": 1990}
+TEXT = (
+    '<think>hm</think><tool_call>{"name": "get_weather", "arguments": {"city": "北京"}}</tool_call>'
+)
+KEY = {"Authorization": "Bearer secret-2"}
+
+
+class Background:
+    """Requests that run beside a test."""
+
+    def __init__(self, url: str, count: int, body: dict[str, Any]) -> None:
+        self.results: list[httpx.Response | Exception] = []
+        self.threads = [threading.Thread(target=self._run, args=(url, body)) for _ in range(count)]
+        for thread in self.threads:
+            thread.start()
+
+    def _run(self, url: str, body: dict[str, Any]) -> None:
+        try:
+            self.results.append(httpx.post(f"{url}{CHAT}", json=body, headers=KEY, timeout=120))
+        except httpx.HTTPError as error:
+            self.results.append(error)
+
+    def join(self) -> list[httpx.Response | Exception]:
+        for thread in self.threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        return self.results
+
+
+def wait_running(server: ServerProcess, count: int, metrics_url: str | None = None) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        text = httpx.get(f"{metrics_url or server.url}/metrics").text
+        line = next(
+            x for x in text.splitlines() if x.startswith("fastdeploy:num_requests_running ")
+        )
+        if float(line.split()[1]) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{count} requests never ran")
+
+
+def assert_gone(family: list[psutil.Process], *ports: int) -> None:
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    for port in ports:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+# One server with keys, a name, parsers, a metrics port and a small limit ------------------------
+
+
+@pytest.fixture(scope="module")
+def metrics_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Iterator[ServerProcess]:
+    flags = ("--api-key", "secret-1", "--api-key", "secret-2", "--served-model-name", "ernie",
+             "--reasoning-parser", "think", "--tool-call-parser", "hermes", "--max-concurrency",
+             "2", "--max-model-len", "2048", "--metrics-port", str(metrics_port),
+             "--timeout-graceful-shutdown", "30", "--num-gpu-blocks-override", "128")  # fmt: skip
+    with running_server(tmp_path_factory.mktemp("guarded"), flags) as server:
+        yield server
+
+
+@pytest.fixture
+def sdk(guarded: ServerProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="secret-1", max_retries=0) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "header", [None, "Bearer wrong", "secret-1", "Basic secret-1", "Bearer ", "Bearer secret-1x"]
+)
+def test_wrong_keys_are_refused(guarded: ServerProcess, header: str | None) -> None:
+    headers = {} if header is None else {"Authorization": header}
+    for answer in (
+        httpx.get(f"{guarded.url}/v1/models", headers=headers),
+        httpx.post(f"{guarded.url}{CHAT}", headers=headers, json={}),
+    ):
+        assert (answer.status_code, answer.json()) == (401, {"error": "Unauthorized"})
+
+
+def test_right_keys_pass_and_probes_are_open(guarded: ServerProcess) -> None:
+    for key in ("Bearer secret-1", "bearer secret-2"):
+        answer = httpx.get(f"{guarded.url}/v1/models", headers={"Authorization": key})
+        assert answer.status_code == 200
+    assert httpx.get(f"{guarded.url}/health").status_code == 200
+
+
+def test_served_name(sdk: openai.OpenAI) -> None:
+    for name in ("ernie", "default"):
+        answer = sdk.chat.completions.create(model=name, messages=HELLO, max_tokens=2)
+        assert answer.model == "ernie"
+    with pytest.raises(openai.BadRequestError) as caught:
+        sdk.chat.completions.create(model="other", messages=HELLO)
+    assert caught.value.body is not None
+    assert caught.value.code == "model_not_support"
+    assert "support [ernie] or default" in caught.value.message
+
+
+def test_logprobs_must_be_enabled(sdk: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="please enable it in startup config") as e:
+        sdk.chat.completions.create(model="ernie", messages=HELLO, logprobs=True)
+    assert e.value.param == "logprobs"
+
+
+def test_metrics_have_their_own_port(guarded: ServerProcess, metrics_port: int) -> None:
+    assert httpx.get(f"{guarded.url}/metrics").status_code == 404
+    base = f"http://127.0.0.1:{metrics_port}"
+    assert "fastdeploy:num_requests_running" in httpx.get(f"{base}/metrics").text
+    assert httpx.get(f"{base}/config-info").json()["served_model_name"] == "ernie"
+
+
+def test_tools_and_reasoning(sdk: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]
+    fields: dict[str, Any] = {
+        "model": "ernie",
+        "messages": HELLO,
+        "tools": tools,
+        "max_tokens": 200,
+        "extra_body": {"guided_choice": [TEXT]},
+    }
+    answer = sdk.chat.completions.create(**fields)
+    [choice] = answer.choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == ""
+    assert choice.message.reasoning_content == "hm"
+    [call] = choice.message.tool_calls
+    assert call.id.startswith("chatcmpl-tool-")
+    assert (call.function.name, json.loads(call.function.arguments)) == (
+        "get_weather", {"city": "北京"},
+    )  # fmt: skip
+    assert answer.usage.completion_tokens_details.reasoning_tokens > 0
+
+
+def test_tools_and_reasoning_stream(sdk: openai.OpenAI) -> None:
+    chunks = list(sdk.chat.completions.create(
+        model="ernie", messages=HELLO, max_tokens=200, stream=True,
+        extra_body={"guided_choice": [TEXT]},
+    ))  # fmt: skip
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert "".join(d.reasoning_content or "" for d in deltas) == "hm"
+    assert "".join(d.content or "" for d in deltas) == ""
+    calls = [call for delta in deltas for call in delta.tool_calls or []]
+    assert calls[0].function.name == "get_weather"
+    assert calls[0].type == "function"
+    arguments = "".join(call.function.arguments or "" for call in calls)
+    assert json.loads(arguments) == {"city": "北京"}
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_too_many_requests_are_refused_at_once(guarded: ServerProcess, metrics_port: int) -> None:
+    with httpx.Client(base_url=guarded.url, headers=KEY) as client:
+        client.get("/health")
+        with client.stream("POST", CHAT, json={**LONG, "stream": True}) as one, \
+                httpx.stream("POST", f"{guarded.url}{CHAT}", json={**LONG, "stream": True},
+                             headers=KEY, timeout=60) as two:  # fmt: skip
+            next(one.iter_lines())
+            next(two.iter_lines())
+            with httpx.Client(base_url=guarded.url, headers=KEY) as late:
+                late.get("/health")
+                times = []
+                for _ in range(10):
+                    started = time.perf_counter()
+                    answer = late.post(CHAT, json={"messages": HELLO})
+                    times.append(time.perf_counter() - started)
+                    assert answer.status_code == 429
+                    assert answer.json() == {
+                        "detail": "Too many requests,current max concurrency is 2"
+                    }
+            assert sorted(times)[5] < 0.05
+    deadline = time.monotonic() + 10
+    while httpx.post(f"{guarded.url}{CHAT}", headers=KEY,
+                     json={"messages": HELLO, "max_tokens": 1}).status_code != 200:  # fmt: skip
+        assert time.monotonic() < deadline
+
+
+def test_log_lines_cannot_be_forged(guarded: ServerProcess) -> None:
+    evil = "x\nERROR    2026-01-01 00:00:00,000 1     a.py[line:1] forged"
+    body = {"messages": [{"role": "user", "content": evil}], "max_tokens": 1, "user": evil}
+    httpx.post(f"{guarded.url}{CHAT}", json=body, headers=KEY).raise_for_status()
+    httpx.get(f"{guarded.url}/%0aERROR%20forged")
+    for file in [guarded.stderr_path, *(guarded.folder / "log").glob("*.log")]:
+        text = file.read_text(errors="replace")
+        assert not any(line.startswith("ERROR") and "forged" in line for line in text.splitlines())
+    assert "forged" in (guarded.folder / "log" / "api_server.log").read_text()
+
+
+def test_sigterm_under_load_drains(guarded: ServerProcess, metrics_port: int) -> None:
+    """The last test of this server."""
+    running = Background(guarded.url, 2, {**LONG, "min_tokens": 300, "max_tokens": 310})
+    wait_running(guarded, 2, f"http://127.0.0.1:{metrics_port}")
+    family = guarded.family()
+    guarded.terminate()
+    time.sleep(0.3)
+    started = time.perf_counter()
+    refused = httpx.post(f"{guarded.url}{CHAT}", json={"messages": HELLO}, headers=KEY)
+    assert time.perf_counter() - started < 0.5
+    assert refused.status_code == 503
+    assert refused.json()["error"]["type"] == "server_error"
+    for result in running.join():
+        assert isinstance(result, httpx.Response), result
+        assert result.status_code == 200
+        assert result.json()["usage"]["completion_tokens"] >= 300
+    assert guarded.wait(15) == 0
+    assert_gone(family, guarded.port, metrics_port)
+
+
+# Engines that die -------------------------------------------------------------------------------
+
+
+def test_engine_death_turns_health_bad_and_ends_the_server(tmp_path: Path) -> None:
+    with running_server(tmp_path / "s", ("--max-model-len", "2048")) as server:
+        running = Background(server.url, 3, LONG)
+        wait_running(server, 3)
+        family = server.family()
+        server.engine().kill()
+        deadline = time.monotonic() + 5
+        while _is_healthy(server):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for result in running.join():
+            # An error body, or a connection that the dying server closed: never a hang.
+            if isinstance(result, httpx.Response):
+                assert result.status_code in (500, 503)
+                assert "message" in result.json()["error"]
+        assert server.wait(20) != 0
+        assert "The engine is dead" in server.stderr
+        assert_gone(family, server.port)
+
+
+def _is_healthy(server: ServerProcess) -> bool:
+    try:
+        return httpx.get(f"{server.url}/health", timeout=1).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_restarted_engine_guidance_off_and_strict_statuses(tmp_path: Path) -> None:
+    flags = ("--restart-engine", "--guided-decoding-backend", "off", "--max-model-len", "512")
+    strict = {"FD_LITE_STRICT_STATUS": "1"}
+    with running_server(tmp_path / "s", flags, env=strict) as server:
+        body = {"messages": HELLO, "max_tokens": 8, "temperature": 0}
+        before = httpx.post(f"{server.url}{CHAT}", json=body).json()["choices"]
+        refused = httpx.post(f"{server.url}{CHAT}", json={**body, "guided_regex": "a"})
+        assert refused.status_code == 500  # upstream's status, on demand
+        assert "--guided-decoding-backend auto" in refused.json()["error"]["message"]
+        server.engine().kill()
+        time.sleep(0.5)
+        server.wait_ready()
+        deadline = time.monotonic() + 60
+        while (answer := httpx.post(f"{server.url}{CHAT}", json=body)).status_code != 200:
+            assert answer.status_code in (500, 503)
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert answer.json()["choices"] == before
+        family = server.family()
+        running = Background(server.url, 2, {**LONG, "min_tokens": 400, "max_tokens": 450})
+        wait_running(server, 2)
+        server.terminate()  # no grace: the running ones are aborted and told so
+        for result in running.join():
+            assert isinstance(result, httpx.Response)
+            assert result.json()["choices"][0]["finish_reason"] == "abort"
+        assert server.wait(15) == 0
+        assert_gone(family, server.port)
+
+
+def test_a_killed_server_leaves_no_engine(tmp_path: Path) -> None:
+    with running_server(tmp_path / "s", ("--max-model-len", "512")) as server:
+        family = server.family()
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.wait(5)
+        assert_gone(family, server.port)
+
+
+# Starts that fail -------------------------------------------------------------------------------
+
+
+def failing(folder: Path, *flags: str, model: str = "demo", port: int | None = None) -> str:
+    server = ServerProcess(folder, *flags, model=model, port=port)
+    try:
+        assert server.wait(60) != 0
+        return server.stderr
+    finally:
+        server.kill()
+
+
+def test_busy_port(tmp_path: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        text = failing(tmp_path / "a", port=port)
+        assert f"The parameter `port`:{port} is already in use." in text
+        text = failing(tmp_path / "b", "--metrics-port", str(port))
+        assert f"The parameter `metrics_port`:{port} is already in use." in text
+
+
+def test_broken_checkpoint(tmp_path: Path, demo_dir: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(demo_dir, model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100_000])
+    text = failing(tmp_path / "s", model=str(model))
+    assert "model.safetensors" in text
+    last = [line for line in text.splitlines() if "ERROR" in line][-1]
+    assert "Failed to start" in last
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--reasoning-parser", "nope"), "ernie-45-vl-thinking"),
+        (("--tool-parser-plugin", "/nonexistent.py", "--tool-call-parser", "x"), "no Python file"),
+        (("--max-num-seqs", "300"), "max_num_seqs"),
+        (("--model", "/nonexistent/model"), "/nonexistent/model"),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path: Path, flags: tuple[str, ...], words: str) -> None:
+    assert words in failing(tmp_path / "s", *flags)
+
+
+# Storm ------------------------------------------------------------------------------------------
+
+
+def test_storm(tmp_path: Path) -> None:
+    clients = int(os.environ.get("FD_LITE_STORM_CLIENTS", "24"))
+    seconds = float(os.environ.get("FD_LITE_STORM_SECONDS", "8"))
+    with running_server(tmp_path / "s", storm.FLAGS) as server:
+        storm.check(server, clients, seconds, bodies=12)
