@@ -160,11 +160,11 @@ def test_only_kept_tokens_are_drawn_and_the_draw_is_exact(
 
 @pytest.mark.parametrize("name", ISAS)
 def test_equal_logits_are_kept_by_ascending_id(name: str) -> None:
-    logits = np.zeros(200, "f4")
+    logits = np.zeros(256, "f4")
     with isa(name):
         assert set(draw_many(logits, 400, top_k=4)) == {0, 1, 2, 3}
-        assert set(draw_many(logits, 400, top_p=0.02)) == {0, 1, 2, 3}  # exactly 4 / 200
-        assert set(draw_many(logits, 4000, min_p=1.0)) == set(range(200))
+        assert set(draw_many(logits, 400, top_p=4 / 256)) == {0, 1, 2, 3}  # reached exactly
+        assert set(draw_many(logits, 5000, min_p=1.0)) == set(range(256))
 
 
 @pytest.mark.parametrize("limits", [*LIMITS, {"top_k": 5000}, {"top_p": 0.999}], ids=str)
