@@ -104,13 +104,20 @@ def unpack_ccq(
 
 
 class ErnieFloat32:
-    """The model of one folder; `logits(ids)` is float32 [T, V] for a sequence from position 0."""
+    """The model of one folder; `logits(ids)` is float32 [T, V] for a sequence from position 0.
+
+    After a run `margin` [T] holds, per token, the smallest distance in any layer between the router
+    score of the last expert chosen and of the first one not chosen. Where it is within rounding
+    (below 1e-6) another implementation may rightly choose the other one, and then this token and
+    those that attend to it differ by more than rounding.
+    """
 
     def __init__(self, folder: str | Path, dtype: Any = np.float32) -> None:
         folder = Path(folder)
         self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.files = Files(folder)
         self.dtype = dtype
+        self.margin: Array = np.empty(0)
         self._weights: dict[str, Array] = {}
 
     def weight(self, module: str, k: int, n: int) -> Array:
@@ -143,6 +150,7 @@ class ErnieFloat32:
     def hidden(self, token_ids: list[int]) -> Array:
         """Final-norm output [T, H]."""
         config = self.config
+        self.margin = np.full(len(token_ids), np.inf)
         x = self.files.floats("ernie.embed_tokens.weight")[token_ids].astype(self.dtype)
         for layer in range(config["num_hidden_layers"]):
             prefix = f"ernie.layers.{layer}"
@@ -232,7 +240,11 @@ class ErnieFloat32:
         p = softmax(x @ gate)
         bias = f"{prefix}.moe_statics.e_score_correction_bias"
         score = p + (self.files.floats(bias).reshape(-1) if bias in self.files else 0)
-        ids = np.argsort(-score, axis=1, kind="stable")[:, : self.config["moe_k"]]
+        count = self.config["moe_k"]
+        ids = np.argsort(-score, axis=1, kind="stable")[:, :count]
+        if count < score.shape[1]:
+            ordered = np.sort(score, axis=1)[:, ::-1]
+            self.margin = np.minimum(self.margin, ordered[:, count - 1] - ordered[:, count])
         chosen = np.take_along_axis(p, ids, axis=1)
         return ids, chosen / chosen.sum(axis=1, keepdims=True)
 
