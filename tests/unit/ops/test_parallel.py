@@ -1,0 +1,130 @@
+"""Threads and instruction sets: choices, errors, use from several threads and after a fork."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import paddle
+import pytest
+from native_ops import ISAS, bits, isa, tensor, threads
+from oracles import ops as oracle
+
+from fastdeploy_lite import _ops_cpu
+from fastdeploy_lite.model_executor import ops
+
+
+def in_new_process(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", f"from fastdeploy_lite import _ops_cpu as o\n{code}"],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def big_weight() -> tuple[ops.PackedWeight, np.ndarray]:
+    """A weight that is worth several threads, and its product with some rows on one."""
+    arrays, _ = oracle.random_weight("int8", 512, 2048, np.random.default_rng(0))
+    weight = ops.allocate_weight("int8", 512, 2048, paddle.CPUPlace())
+    ops.fill_weight(weight, None, **arrays)
+    return weight, np.random.default_rng(1).standard_normal((8, 512), dtype=np.float32)
+
+
+def multiply(x: np.ndarray, weight: ops.PackedWeight) -> np.ndarray:
+    out = paddle.empty([len(x), weight.out_features])
+    ops.linear(tensor(x), weight, out)
+    return out.numpy()
+
+
+def test_plain_code_is_always_there() -> None:
+    assert ISAS[0] == "plain"
+    for name in ISAS:
+        with isa(name):
+            assert _ops_cpu.current_isa() == name
+
+
+@pytest.mark.parametrize("name", ["", "sse9"])
+def test_unknown_instruction_sets_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"instruction set is '{name}', .* offer: plain"):
+        _ops_cpu.set_isa(name)
+
+
+def test_the_environment_forces_an_instruction_set() -> None:
+    done = in_new_process("print(o.current_isa())", FD_LITE_CPU_ISA="plain")
+    assert done.stdout.strip() == "plain"
+    done = in_new_process("", FD_LITE_CPU_ISA="mmx")
+    assert "ImportError" in done.stderr or "ValueError" in done.stderr
+    assert "FD_LITE_CPU_ISA is 'mmx', this machine and build offer: plain" in done.stderr
+
+
+def test_the_environment_sets_the_number_of_threads() -> None:
+    assert in_new_process("print(o.num_threads())", FD_LITE_NUM_THREADS="3").stdout == "3\n"
+    done = in_new_process("print(o.num_threads())", FD_LITE_NUM_THREADS="")
+    assert int(done.stdout) == len(os.sched_getaffinity(0))
+    for wrong in ("0", "-2", "two", "1.5", "99999"):
+        done = in_new_process("o.num_threads()", FD_LITE_NUM_THREADS=wrong)
+        assert f"FD_LITE_NUM_THREADS is '{wrong}', expected a number from 1 to 4096" in done.stderr
+
+
+def test_a_process_needs_a_thread() -> None:
+    with pytest.raises(ValueError, match="number of threads is 0, expected at least 1"):
+        _ops_cpu.set_num_threads(0)
+
+
+def test_several_python_threads_may_compute_at_once() -> None:
+    weight, x = big_weight()
+    with threads(1):
+        expected = multiply(x, weight)
+    found: list[np.ndarray] = []
+    with threads(4):
+        workers = [
+            threading.Thread(target=lambda: found.extend(multiply(x, weight) for _ in range(20)))
+            for _ in range(4)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert len(found) == 80
+    for result in found:
+        np.testing.assert_array_equal(bits(result), bits(expected))
+
+
+def test_a_forked_process_computes_with_threads_of_its_own() -> None:
+    code = """
+import os
+import numpy as np
+data = np.arange(1 << 21, dtype=np.uint64)
+view = (data.__array_interface__["data"][0], "int64", [data.size], [1])
+expected = int(np.bitwise_xor.reduce(data))
+assert o.fold_memory(view) == expected
+child = os.fork()
+if child == 0:
+    os._exit(0 if all(o.fold_memory(view) == expected for _ in range(50)) else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert o.fold_memory(view) == expected
+"""
+    done = in_new_process(code, FD_LITE_NUM_THREADS="4")
+    assert done.returncode == 0, done.stderr
+
+
+def test_idle_threads_sleep() -> None:
+    """Helpers must not burn the cores of other processes between ops."""
+    code = """
+import time
+import numpy as np
+data = np.ones(1 << 20, np.uint64)
+view = (data.__array_interface__["data"][0], "int64", [data.size], [1])
+o.fold_memory(view)
+time.sleep(0.05)
+before = time.process_time()
+time.sleep(0.5)
+print(time.process_time() - before)
+"""
+    done = in_new_process(code, FD_LITE_NUM_THREADS="8")
+    assert float(done.stdout) < 0.1, done.stderr
