@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable
+from collections.abc import Sequence as ReadOnlyList
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from fastdeploy_lite.engine.messages import (
     EngineRequest,
     EngineStats,
     FinishReason,
+    Ready,
     Timing,
 )
 from fastdeploy_lite.engine.scheduler import Scheduler, Sequence
@@ -50,7 +52,7 @@ class EngineDeadError(RuntimeError):
 class Runner(Protocol):
     """What the core asks of a model runner."""
 
-    def execute(self, slices: list[SequenceSlice]) -> list[SliceResult]:
+    def execute(self, slices: ReadOnlyList[SequenceSlice]) -> list[SliceResult]:
         """Compute one step; one result per slice."""
 
 
@@ -239,6 +241,11 @@ class EngineCore:
     def num_waiting(self) -> int:
         """Requests that have not been admitted."""
         return len(self._scheduler.waiting) + len(self._compiling)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Requests that run and that wait."""
+        return len(self._scheduler.running), self.num_waiting
 
     def step(self) -> list[EngineOutput]:
         """Run one step.
@@ -490,6 +497,39 @@ class EngineCore:
             raise RuntimeError(f"Engine: requests are lost: {sorted(set(self._active) - known)}")
         if not self._active and self._blocks.num_free != self._blocks.num_blocks:
             raise RuntimeError("Engine: no request is alive but blocks are held")
+
+
+def create_core(config: RuntimeConfig, tokenizer: Ernie4_5Tokenizer) -> tuple[EngineCore, Ready]:
+    """Load the model, allocate the KV cache and build a core.
+
+    Args:
+        config: Of the engine.
+        tokenizer: The model's.
+
+    Returns:
+        The core, and what there is to say about it.
+
+    Raises:
+        FastDeployError: Model, configuration or memory do not allow it; one line says why.
+    """
+    # Only the process that computes pays for importing the framework.
+    from fastdeploy_lite.model_executor.model_runner import ModelRunner  # noqa: PLC0415
+
+    runner = ModelRunner(config)
+    runner.load_model(show_progress=True)
+    num_blocks = runner.profile_num_blocks()
+    runner.allocate_kv_cache(num_blocks)
+    core = EngineCore(config, runner, tokenizer, num_blocks)
+    report = runner.memory_report()
+    memory = {f"weights.{role}": size for role, size in report.weights.items()}
+    memory |= {name: getattr(report, name) for name in ("kv_cache", "workspace", "sampling")}
+    return core, Ready(
+        num_blocks=num_blocks,
+        load_seconds=runner.load_seconds,
+        device=str(runner.place),
+        memory=memory,
+        bits_per_expert_weight=report.bits_per_expert_weight,
+    )
 
 
 def _failure(

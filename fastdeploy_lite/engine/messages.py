@@ -178,15 +178,17 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
     Attributes:
         num_blocks: KV blocks.
-        load_seconds: Time from the process's start.
+        load_seconds: Time that loading the weights took.
         device: Where it runs.
         memory: Bytes by purpose, as the model runner reports them.
+        bits_per_expert_weight: How densely routed experts are stored; 0 when there are none.
     """
 
     num_blocks: int
     load_seconds: float
     device: str
     memory: dict[str, int] = {}
+    bits_per_expert_weight: float = 0.0
 
 
 class Outputs(msgspec.Struct, frozen=True, omit_defaults=True, tag="outputs"):

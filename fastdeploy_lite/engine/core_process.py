@@ -1,0 +1,200 @@
+"""The engine core as a process of its own: `python -m fastdeploy_lite.engine.core_process`.
+
+Its parent writes one line of JSON to standard input and keeps the pipe open; when the pipe closes,
+the parent is gone and this process ends, whatever it is doing. Messages are msgpack over two ZMQ
+sockets in a directory that only this user can enter.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from fastdeploy_lite.engine.args_utils import EngineArgs
+from fastdeploy_lite.engine.engine_core import EngineCore, create_core
+from fastdeploy_lite.engine.messages import (
+    Abort,
+    Checked,
+    Control,
+    EngineOutput,
+    EngineRequest,
+    Fatal,
+    FromCore,
+    Outputs,
+    ToCore,
+)
+from fastdeploy_lite.input.preprocess import load_tokenizer
+from fastdeploy_lite.utils.errors import FastDeployError, one_line
+from fastdeploy_lite.utils.logging import get_logger, init_file_logging
+
+STATS_SECONDS = 0.5  # an idle core says so this often: silence means that something is wrong
+TO_CORE, FROM_CORE = "to-core", "from-core"  # names of the sockets in the directory
+
+
+class StartLine(msgspec.Struct):
+    """What the parent writes first.
+
+    Attributes:
+        directory: Where the sockets are.
+        args: Fields of `EngineArgs`.
+    """
+
+    directory: str
+    args: dict[str, Any]
+
+
+class CoreLoop:
+    """Receives, steps, sends.
+
+    Args:
+        core: The engine core.
+        inbox: Socket to receive from (PULL).
+        outbox: Socket to send on (PUSH).
+    """
+
+    def __init__(
+        self, core: EngineCore, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]
+    ) -> None:
+        self._core = core
+        self._inbox = inbox
+        self._outbox = outbox
+        self._decoder = msgspec.msgpack.Decoder(ToCore)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._last_stats = 0.0
+        self._last_counts = (0, 0)
+        self._stopped = False
+
+    def run(self) -> None:
+        """Serve until told to shut down.
+
+        Raises:
+            EngineDeadError: The core cannot go on.
+        """
+        while not self._stopped:
+            self._receive()
+            self._report(self._core.step() if self._core.has_work else [])
+
+    def _receive(self) -> None:
+        wait_ms = 0 if self._core.has_work else int(STATS_SECONDS * 1000)
+        while not self._stopped and self._inbox.poll(wait_ms):
+            self._handle(self._decoder.decode(self._inbox.recv()))
+            wait_ms = 0
+
+    def _handle(self, message: ToCore) -> None:
+        match message:
+            case EngineRequest():
+                try:
+                    self._core.add(message)
+                except ValueError as error:
+                    get_logger().error("A request was dropped: %s", error)
+            case Abort():
+                self._core.abort(message.request_ids)
+            case Control():
+                self._control(message.action)
+
+    def _control(self, action: str) -> None:
+        core = self._core
+        if action == "check":
+            self._send(Checked(_integrity_error(core)))
+        elif action == "shutdown":
+            self._stopped = True
+        else:
+            {"pause": core.pause, "resume": core.resume, "reset": core.reset}[action]()
+
+    def _report(self, outputs: list[EngineOutput]) -> None:
+        """Send news; counters come along when they changed in a way that gauges show."""
+        now = time.monotonic()
+        counts = self._core.counts
+        due = counts != self._last_counts or now - self._last_stats >= STATS_SECONDS
+        if due or any(output.finished for output in outputs):
+            self._last_stats, self._last_counts = now, counts
+            self._send(Outputs(outputs, self._core.stats()))
+        elif outputs:
+            self._send(Outputs(outputs))
+
+    def _send(self, message: FromCore) -> None:
+        self._outbox.send(self._encoder.encode(message))
+
+
+def _integrity_error(core: EngineCore) -> str | None:
+    try:
+        core.check_integrity()
+    except RuntimeError as error:
+        return one_line(error)
+    return None
+
+
+def open_socket(context: Any, kind: int, directory: str, name: str, *, bind: bool) -> Any:
+    """Open one end of a socket in `directory`.
+
+    Args:
+        context: ZMQ context.
+        kind: zmq.PUSH or zmq.PULL.
+        directory: Private to this user.
+        name: File name.
+        bind: Whether this end creates the file.
+
+    Returns:
+        The socket; its queues are unbounded, because neither end may block on the other.
+    """
+    socket = context.socket(kind)
+    socket.set_hwm(0)
+    socket.linger = 1000  # ms: the last words of a dying process get through
+    (socket.bind if bind else socket.connect)(f"ipc://{Path(directory) / name}")
+    return socket
+
+
+def _die_with_parent() -> None:
+    """Wait for the end of standard input, then end the process at once."""
+    while sys.stdin.buffer.read(4096):
+        pass
+    os._exit(3)
+
+
+def main() -> int:
+    """Run the process; returns its exit status."""
+    # The parent decides when to end: a Ctrl-C or SIGTERM for the whole group must not cut answers
+    # that it still wants to drain.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=StartLine)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    context = zmq.Context()
+    outbox = open_socket(context, zmq.PUSH, start.directory, FROM_CORE, bind=False)
+    inbox = open_socket(context, zmq.PULL, start.directory, TO_CORE, bind=False)
+    try:
+        init_file_logging()
+        config = EngineArgs(**start.args).create_runtime_config(quiet=True)
+        core, ready = create_core(config, load_tokenizer(config))
+        outbox.send(msgspec.msgpack.encode(ready))
+        CoreLoop(core, inbox, outbox).run()
+        core.shutdown()
+        return 0
+    except BaseException as error:  # also MemoryError: the parent must hear the reason
+        # A fault of the user's is one line; a fault of ours needs its traceback, on the console.
+        if not isinstance(error, FastDeployError):
+            traceback.print_exc()
+        outbox.send(msgspec.msgpack.encode(Fatal(_reason(error))))
+        return 1
+    finally:
+        context.destroy(linger=1000)
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    return one_line(
+        text if isinstance(error, FastDeployError) else f"{type(error).__name__}: {text}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

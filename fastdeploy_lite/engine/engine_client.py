@@ -1,0 +1,271 @@
+"""The server's side of the engine: starts the core process, talks to it, notices its death."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
+from typing import Literal
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from fastdeploy_lite.engine.args_utils import EngineArgs
+from fastdeploy_lite.engine.core_process import FROM_CORE, TO_CORE, StartLine, open_socket
+from fastdeploy_lite.engine.engine_core import EngineDeadError
+from fastdeploy_lite.engine.messages import (
+    Abort,
+    Checked,
+    Control,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    Fatal,
+    FromCore,
+    Outputs,
+    Ready,
+    ToCore,
+)
+from fastdeploy_lite.utils.errors import RequestError
+
+IDLE_SILENCE_SECONDS = 5.0  # ten times the interval at which an idle core reports
+STEP_SILENCE_SECONDS = 300.0  # the longest step that is believed: a full prefill on a slow CPU
+SHUTDOWN_SECONDS = 5.0
+LONGEST_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
+
+
+class AsyncEngineClient:
+    """One engine process, used from one event loop.
+
+    Args:
+        args: Of the engine; the process builds its configuration from them.
+    """
+
+    def __init__(self, args: EngineArgs) -> None:
+        self.stats = EngineStats()
+        self.ready: Ready | None = None
+        self._args = args
+        self._queues: dict[str, asyncio.Queue[EngineOutput | EngineDeadError]] = {}
+        self._checks: list[asyncio.Future[str | None]] = []
+        self._dead: str | None = None
+        self._death = asyncio.Event()
+        self._last_news = time.monotonic()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromCore)
+        self._process: asyncio.subprocess.Process | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ready_event = asyncio.Event()
+        self._directory = ""
+
+    # Life ----------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the process and wait until the model is loaded.
+
+        Raises:
+            EngineDeadError: It ended instead; the message is the root cause, in one line.
+        """
+        self._directory = _private_directory()
+        self._context = zmq.Context()
+        self._to_core = open_socket(self._context, zmq.PUSH, self._directory, TO_CORE, bind=True)
+        self._from_core = open_socket(
+            zmq.asyncio.Context(self._context), zmq.PULL, self._directory, FROM_CORE, bind=True
+        )
+        # A session of its own keeps the terminal's Ctrl-C away: this process decides.
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "fastdeploy_lite.engine.core_process",
+            stdin=asyncio.subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        assert self._process.stdin is not None
+        start = StartLine(self._directory, self._args.to_dict())
+        self._process.stdin.write(msgspec.json.encode(start) + b"\n")
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+        try:
+            await self._ready_event.wait()
+        except BaseException:
+            await self.shutdown()
+            raise
+        if self._dead is not None:
+            await self.shutdown()
+            raise EngineDeadError(self._dead)
+
+    async def shutdown(self) -> None:
+        """End the process, politely at first; idempotent."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            if self.ready is not None and self._dead is None:
+                self._send(Control("shutdown"))
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(process.wait(), SHUTDOWN_SECONDS)
+            if process.returncode is None:
+                with suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+        self._die("the engine was shut down")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        if self._directory:
+            self._to_core.close(linger=0)
+            self._from_core.close(linger=0)
+            self._context.term()
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = ""
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the process lives and has reported lately."""
+        if self._dead is not None or self.ready is None:
+            return False
+        busy = bool(self._queues)
+        limit = STEP_SILENCE_SECONDS if busy else IDLE_SILENCE_SECONDS
+        return time.monotonic() - self._last_news < limit
+
+    @property
+    def engine_pid(self) -> int | None:
+        """Process id of the engine; None before `start`."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests whose outputs are still awaited here."""
+        return len(self._queues)
+
+    async def wait_dead(self) -> str:
+        """Wait for the engine's end and return its reason."""
+        await self._death.wait()
+        return self._dead or ""
+
+    # Requests ------------------------------------------------------------------------------------
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """Send a request and yield its outputs; leaving early aborts it.
+
+        Args:
+            request: Its id must not be in use.
+
+        Yields:
+            Outputs, the last one `finished`.
+
+        Raises:
+            RequestError: The id is in use.
+            EngineDeadError: The engine is dead or dies meanwhile.
+        """
+        name = request.request_id
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
+        if name in self._queues:
+            raise RequestError(
+                f"request_id {name!r} is in use", param="request_id", code="invalid_value"
+            )
+        queue: asyncio.Queue[EngineOutput | EngineDeadError] = asyncio.Queue()
+        self._queues[name] = queue
+        finished = False
+        try:
+            self._send(request)
+            while not finished:
+                news = await queue.get()
+                if isinstance(news, EngineDeadError):
+                    finished = True
+                    raise news
+                finished = news.finished
+                yield news
+        finally:
+            del self._queues[name]
+            if not finished and self._dead is None:
+                self._send(Abort([name]))
+
+    async def abort(self, request_ids: Iterable[str] | None = None) -> None:
+        """End these requests (None: all) with finish reason "abort"; unknown ids are ignored."""
+        self._send(Abort(None if request_ids is None else list(request_ids)))
+
+    async def control(self, action: Literal["pause", "resume", "reset"]) -> None:
+        """Pause or resume scheduling, or drop all requests and cached prefixes."""
+        self._send(Control(action))
+
+    async def check(self) -> str | None:
+        """Ask the core to verify its own books.
+
+        Returns:
+            None when no KV block and no request is lost, else what is wrong.
+
+        Raises:
+            EngineDeadError: The engine is dead or dies meanwhile.
+        """
+        answer: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._checks.append(answer)
+        self._send(Control("check"))
+        return await answer
+
+    # Wire ----------------------------------------------------------------------------------------
+
+    def _send(self, message: ToCore) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
+        self._to_core.send(self._encoder.encode(message), zmq.NOBLOCK)
+
+    async def _read(self) -> None:
+        while True:
+            message = self._decoder.decode(await self._from_core.recv())
+            self._last_news = time.monotonic()
+            match message:
+                case Outputs():
+                    self._dispatch(message)
+                case Ready():
+                    self.ready = message
+                    self.stats.num_blocks = self.stats.num_free_blocks = message.num_blocks
+                    self._ready_event.set()
+                case Checked():
+                    self._checks.pop(0).set_result(message.error)
+                case Fatal():
+                    self._die(message.error)
+
+    def _dispatch(self, message: Outputs) -> None:
+        if message.stats is not None:
+            self.stats = message.stats
+        for output in message.outputs:
+            queue = self._queues.get(output.request_id)
+            if queue is not None:  # its client may have left
+                queue.put_nowait(output)
+
+    async def _watch(self) -> None:
+        assert self._process is not None
+        code = await self._process.wait()
+        # Its last words may still be in the socket, and say more than an exit status.
+        await asyncio.sleep(0.2)
+        self._die(f"the engine process ended {_exit_text(code)}")
+
+    def _die(self, reason: str) -> None:
+        if self._dead is not None:
+            return
+        self._dead = reason
+        error = EngineDeadError(reason)
+        for queue in self._queues.values():
+            queue.put_nowait(error)
+        for check in self._checks:
+            if not check.done():
+                check.set_exception(error)
+        self._death.set()
+        self._ready_event.set()
+
+
+def _private_directory() -> str:
+    """A directory that only this user can enter, with a path short enough for a socket."""
+    path = tempfile.mkdtemp(prefix="fastdeploy-lite-")
+    if len(path) + len(FROM_CORE) + 1 > LONGEST_SOCKET_PATH:
+        shutil.rmtree(path)
+        path = tempfile.mkdtemp(prefix="fastdeploy-lite-", dir="/tmp")
+    return path
+
+
+def _exit_text(code: int) -> str:
+    if code < 0:
+        return f"by signal {signal.Signals(-code).name}"
+    return f"with exit status {code}"
