@@ -51,7 +51,7 @@ Weight make_weight(int kind, Address tiles, Address local_scale, Address code_sc
 }
 
 void linear(Address x, const Weight& weight, Address out, bool out_is_float, int tokens,
-            int tile_rows, Address stream) {
+            int tile_rows, bool wide, Address stream) {
   fc::GemmParams params;
   params.x = at<const fc::bf16>(x);
   if (out_is_float) {
@@ -62,7 +62,7 @@ void linear(Address x, const Weight& weight, Address out, bool out_is_float, int
   params.out_columns = weight.tiled.out_features;
   params.rows.count = tokens;
   const int row_tiles = fc::ceil_div(tokens, tile_rows);
-  fc::gemm(weight.kind, false, weight.tiled, params, tile_rows, row_tiles, stream_of(stream));
+  fc::gemm(weight.kind, false, weight.tiled, params, wide, tile_rows, row_tiles, stream_of(stream));
 }
 
 /// The experts of a MoE layer. `hidden` [slots, I] and `y` [slots, H] are scratch; `slot_of_row` [slots] and `tiles`
@@ -70,6 +70,7 @@ void linear(Address x, const Weight& weight, Address out, bool out_is_float, int
 void fused_moe(Address x, Address ids, Address weights, const Weight& up_gate, const Weight& down,
                int experts, Address hidden, Address y, Address slot_of_row, Address tiles, Address out,
                int tokens, int top_k, int tile_rows, int max_tiles, Address stream) {
+  const bool wide = tile_rows >= 64;
   const cudaStream_t queue = stream_of(stream);
   const int slots = tokens * top_k;
   const bool direct = tile_rows == 0;
@@ -92,7 +93,7 @@ void fused_moe(Address x, Address ids, Address weights, const Weight& up_gate, c
   up.out = at<fc::bf16>(hidden);
   up.out_columns = up_gate.tiled.out_features / 2;
   up.rows = rows;
-  fc::gemm(up_gate.kind, true, up_gate.tiled, up, height, row_tiles, queue);
+  fc::gemm(up_gate.kind, true, up_gate.tiled, up, wide, height, row_tiles, queue);
   fc::GemmParams lower;
   lower.x = at<const fc::bf16>(hidden);
   lower.out = at<fc::bf16>(y);
@@ -100,7 +101,7 @@ void fused_moe(Address x, Address ids, Address weights, const Weight& up_gate, c
   lower.rows = rows;
   lower.rows.gather = false;
   lower.rows.scatter = true;
-  fc::gemm(down.kind, false, down.tiled, lower, height, row_tiles, queue);
+  fc::gemm(down.kind, false, down.tiled, lower, wide, height, row_tiles, queue);
   fc::combine(at<const fc::bf16>(y), at<const float>(weights), at<fc::bf16>(out), tokens, top_k,
               down.tiled.out_features, queue);
 }
@@ -185,8 +186,9 @@ void bind_weights(py::module_& m) {
                      offset(t.column_scale, column), scaled, at<float>(out), t.in_features,
                      t.out_features, stream_of(stream));
   });
-  m.def("randomize", [](int kind, Address data, int64_t bytes, uint64_t seed, Address stream) {
-    fc::randomize(kind, at<void>(data), bytes, seed, stream_of(stream));
+  m.def("randomize", [](int kind, Address data, int64_t bytes, uint64_t seed, float size,
+                        Address stream) {
+    fc::randomize(kind, at<void>(data), bytes, seed, size, stream_of(stream));
   });
 }
 

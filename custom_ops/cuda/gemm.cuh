@@ -475,24 +475,19 @@ void launch_wide(const TiledWeight& w, const GemmParams& p, int row_tiles, cudaS
   check_launch("wide_gemm");
 }
 
-/// Runs the kernel whose tiles are `tile_rows` rows high: 8, 16, 32 (skinny), 64 or 128 (wide).
+/// Runs the kernel whose tiles are `tile_rows` rows high: wide 64 or 128, else 8, 16, 32 or (not GATED) 64.
 template <Kind kKind, bool kGated>
-void run_gemm(const TiledWeight& w, const GemmParams& p, int tile_rows, int row_tiles,
+void run_gemm(const TiledWeight& w, const GemmParams& p, bool wide, int tile_rows, int row_tiles,
               cudaStream_t stream) {
-  switch (tile_rows) {
-    case 8:
-      return launch_skinny<kKind, kGated, 1>(w, p, row_tiles, stream);
-    case 16:
-      return launch_skinny<kKind, kGated, 2>(w, p, row_tiles, stream);
-    case 32:
-      return launch_skinny<kKind, kGated, 4>(w, p, row_tiles, stream);
-    case 64:
-      return launch_wide<kKind, kGated, 4>(w, p, row_tiles, stream);
-    case 128:
-      return launch_wide<kKind, kGated, 8>(w, p, row_tiles, stream);
-    default:
-      throw std::runtime_error("gemm: no kernel for row tiles of " + std::to_string(tile_rows));
+  if (wide && tile_rows == 64) return launch_wide<kKind, kGated, 4>(w, p, row_tiles, stream);
+  if (wide && tile_rows == 128) return launch_wide<kKind, kGated, 8>(w, p, row_tiles, stream);
+  if (!wide && tile_rows == 8) return launch_skinny<kKind, kGated, 1>(w, p, row_tiles, stream);
+  if (!wide && tile_rows == 16) return launch_skinny<kKind, kGated, 2>(w, p, row_tiles, stream);
+  if (!wide && tile_rows == 32) return launch_skinny<kKind, kGated, 4>(w, p, row_tiles, stream);
+  if constexpr (!kGated) {
+    if (!wide && tile_rows == 64) return launch_skinny<kKind, kGated, 8>(w, p, row_tiles, stream);
   }
+  throw std::runtime_error("gemm: no kernel for row tiles of " + std::to_string(tile_rows));
 }
 
 }  // namespace fd::cuda

@@ -33,8 +33,9 @@ struct GemmParams {
   GemmRows rows;
 };
 
-/// `kind`: value of enum Kind. `tile_rows`: 8, 16, 32, 64 or 128; `row_tiles`: grid height.
-void gemm(int kind, bool gated, const TiledWeight& weight, const GemmParams& params, int tile_rows,
-          int row_tiles, cudaStream_t stream);
+/// `kind`: value of enum Kind. `tile_rows`: rows of x per tile, 64 or 128 for the tile kernel (`wide`), 8, 16, 32 or (not
+/// gated) 64 for the one that streams weights; `row_tiles`: number of tiles.
+void gemm(int kind, bool gated, const TiledWeight& weight, const GemmParams& params, bool wide,
+          int tile_rows, int row_tiles, cudaStream_t stream);
 
 }  // namespace fd::cuda

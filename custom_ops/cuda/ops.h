@@ -42,8 +42,8 @@ void pack_rows(const void* source, bool source_is_float, bool transposed, bf16* 
 void unpack_tiles(int kind, const void* tiles, const void* local_scale, const float* code_scale,
                   const float* code_bias, const float* column_scale, bool scaled, float* out,
                   int in_features, int out_features, cudaStream_t stream);
-/// Fills tiles (or bf16 rows) with valid random codes of the kind.
-void randomize(int kind, void* data, int64_t bytes, uint64_t seed, cudaStream_t stream);
+/// Fills tiles (or bf16 rows, of standard deviation `size`) with valid random codes of the kind.
+void randomize(int kind, void* data, int64_t bytes, uint64_t seed, float size, cudaStream_t stream);
 
 // --- mixture of experts (moe.cu) -----------------------------------------------------------------------------
 /// `partial`: float32 scratch [splits, tokens, experts].

@@ -180,7 +180,7 @@ __device__ __forceinline__ uint64_t mix(uint64_t x) {
 }
 
 /// Bytes without 0x00 (int8), nibbles without 0 (int4), any byte (CCQ), uniform numbers (dense).
-__device__ __forceinline__ uint32_t random_word(Kind kind, uint32_t bits) {
+__device__ __forceinline__ uint32_t random_word(Kind kind, uint32_t bits, float size) {
   if (kind == Kind::kInt8) {
     for (int b = 0; b < 4; ++b) {
       if (((bits >> (8 * b)) & 0xffu) == 0) bits |= 1u << (8 * b);
@@ -190,19 +190,20 @@ __device__ __forceinline__ uint32_t random_word(Kind kind, uint32_t bits) {
       if (((bits >> (4 * b)) & 0xfu) == 0) bits |= 8u << (4 * b);
     }
   } else if (kind == Kind::kDense) {
-    // two uniform numbers of standard deviation 0.02
-    const float low = (static_cast<float>(bits & 0xffffu) / 65536.0f - 0.5f) * 0.0693f;
-    const float high = (static_cast<float>(bits >> 16) / 65536.0f - 0.5f) * 0.0693f;
+    const float range = 3.4641f * size;  // of two uniform numbers with that deviation
+    const float low = (static_cast<float>(bits & 0xffffu) / 65536.0f - 0.5f) * range;
+    const float high = (static_cast<float>(bits >> 16) / 65536.0f - 0.5f) * range;
     bits = pack_bf16(low, high);
   }
   return bits;
 }
 
-__global__ void randomize_kernel(Kind kind, uint32_t* data, int64_t words, uint64_t seed) {
+__global__ void randomize_kernel(Kind kind, uint32_t* data, int64_t words, uint64_t seed,
+                                 float size) {
   const uint64_t start = mix(seed);
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < words; i += stride) {
-    data[i] = random_word(kind, static_cast<uint32_t>(mix(start ^ static_cast<uint64_t>(i))));
+    data[i] = random_word(kind, static_cast<uint32_t>(mix(start ^ static_cast<uint64_t>(i))), size);
   }
 }
 
@@ -284,9 +285,11 @@ void unpack_tiles(int kind, const void* tiles, const void* local_scale, const fl
   }
 }
 
-void randomize(int kind, void* data, int64_t bytes, uint64_t seed, cudaStream_t stream) {
+void randomize(int kind, void* data, int64_t bytes, uint64_t seed, float size,
+               cudaStream_t stream) {
   randomize_kernel<<<1024, kThreads, 0, stream>>>(static_cast<Kind>(kind),
-                                                  static_cast<uint32_t*>(data), bytes / 4, seed);
+                                                  static_cast<uint32_t*>(data), bytes / 4, seed,
+                                                  size);
   check_launch("randomize");
 }
 

@@ -1,0 +1,76 @@
+"""The experts of a MoE layer on a card: sort by expert, gate and up with SwiGLU, down, combine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastdeploy_lite import _ops_cuda
+from fastdeploy_lite.model_executor.ops import cuda_runtime as runtime
+from fastdeploy_lite.model_executor.ops._view import Arguments, Tensor
+from fastdeploy_lite.model_executor.ops.weights import PackedWeight
+
+if TYPE_CHECKING:
+    from fastdeploy_lite.model_executor.ops.moe import Workspace
+
+DIRECT_TOKENS = 2
+"""Up to this batch experts hardly ever coincide: every slot is read as its own tile, unsorted."""
+
+
+def tile_rows(tokens: int, top_k: int, experts: int) -> int:
+    """Rows of one tile of sorted slots: 8, 16, 32 (streaming kernel) or 64, 128 (tile kernel).
+
+    An expert has at most `tokens` rows, on average tokens * top_k / experts: the tile should hold
+    them all, so that its weights are read once.
+    """
+    for rows in (8, 16, 32):
+        if tokens <= rows:
+            return rows
+    mean = tokens * top_k / experts
+    if mean <= 24:
+        return 32
+    return 64 if mean <= 96 else 128
+
+
+def fused_moe(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    up_gate: PackedWeight,
+    down: PackedWeight,
+    out: Tensor,
+    workspace: Workspace,
+) -> None:
+    """See ops.moe.fused_moe."""
+    args = Arguments("fused_moe", x)
+    up, lower = args.weight("up_gate", up_gate, True), args.weight("down", down, True)
+    tokens, top_k = topk_ids.shape
+    experts, inner, hidden = up.num_experts, up.out_features // 2, up.in_features
+    if lower.num_experts != experts or lower.in_features != inner or inner % 16 or hidden % 16:
+        raise ValueError(
+            f"fused_moe: up_gate [{hidden}, {2 * inner}] of {experts} experts and down "
+            f"[{lower.in_features}, {lower.out_features}] of {lower.num_experts} do not fit, or "
+            "their sizes are no multiples of 16"
+        )
+    slots = tokens * top_k
+    rows = 0 if tokens <= DIRECT_TOKENS else tile_rows(tokens, top_k, experts)
+    tiles = slots if rows == 0 else slots // rows + min(experts, slots)
+    order = 0 if rows == 0 else workspace.get("moe_slots", [slots], "int32").data_ptr()
+    plan = 0 if rows == 0 else workspace.get("moe_tiles", [tiles * 4], "int32").data_ptr()
+    _ops_cuda.fused_moe(
+        runtime.address(args.view("x", x, "bfloat16", tokens, hidden)),
+        runtime.address(args.view("topk_ids", topk_ids, "int32", tokens, top_k)),
+        runtime.address(args.view("topk_weights", topk_weights, "float32", tokens, top_k)),
+        up.native,
+        lower.native,
+        experts,
+        workspace.get("moe_inner", [slots, inner], "bfloat16").data_ptr(),
+        workspace.get("moe_outputs", [slots, lower.out_features], "bfloat16").data_ptr(),
+        order,
+        plan,
+        runtime.address(args.view("out", out, "bfloat16", tokens, lower.out_features)),
+        tokens,
+        top_k,
+        rows,
+        tiles,
+        runtime.stream(),
+    )

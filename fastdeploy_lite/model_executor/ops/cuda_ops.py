@@ -1,0 +1,353 @@
+"""The ops of `fastdeploy_lite.model_executor.ops` for a card: same names, checked views in.
+
+Each function adds the stream and scratch memory and calls `_ops_cuda`. Shapes, dtypes and meaning are documented at the
+functions of the same name in `ops`; indices are not read back, so the caller vouches for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdeploy_lite import _ops_cuda
+from fastdeploy_lite.model_executor.ops import cuda_runtime as runtime
+from fastdeploy_lite.model_executor.ops import cuda_weights
+from fastdeploy_lite.model_executor.ops._view import Tensor, View
+from fastdeploy_lite.model_executor.ops.cuda_runtime import address, scratch, stream
+from fastdeploy_lite.model_executor.ops.cuda_weights import CudaWeight
+from fastdeploy_lite.model_executor.ops.weights import PackedWeight
+
+SKINNY_ROWS = 64
+"""Up to this many tokens a linear streams its weights once; above, it works in tiles."""
+_HOST_DTYPES = {"bfloat16": "uint16"}
+
+
+# -- copies --------------------------------------------------------------------------------------------
+
+
+def upload(array: npt.NDArray[Any], out: Tensor) -> None:
+    """Copy a contiguous host array to the head of `out`, ordered on the stream."""
+    name = _dtype_name(out)
+    if array.dtype.name != _HOST_DTYPES.get(name, name):
+        raise ValueError(f"upload: array has dtype {array.dtype.name}, the tensor {name}")
+    host = np.ascontiguousarray(array)
+    _ops_cuda.upload(int(out.data_ptr()), host.ctypes.data, host.nbytes, stream())
+
+
+def download(tensor: Tensor) -> npt.NDArray[Any]:
+    """Wait for all queued work and return the values; bfloat16 comes as its bits in uint16."""
+    name = _dtype_name(tensor)
+    host = np.empty(tensor.shape, _HOST_DTYPES.get(name, name))
+    if host.nbytes:
+        _ops_cuda.download(host.ctypes.data, int(tensor.data_ptr()), host.nbytes, stream())
+    return host
+
+
+def memory_info(place: Any) -> tuple[int, int]:
+    """Free and total bytes of the card."""
+    del place  # a process has one card
+    facts = _ops_cuda.device_facts(runtime.device_index())
+    return int(facts.free_bytes), int(facts.total_bytes)
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).rpartition(".")[2]
+
+
+# -- rows ----------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: View, weight: View, eps: float, out: View) -> None:
+    """See ops.rms_norm."""
+    _norm(x, None, weight, eps, out)
+
+
+def add_rms_norm(x: View, residual: View, weight: View, eps: float, out: View) -> None:
+    """See ops.add_rms_norm."""
+    _norm(x, residual, weight, eps, out)
+
+
+def _norm(x: View, residual: View | None, weight: View, eps: float, out: View) -> None:
+    tokens, hidden = x[2]
+    _ops_cuda.rms_norm(
+        address(x),
+        address(residual),
+        address(weight),
+        weight[1] == "float32",
+        eps,
+        address(out),
+        tokens,
+        hidden,
+        stream(),
+    )
+
+
+def silu_and_mul(x: View, out: View) -> None:
+    """See ops.silu_and_mul."""
+    _ops_cuda.silu_and_mul(address(x), address(out), *out[2], stream())
+
+
+def add_inplace(x: View, y: View) -> None:
+    """See ops.add_inplace."""
+    tokens, hidden = x[2]
+    _ops_cuda.add_inplace(address(x), address(y), tokens * hidden, stream())
+
+
+def gather_rows(x: View, rows: View, out: View) -> None:
+    """See ops.gather_rows."""
+    source_rows, width = x[2]
+    row_bytes = width * (4 if x[1] == "float32" else 2)
+    _ops_cuda.gather_rows(
+        address(x), address(rows), address(out), out[2][0], row_bytes, source_rows, stream()
+    )
+
+
+# -- products ------------------------------------------------------------------------------------------
+
+
+def embedding(token_ids: View, weight: CudaWeight, out: View) -> None:
+    """See ops.embedding."""
+    if not weight.rows:
+        raise ValueError("embedding: the table must be a dense weight")
+    tokens, hidden = out[2]
+    _ops_cuda.embedding(
+        address(token_ids),
+        weight.rows,
+        address(out),
+        tokens,
+        hidden,
+        weight.out_features,
+        stream(),
+    )
+
+
+def linear(x: View, weight: CudaWeight, out: View) -> None:
+    """See ops.linear."""
+    tokens, out_is_float = x[2][0], out[1] == "float32"
+    if weight.native is None:
+        runtime.open_blas()
+        _ops_cuda.dense_linear(
+            address(x),
+            weight.rows,
+            address(out),
+            out_is_float,
+            tokens,
+            weight.in_features,
+            weight.out_features,
+            scratch(runtime.SCRATCH_BYTES),
+            runtime.SCRATCH_BYTES,
+            stream(),
+        )
+        return
+    rows = linear_tile(tokens, weight.out_features)
+    wide = tokens > SKINNY_ROWS
+    _ops_cuda.linear(
+        address(x), weight.native, address(out), out_is_float, tokens, rows, wide, stream()
+    )
+
+
+def linear_tile(tokens: int, out_features: int) -> int:
+    """Rows of one tile of x: the whole batch when it is small, else 64 or 128."""
+    for rows in (8, 16, 32, SKINNY_ROWS):
+        if tokens <= rows:
+            return rows
+    blocks = -(-tokens // 128) * -(-out_features // 128)
+    return 128 if blocks >= runtime.multiprocessors() else 64
+
+
+def route(
+    x: View, gate_weight: View, bias: View | None, topk_ids: View, topk_weights: View
+) -> None:
+    """See ops.route."""
+    (tokens, hidden), experts, top_k = x[2], gate_weight[2][1], topk_ids[2][1]
+    blocks = -(-tokens // 16) * -(-experts // 64)
+    splits = max(1, min(2 * runtime.multiprocessors() // blocks, hidden // 64))
+    _ops_cuda.route(
+        address(x),
+        address(gate_weight),
+        address(bias),
+        scratch(splits * tokens * experts * 4),
+        splits,
+        address(topk_ids),
+        address(topk_weights),
+        tokens,
+        hidden,
+        experts,
+        top_k,
+        stream(),
+    )
+
+
+# -- attention -----------------------------------------------------------------------------------------
+
+
+def rope_and_cache(
+    qkv: View,
+    positions: View,
+    cos_sin: View,
+    slot_mapping: View,
+    key_cache: View,
+    value_cache: View,
+    q_out: View,
+) -> None:
+    """See ops.rope_and_cache."""
+    blocks, kv_heads, _, head_dim = key_cache[2]
+    tokens, width = q_out[2]
+    sizes = (tokens, 0, width // head_dim, kv_heads, head_dim, blocks, 0)
+    _ops_cuda.rope_and_cache(
+        address(qkv),
+        address(positions),
+        address(cos_sin),
+        address(slot_mapping),
+        address(key_cache),
+        address(value_cache),
+        address(q_out),
+        sizes,
+        cos_sin[2][0],
+        stream(),
+    )
+
+
+def paged_attention(
+    q: View,
+    key_cache: View,
+    value_cache: View,
+    block_tables: View,
+    cu_seqlens_q: View,
+    context_lens: View,
+    scale: float,
+    out: View,
+) -> None:
+    """See ops.paged_attention."""
+    blocks, kv_heads, _, head_dim = key_cache[2]
+    (tokens, width), (sequences, table_width) = q[2], block_tables[2]
+    heads = width // head_dim
+    if width % head_dim or heads % kv_heads:
+        raise ValueError(
+            f"paged_attention: q is {width} wide, expected a multiple of {kv_heads} KV heads of "
+            f"{head_dim}"
+        )
+    sizes = (tokens, sequences, heads, kv_heads, head_dim, blocks, table_width)
+    splits, floats = _ops_cuda.attention_plan(sizes, runtime.multiprocessors())
+    _ops_cuda.paged_attention(
+        address(q),
+        address(key_cache),
+        address(value_cache),
+        address(block_tables),
+        address(cu_seqlens_q),
+        address(context_lens),
+        scale,
+        splits,
+        scratch(floats * 4),
+        address(out),
+        sizes,
+        stream(),
+    )
+
+
+# -- sampling ------------------------------------------------------------------------------------------
+
+
+def mask_logits(logits: View, bitmask: View, bitmask_rows: View) -> None:
+    """See ops.mask_logits."""
+    rows, vocab = logits[2]
+    _ops_cuda.mask_logits(
+        address(logits),
+        address(bitmask),
+        address(bitmask_rows),
+        rows,
+        vocab,
+        bitmask[2][1],
+        stream(),
+    )
+
+
+def process_logits(
+    logits: View,
+    slots: View,
+    occurrences: View | None,
+    repetition: View,
+    frequency: View,
+    presence: View,
+    temperature: View,
+    edit_offsets: View,
+    edit_ids: View,
+    edit_values: View,
+) -> None:
+    """See ops.process_logits."""
+    vectors = (slots, occurrences, repetition, frequency, presence, temperature)
+    edits = (edit_offsets, edit_ids, edit_values)
+    _ops_cuda.process_logits(
+        address(logits), *map(address, vectors), *map(address, edits), *logits[2], stream()
+    )
+
+
+def update_occurrences(occurrences: View, slots: View, token_ids: View, prompt: bool) -> None:
+    """See ops.update_occurrences."""
+    slot_count, vocab = occurrences[2]
+    _ops_cuda.update_occurrences(
+        address(occurrences),
+        address(slots),
+        address(token_ids),
+        slots[2][0],
+        prompt,
+        slot_count,
+        vocab,
+        stream(),
+    )
+
+
+def sample(logits: View, *parameters: View) -> None:
+    """See ops.sample. A row of NaN, or without a token that may follow, gets -1: nothing is read back."""
+    _ops_cuda.sample(address(logits), *map(address, parameters), *logits[2], stream())
+
+
+def token_logprobs(
+    logits: View,
+    tokens: View,
+    k: int,
+    out_logprob: View,
+    out_rank: View,
+    out_ids: View,
+    out_logprobs: View,
+) -> None:
+    """See ops.token_logprobs."""
+    outputs = (out_logprob, out_rank, out_ids, out_logprobs)
+    if k <= _ops_cuda.max_top_logprobs:
+        _ops_cuda.token_logprobs(
+            address(logits), address(tokens), k, *map(address, outputs), *logits[2], stream()
+        )
+        return
+    # a request for (nearly) all tokens is a diagnosis: the host sorts
+    results = _host_logprobs(_fetch(logits), _fetch(tokens), k)
+    for view, result in zip(outputs, results, strict=True):
+        host = np.ascontiguousarray(result, view[1])
+        _ops_cuda.upload(address(view), host.ctypes.data, host.nbytes, stream())
+
+
+def _fetch(view: View) -> npt.NDArray[Any]:
+    host = np.empty(view[2], view[1])
+    _ops_cuda.download(host.ctypes.data, address(view), host.nbytes, stream())
+    return host
+
+
+def _host_logprobs(
+    logits: npt.NDArray[Any], tokens: npt.NDArray[Any], k: int
+) -> tuple[npt.NDArray[Any], ...]:
+    """Log-probability and rank of each token, ids and log-probabilities of the k best."""
+    lowest = float(np.finfo(np.float32).min)
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    logprobs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    logprobs = np.maximum(logprobs, lowest)
+    order = np.argsort(-shifted, axis=1, kind="stable")
+    rows = np.arange(len(tokens))
+    rank = 1 + (order == tokens[:, None]).argmax(axis=1)
+    best = order[:, :k]
+    return logprobs[rows, tokens], rank, best, np.take_along_axis(logprobs, best, axis=1)
+
+
+def randomize_weight(weight: PackedWeight, seed: int) -> None:
+    """See ops.randomize_weight."""
+    cuda_weights.randomize(weight, seed)

@@ -1,0 +1,139 @@
+"""What every CUDA op shares: the stream it runs on, scratch memory, facts about the card.
+
+One process computes on one card, and on one stream at a time, so that one block of scratch memory serves
+all ops in turn and keeps its address (CUDA graphs hold it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import paddle
+
+from fastdeploy_lite import _ops_cuda
+from fastdeploy_lite.model_executor.ops._view import Tensor, View
+
+SCRATCH_BYTES = 64 << 20
+"""Partial results of split kernels take a few MiB, cuBLASLt is offered the whole."""
+
+_override: list[int] = []
+
+
+@functools.cache
+def _paddle_stream() -> int:
+    """Address of the stream on which Paddle queues its own work on the current card."""
+    stream = paddle.device.current_stream().stream_base
+    for name in ("raw_stream", "cuda_stream"):  # pluggable device, CUDA build
+        address = getattr(stream, name, None)
+        if address is not None:
+            return int(address)
+    raise RuntimeError(f"Paddle's stream {type(stream).__name__} does not tell its address")
+
+
+def stream() -> int:
+    """Address of the CUDA stream that ops queue their work on."""
+    return _override[-1] if _override else _paddle_stream()
+
+
+@contextlib.contextmanager
+def use_stream(address: int) -> Iterator[None]:
+    """Queue ops on another stream meanwhile; for graph capture."""
+    _override.append(address)
+    try:
+        yield
+    finally:
+        _override.pop()
+
+
+@functools.cache
+def _scratch(place: str) -> Tensor:
+    del place  # names the card: one block for each
+    return paddle.empty([SCRATCH_BYTES], dtype="uint8", device=paddle.framework._current_expected_place())
+
+
+def scratch(nbytes: int) -> int:
+    """Address of scratch memory that is free until the next op that asks for some.
+
+    Raises:
+        ValueError: more than SCRATCH_BYTES.
+    """
+    if nbytes > SCRATCH_BYTES:
+        raise ValueError(
+            f"an op asks for {nbytes} bytes of scratch memory, there are {SCRATCH_BYTES}: "
+            "lower max_num_batched_tokens or max_num_seqs"
+        )
+    return int(_scratch(str(paddle.framework._current_expected_place())).data_ptr())
+
+
+@functools.cache
+def device_index() -> int:
+    """Number of the card this process computes on."""
+    place = paddle.framework._current_expected_place()
+    return int(place.gpu_device_id() if place.is_gpu_place() else place.custom_device_id())
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """Streaming multiprocessors of the card."""
+    return int(_ops_cuda.device_facts(device_index()).multiprocessors)
+
+
+def address(view: View | None) -> int:
+    """Address of a checked tensor, 0 for None.
+
+    Raises:
+        ValueError: its rows have gaps; kernels take contiguous tensors.
+    """
+    if view is None:
+        return 0
+    pointer, _, shape, strides = view
+    expected = math.prod(shape)
+    for extent, step in zip(shape, strides, strict=True):
+        expected = expected // extent if extent else 0
+        if extent > 1 and step != expected:
+            raise ValueError(
+                f"a tensor of shape {shape} has strides {strides}, CUDA ops need contiguous rows: "
+                "call contiguous() on it"
+            )
+    return pointer
+
+
+@functools.cache
+def open_blas() -> None:
+    """Load cuBLASLt, once: from the loader's path, the toolkit, or the nvidia-cublas wheel.
+
+    Raises:
+        RuntimeError: it is nowhere; the message says what to install.
+    """
+    tried: list[str] = []
+    for candidate in _blas_candidates():
+        try:
+            _ops_cuda.blas_open(candidate)
+            return
+        except RuntimeError as error:
+            tried.append(str(error))
+    raise RuntimeError(
+        "linear: cuBLASLt was not found, `pip install nvidia-cublas` or install the CUDA toolkit "
+        f"({'; '.join(tried)})"
+    )
+
+
+def _blas_candidates() -> Iterator[str]:
+    spec = importlib.util.find_spec("nvidia")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        yield from map(str, sorted(Path(folder).glob("*/lib/libcublasLt.so.*"), reverse=True))
+    yield from ("libcublasLt.so.13", "libcublasLt.so.12")
+    for version in ("13", "12"):
+        yield f"/usr/local/cuda/lib64/libcublasLt.so.{version}"
+
+
+def empty(shape: list[int], dtype: str, place: Any) -> Tensor:
+    """An uninitialised tensor on `place`."""
+    return paddle.empty(shape, dtype=dtype, device=place)

@@ -1,0 +1,32 @@
+"""These tests need an NVIDIA card and the CUDA module; elsewhere each is skipped with the reason."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdeploy_lite import device
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for cards.py
+
+if device.decide().is_cuda and "paddle" not in sys.modules:
+    device.prepare_environment()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def card() -> None:
+    """Make the card current, or skip."""
+    decided = device.decide()
+    if not decided.is_cuda:
+        pytest.skip(f"no card to test on: {decided.reason}")
+    device.activate(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark everything in this folder."""
+    folder = Path(__file__).resolve().parent
+    for item in items:
+        if folder in item.path.parents:
+            item.add_marker(pytest.mark.gpu)

@@ -1,0 +1,89 @@
+"""Routing and expert layers against numpy, from one token to a prefill, for every kind of expert."""
+
+from __future__ import annotations
+
+import cards
+import matrices
+import numpy as np
+import pytest
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def moe_oracle(
+    x: np.ndarray, ids: np.ndarray, weights: np.ndarray, up: np.ndarray, down: np.ndarray
+) -> np.ndarray:
+    out = np.zeros((len(x), down.shape[2]))
+    for expert in np.unique(ids):
+        tokens, slots = np.nonzero(ids == expert)
+        gate, rest = np.split(x[tokens].astype(np.float64) @ up[expert], 2, axis=1)
+        inner = silu(gate) * rest
+        out[tokens] += weights[tokens, slots, None] * (inner @ down[expert])
+    return out
+
+
+@pytest.mark.parametrize("kind", ["ccq", "int4", "int8", "dense"])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "hidden", "inner"), [(16, 4, 384, 256), (8, 1, 256, 128), (64, 6, 640, 384)]
+)
+def test_fused_moe(kind: str, experts: int, top_k: int, hidden: int, inner: int) -> None:
+    from fastdeploy_lite.model_executor import ops
+
+    random = np.random.default_rng(experts * top_k)
+    up_weight, up = matrices.make(kind, random, hidden, 2 * inner, experts)
+    down_weight, down = matrices.make(kind, random, inner, hidden, experts)
+    for tokens in (1, 2, 3, 8, 13, 16, 30, 64, 150, 300, 1500):
+        x = cards.round_bf16(random.standard_normal((tokens, hidden)))
+        ids = np.argsort(random.random((tokens, experts)), axis=1)[:, :top_k].astype(np.int32)
+        if tokens % 2 == 0:  # a crowded expert fills several tiles
+            ids[:, 0] = 3
+            ids[:, 1:] = np.where(ids[:, 1:] == 3, 0, ids[:, 1:])
+        weights = random.dirichlet(np.ones(top_k), tokens).astype(np.float32)
+        out = cards.poisoned([tokens, hidden])
+        tensors = (cards.put(x, "bfloat16"), cards.put(ids), cards.put(weights))
+        ops.fused_moe(*tensors, up_weight, down_weight, out, cards.Workspace())
+        expected = moe_oracle(x, ids, weights, up, down)
+        assert cards.error(cards.get(out), expected) < 8e-3, tokens
+
+
+@pytest.mark.parametrize(("hidden", "experts", "top_k"), [(384, 16, 4), (2560, 64, 6), (8192, 64, 8)])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 33, 257])
+def test_route(hidden: int, experts: int, top_k: int, tokens: int) -> None:
+    from fastdeploy_lite.model_executor import ops
+
+    random = np.random.default_rng(tokens)
+    x = cards.round_bf16(random.standard_normal((tokens, hidden)))
+    gate = (random.standard_normal((hidden, experts)) * hidden**-0.5).astype(np.float32)
+    bias = (random.standard_normal(experts) * 0.01).astype(np.float32)
+    ids = cards.poisoned([tokens, top_k], "int32")
+    weights = cards.poisoned([tokens, top_k], "float32")
+    ops.route(cards.put(x, "bfloat16"), cards.put(gate), cards.put(bias), top_k, ids, weights)
+    logits = x.astype(np.float64) @ gate
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    found = cards.get(ids)
+    order = np.argsort(-(p + bias), axis=1, kind="stable")[:, :top_k]
+    score = np.take_along_axis(p + bias, found, axis=1)
+    best = np.take_along_axis(p + bias, order, axis=1)
+    np.testing.assert_allclose(score, best, atol=1e-6)  # ids may differ where float32 cannot tell
+    assert (found == order).mean() > 0.99
+    chosen = np.take_along_axis(p, found, axis=1)
+    expected = chosen / chosen.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(cards.get(weights), expected, rtol=2e-5)
+
+
+def test_route_prefers_the_lower_id_and_never_repeats_one() -> None:
+    from fastdeploy_lite.model_executor import ops
+
+    x = np.ones((3, 64), np.float32)
+    x[2] = np.nan
+    ids = cards.poisoned([3, 4], "int32")
+    weights = cards.poisoned([3, 4], "float32")
+    gate = np.zeros((64, 16), np.float32)
+    ops.route(cards.put(x, "bfloat16"), cards.put(gate), None, 4, ids, weights)
+    found = cards.get(ids)
+    np.testing.assert_array_equal(found[:2], [[0, 1, 2, 3]] * 2)
+    assert len(set(found[2])) == 4 and found.min() >= 0 and found.max() < 16
+    np.testing.assert_allclose(cards.get(weights)[:2], 0.25)
