@@ -106,8 +106,9 @@ def test_bodies_that_are_no_request(http: httpx.Client, content: bytes) -> None:
 
 
 def test_the_sdk_sees_a_bad_request(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="top_p"):
+    with pytest.raises(openai.BadRequestError, match="less than or equal to 1") as caught:
         client.chat.completions.create(model="x", messages=HELLO, top_p=2)
+    assert (caught.value.param, caught.value.code) == ("top_p", "invalid_value")
 
 
 def test_unknown_paths_and_methods(http: httpx.Client) -> None:

@@ -242,7 +242,8 @@ class ApiServer:
         self._announce(config, time.monotonic() - started)
 
     def _announce(self, config: RuntimeConfig, seconds: float) -> None:
-        blocks, size = self._service.client.ready.num_blocks, config.cache.block_size
+        ready, size = self._service.client.ready, config.cache.block_size
+        blocks = ready.num_blocks if ready is not None else 0
         length = config.scheduler.max_model_len
         fitting = blocks * size // length
         most = min(config.scheduler.max_num_seqs, max(fitting, 1))

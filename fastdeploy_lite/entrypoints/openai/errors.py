@@ -16,6 +16,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from fastdeploy_lite import envs
+from fastdeploy_lite.engine.engine_core import EngineDeadError
 from fastdeploy_lite.utils.errors import RequestError, one_line
 from fastdeploy_lite.utils.logging import get_logger
 
@@ -96,6 +97,8 @@ def describe(error: Exception) -> tuple[int, dict[str, dict[str, str | None]]]:
         return client_status(), error_body(str(error), "invalid_request_error", error.param, code)
     if isinstance(error, ServiceError):
         return error.status, error_body(str(error), error.kind, None, error.code)
+    if isinstance(error, EngineDeadError):
+        return 500, error_body(str(error), "server_error", None, "internal_error")
     _log.error("unexpected error", exc_info=error)
     text = f"Internal error: {type(error).__name__}; see api_server.log"
     return 500, error_body(text, "internal_error", None, "internal_error")

@@ -7,9 +7,9 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from fastdeploy_lite.engine.messages import EngineRequest
+from fastdeploy_lite.engine.messages import EngineOutput, EngineRequest
 from fastdeploy_lite.engine.request import RequestOutput
 from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError, ServiceError
 from fastdeploy_lite.entrypoints.openai.service import Service
@@ -81,30 +81,27 @@ async def _one(service: Service, sequence: Sequence) -> AsyncGenerator[Any, None
     request = sequence.request
     observer = _Observer(service, sequence)
     service.outputs.add(request, prompt=sequence.prompt_text, index=sequence.index)
-    stream = service.client.generate(request)
+    stream = cast("AsyncGenerator[EngineOutput, None]", service.client.generate(request))
     try:
         async with aclosing(stream):
-            first = True
+            news = await _first(service, stream)
             while True:
-                news = await _next(service, stream, first)
-                if news is None:
-                    raise EngineUnavailableError("The engine stopped while the request ran")
-                first = False
                 output = service.outputs.process(news)
                 observer.note(news, output)
                 _raise_error(output)
                 yield sequence, output
                 if output.finished:
                     return
+                news = await anext(stream)
     finally:
         service.outputs.discard(request.request_id)
 
 
-async def _next(service: Service, stream: Any, first: bool) -> Any:
-    """The next message; the first one within the waiting time."""
-    wait = service.max_waiting_time if first and service.max_waiting_time >= 0 else None
+async def _first(service: Service, stream: AsyncGenerator[EngineOutput, None]) -> EngineOutput:
+    """The first message, within the waiting time."""
+    wait = service.max_waiting_time if service.max_waiting_time >= 0 else None
     try:
-        return await asyncio.wait_for(anext(stream, None), wait)
+        return await asyncio.wait_for(anext(stream), wait)
     except asyncio.TimeoutError:
         text = f"Request waiting time exceeded {service.max_waiting_time:g} s"
         raise ServiceError(text, 500, "timeout_error", "timeout") from None
@@ -163,7 +160,7 @@ class _Observer:
         self._metrics.counters["requests_number"].inc()
         self._metrics.observe("request_params_max_tokens", sequence.request.sampling.max_tokens)
 
-    def note(self, news: Any, output: RequestOutput) -> None:
+    def note(self, news: EngineOutput, output: RequestOutput) -> None:
         """Take one message in."""
         sequence, now = self._sequence, time.time()
         sequence.num_tokens += len(output.outputs.token_ids)
@@ -195,7 +192,7 @@ class _Observer:
             return "length"  # even when a natural end falls on the last slot, as upstream says
         return str(output.outputs.finish_reason or "stop")
 
-    def _note_end(self, news: Any, now: float) -> None:
+    def _note_end(self, news: EngineOutput, now: float) -> None:
         metrics, sequence = self._metrics, self._sequence
         _log.info(
             "Request %s finished (%s), number of generated tokens: %d",
