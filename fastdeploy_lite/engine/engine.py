@@ -1,0 +1,157 @@
+"""The engine inside this process: what `LLM` drives."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from fastdeploy_lite.engine.args_utils import EngineArgs
+from fastdeploy_lite.engine.engine_core import EngineCore, create_core
+from fastdeploy_lite.engine.messages import EngineRequest, Ready
+from fastdeploy_lite.engine.output_processor import OutputProcessor
+from fastdeploy_lite.engine.request import RequestOutput
+from fastdeploy_lite.input.preprocess import Preprocessor
+
+
+class LLMEngine:
+    """Preprocessor, engine core and output processor in one process.
+
+    Several threads, or several half-consumed streams of one thread, may use it at the same time:
+    whoever waits for an output runs the next step, for everybody.
+
+    Args:
+        preprocessor: Requests to tokens.
+        core: The engine core.
+        ready: What there is to say about it.
+    """
+
+    def __init__(self, preprocessor: Preprocessor, core: EngineCore, ready: Ready) -> None:
+        self.preprocessor = preprocessor
+        self.config = preprocessor.config
+        self.ready = ready
+        self._core = core
+        self._outputs = OutputProcessor(preprocessor.tokenizer)
+        self._mailboxes: dict[str, deque[RequestOutput]] = {}
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> LLMEngine:
+        """Load the model that `args` names.
+
+        Args:
+            args: Of the engine.
+
+        Returns:
+            An engine that is ready.
+
+        Raises:
+            FastDeployError: Arguments, model or memory do not allow it; one line says why.
+        """
+        preprocessor = Preprocessor(args.create_runtime_config())
+        core, ready = create_core(preprocessor.config, preprocessor.tokenizer)
+        return cls(preprocessor, core, ready)
+
+    def run(
+        self, requests: Sequence[EngineRequest], prompts: Sequence[Any]
+    ) -> Iterator[RequestOutput]:
+        """Generate answers.
+
+        Args:
+            requests: What to generate.
+            prompts: What the user passed, for the results.
+
+        Yields:
+            Chunks as they come, `outputs.index` telling whose; leaving early aborts what is left.
+        """
+        todo = deque(enumerate(zip(requests, prompts, strict=True)))
+        alive: set[str] = set()
+        box: deque[RequestOutput] = deque()
+        try:
+            while todo or alive:
+                with self._lock:
+                    self._feed(todo, alive, box)
+                    if not box:
+                        self._step()
+                while box:
+                    chunk = box.popleft()
+                    if chunk.finished:
+                        alive.discard(chunk.request_id)
+                        self._mailboxes.pop(chunk.request_id, None)
+                    yield chunk
+        finally:
+            self._drop(alive)
+
+    def _feed(
+        self,
+        todo: deque[tuple[int, tuple[EngineRequest, Any]]],
+        alive: set[str],
+        box: deque[RequestOutput],
+    ) -> None:
+        """Give the core what it can use soon: a batch of any length needs a short queue only."""
+        while todo and self._core.num_waiting < self.config.scheduler.max_num_seqs:
+            index, (request, prompt) = todo.popleft()
+            self._mailboxes[request.request_id] = box
+            self._outputs.add(request, prompt, index)
+            alive.add(request.request_id)
+            self._core.add(request)
+
+    def _step(self) -> None:
+        with _interrupts_deferred():
+            for output in self._core.step():
+                box = self._mailboxes.get(output.request_id)
+                if box is not None:
+                    box.append(self._outputs.process(output))
+
+    def _drop(self, names: set[str]) -> None:
+        """Abort requests whose outputs nobody will read."""
+        if not names:
+            return
+        with self._lock:
+            for name in names:
+                self._mailboxes.pop(name, None)
+                self._outputs.discard(name)
+            self._core.abort(names)
+            self._step()
+
+    def check_integrity(self) -> None:
+        """Verify that no KV block and no request is lost.
+
+        Raises:
+            RuntimeError: Something is.
+        """
+        with self._lock:
+            self._core.check_integrity()
+
+    def stats(self) -> Any:
+        """The core's counters, an `EngineStats`."""
+        return self._core.stats()
+
+    def shutdown(self) -> None:
+        """Stop helper threads; the memory goes with the object."""
+        self._core.shutdown()
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Let a Ctrl-C act after the step, not in the middle of the core's bookkeeping."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    pressed = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        pressed.append(number)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
