@@ -93,6 +93,7 @@ class ModelRunner:
         self._kv_caches: list[KVCache] = []
         self._teacher_caches: list[KVCache] = []
         self._graphs: DecodeGraphs | None = None
+        self._decode_batches: dict[int, ForwardBatch] = {}
 
     def load_model(self, show_progress: bool = False) -> None:
         """Load all weights and build the step's buffers.
@@ -108,7 +109,7 @@ class ModelRunner:
         model = config.model
         source = open_source(config, self.place, show_progress)
         table = cos_sin_table(limits.max_model_len, model.head_dim, model.rope_theta)
-        cos_sin = paddle.to_tensor(table, place=self.place)
+        cos_sin = ops.fix(paddle.to_tensor(table, place=self.place))
         self.model = ModelRegistry.get_class(model)(model, source, cos_sin, self.dtype)
         source.close()
         self._inputs = InputBatch(
@@ -183,6 +184,7 @@ class ModelRunner:
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Allocate `num_blocks` blocks per layer, replacing any earlier cache."""
         self._kv_caches = []
+        self._decode_batches = {}
         self._kv_caches = self._new_caches(num_blocks)
         self.num_blocks = self._inputs.num_blocks = num_blocks
 
@@ -191,7 +193,7 @@ class ModelRunner:
         shape = [num_blocks, model.num_key_value_heads, BLOCK_SIZE, model.head_dim]
 
         def blocks() -> Any:
-            return paddle.empty(shape, dtype=self.dtype, device=self.place)
+            return ops.fix(paddle.empty(shape, dtype=self.dtype, device=self.place))
 
         return [(blocks(), blocks()) for _ in range(model.num_hidden_layers)]
 
@@ -243,7 +245,10 @@ class ModelRunner:
         return logits[:count]
 
     def _decode_logits(self, count: int) -> Any:
-        return self.model.logits(self.model(self._batch(count, count)), self.workspace)
+        batch = self._decode_batches.get(count)
+        if batch is None:
+            batch = self._decode_batches[count] = self._batch(count, count)
+        return self.model.logits(self.model(batch), self.workspace)
 
     def _prefill(self, shape: BatchShape, sampled: Sequence[int]) -> Any:
         """Any mix of slices: hidden states [T, H]."""
@@ -261,13 +266,17 @@ class ModelRunner:
 
     def _batch(self, num_tokens: int, num_seqs: int) -> ForwardBatch:
         tensors = self._inputs.buffer.device
+
+        def head(name: str, count: int) -> Any:
+            return ops.fix(tensors[name][:count])
+
         return ForwardBatch(
-            token_ids=tensors["token_ids"][:num_tokens],
-            positions=tensors["positions"][:num_tokens],
-            slot_mapping=tensors["slot_mapping"][:num_tokens],
-            cu_seqlens_q=tensors["cu_seqlens_q"][: num_seqs + 1],
-            context_lens=tensors["context_lens"][:num_seqs],
-            block_tables=tensors["block_tables"][:num_seqs],
+            token_ids=head("token_ids", num_tokens),
+            positions=head("positions", num_tokens),
+            slot_mapping=head("slot_mapping", num_tokens),
+            cu_seqlens_q=head("cu_seqlens_q", num_seqs + 1),
+            context_lens=head("context_lens", num_seqs),
+            block_tables=head("block_tables", num_seqs),
             kv_caches=self._kv_caches,
             workspace=self.workspace,
         )

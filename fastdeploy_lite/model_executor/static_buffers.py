@@ -50,7 +50,7 @@ class PackedBuffer:
             # Reinterpret before slicing: Paddle 3.3 loses the offset of a slice in view(dtype).
             whole = self._flat.view(dtype)
             part = whole[starts[name] // size : self._ends[name] // size]
-            self.device[name] = part.view(list(shape))
+            self.device[name] = ops.fix(part.view(list(shape)))
 
     @property
     def nbytes(self) -> int:

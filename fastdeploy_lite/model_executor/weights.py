@@ -145,7 +145,7 @@ class CheckpointSource:
 
     def _tensor(self, values: npt.NDArray[np.float32]) -> Any:
         self._advance(values.nbytes)
-        return paddle.to_tensor(np.ascontiguousarray(values), place=self.place)
+        return ops.fix(paddle.to_tensor(np.ascontiguousarray(values), place=self.place))
 
     def _blame(self, module: str, error: Exception) -> CheckpointError:
         return CheckpointError(f"{self.checkpoint.source}: {module}: {error}")

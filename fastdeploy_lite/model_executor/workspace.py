@@ -8,6 +8,8 @@ from typing import Any
 
 import paddle
 
+from fastdeploy_lite.model_executor.ops import fix
+
 MAX_VIEWS = 4096
 
 
@@ -57,7 +59,7 @@ class Workspace:
             buffer = self._grow(name, dtype, count)
         if len(self._views) >= MAX_VIEWS:  # ragged prefills make a shape per length
             self._views.clear()
-        view = buffer[:count].view(list(shape))
+        view = fix(buffer[:count].view(list(shape)))
         self._views[key] = view
         return view
 

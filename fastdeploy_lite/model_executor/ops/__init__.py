@@ -4,6 +4,7 @@ Every function takes Paddle tensors on one place, writes into the tensors it is 
 None. A missing native module raises RuntimeError that says how to build it; nothing falls back.
 """
 
+from fastdeploy_lite.model_executor.ops._view import fix
 from fastdeploy_lite.model_executor.ops.activation import add_inplace, gather_rows, silu_and_mul
 from fastdeploy_lite.model_executor.ops.attention import paged_attention, rope_and_cache
 from fastdeploy_lite.model_executor.ops.dense import embedding, linear
@@ -34,6 +35,7 @@ __all__ = [
     "embedding",
     "fill_weight",
     "finish_weight",
+    "fix",
     "fused_moe",
     "gather_rows",
     "linear",

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import paddle
 
 from fastdeploy_lite.model_executor.ops._dispatch import native, place_kind
-from fastdeploy_lite.model_executor.ops._view import Tensor, View
+from fastdeploy_lite.model_executor.ops._view import Tensor, View, intern_place
 
 WeightKind = Literal["dense", "int8", "int4", "ccq"]
 Array: TypeAlias = npt.NDArray[Any]
@@ -79,7 +79,7 @@ def allocate_weight(
     """
     if kind not in ("dense", "int8", "int4", "ccq"):
         raise ValueError(f"allocate_weight: kind is {kind!r}, expected dense, int8, int4 or ccq")
-    weight = PackedWeight(kind, in_features, out_features, num_experts, place)
+    weight = PackedWeight(kind, in_features, out_features, num_experts, intern_place(place))
     if place_kind(place) == "cuda":
         from fastdeploy_lite.model_executor.ops import cuda_weights  # noqa: PLC0415
 

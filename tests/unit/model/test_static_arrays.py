@@ -8,6 +8,7 @@ import numpy as np
 import paddle
 import pytest
 
+from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.input_batch import InputBatch
 from fastdeploy_lite.model_executor.static_buffers import PackedBuffer
 from fastdeploy_lite.model_executor.step import SamplerParams, SequenceSlice
@@ -149,3 +150,18 @@ def test_steps_that_would_touch_foreign_memory_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_batch().prepare(slices)
+
+
+def test_fixed_tensors_are_still_checked() -> None:
+    """Remembering a view must not let another shape, dtype or later value slip through."""
+    x, out = (ops.fix(paddle.ones([2, 4], "float32")) for _ in range(2))
+    norm = ops.fix(paddle.ones([4], "float32"))
+    for value in (1.0, 5.0):
+        np.from_dlpack(norm)[:] = value
+        ops.rms_norm(x, norm, 0.0, out)
+        assert out.numpy().tolist() == [[value] * 4] * 2
+    with pytest.raises(ValueError, match="weight has shape"):
+        ops.rms_norm(x, ops.fix(paddle.ones([5], "float32")), 0.0, out)
+    with pytest.raises(TypeError, match="out has dtype"):
+        ops.rms_norm(x, norm, 0.0, ops.fix(paddle.ones([2, 4], "int32")))
+    ops.rms_norm(x, norm, 0.0, out)
