@@ -230,18 +230,13 @@ void decode_then_rows(const TileJob& job, int first_tile) {
 
 template <typename Format, int kTiles>
 FD_INLINE void multiply(const TileJob& job, int first_tile) {
-  switch (job.num_rows) {
-    case 1:
-      return stream_rows<Format, 1, kTiles>(job, first_tile);
-    case 2:
-      return stream_rows<Format, 2, kTiles>(job, first_tile);
-    case 3:
-      return stream_rows<Format, 3, kTiles>(job, first_tile);
-    case 4:
-      return stream_rows<Format, 4, kTiles>(job, first_tile);
-    default:
-      return decode_then_rows<Format, kTiles>(job, first_tile);
+  if (job.num_rows == 1) return stream_rows<Format, 1, kTiles>(job, first_tile);
+  if constexpr (kRowBlock == 4) {
+    if (job.num_rows == 2) return stream_rows<Format, 2, kTiles>(job, first_tile);
+    if (job.num_rows == 3) return stream_rows<Format, 3, kTiles>(job, first_tile);
+    if (job.num_rows == 4) return stream_rows<Format, 4, kTiles>(job, first_tile);
   }
+  decode_then_rows<Format, kTiles>(job, first_tile);
 }
 
 template <typename Format>
