@@ -175,9 +175,10 @@ class ApiServer:
         """
         sockets = self._reserve_ports()
         try:
-            await self.start_engine()
-            self._create_servers(sockets)
-            return await self._serve()
+            with _stop_on_signals(self._stopping):
+                await self.start_engine()
+                self._create_servers(sockets)
+                return await self._serve()
         finally:
             for bound in sockets.values():
                 bound.close()
@@ -228,17 +229,16 @@ class ApiServer:
         client = self._service.client
         console.info("Waiting for worker processes to be ready...")
         started = time.monotonic()
-        with _stop_on_signals(self._stopping):
-            starting = asyncio.ensure_future(client.start())
-            stopping = asyncio.ensure_future(self._stopping.wait())
-            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            if not starting.done():
-                starting.cancel()
-                await asyncio.gather(starting, return_exceptions=True)
-                await client.shutdown()
-                raise ConfigError("Stopped by a signal while the model was loading")
-            starting.result()
+        starting = asyncio.ensure_future(client.start())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await client.shutdown()
+            raise ConfigError("Stopped by a signal while the model was loading")
+        starting.result()
         self._announce(config, time.monotonic() - started)
 
     def _announce(self, config: RuntimeConfig, seconds: float) -> None:
@@ -299,12 +299,10 @@ class ApiServer:
             asyncio.ensure_future(self._report()),
         ]
         self._announce_urls()
-        with _stop_on_signals(self._stopping):
-            await asyncio.wait(
-                [*serving, asyncio.ensure_future(self._stopping.wait())],
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            await self._drain()
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait([*serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        await self._drain()
         for task in background:
             task.cancel()
         for server, _ in self._servers:
