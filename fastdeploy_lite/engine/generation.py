@@ -110,6 +110,7 @@ class Generation:
     __slots__ = (
         "_answer_tokens",
         "_early",
+        "_ends_as",
         "_eos_ids",
         "_forced",
         "_is_plain",
@@ -140,6 +141,7 @@ class Generation:
         self.ending = False  # the next token is the closing EOS
         self.reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
+        self._ends_as: FinishReason = "stop"
         self._sampling = sampling
         self._eos_ids = frozenset(sampling.eos_token_ids)
         self._last_slot = sampling.max_tokens - 1
@@ -203,8 +205,7 @@ class Generation:
         output = self.output
         if token_id in self._eos_ids:
             output.append(self._sampling.eos_token_ids[0])
-            if self.reason is None:
-                self.reason = "length" if len(output) > self._last_slot else "stop"
+            self.reason = "length" if len(output) > self._last_slot else self._ends_as
             return output[-1]
         output.append(token_id)
         if not self._is_plain:
@@ -246,4 +247,4 @@ class Generation:
             self._forced.extend(sampling.think_truncate_ids)
         limit = sampling.response_max_tokens
         if limit is not None and not self._thinking and self._answer_tokens >= limit - 1:
-            self.ending, self.reason = True, "length"
+            self.ending, self._ends_as = True, "length"

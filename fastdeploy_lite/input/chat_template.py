@@ -13,7 +13,8 @@ from fastdeploy_lite.utils.errors import CheckpointError, ConfigError, RequestEr
 MAX_UNTRUSTED_CHARACTERS = 64 << 10
 TEMPLATE_FILE = "chat_template.jinja"
 
-# ERNIE 4.5's text form, for a checkpoint that brings none: docs/checkpoint_format.md, section 1.5.
+# ERNIE 4.5's text form, for a checkpoint that brings none: docs/checkpoint_format.md, "Tokenizer
+# and chat form".
 DEFAULT_TEMPLATE = """\
 {{- cls_token | default('<|begin_of_sentence|>') -}}
 {%- for message in messages -%}
