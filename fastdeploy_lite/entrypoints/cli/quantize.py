@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="last decoder layer (0-based, inclusive) with int4 experts under w4w2 "
-        f"(default {DEFAULT_W4_END_LAYER}; -1 for none)",
+        f"(default {DEFAULT_W4_END_LAYER}, in short models the first MoE layer; -1 for none)",
     )
     parser.add_argument(
         "--shard-size",
