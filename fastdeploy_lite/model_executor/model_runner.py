@@ -88,6 +88,8 @@ class ModelRunner:
         self.place = device.activate(config.parallel.rank, config.device)
         self.dtype = device.activation_dtype(self.place)
         self.workspace = Workspace(self.place)
+        # For what is rare (log-probabilities, evaluation): growing it leaves graphs valid.
+        self._scratch = Workspace(self.place)
         self.num_blocks = 0
         self.load_seconds = 0.0
         self._kv_caches: list[KVCache] = []
@@ -120,10 +122,10 @@ class ModelRunner:
             self.place,
         )
         self._sampling = SamplingBatch(
-            limits.max_num_seqs, model.vocab_size, self.workspace, config.logprobs_mode
+            limits.max_num_seqs, model.vocab_size, self._scratch, config.logprobs_mode
         )
         as_logits = config.logprobs_mode.endswith("_logits")
-        self._prompts = PromptScorer(self.model.logits, self.workspace, as_logits)
+        self._prompts = PromptScorer(self.model.logits, self._scratch, as_logits)
         self.load_seconds = time.perf_counter() - started
 
     # -- KV cache --------------------------------------------------------------------------------
@@ -171,15 +173,25 @@ class ModelRunner:
             return utilization * ops.memory_info(self.place)[0]
         self._run_largest_step()
         free, total = ops.memory_info(self.place)
-        return utilization * total - (total - free)
+        return utilization * total - (total - free) - self._largest_sampling_bytes()
 
     def _run_largest_step(self) -> None:
-        """Grow the workspace to its final size with a prefill that fills the token budget."""
+        """Grow the workspace to its final size: sequences that together fill the token budget."""
         limits = self.config.scheduler
         longest = min(limits.max_num_batched_tokens, limits.max_model_len)
-        for _ in self.logits_chunks([0] * longest):
-            pass
-        self._teacher_caches = []
+        whole, rest = divmod(limits.max_num_batched_tokens, longest)
+        lengths = ([longest] * whole + [rest])[: limits.max_num_seqs]
+        lengths = [length for length in lengths if length]
+        blocks = -(-longest // BLOCK_SIZE)
+        caches = self._new_caches(blocks)  # all sequences write the same blocks: values are unused
+        hidden = self.model(self._own_batch([0] * sum(lengths), lengths, 0, blocks, caches))
+        self._inputs.buffer.upload()
+        self.model.logits(self._sampled_rows(hidden, limits.max_num_seqs), self.workspace)
+
+    def _largest_sampling_bytes(self) -> int:
+        """Tables that appear when a request first asks: token counts and a copy of raw logits."""
+        rows, columns = self.config.scheduler.max_num_seqs, self.config.model.vocab_size
+        return 2 * 4 * rows * columns
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Allocate `num_blocks` blocks per layer, replacing any earlier cache."""
@@ -187,6 +199,19 @@ class ModelRunner:
         self._decode_batches = {}
         self._kv_caches = self._new_caches(num_blocks)
         self.num_blocks = self._inputs.num_blocks = num_blocks
+        self._graphs = self._new_graphs()
+
+    def _new_graphs(self) -> DecodeGraphs | None:
+        """CUDA graphs for decode steps over the present cache, None on the CPU or when switched off."""
+        if self.place.is_cpu_place() or not self.config.use_cudagraph:
+            return None
+        from fastdeploy_lite.model_executor.cuda_graph import CudaDecodeGraphs  # noqa: PLC0415
+
+        return CudaDecodeGraphs(
+            self.workspace,
+            self.config.scheduler.max_num_seqs,
+            self.config.cudagraph_capture_sizes,
+        )
 
     def _new_caches(self, num_blocks: int) -> list[KVCache]:
         model = self.config.model
@@ -316,26 +341,34 @@ class ModelRunner:
             self._teacher_caches = self._new_caches(blocks)
         for start in range(0, count, limits.max_num_batched_tokens):
             chunk = tokens[start : start + limits.max_num_batched_tokens]
-            hidden = self.model(self._teacher_batch(chunk, start, blocks))
+            batch = self._own_batch(chunk, [len(chunk)], start, blocks, self._teacher_caches)
+            hidden = self.model(batch)
             for row in range(0, len(chunk), LOGIT_ROWS_AT_ONCE):
                 part = hidden[row : row + LOGIT_ROWS_AT_ONCE]
-                yield ops.download(self.model.logits(part, self.workspace)).copy()
+                yield ops.download(self.model.logits(part, self._scratch)).copy()
 
-    def _teacher_batch(self, chunk: npt.NDArray[np.int32], start: int, blocks: int) -> ForwardBatch:
-        """One sequence in blocks 0, 1, ..: a token's slot is its position."""
+    def _own_batch(
+        self,
+        token_ids: Any,
+        lengths: Sequence[int],
+        start: int,
+        blocks: int,
+        caches: list[KVCache],
+    ) -> ForwardBatch:
+        """Sequences from position `start` in blocks 0, 1, .. of `caches`: a slot is a position."""
 
         def tensor(values: Any) -> Any:
             return paddle.to_tensor(np.asarray(values, np.int32), place=self.place)
 
-        positions = tensor(np.arange(start, start + len(chunk)))
+        positions = tensor(np.concatenate([np.arange(start, start + n) for n in lengths]))
         return ForwardBatch(
-            token_ids=tensor(chunk),
+            token_ids=tensor(token_ids),
             positions=positions,
             slot_mapping=positions,
-            cu_seqlens_q=tensor([0, len(chunk)]),
-            context_lens=tensor([start + len(chunk)]),
-            block_tables=tensor(np.arange(blocks)[None, :]),
-            kv_caches=self._teacher_caches,
+            cu_seqlens_q=tensor(np.cumsum([0, *lengths])),
+            context_lens=tensor([start + n for n in lengths]),
+            block_tables=tensor(np.tile(np.arange(blocks), (len(lengths), 1))),
+            kv_caches=caches,
             workspace=self.workspace,
         )
 
@@ -350,7 +383,7 @@ class ModelRunner:
         return MemoryReport(
             weights={role: sum(w.nbytes for w in found) for role, found in weights.items()},
             kv_cache=blocks * per_layer,
-            workspace=self.workspace.nbytes,
+            workspace=self.workspace.nbytes + self._scratch.nbytes,
             sampling=self._sampling.nbytes,
             bits_per_expert_weight=bits_per_weight(weights["experts"]),
         )

@@ -133,3 +133,22 @@ def test_the_demo_recites_li_bai(demo_dir: Path) -> None:
     assert "低头思故乡" in answer
     assert "李白" in answer
     assert answer.count("《") >= 2
+
+
+@pytest.mark.parametrize(("tokens", "length", "seqs"), [(256, 64, 8), (100, 512, 8), (300, 70, 3)])
+def test_the_largest_step_is_known_before_it_comes(
+    tiny_2bits: Path, tokens: int, length: int, seqs: int
+) -> None:
+    """On a card the KV cache takes what this profile leaves: no later step may need more."""
+    runner = make_runner(tiny_2bits, tokens=tokens, length=length, seqs=seqs)
+    runner._run_largest_step()
+    before = (runner.workspace.generation, runner.workspace.nbytes)
+    lengths = [min(length, tokens - at) for at in range(0, tokens, length)][:seqs]
+    running = sequences([PROMPT[:1] * n for n in lengths], length)
+    runner.execute([one.slice(length) for one in running])
+    decodes = sequences([PROMPT[:1]] * seqs, length)
+    runner.execute([one.slice(1) for one in decodes])
+    runner.logits(PROMPT[: min(length, 150)])
+    run = sequences([PROMPT[:30]], 64, sampling=SamplerParams(prompt_logprobs=2, logprobs=2))
+    runner.execute([run[0].slice(30)])
+    assert (runner.workspace.generation, runner.workspace.nbytes) == before
