@@ -143,6 +143,8 @@ class Preprocessor:
             )
         if all(isinstance(m, int) for m in messages):
             return self._checked_ids(messages, "messages"), "messages"
+        contents = (m.get("content") for m in messages if isinstance(m, Mapping))
+        self._check_length(sum(len(c) for c in contents if isinstance(c, str)), "messages")
         return self._encode(self.render(request), "messages"), "messages"
 
     def render(self, request: Request) -> str:
@@ -176,11 +178,15 @@ class Preprocessor:
         )
 
     def _encode(self, text: str, param: str) -> list[int]:
-        # No token covers more than the longest piece: a text that cannot fit is not tokenised.
-        least = len(text) // self._longest_piece
+        self._check_length(len(text), param)
+        return self._within_vocabulary(self.tokenizer.encode_text(text), param)
+
+    def _check_length(self, characters: int, param: str) -> None:
+        """Refuse a text that cannot fit before work goes into it: no token covers more than the
+        longest piece."""
+        least = characters // self._longest_piece
         if least >= self.max_model_len:
             raise self._too_long(f"at least {least}", 0, param)
-        return self._within_vocabulary(self.tokenizer.encode_text(text), param)
 
     def _checked_ids(self, ids: Iterable[Any], param: str) -> list[int]:
         values = ids.tolist() if hasattr(ids, "tolist") else list(ids)

@@ -1,0 +1,145 @@
+"""Chunks of text and log-probabilities from the core's tokens."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import EOS, demo_tokenizer, make_request
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdeploy_lite.engine.messages import EngineOutput, EngineRequest, Timing
+from fastdeploy_lite.engine.output_processor import OutputProcessor
+from fastdeploy_lite.engine.request import RequestOutput
+from fastdeploy_lite.model_executor.step import TokenLogprobs
+
+
+def chunks(request: EngineRequest, outputs: list[EngineOutput]) -> list[RequestOutput]:
+    processor = OutputProcessor(demo_tokenizer())
+    processor.add(request, prompt="P", index=3)
+    result = [processor.process(output) for output in outputs]
+    with pytest.raises(KeyError):
+        processor.process(outputs[-1])
+    return result
+
+
+def token_by_token(ids: list[int], **last: object) -> list[EngineOutput]:
+    outputs = [EngineOutput("r", [token]) for token in [*ids, EOS]]
+    outputs[-1].finished, outputs[-1].finish_reason = True, "stop"
+    for name, value in last.items():
+        setattr(outputs[-1], name, value)
+    return outputs
+
+
+def text_of(results: list[RequestOutput]) -> str:
+    return "".join(result.outputs.text for result in results)
+
+
+def test_chunks_hold_what_is_new_and_add_up() -> None:
+    ids = demo_tokenizer().encode_text("Hi 李白 🙂")
+    results = chunks(make_request("r", [1, 2]), token_by_token(ids))
+    assert text_of(results) == "Hi 李白 🙂", "without the closing EOS"
+    assert [r.outputs.token_ids for r in results] == [[t] for t in [*ids, EOS]]
+    assert [r.outputs.send_idx for r in results] == list(range(len(ids) + 1))
+    assert {(r.prompt, r.outputs.index) for r in results} == {("P", 3)}
+    assert results[0].prompt_token_ids == [1, 2]
+    assert [r.finished for r in results] == [False] * len(ids) + [True]
+    assert results[-1].outputs.finish_reason == "stop"
+    whole = results[0]
+    for chunk in results[1:]:
+        whole.add(chunk)
+    assert (whole.outputs.token_ids, whole.outputs.text) == ([*ids, EOS], "Hi 李白 🙂")
+
+
+def test_the_closing_eos_shows_when_asked_for() -> None:
+    request = EngineRequest(
+        "r", [1], make_request("r", [1]).sampling, include_stop_str_in_output=True
+    )
+    results = chunks(request, token_by_token(demo_tokenizer().encode_text("a")))
+    assert [r.outputs.text for r in results] == ["a", "</s>"]
+
+
+def test_an_incomplete_character_appears_at_the_end() -> None:
+    ids = demo_tokenizer().encode_text("🙂")[:2]
+    results = chunks(make_request("r", [1]), token_by_token(ids))
+    assert text_of(results) == "\ufffd"
+    assert results[-1].outputs.text == "\ufffd"
+
+
+def test_an_aborted_answer_keeps_its_last_token() -> None:
+    ids = demo_tokenizer().encode_text("ab")
+    outputs = [EngineOutput("r", [token]) for token in ids]
+    outputs.append(
+        EngineOutput("r", finished=True, finish_reason="abort", error_code=499, error_msg="Aborted")
+    )
+    results = chunks(make_request("r", [1]), outputs)
+    assert text_of(results) == "ab"
+    assert (results[-1].error_code, results[-1].error_msg) == (499, "Aborted")
+
+
+STOPS = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("abcd", max_size=12), STOPS, st.integers(1, 4))
+def test_stripping_holds_back_exactly_the_stop_text(text: str, stops: list[str], size: int) -> None:
+    """Tokens of any length: what was shown never has to be taken back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FD_LITE_STRIP_STOP_TEXT", "1")
+        found = [(text.find(s) + len(s), text.find(s), s) for s in stops if s in text]
+        end, start, stop = min(found, default=(len(text), len(text), None))
+        produced = text[: -(-end // size) * size] if stop else text  # the stop ends in some token
+        ids = [t for i in range(0, len(produced), size) for t in _one(produced[i : i + size])]
+        request = make_request("r", [1], stop=tuple(stops))
+        results = chunks(request, token_by_token(ids, stop_reason=stop))
+    shown = text_of(results)
+    if stop is None:
+        assert shown == text
+    else:
+        assert shown == produced[: produced.find(stop)]
+        assert start == produced.find(stop)
+
+
+def _one(piece: str) -> list[int]:
+    return demo_tokenizer().encode_text(piece)
+
+
+def test_stop_text_is_kept_by_default() -> None:
+    ids = demo_tokenizer().encode_text("ab。")
+    request = make_request("r", [1], stop=("。",))
+    results = chunks(request, token_by_token(ids, stop_reason="。"))
+    assert text_of(results) == "ab。"
+    assert text_of(results[:1]) != "", "nothing is held back"
+
+
+def test_logprobs_take_upstreams_forms() -> None:
+    outputs = token_by_token([30])
+    outputs[0].new_logprobs = [TokenLogprobs(-2.0, 3, [40, 41], [-0.5, -1.0])]
+    outputs[0].prompt_logprobs = [TokenLogprobs(-1.5, 2, [50], [-0.1])]
+    first = chunks(make_request("r", [5, 6]), outputs)[0]
+    assert first.outputs.logprob == -2.0
+    assert first.outputs.logprobs is not None
+    entry = first.outputs.logprobs[0]
+    assert entry is not None
+    assert {token: (p.logprob, p.rank) for token, p in entry.items()} == {
+        40: (-0.5, 1),
+        41: (-1.0, 2),
+    }
+    assert entry[40].decoded_token == demo_tokenizer().decode([40])
+    lists = first.outputs.top_logprobs
+    assert lists == ([[30, 40, 41]], [[-2.0, -0.5, -1.0]], [3])
+    assert first.prompt_logprobs is not None
+    assert first.prompt_logprobs[0] is None
+    assert {i: p.logprob for i, p in (first.prompt_logprobs[1] or {}).items()} == {
+        6: -1.5,
+        50: -0.1,
+    }
+
+
+def test_metrics_are_durations_and_times() -> None:
+    request = EngineRequest("r", [1], make_request("r", [1]).sampling, 100.0, 100.5)
+    outputs = token_by_token([30], timing=Timing(101.0, 103.0, 104.0))
+    metrics = chunks(request, outputs)[-1].metrics
+    assert metrics is not None
+    assert (metrics.arrival_time, metrics.inference_start_time) == (100.0, 103.0)
+    assert (metrics.first_token_time, metrics.time_in_queue) == (1.0, 2.0)
+    assert metrics.preprocess_cost_time == 0.5
