@@ -109,11 +109,10 @@ class ModelRunner:
         started = time.perf_counter()
         config, limits = self.config, self.config.scheduler
         model = config.model
-        source = open_source(config, self.place, show_progress)
         table = cos_sin_table(limits.max_model_len, model.head_dim, model.rope_theta)
         cos_sin = ops.fix(paddle.to_tensor(table, place=self.place))
-        self.model = ModelRegistry.get_class(model)(model, source, cos_sin, self.dtype)
-        source.close()
+        with open_source(config, self.place, show_progress) as source:
+            self.model = ModelRegistry.get_class(model)(model, source, cos_sin, self.dtype)
         self._inputs = InputBatch(
             limits.max_num_batched_tokens,
             limits.max_num_seqs,
@@ -202,7 +201,7 @@ class ModelRunner:
         self._graphs = self._new_graphs()
 
     def _new_graphs(self) -> DecodeGraphs | None:
-        """CUDA graphs for decode steps over the present cache, None on the CPU or when switched off."""
+        """CUDA graphs of decode steps over the present cache; None on the CPU or if switched off."""
         if self.place.is_cpu_place() or not self.config.use_cudagraph:
             return None
         from fastdeploy_lite.model_executor.cuda_graph import CudaDecodeGraphs  # noqa: PLC0415

@@ -70,9 +70,14 @@ class CheckpointSource:
         self._left = inventory.expected_nbytes(checkpoint)
         self._bar = loading_bar(self._left, enabled=show_progress)
 
-    def close(self) -> None:
-        """Complete the progress bar and give back all file pages."""
-        self._advance(self._left)
+    def __enter__(self) -> CheckpointSource:
+        """Begin loading."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close the progress bar, at 100 % unless loading failed, and give back all file pages."""
+        if kind is None:
+            self._advance(self._left)
         self._bar.close()
         self.checkpoint.release()
 
@@ -174,7 +179,11 @@ class DummySource:
         linears = model_linears(config.model, parallel.tensor_parallel_size, parallel.rank)
         self._linears = {linear.module: linear for linear in linears}
 
-    def close(self) -> None:
+    def __enter__(self) -> DummySource:
+        """Begin loading."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Nothing is open."""
 
     def linear(self, module: str) -> PackedWeight:

@@ -32,5 +32,8 @@ class ParameterSource(Protocol):
     def router(self, layer: int) -> tuple[Any, Any | None]:
         """Gate matrix float32 [H, E] and selection bias float32 [E] or None."""
 
-    def close(self) -> None:
-        """End of loading: everything has been asked for."""
+    def __enter__(self) -> ParameterSource:
+        """Begin loading."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End of loading: everything has been asked for, or it failed."""

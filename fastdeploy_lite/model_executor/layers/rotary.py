@@ -10,8 +10,8 @@ def cos_sin_table(max_positions: int, head_dim: int, theta: float) -> npt.NDArra
     """Return float32 [max_positions, head_dim]: cosines of all pairs, then sines.
 
     Pair i turns by position * theta^(-2i / head_dim). Frequency and angle are float32 products as
-    in the training code: at position 100,000 an angle from float64 would differ by up to 0.006
-    from the one that the model has learnt.
+    in the training code: near position 131,000 angles from float64 would differ by up to 0.009
+    from those that the model has learnt.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     frequency = np.float32(1.0) / np.power(theta, exponent).astype(np.float32)

@@ -60,9 +60,8 @@ def test_a_head_in_the_files_is_used_though_config_ties_it(tmp_path: Path) -> No
 
 def test_progress_bar_ends_at_all_bytes(tiny_w4w2: Path, capfd: pytest.CaptureFixture[str]) -> None:
     checkpoint = Checkpoint.open(tiny_w4w2)
-    source = CheckpointSource(checkpoint, CPU, show_progress=True)
-    ModelRegistry.get_class(checkpoint.config)(checkpoint.config, source, None, "float32")
-    source.close()
+    with CheckpointSource(checkpoint, CPU, show_progress=True) as source:
+        ModelRegistry.get_class(checkpoint.config)(checkpoint.config, source, None, "float32")
     shown = capfd.readouterr().err
     assert "Loading Weights: 100%" in shown
     assert "B/s" in shown
@@ -76,6 +75,20 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     write_tensors(tmp_path, config, tensors)
     with pytest.raises(CheckpointError, match=rf"{tmp_path}.*{key}: found nothing, expected F32"):
         make_runner(tmp_path)
+
+
+def test_a_failed_load_ends_its_line_and_never_says_100_percent(
+    tiny_w4w2: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        pytest.raises(CheckpointError, match="nothing"),
+        CheckpointSource(Checkpoint.open(tiny_w4w2), CPU, show_progress=True) as source,
+    ):
+        source.embedding()
+        source.vector("ernie.nothing")
+    shown = capfd.readouterr().err
+    assert shown.endswith("\n")
+    assert "100%" not in shown
 
 
 @pytest.mark.parametrize(
