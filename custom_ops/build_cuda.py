@@ -118,7 +118,9 @@ def present_archs() -> list[str]:
 def site_folders() -> list[Path]:
     """Folders of installed packages; build isolation hides them from import, not from the disk."""
     paths = sysconfig.get_paths()
-    extra = [Path(folder) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    extra = [
+        Path(folder) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder
+    ]
     folders = [paths["purelib"], paths["platlib"], *site.getsitepackages()]
     return [*extra, *(Path(folder) for folder in dict.fromkeys(folders))]
 

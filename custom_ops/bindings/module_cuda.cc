@@ -142,6 +142,7 @@ void bind_runtime(py::module_& m) {
       },
       no_gil());
   m.def("synchronize", [](Address stream) { fc::synchronize(stream_of(stream)); }, no_gil());
+  m.def("create_stream", &fc::create_stream);
   m.def("begin_capture", [](Address stream) { fc::begin_capture(stream_of(stream)); });
   m.def("end_capture", [](Address stream, bool discard) {
     return fc::end_capture(stream_of(stream), discard);

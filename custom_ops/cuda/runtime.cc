@@ -132,6 +132,12 @@ double time_copy(void* to, const void* from, int64_t bytes, int repeats, cudaStr
   return times[times.size() / 2] * 1e-3;
 }
 
+uint64_t create_stream() {
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "create_stream");
+  return reinterpret_cast<uint64_t>(stream);
+}
+
 void begin_capture(cudaStream_t stream) {
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "begin_capture");
 }

@@ -29,6 +29,9 @@ void synchronize(cudaStream_t stream);
 /// Seconds for one device-to-device copy of `bytes`, median of `repeats`, and so the card's copy bandwidth.
 double time_copy(void* to, const void* from, int64_t bytes, int repeats, cudaStream_t stream);
 
+/// A stream that waits for no other and lives as long as the process; graphs are captured on one.
+uint64_t create_stream();
+
 /// A captured sequence of kernels.
 void begin_capture(cudaStream_t stream);
 /// Ends the capture and returns a handle for launch_graph; 0 if `discard`.

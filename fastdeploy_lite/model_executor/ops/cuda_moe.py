@@ -54,8 +54,11 @@ def fused_moe(
     slots = tokens * top_k
     rows = 0 if tokens <= DIRECT_TOKENS else tile_rows(tokens, top_k, experts)
     tiles = slots if rows == 0 else slots // rows + min(experts, slots)
-    order = 0 if rows == 0 else workspace.get("moe_slots", [slots], "int32").data_ptr()
-    plan = 0 if rows == 0 else workspace.get("moe_tiles", [tiles * 4], "int32").data_ptr()
+    # held until the call: a workspace may hand out memory that goes with its tensor
+    order = workspace.get("moe_slots", [slots], "int32")
+    plan = workspace.get("moe_tiles", [tiles * 4], "int32")
+    inside = workspace.get("moe_inner", [slots, inner], "bfloat16")
+    outputs = workspace.get("moe_outputs", [slots, lower.out_features], "bfloat16")
     _ops_cuda.fused_moe(
         runtime.address(args.view("x", x, "bfloat16", tokens, hidden)),
         runtime.address(args.view("topk_ids", topk_ids, "int32", tokens, top_k)),
@@ -63,10 +66,10 @@ def fused_moe(
         up.native,
         lower.native,
         experts,
-        workspace.get("moe_inner", [slots, inner], "bfloat16").data_ptr(),
-        workspace.get("moe_outputs", [slots, lower.out_features], "bfloat16").data_ptr(),
-        order,
-        plan,
+        inside.data_ptr(),
+        outputs.data_ptr(),
+        order.data_ptr(),
+        plan.data_ptr(),
         runtime.address(args.view("out", out, "bfloat16", tokens, lower.out_features)),
         tokens,
         top_k,

@@ -54,7 +54,9 @@ def use_stream(address: int) -> Iterator[None]:
 @functools.cache
 def _scratch(place: str) -> Tensor:
     del place  # names the card: one block for each
-    return paddle.empty([SCRATCH_BYTES], dtype="uint8", device=paddle.framework._current_expected_place())
+    return paddle.empty(
+        [SCRATCH_BYTES], dtype="uint8", device=paddle.framework._current_expected_place()
+    )
 
 
 def scratch(nbytes: int) -> int:

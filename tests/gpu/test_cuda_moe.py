@@ -20,13 +20,14 @@ def moe_oracle(
         tokens, slots = np.nonzero(ids == expert)
         gate, rest = np.split(x[tokens].astype(np.float64) @ up[expert], 2, axis=1)
         inner = silu(gate) * rest
-        out[tokens] += weights[tokens, slots, None] * (inner @ down[expert])
+        np.add.at(out, tokens, weights[tokens, slots, None] * (inner @ down[expert]))
     return out
 
 
 @pytest.mark.parametrize("kind", ["ccq", "int4", "int8", "dense"])
 @pytest.mark.parametrize(
-    ("experts", "top_k", "hidden", "inner"), [(16, 4, 384, 256), (8, 1, 256, 128), (64, 6, 640, 384)]
+    ("experts", "top_k", "hidden", "inner"),
+    [(16, 4, 384, 256), (8, 1, 256, 128), (64, 6, 640, 384)],
 )
 def test_fused_moe(kind: str, experts: int, top_k: int, hidden: int, inner: int) -> None:
     from fastdeploy_lite.model_executor import ops
@@ -48,7 +49,9 @@ def test_fused_moe(kind: str, experts: int, top_k: int, hidden: int, inner: int)
         assert cards.error(cards.get(out), expected) < 8e-3, tokens
 
 
-@pytest.mark.parametrize(("hidden", "experts", "top_k"), [(384, 16, 4), (2560, 64, 6), (8192, 64, 8)])
+@pytest.mark.parametrize(
+    ("hidden", "experts", "top_k"), [(384, 16, 4), (2560, 64, 6), (8192, 64, 8)]
+)
 @pytest.mark.parametrize("tokens", [1, 5, 16, 33, 257])
 def test_route(hidden: int, experts: int, top_k: int, tokens: int) -> None:
     from fastdeploy_lite.model_executor import ops

@@ -14,7 +14,13 @@ class Batch:
     """Random sequences in a shuffled, poisoned cache; contexts and query lengths as given."""
 
     def __init__(
-        self, contexts: list[int], lengths: list[int], heads: int, kv_heads: int, dim: int, seed: int
+        self,
+        contexts: list[int],
+        lengths: list[int],
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        seed: int,
     ) -> None:
         random = np.random.default_rng(seed)
         self.contexts, self.lengths = contexts, lengths
@@ -33,7 +39,8 @@ class Batch:
 
     def slots(self, b: int) -> np.ndarray:
         positions = np.arange(self.contexts[b])
-        return self.table[b][positions // BLOCK] * BLOCK + positions % BLOCK
+        slots = self.table[b][positions // BLOCK] * BLOCK + positions % BLOCK
+        return slots.astype(np.int32)
 
     def run(self) -> tuple[np.ndarray, np.ndarray]:
         """Rotated queries of all tokens, and the attention of each sequence's last tokens."""
@@ -74,9 +81,7 @@ class Batch:
         split = (self.heads * self.dim, (self.heads + self.kv_heads) * self.dim)
         for qkv, context, length in zip(self.qkv, self.contexts, self.lengths, strict=True):
             _, k, v = np.split(qkv, split, axis=1)
-            k = oracle.rotate(
-                k.reshape(context, -1, self.dim), np.arange(context), self.cos_sin
-            )
+            k = oracle.rotate(k.reshape(context, -1, self.dim), np.arange(context), self.cos_sin)
             query = queries[begin + context - length : begin + context]
             results.append(
                 vectorised(

@@ -1,0 +1,385 @@
+#!/usr/bin/env python3
+"""Speed of a model, or of single ops, on an NVIDIA card next to its measured copy bandwidth.
+
+    python entrypoints/bench_card.py --shape 21b                  # dummy weights in the shape of 21B-A3B
+    python entrypoints/bench_card.py --shape 300b --context 1024  # 300B-A47B, needs a 141 GB card
+    python entrypoints/bench_card.py --model DIR                  # real weights
+    python entrypoints/bench_card.py --ops                        # linear maps, each kind, no model
+
+For each batch size: milliseconds a step (whole engine step and graph alone), tokens a second, bytes that the step has
+to read and their rate as a share of the copy bandwidth measured in the same run. Bytes are weights (every
+dense one, the experts that a uniform router is expected to touch), and the KV cache at that context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fastdeploy_lite import device
+from fastdeploy_lite.config import (
+    BLOCK_SIZE,
+    CacheConfig,
+    LoadConfig,
+    ModelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+)
+
+GB = 1e9
+COPY_BYTES = 4 << 30
+QUANTIZATION = {
+    "quantization": "wint2",
+    "dense_quant_type": "wint8",
+    "moe_quant_type": "w4w2",
+    "moe_quant_config": {
+        "moe_w4_quant_config": {
+            "quant_type": "wint4",
+            "quant_granularity": "per_channel",
+            "quant_start_layer": 0,
+            "quant_end_layer": 6,
+        },
+        "moe_w2_quant_config": {
+            "quant_type": "wint2",
+            "quant_granularity": "pp_acc",
+            "quant_group_size": 64,
+            "quant_start_layer": 7,
+            "quant_end_layer": 53,
+        },
+    },
+}
+COMMON: dict[str, Any] = {
+    "architectures": ["Ernie4_5_MoeForCausalLM"],
+    "dtype": "bfloat16",
+    "vocab_size": 103424,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+    "moe_use_aux_free": True,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "is_quantized": True,
+    "quantization_config": QUANTIZATION,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "300b": {
+        "num_hidden_layers": 54,
+        "hidden_size": 8192,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 28672,
+        "moe_intermediate_size": 3584,
+        "moe_num_experts": 64,
+        "moe_k": 8,
+        "moe_num_shared_experts": 0,
+        "moe_layer_start_index": 3,
+        "tie_word_embeddings": False,
+    },
+    "21b": {
+        "num_hidden_layers": 28,
+        "hidden_size": 2560,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 4,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "moe_num_experts": 64,
+        "moe_k": 6,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def copy_bandwidth() -> float:
+    """Bytes read plus bytes written a second of a large copy on the card."""
+    import paddle  # noqa: PLC0415 - after the device is prepared
+
+    from fastdeploy_lite import _ops_cuda  # noqa: PLC0415
+    from fastdeploy_lite.model_executor.ops import cuda_runtime  # noqa: PLC0415
+
+    buffers = [paddle.empty([COPY_BYTES], dtype="uint8") for _ in range(2)]
+    to, source = (int(buffer.data_ptr()) for buffer in buffers)
+    seconds = _ops_cuda.time_copy(to, source, COPY_BYTES, 10, cuda_runtime.stream())
+    return 2 * COPY_BYTES / float(seconds)
+
+
+# -- a model -------------------------------------------------------------------------------------
+
+
+def runtime_config(args: argparse.Namespace) -> RuntimeConfig:
+    """Configuration of the run: a shape with dummy weights, or a model folder."""
+    if args.model:
+        model, load = ModelConfig.from_dir(Path(args.model)), "default"
+    else:
+        model = ModelConfig.from_dict({**COMMON, **SHAPES[args.shape]}, args.shape)
+        load = "dummy"
+    longest = args.context + args.steps + 2 * BLOCK_SIZE
+    longest = max(longest, args.prefill + BLOCK_SIZE)
+    return RuntimeConfig(
+        model_path=Path(args.model or "."),
+        model=model,
+        cache=CacheConfig(gpu_memory_utilization=args.gpu_memory_utilization),
+        scheduler=SchedulerConfig(
+            max_num_seqs=max(args.batches),
+            max_num_batched_tokens=args.prefill,
+            max_model_len=longest,
+        ),
+        load=LoadConfig(load_choices=load),
+        use_cudagraph=not args.eager,
+    )
+
+
+class Sequences:
+    """Random prompts in blocks of their own, and the slices of their steps."""
+
+    def __init__(self, runner: Any, count: int, context: int, room: int) -> None:
+        import numpy as np  # noqa: PLC0415
+
+        from fastdeploy_lite.model_executor.step import SamplerParams, SequenceSlice  # noqa: PLC0415
+
+        random = np.random.default_rng(count)
+        vocab = runner.config.model.vocab_size
+        per_sequence = -(-(context + room) // BLOCK_SIZE)
+        if count * per_sequence > runner.num_blocks:
+            raise SystemExit(f"{count} sequences of {context + room} tokens exceed the KV cache")
+        self._runner, self._slice = runner, SequenceSlice
+        self._sampling = SamplerParams(temperature=0.0)
+        self._prompts = [random.integers(3, vocab, context).tolist() for _ in range(count)]
+        self._outputs: list[list[int]] = [[] for _ in range(count)]
+        self._tables = [list(range(i * per_sequence, (i + 1) * per_sequence)) for i in range(count)]
+
+    def part(self, index: int, tokens: list[int], start: int, sample: bool) -> Any:
+        """One sequence's slice of a step."""
+        end = -(-(start + len(tokens)) // BLOCK_SIZE)
+        return self._slice(
+            request_id=str(index),
+            slot=index,
+            fresh=start == 0,
+            token_ids=tokens,
+            start=start,
+            block_table=self._tables[index][:end],
+            sample=sample,
+            prompt_token_ids=self._prompts[index],
+            output_token_ids=self._outputs[index],
+            sampling=self._sampling,
+            step=len(self._outputs[index]),
+        )
+
+    def prefill(self, budget: int) -> float:
+        """Compute all prompts in chunks of `budget` tokens; returns seconds."""
+        started = time.perf_counter()
+        for index, prompt in enumerate(self._prompts):
+            for start in range(0, len(prompt), budget):
+                chunk = prompt[start : start + budget]
+                last = start + len(chunk) == len(prompt)
+                result = self._runner.execute([self.part(index, chunk, start, last)])[0]
+            self._outputs[index].append(result.token_id)
+        return time.perf_counter() - started
+
+    def decode(self) -> float:
+        """One step of all sequences; returns seconds."""
+        parts = []
+        for index, output in enumerate(self._outputs):
+            start = len(self._prompts[index]) + len(output) - 1
+            parts.append(self.part(index, [output[-1]], start, True))
+        started = time.perf_counter()
+        results = self._runner.execute(parts)
+        seconds = time.perf_counter() - started
+        for output, result in zip(self._outputs, results, strict=True):
+            if result.token_id is None or result.token_id < 0:
+                raise SystemExit(f"a step failed: {result.error}")
+            output.append(result.token_id)
+        return seconds
+
+
+def bytes_per_step(config: ModelConfig, weights: dict[str, int], batch: int, context: int) -> float:
+    """Bytes that one decode step has to read at least."""
+    chosen = 1 - (1 - config.moe_k / config.moe_num_experts) ** batch
+    head = weights["head"] or weights["embedding"]
+    moe_layers = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
+    router = moe_layers * config.hidden_size * config.moe_num_experts * 4
+    kv = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    dense = weights["attention"] + weights["mlp"] + head + router
+    return dense + chosen * weights["experts"] + batch * context * kv
+
+
+def bench_model(args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+    """Load, measure prefill and decode, print the table."""
+    from fastdeploy_lite.model_executor.model_runner import ModelRunner  # noqa: PLC0415
+
+    config = runtime_config(args)
+    runner = ModelRunner(config)
+    runner.load_model(show_progress=True)
+    blocks = runner.profile_num_blocks()
+    runner.allocate_kv_cache(blocks)
+    memory = runner.memory_report()
+    print(f"loaded in {runner.load_seconds:.1f} s; {blocks} KV blocks")
+    for role, held in {**memory.weights, "kv cache": memory.kv_cache}.items():
+        print(f"  {role:10s} {held / GB:8.2f} GB")
+    print(f"  {'workspace':10s} {memory.workspace / GB:8.2f} GB")
+    rows = [_prefill_row(runner, args)]
+    for batch in args.batches:
+        rows.append(_decode_row(runner, args, memory.weights, batch, bandwidth))
+    held = {"weights": memory.weights, "kv_cache": memory.kv_cache, "workspace": memory.workspace}
+    return {"load_s": runner.load_seconds, "memory": held, "rows": rows}
+
+
+def _prefill_row(runner: Any, args: argparse.Namespace) -> dict[str, Any]:
+    Sequences(runner, 1, args.prefill, 1).prefill(args.prefill)  # warm up
+    seconds = Sequences(runner, 1, args.prefill, 1).prefill(args.prefill)
+    rate = args.prefill / seconds
+    print(f"prefill of {args.prefill} tokens: {seconds * 1e3:.1f} ms, {rate:.0f} tokens/s")
+    return {"prefill": args.prefill, "ms": seconds * 1e3, "tokens_s": rate}
+
+
+def _decode_row(
+    runner: Any, args: argparse.Namespace, weights: dict[str, int], batch: int, bandwidth: float
+) -> dict[str, Any]:
+    sequences = Sequences(runner, batch, args.context, args.steps + 8)
+    sequences.prefill(args.prefill)
+    for _ in range(4):  # the first captures the graph
+        sequences.decode()
+    step = statistics.median(sequences.decode() for _ in range(args.steps))
+    graph = float("nan")
+    if not args.eager:
+        graph = runner._graphs.replay_seconds(runner._graphs.bucket(batch), 20)
+    read = bytes_per_step(runner.config.model, weights, batch, args.context)
+    share = read / (step if args.eager else graph) / bandwidth
+    print(
+        f"batch {batch:3d}: step {step * 1e3:7.2f} ms, graph {graph * 1e3:7.2f} ms, "
+        f"{batch / step:7.1f} tokens/s, {read / GB:6.2f} GB a step, {100 * share:5.1f} % of copy"
+    )
+    return {
+        "batch": batch,
+        "step_ms": step * 1e3,
+        "graph_ms": graph * 1e3,
+        "tokens_s": batch / step,
+        "gb": read / GB,
+        "share": share,
+    }
+
+
+# -- single ops ----------------------------------------------------------------------------------
+
+
+def bench_ops(args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+    """Time linear maps of every kind, many weights in turn so that no cache holds them."""
+    from fastdeploy_lite.model_executor import ops  # noqa: PLC0415
+    from fastdeploy_lite.model_executor.ops import cuda_runtime  # noqa: PLC0415
+
+    rows = []
+    place = device.activate(0)
+    for kind in ("ccq", "int4", "int8", "dense"):
+        k, n, count = 8192, 8192, 16
+        weights = []
+        for seed in range(count):
+            weight = ops.allocate_weight(kind, k, n, place)
+            ops.randomize_weight(weight, seed)
+            ops.finish_weight(weight)
+            weights.append(weight)
+        for tokens in (1, 8, 16, 32, 64, 128, 512, 4096):
+            x = cuda_runtime.empty([tokens, k], "bfloat16", place)
+            ops.embedding(
+                _zeros(tokens, place), _table(ops, k, place), x
+            )  # ordinary numbers, not what memory held
+            out = cuda_runtime.empty([tokens, n], "bfloat16", place)
+            seconds = _time(lambda x=x, out=out: [ops.linear(x, w, out) for w in weights]) / count
+            read = weights[0].nbytes + 2 * tokens * (k + n)
+            row = {
+                "kind": kind,
+                "tokens": tokens,
+                "us": seconds * 1e6,
+                "gb_s": read / seconds / GB,
+                "share": read / seconds / bandwidth,
+                "tflops": 2 * tokens * k * n / seconds / 1e12,
+            }
+            rows.append(row)
+            print(
+                f"{kind:6s} {tokens:5d} tokens: {row['us']:8.1f} us {row['gb_s']:7.0f} GB/s "
+                f"{100 * row['share']:5.1f} % of copy {row['tflops']:7.1f} TFLOP/s"
+            )
+    return {"rows": rows}
+
+
+def _table(ops: Any, width: int, place: Any) -> Any:
+    weight = ops.allocate_weight("dense", width, 8, place)
+    ops.randomize_weight(weight, 1)
+    ops.finish_weight(weight)
+    return weight
+
+
+def _zeros(count: int, place: Any) -> Any:
+    import numpy as np  # noqa: PLC0415
+    import paddle  # noqa: PLC0415
+
+    return paddle.to_tensor(np.arange(count, dtype=np.int32) % 8, place=place)
+
+
+def _time(work: Any, repeats: int = 5) -> float:
+    """Median seconds of `work` as a graph, launched on an idle card."""
+    from fastdeploy_lite import _ops_cuda  # noqa: PLC0415
+    from fastdeploy_lite.model_executor.ops import cuda_runtime  # noqa: PLC0415
+
+    work()
+    capture, stream = int(_ops_cuda.create_stream()), cuda_runtime.stream()
+    _ops_cuda.synchronize(stream)
+    _ops_cuda.begin_capture(capture)
+    with cuda_runtime.use_stream(capture):
+        work()
+    graph = int(_ops_cuda.end_capture(capture, False))
+    times = []
+    for _ in range(repeats + 1):
+        _ops_cuda.synchronize(stream)
+        started = time.perf_counter()
+        _ops_cuda.launch_graph(graph, stream)
+        _ops_cuda.synchronize(stream)
+        times.append(time.perf_counter() - started)
+    _ops_cuda.destroy_graph(graph)
+    return statistics.median(times[1:])
+
+
+def main() -> int:
+    """Parse arguments, measure, print, and write --output."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="21b")
+    parser.add_argument("--model", help="a checkpoint folder instead of dummy weights")
+    parser.add_argument("--ops", action="store_true", help="time single linear maps")
+    parser.add_argument(
+        "--batches", type=lambda s: [int(b) for b in s.split(",")], default="1,8,32,64"
+    )
+    parser.add_argument("--context", type=int, default=512, help="tokens before decoding starts")
+    parser.add_argument("--steps", type=int, default=32, help="decode steps to time")
+    parser.add_argument("--prefill", type=int, default=4096, help="tokens of a prefill step")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--output", help="JSON file for the results")
+    args = parser.parse_args()
+    if isinstance(args.batches, str):
+        args.batches = [int(b) for b in args.batches.split(",")]
+    if not device.decide().is_cuda:
+        print(f"no card to measure: {device.decide().reason}", file=sys.stderr)
+        return 1
+    device.activate(0)
+    from fastdeploy_lite import _ops_cuda  # noqa: PLC0415
+
+    facts = _ops_cuda.device_facts(0)
+    bandwidth = copy_bandwidth()
+    print(f"{facts.name}, copy bandwidth {bandwidth / GB:.0f} GB/s (read and written)")
+    result = bench_ops(args, bandwidth) if args.ops else bench_model(args, bandwidth)
+    result.update(card=facts.name, copy_gb_s=bandwidth / GB)
+    if args.output:
+        Path(args.output).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
