@@ -153,6 +153,12 @@ def open_socket(context: Any, kind: int, directory: str, name: str, *, bind: boo
     return socket
 
 
+def _leave_signals_to_the_parent() -> None:
+    """A Ctrl-C or SIGTERM for the whole group must not cut answers that the parent drains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _die_with_parent() -> None:
     """Wait for the end of standard input, then end the process at once."""
     while sys.stdin.buffer.read(4096):
@@ -162,10 +168,7 @@ def _die_with_parent() -> None:
 
 def main() -> int:
     """Run the process; returns its exit status."""
-    # The parent decides when to end: a Ctrl-C or SIGTERM for the whole group must not cut answers
-    # that it still wants to drain.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _leave_signals_to_the_parent()
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=StartLine)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     context = zmq.Context()
@@ -175,6 +178,7 @@ def main() -> int:
         init_file_logging()
         config = EngineArgs(**start.args).create_runtime_config(quiet=True)
         core, ready = create_core(config, load_tokenizer(config))
+        _leave_signals_to_the_parent()  # again: Paddle installs handlers of its own
         outbox.send(msgspec.msgpack.encode(ready))
         CoreLoop(core, inbox, outbox).run()
         core.shutdown()

@@ -1,0 +1,198 @@
+"""The engine process: messages both ways, and every way it can end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fastdeploy_lite.engine.args_utils import EngineArgs
+from fastdeploy_lite.engine.engine_client import AsyncEngineClient
+from fastdeploy_lite.engine.engine_core import EngineDeadError
+from fastdeploy_lite.engine.messages import EngineOutput, EngineRequest
+from fastdeploy_lite.engine.request import Request
+from fastdeploy_lite.engine.sampling_params import SamplingParams
+from fastdeploy_lite.input.preprocess import Preprocessor
+from fastdeploy_lite.utils.errors import RequestError
+
+ARGS = EngineArgs(model="demo", max_model_len=512, num_gpu_blocks_override=40)
+
+
+@pytest.fixture(autouse=True)
+def logs_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FD_LOG_DIR", str(tmp_path / "log"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def preprocessor() -> Preprocessor:
+    return Preprocessor(ARGS.create_runtime_config())
+
+
+@asynccontextmanager
+async def started(args: EngineArgs = ARGS) -> AsyncIterator[AsyncEngineClient]:
+    client = AsyncEngineClient(args)
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.shutdown()
+
+
+def request(
+    preprocessor: Preprocessor, name: str, max_tokens: int, prompt: str = "Once"
+) -> EngineRequest:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, min_tokens=max_tokens)
+    return preprocessor.process(Request(request_id=name, prompt=prompt, sampling_params=params))
+
+
+async def collect(client: AsyncEngineClient, item: EngineRequest) -> list[EngineOutput]:
+    return [output async for output in client.generate(item)]
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen in time"
+        await asyncio.sleep(0.02)
+
+
+def tokens(outputs: list[EngineOutput]) -> list[int]:
+    return [token for output in outputs for token in output.new_token_ids]
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(main(), 120))  # type: ignore[arg-type]
+
+
+def test_requests_through_the_process(preprocessor: Preprocessor, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with started() as client:
+            assert client.ready is not None
+            assert client.ready.num_blocks == 40
+            assert client.is_healthy
+            items = [request(preprocessor, f"r{i}", 20 + i, f"Tale {i}") for i in range(12)]
+            together = await asyncio.gather(*(collect(client, item) for item in items))
+            alone = [await collect(client, request(preprocessor, f"x{i}", 20 + i, f"Tale {i}"))
+                     for i in range(12)]  # fmt: skip
+            assert [tokens(a) for a in together] == [tokens(b) for b in alone]
+            assert [len(tokens(a)) for a in together] == [20 + i for i in range(12)]
+            await until(lambda: client.stats.num_running == 0)
+            assert client.stats.requests == 24
+            assert await client.check() is None
+            await abort_and_leave(client)
+            await pause(client)
+
+    async def abort_and_leave(client: AsyncEngineClient) -> None:
+        stream = client.generate(request(preprocessor, "left", 400))
+        await anext(stream)
+        await stream.aclose()  # the reader goes away: aborted
+        await until(lambda: client.stats.num_running == 0)
+        task = asyncio.create_task(collect(client, request(preprocessor, "cut", 400)))
+        await until(lambda: client.stats.num_running == 1)
+        with pytest.raises(RequestError, match="'cut' is in use"):
+            await collect(client, request(preprocessor, "cut", 4))
+        await client.abort(["cut", "unknown"])
+        last = (await task)[-1]
+        assert (last.finish_reason, last.error_msg) == ("abort", "Aborted")
+        assert client.num_unfinished == 0
+        await until(lambda: client.stats.num_free_blocks == 40)
+        assert await client.check() is None
+
+    async def pause(client: AsyncEngineClient) -> None:
+        await client.control("pause")
+        task = asyncio.create_task(collect(client, request(preprocessor, "p", 5)))
+        await until(lambda: client.stats.paused and client.stats.num_waiting == 1)
+        assert not task.done()
+        await client.control("resume")
+        assert len(tokens(await task)) == 5
+        await client.control("reset")
+        await until(lambda: client.stats.num_cached_blocks == 0)
+
+    run(main)
+    assert not list(tmp_path.glob("fastdeploy-lite-*")), "the sockets' directory is gone"
+
+
+def test_a_killed_engine_fails_its_requests_at_once(
+    preprocessor: Preprocessor, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        async with started() as client:
+            tasks = [
+                asyncio.create_task(collect(client, request(preprocessor, f"r{i}", 400)))
+                for i in range(3)
+            ]
+            await until(lambda: client.stats.num_running == 3)
+            check = asyncio.create_task(client.check())
+            assert client.engine_pid is not None
+            os.kill(client.engine_pid, signal.SIGKILL)
+            killed = time.monotonic()
+            for task in tasks:
+                with pytest.raises(EngineDeadError, match="ended by signal SIGKILL"):
+                    await task
+            assert "SIGKILL" in await client.wait_dead()
+            assert time.monotonic() - killed < 5
+            assert not client.is_healthy
+            await asyncio.gather(check, return_exceptions=True)
+            with pytest.raises(EngineDeadError):
+                await collect(client, request(preprocessor, "late", 4))
+
+    run(main)
+    assert not list(tmp_path.glob("fastdeploy-lite-*"))
+
+
+def test_a_failed_start_tells_the_root_cause(tmp_path: Path) -> None:
+    async def main() -> None:
+        for args, message in (
+            (EngineArgs(model=str(tmp_path / "nowhere")), "nowhere"),
+            (EngineArgs(model="demo", tensor_parallel_size=3), "tensor_parallel_size"),
+        ):
+            client = AsyncEngineClient(args)
+            with pytest.raises(EngineDeadError, match=message) as caught:
+                await client.start()
+            assert "\n" not in str(caught.value)
+            assert not client.is_healthy
+
+    run(main)
+    assert not list(tmp_path.glob("fastdeploy-lite-*"))
+
+
+PARENT = """
+import asyncio, sys
+from fastdeploy_lite.engine.args_utils import EngineArgs
+from fastdeploy_lite.engine.engine_client import AsyncEngineClient
+
+async def main():
+    client = AsyncEngineClient(EngineArgs(model="demo"))
+    await client.start()
+    print(client.engine_pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def test_the_engine_does_not_outlive_its_parent() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        engine = psutil.Process(int(parent.stdout.readline()))
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            engine.send_signal(signal_number)  # meant for the whole group; the parent decides
+        time.sleep(0.3)
+        assert engine.is_running()
+        parent.kill()
+        engine.wait(timeout=5)
+    finally:
+        parent.kill()
+        parent.wait()
