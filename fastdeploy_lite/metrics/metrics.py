@@ -70,6 +70,9 @@ _COUNTERS = {
     "prefix_cpu_cache_token_num": "Prompt tokens served by the host's prefix cache",
     "prefix_ssd_cache_token_num": "Prompt tokens served by a prefix cache in storage",
     "send_cache_failed_num": "KV transfers that failed",
+    "engine_steps_total": "Engine steps",
+    "engine_step_seconds_total": "Seconds in engine steps",
+    "engine_model_seconds_total": "Seconds in the model within engine steps",
 }
 _LENGTHS = one_two_five(_LARGEST_LENGTH)
 _HISTOGRAMS: Mapping[str, tuple[str, tuple[float, ...]]] = {
@@ -156,6 +159,9 @@ class ServerMetrics:
         self._advance("generation_tokens_total", "generation_tokens", stats)
         self._advance("prefix_cache_token_num", "prefix_hit_tokens", stats)
         self._advance("prefix_gpu_cache_token_num", "prefix_hit_tokens", stats)
+        self._advance("engine_steps_total", "steps", stats)
+        self._advance("engine_step_seconds_total", "step_seconds", stats)
+        self._advance("engine_model_seconds_total", "model_seconds", stats)
         self._seen = stats
         self.rates.add(stats)
         self.gauges["prompt_tokens_per_second"].set(self.rates.prompt)

@@ -22,7 +22,8 @@ from server_process import ServerProcess, free_port, running_server
 
 CHAT = "/v1/chat/completions"
 HELLO: list[Any] = [{"role": "user", "content": "hi"}]
-LONG = {"messages": HELLO, "min_tokens": 1900, "max_tokens": 1990}
+PATHS = (CHAT, "/v1/completions")
+LONG = {"messages": HELLO, "prompt": "hi", "min_tokens": 1900, "max_tokens": 1990}
 TEXT = (
     '<think>hm</think><tool_call>{"name": "get_weather", "arguments": {"city": "北京"}}</tool_call>'
 )
@@ -32,16 +33,18 @@ KEY = {"Authorization": "Bearer secret-2"}
 class Background:
     """Requests that run beside a test."""
 
-    def __init__(self, url: str, count: int, body: dict[str, Any]) -> None:
+    def __init__(self, url: str, count: int, body: dict[str, Any], path: str = CHAT) -> None:
         self.results: list[httpx.Response | Exception] = []
         self.client = httpx.Client(timeout=120, headers=KEY)  # made once: it reads certificates
-        self.threads = [threading.Thread(target=self._run, args=(url, body)) for _ in range(count)]
+        self.threads = [
+            threading.Thread(target=self._run, args=(url + path, body)) for _ in range(count)
+        ]
         for thread in self.threads:
             thread.start()
 
     def _run(self, url: str, body: dict[str, Any]) -> None:
         try:
-            self.results.append(self.client.post(f"{url}{CHAT}", json=body))
+            self.results.append(self.client.post(url, json=body))
         except httpx.HTTPError as error:
             self.results.append(error)
 
@@ -82,10 +85,18 @@ def metrics_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Iterator[ServerProcess]:
+def controller_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    tmp_path_factory: pytest.TempPathFactory, metrics_port: int, controller_port: int
+) -> Iterator[ServerProcess]:
     flags = ("--api-key", "secret-1", "--api-key", "secret-2", "--served-model-name", "ernie",
              "--reasoning-parser", "think", "--tool-call-parser", "hermes", "--max-concurrency",
              "2", "--max-model-len", "2048", "--metrics-port", str(metrics_port),
+             "--controller-port", str(controller_port),
              "--timeout-graceful-shutdown", "30", "--num-gpu-blocks-override", "128")  # fmt: skip
     with running_server(tmp_path_factory.mktemp("guarded"), flags) as server:
         yield server
@@ -138,6 +149,20 @@ def test_metrics_have_their_own_port(guarded: ServerProcess, metrics_port: int) 
     base = f"http://127.0.0.1:{metrics_port}"
     assert "fastdeploy:num_requests_running" in httpx.get(f"{base}/metrics").text
     assert httpx.get(f"{base}/config-info").json()["served_model_name"] == "ernie"
+
+
+def test_controller(guarded: ServerProcess, controller_port: int) -> None:
+    base = f"http://127.0.0.1:{controller_port}/controller"
+    running = Background(guarded.url, 1, LONG)
+    time.sleep(0.5)
+    answer = httpx.post(f"{base}/reset_scheduler")
+    assert (answer.status_code, answer.text) == (200, "Scheduler Reset Successfully")
+    [result] = running.join()
+    assert isinstance(result, httpx.Response)
+    assert result.json()["choices"][0]["finish_reason"] == "abort"
+    answer = httpx.post(f"{base}/scheduler", json={"reset": True})
+    assert answer.json()["error"]["message"] == "Scheduler updated successfully"
+    assert httpx.post(f"{base}/scheduler", json={"load_shards_num": 2}).status_code == 400
 
 
 def test_tools_and_reasoning(sdk: openai.OpenAI) -> None:
@@ -241,7 +266,8 @@ def test_sigterm_under_load_drains(guarded: ServerProcess, metrics_port: int) ->
 def test_engine_death_turns_health_bad_and_ends_the_server(tmp_path: Path) -> None:
     with running_server(tmp_path / "s", ("--max-model-len", "2048")) as server:
         running = Background(server.url, 3, LONG)
-        wait_running(server, 3)
+        streams = [Background(server.url, 1, {**LONG, "stream": True}, path) for path in PATHS]
+        wait_running(server, 5)
         family = server.family()
         server.engine().kill()
         deadline = time.monotonic() + 5
@@ -253,6 +279,12 @@ def test_engine_death_turns_health_bad_and_ends_the_server(tmp_path: Path) -> No
             if isinstance(result, httpx.Response):
                 assert result.status_code in (500, 503)
                 assert "message" in result.json()["error"]
+        for stream in streams:
+            [result] = stream.join()
+            assert isinstance(result, httpx.Response)  # begun, so 200; the error is an event
+            *_, error, end = (line for line in result.text.splitlines() if line)
+            assert error.startswith('data: {"error"')
+            assert end == "data: [DONE]"
         assert server.wait(20) != 0
         assert "The engine is dead" in server.stderr
         assert_gone(family, server.port)
@@ -266,7 +298,8 @@ def _is_healthy(server: ServerProcess) -> bool:
 
 
 def test_restarted_engine_guidance_off_and_strict_statuses(tmp_path: Path) -> None:
-    flags = ("--restart-engine", "--guided-decoding-backend", "off", "--max-model-len", "2048")
+    flags = ("--restart-engine", "--guided-decoding-backend", "off", "--max-model-len", "2048",
+             "--max-waiting-time", "5")  # fmt: skip
     strict = {"FD_LITE_STRICT_STATUS": "1"}
     with running_server(tmp_path / "s", flags, env=strict) as server:
         body = {"messages": HELLO, "max_tokens": 8, "temperature": 0}
@@ -274,6 +307,10 @@ def test_restarted_engine_guidance_off_and_strict_statuses(tmp_path: Path) -> No
         refused = httpx.post(f"{server.url}{CHAT}", json={**body, "guided_regex": "a"})
         assert refused.status_code == 500  # upstream's status, on demand
         assert "--guided-decoding-backend auto" in refused.json()["error"]["message"]
+        httpx.post(f"{server.url}/v1/pause").raise_for_status()
+        late = httpx.post(f"{server.url}{CHAT}", json=body, timeout=30)
+        assert (late.status_code, late.json()["error"]["code"]) == (500, "timeout")
+        httpx.post(f"{server.url}/v1/resume").raise_for_status()
         server.engine().kill()
         time.sleep(0.5)
         server.wait_ready()
