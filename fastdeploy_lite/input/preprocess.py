@@ -37,6 +37,11 @@ BUILT_IN_DEFAULTS: Mapping[str, float] = {
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
 }
+# The sampler computes in float32: what a request may legally ask for must neither vanish nor
+# overflow there, also after one factor has met the others.
+PENALTY_RANGE = (2.0**-60, 2.0**60)
+TEMPERATURE_RANGE = (1e-5, 1e10)
+LARGEST_BIAS = 1e9
 _GUIDED_KINDS: Mapping[str, GuidedKind] = {
     "json": "json_schema",
     "json_object": "json_object",
@@ -250,6 +255,9 @@ class Preprocessor:
 
     def _sampler(self, params: SamplingParams, arguments: dict[str, Any]) -> SamplerParams:
         resolved = {name: self._resolve(params, name) for name in BUILT_IN_DEFAULTS}
+        resolved["repetition_penalty"] = _clamp(resolved["repetition_penalty"], *PENALTY_RANGE)
+        if resolved["temperature"] > 0.0:
+            resolved["temperature"] = _clamp(resolved["temperature"], *TEMPERATURE_RANGE)
         assert params.seed is not None  # drawn by SamplingParams
         return SamplerParams(
             **resolved,
@@ -294,7 +302,10 @@ class Preprocessor:
         self._within_vocabulary(list(values), "logit_bias")
         if any(map(math.isnan, values.values())):
             raise RequestError("logit_bias: NaN", param="logit_bias", code="invalid_value")
-        return values
+        return {
+            i: value if value == -math.inf else _clamp(value, -LARGEST_BIAS, LARGEST_BIAS)
+            for i, value in values.items()
+        }
 
     def _banned_ids(self, params: SamplingParams) -> tuple[int, ...]:
         ids = self._checked_ids(params.bad_words_token_ids or (), "bad_words_token_ids")
@@ -417,6 +428,10 @@ def _stop_limit(what: str, name: str, limit: int) -> RequestError:
         param="stop",
         code="invalid_value",
     )
+
+
+def _clamp(value: float, least: float, most: float) -> float:
+    return min(max(value, least), most)
 
 
 def _json_text(value: Any) -> str:

@@ -334,6 +334,20 @@ def test_accepted_without_error(http: httpx.Client, fields: dict[str, Any]) -> N
     assert http.post("/v1/chat/completions", json=body).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"repetition_penalty": 5e-324}, {"repetition_penalty": 1e308}, {"temperature": 5e-324},
+        {"temperature": 1e308, "seed": 1}, {"logit_bias": {"5": 1e308}}, {"min_p": 5e-324},
+        {"repetition_penalty": 1e-300, "temperature": 1e-300, "logit_bias": {"5": -1e308}},
+    ],
+)  # fmt: skip
+def test_numbers_beyond_float32(http: httpx.Client, fields: dict[str, Any]) -> None:
+    body = {"messages": QUESTION, "max_tokens": 4, **fields}
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.parametrize("content", ["", "  ", "\x00\x01\x7f", "\ud800", "👩‍👩‍👧‍👦" * 20])
 def test_odd_content_is_accepted(http: httpx.Client, content: str) -> None:
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 3}
