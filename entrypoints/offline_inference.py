@@ -14,7 +14,7 @@ from fastdeploy_lite import LLM, SamplingParams
 from fastdeploy_lite.checkpoint.hub import resolve_model
 from fastdeploy_lite.checkpoint.reader import Checkpoint
 
-DEFAULT_PROMPTS = ("解析三首李白的诗", "What does the word 'lighthouse' mean?")
+DEFAULT_PROMPTS = ("解析三首李白的诗", "What is a gourd?")
 
 
 def expert_bits_per_weight(model_dir: Path) -> float | None:

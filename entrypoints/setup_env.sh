@@ -46,7 +46,12 @@ setup_project() {
   digest=$(build_inputs_digest "$python" "$extras")
   if [ "$(cat "$stamp" 2>/dev/null)" = "$digest" ]; then return; fi
   echo "setup: installing the project and its dependencies into .venv (some minutes the first time)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+  local log=.venv/setup.log
+  if ! .venv/bin/python -m pip install --disable-pip-version-check --editable ".${extras:+[$extras]}" >"$log" 2>&1; then
+    tail -n 40 "$log" >&2
+    echo "setup: the installation failed; the whole output is in $log" >&2
+    return 1
+  fi
   echo "$digest" > "$stamp"
 }
 
