@@ -339,6 +339,23 @@ def test_a_killed_server_leaves_no_engine(tmp_path: Path) -> None:
         assert_gone(family, server.port)
 
 
+def test_upstreams_start_line(tmp_path: Path) -> None:
+    """FastDeploy's documented command for the 300B model, with busy internal ports."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        busy = str(holder.getsockname()[1])
+        metrics = free_port()
+        flags = ("--metrics-port", str(metrics), "--engine-worker-queue-port", busy,
+                 "--cache-queue-port", busy, "--tensor-parallel-size", "1", "--max-model-len",
+                 "32768", "--use-cudagraph", "--enable-prefix-caching", "--enable-chunked-prefill",
+                 "--max-num-seqs", "256")  # fmt: skip
+        with running_server(tmp_path / "s", flags) as server:
+            body = {"messages": HELLO, "max_tokens": 3}
+            assert httpx.post(f"{server.url}{CHAT}", json=body).status_code == 200
+            assert httpx.get(f"http://127.0.0.1:{metrics}/metrics").status_code == 200
+
+
 # Starts that fail -------------------------------------------------------------------------------
 
 

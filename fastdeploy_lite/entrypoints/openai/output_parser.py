@@ -71,11 +71,6 @@ class OutputParsers:
             tool = ToolParserManager.get_tool_parser(tool_call_parser)(tokenizer)
         return cls(reasoning, tool)
 
-    @property
-    def think_end(self) -> str | None:
-        """The text that ends the thinking, when there is a reasoning parser."""
-        return None if self.reasoning is None else self.reasoning.think_end_token
-
 
 def prompt_leaves_thinking(prompt_text: str, switch: bool | None) -> bool | None:
     """Whether the model starts its answer inside its thinking.
