@@ -166,13 +166,17 @@ FD_INLINE I16 dot(I16 sum, WideQuads w, const int8_t* four) {
 }
 #endif
 
+// The four 6-bit fields as bytes. AVX2 has no shift by different amounts within 32 bits, but two
+// 16-bit multiplications of (d, d) are such shifts: 6 instructions instead of 11.
 FD_INLINE __m256i field_bytes(__m256i d) {
-  const __m256i mask = _mm256_set1_epi32(ccq::kFieldMask);
-  const __m256i b0 = _mm256_and_si256(_mm256_srli_epi32(d, 9), mask);
-  const __m256i b1 = _mm256_and_si256(_mm256_slli_epi32(d, 2), _mm256_slli_epi32(mask, 8));
-  const __m256i b2 = _mm256_and_si256(_mm256_slli_epi32(d, 13), _mm256_slli_epi32(mask, 16));
-  const __m256i b3 = _mm256_and_si256(_mm256_slli_epi32(d, 24), _mm256_slli_epi32(mask, 24));
-  return _mm256_or_si256(_mm256_or_si256(b0, b1), _mm256_or_si256(b2, b3));
+  const __m256i twice =
+      _mm256_shuffle_epi8(d, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9,
+                                                                       8, 9, 12, 13, 12, 13)));
+  // Low word: d >> 9 and d << 2; high word: d >> 3 and d << 8.
+  const __m256i even = _mm256_mulhi_epu16(twice, _mm256_set1_epi32((1 << 13) << 16 | 1 << 7));
+  const __m256i odd = _mm256_mullo_epi16(twice, _mm256_set1_epi32(1 << 8 << 16 | 1 << 2));
+  return _mm256_or_si256(_mm256_and_si256(even, _mm256_set1_epi16(ccq::kFieldMask)),
+                         _mm256_and_si256(odd, _mm256_set1_epi16(ccq::kFieldMask << 8)));
 }
 FD_INLINE __m256i floor_to_int(__m256 x) { return _mm256_cvttps_epi32(_mm256_floor_ps(x)); }
 FD_INLINE Quads decode_ccq(const uint8_t* p, F16 code_scale, F16 offset) {
