@@ -7,9 +7,12 @@ cannot forge a record: line breaks and control characters in messages are escape
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import logging.handlers
+import os
 import sys
+import time
 from pathlib import Path
 
 from fastdeploy_lite import envs
@@ -117,7 +120,11 @@ class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class _FileHandler(logging.handlers.TimedRotatingFileHandler):
-    """One file, rotated at midnight, `FD_LOG_BACKUP_COUNT` old ones kept."""
+    """One file, rotated at midnight, `FD_LOG_BACKUP_COUNT` old ones kept.
+
+    The server and the engine write to the same files, and both rotate them: only the first one
+    moves the file away, the other one just opens the new one.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(
@@ -125,3 +132,17 @@ class _FileHandler(logging.handlers.TimedRotatingFileHandler):
             delay=True,
         )  # fmt: skip
         self.setFormatter(RecordFormatter())
+
+    def doRollover(self) -> None:  # noqa: N802  (the base's name)
+        """Move the file to yesterday's name unless that exists, and open a new one."""
+        if self.stream:
+            self.stream.close()
+            self.stream = None  # type: ignore[assignment]  # reopened by the next record
+        day = time.localtime(self.rolloverAt - self.interval)
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            # A link fails if the name exists, where a rename would destroy what lies there.
+            os.link(self.baseFilename, f"{self.baseFilename}.{time.strftime(self.suffix, day)}")
+            Path(self.baseFilename).unlink()
+        for old in self.getFilesToDelete():
+            Path(old).unlink(missing_ok=True)
+        self.rolloverAt = self.computeRollover(int(time.time()))

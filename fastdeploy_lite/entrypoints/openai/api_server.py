@@ -258,7 +258,12 @@ class ApiServer:
         get_logger("config").info(
             "Reset block num, the total_block_num:%d, prefill_kvcache_block_num:%d", blocks, blocks
         )
-        get_logger("api_server").info("args: %s", self._engine.to_dict())
+        get_logger("config").info("engine: %s", self._engine.to_dict())
+        get_logger("api_server").info("server: %s", self._shown_arguments())
+
+    def _shown_arguments(self) -> dict[str, object]:
+        values = dataclasses.asdict(self._http)
+        return {**values, "api_key": ["***"] * len(self._http.api_key)}
 
     def _create_servers(self, sockets: dict[str, socket.socket]) -> None:
         http, service = self._http, self._service

@@ -14,7 +14,7 @@ import pytest
 from fastdeploy_lite import envs
 from fastdeploy_lite.entrypoints.openai.middleware import access_line
 from fastdeploy_lite.utils.errors import ConfigError
-from fastdeploy_lite.utils.logging import RecordFormatter
+from fastdeploy_lite.utils.logging import RecordFormatter, _FileHandler
 
 LAYOUT = re.compile(
     r"^(INFO|WARNING|ERROR) +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \d+ +\w+\.py\[line:\d+\] "
@@ -82,6 +82,24 @@ def test_files_are_opened_by_the_start_only(tmp_path: Path) -> None:
     lines = (tmp_path / "log" / "api_server.log").read_text().splitlines()
     assert [line.split("] ")[-1] for line in lines] == ["after", "again"]
     assert all(LAYOUT.match(line) for line in lines)
+
+
+def test_two_processes_rotate_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FD_LOG_BACKUP_COUNT", "2")
+    path = tmp_path / "a.log"
+    for day in ("2020-01-01", "2020-01-02"):
+        (tmp_path / f"a.log.{day}").write_text("old")
+    handlers = [_FileHandler(path), _FileHandler(path)]
+    for number, handler in enumerate(handlers):
+        handler.emit(record(f"before {number}"))
+    for number, handler in enumerate(handlers):
+        handler.doRollover()
+        handler.emit(record(f"after {number}"))
+        handler.close()
+    [dated] = [p for p in tmp_path.iterdir() if p != path and "2020" not in p.name]
+    assert [x[-8:] for x in dated.read_text().splitlines()] == ["before 0", "before 1"]
+    assert [x[-7:] for x in path.read_text().splitlines()] == ["after 0", "after 1"]
+    assert len(list(tmp_path.iterdir())) == 3  # the newest two old ones, and the present one
 
 
 def test_variables_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
