@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,12 @@ def open_source(config: RuntimeConfig, place: Any, show_progress: bool) -> Param
     if config.load.load_choices == "dummy":
         check_tensor_parallel(config.model, parallel.tensor_parallel_size)
         return DummySource(config, place)
-    checkpoint = Checkpoint.open(config.model_path, parallel.tensor_parallel_size, parallel.rank)
+    checkpoint = Checkpoint.open(
+        config.model_path,
+        parallel.tensor_parallel_size,
+        parallel.rank,
+        config_name=Path(config.model.source).name,
+    )
     inventory.verify(checkpoint)
     if place.is_cpu_place():
         check_memory(inventory.expected_nbytes(checkpoint))

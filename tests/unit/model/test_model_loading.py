@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,15 @@ def test_a_head_in_the_files_is_used_though_config_ties_it(tmp_path: Path) -> No
     write_tensors(tmp_path, config | {"tie_word_embeddings": True}, tensors)
     found = make_runner(tmp_path).logits(IDS)
     assert np.abs(found - ErnieFloat32(tmp_path).logits(IDS)).max() < 1e-3
+
+
+def test_a_config_of_another_name(tiny_2bits: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_2bits, tmp_path / "model"))
+    (folder / "config.json").rename(folder / "other.json")
+    config = RuntimeConfig(folder, ModelConfig.from_dir(folder, "other.json"), device="cpu")
+    runner = ModelRunner(config)
+    runner.load_model()
+    assert runner.logits(IDS).shape == (len(IDS), 8192)
 
 
 def test_progress_bar_ends_at_all_bytes(tiny_w4w2: Path, capfd: pytest.CaptureFixture[str]) -> None:
