@@ -6,7 +6,6 @@ Importing the package does nothing but define these names: no framework, no devi
 from __future__ import annotations
 
 import importlib
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +33,8 @@ def version() -> str:
 
 
 def _installed(distribution: str) -> str:
+    from importlib import metadata  # noqa: PLC0415 - costs more than the rest of this module
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

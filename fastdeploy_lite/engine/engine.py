@@ -12,7 +12,7 @@ from typing import Any
 
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine_core import EngineCore, create_core
-from fastdeploy_lite.engine.messages import EngineRequest, Ready
+from fastdeploy_lite.engine.messages import EngineRequest, EngineStats, Ready
 from fastdeploy_lite.engine.output_processor import OutputProcessor
 from fastdeploy_lite.engine.request import RequestOutput
 from fastdeploy_lite.input.preprocess import Preprocessor
@@ -127,8 +127,8 @@ class LLMEngine:
         with self._lock:
             self._core.check_integrity()
 
-    def stats(self) -> Any:
-        """The core's counters, an `EngineStats`."""
+    def stats(self) -> EngineStats:
+        """The core's counters."""
         return self._core.stats()
 
     def shutdown(self) -> None:
