@@ -137,7 +137,7 @@ class _FileHandler(logging.handlers.TimedRotatingFileHandler):
         """Move the file to yesterday's name unless that exists, and open a new one."""
         if self.stream:
             self.stream.close()
-            self.stream = None  # type: ignore[assignment]  # reopened by the next record
+            self.stream = None  # reopened by the next record
         day = time.localtime(self.rolloverAt - self.interval)
         with contextlib.suppress(FileExistsError, FileNotFoundError):
             # A link fails if the name exists, where a rename would destroy what lies there.
