@@ -199,7 +199,7 @@ class EngineCore:
                 early_stop=self.config.early_stop,
             )
             active.processors = self._processors.for_request(active.request)
-        except Exception as error:
+        except Exception as error:  # a plug-in's or a constraint's: it ends this request only
             self._outbox.append(self._fail(active, error))
             return
         self._scheduler.add(active.sequence)
@@ -276,7 +276,7 @@ class EngineCore:
         done, _ = wait(self._compiling, 0.01 if idle else 0, FIRST_COMPLETED)
         for future in done:
             active = self._compiling.pop(future)
-            if active.request.request_id not in self._active:  # aborted meanwhile
+            if self._active.get(active.request.request_id) is not active:  # aborted meanwhile
                 continue
             error = future.exception()
             if error is None:
@@ -293,7 +293,7 @@ class EngineCore:
                 active.scheduled = now
             try:
                 batch.append((active, self._slice(active, count)))
-            except Exception as error:
+            except Exception as error:  # one request's rules must not stop the others
                 outputs.append(self._fail(active, error))
         self._stats.last_batch_size = len(batch)
         if batch:
@@ -381,7 +381,7 @@ class EngineCore:
             return
         try:
             self._accept(active, result.token_id, result.logprobs, outputs)
-        except Exception as error:
+        except Exception as error:  # as above
             outputs.append(self._fail(active, error))
 
     def _accept(

@@ -268,6 +268,15 @@ def test_a_request_may_be_aborted_while_its_constraint_compiles() -> None:
     core.check_integrity()
 
 
+def test_an_id_may_be_used_again_while_the_old_constraint_still_compiles() -> None:
+    core = scripted([30] * 9)
+    core.add(make_request("r", PROMPT, 9, guided=GuidedSpec("regex", "[a-z]{1,400}y")))
+    core.abort(["r"])
+    outputs = run(core, make_request("r", PROMPT, 4))["r"]
+    assert [o.finish_reason for o in outputs if o.finished] == ["abort", "length"]
+    assert tokens(outputs) == [30, 30, 30, EOS]
+
+
 # Processors --------------------------------------------------------------------------------------
 
 
