@@ -1,5 +1,5 @@
-// fastdeploy_lite._ops_cuda: the CUDA ops over plain addresses. Shapes and dtypes were checked by the caller,
-// fastdeploy_lite/model_executor/ops; the stream is the last argument everywhere.
+// fastdeploy_lite._ops_cuda: the CUDA ops over plain addresses. Shapes and dtypes were checked by
+// the caller, fastdeploy_lite/model_executor/ops; the stream is the last argument everywhere.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -65,11 +65,12 @@ void linear(Address x, const Weight& weight, Address out, bool out_is_float, int
   fc::gemm(weight.kind, false, weight.tiled, params, wide, tile_rows, row_tiles, stream_of(stream));
 }
 
-/// The experts of a MoE layer. `hidden` [slots, I] and `y` [slots, H] are scratch; `slot_of_row` [slots] and `tiles`
-/// [max_tiles, 4] are int32 scratch, not used when `tile_rows` is 0: then every slot is a tile of its own.
+/// The experts of a MoE layer. `hidden` [slots, I] and `y` [slots, H] are scratch; `slot_of_row`
+/// [slots] and `tiles` [max_tiles, 4] are int32 scratch, not used when `tile_rows` is 0: then every
+/// slot is a tile of its own.
 void fused_moe(Address x, Address ids, Address weights, const Weight& up_gate, const Weight& down,
-               int experts, Address hidden, Address y, Address slot_of_row, Address tiles, Address out,
-               int tokens, int top_k, int tile_rows, int max_tiles, Address stream) {
+               int experts, Address hidden, Address y, Address slot_of_row, Address tiles,
+               Address out, int tokens, int top_k, int tile_rows, int max_tiles, Address stream) {
   const bool wide = tile_rows >= 64;
   const cudaStream_t queue = stream_of(stream);
   const int slots = tokens * top_k;
@@ -83,8 +84,8 @@ void fused_moe(Address x, Address ids, Address weights, const Weight& up_gate, c
   if (direct) {
     rows.expert_of_row = at<const int>(ids);
   } else {
-    fc::align_experts(at<const int>(ids), slots, experts, tile_rows, max_tiles, at<int>(slot_of_row),
-                      at<int4>(tiles), queue);
+    fc::align_experts(at<const int>(ids), slots, experts, tile_rows, max_tiles,
+                      at<int>(slot_of_row), at<int4>(tiles), queue);
     rows.tiles = at<const int4>(tiles);
     rows.slot_of_row = at<const int>(slot_of_row);
   }
@@ -144,9 +145,8 @@ void bind_runtime(py::module_& m) {
   m.def("synchronize", [](Address stream) { fc::synchronize(stream_of(stream)); }, no_gil());
   m.def("create_stream", &fc::create_stream);
   m.def("begin_capture", [](Address stream) { fc::begin_capture(stream_of(stream)); });
-  m.def("end_capture", [](Address stream, bool discard) {
-    return fc::end_capture(stream_of(stream), discard);
-  });
+  m.def("end_capture",
+        [](Address stream, bool discard) { return fc::end_capture(stream_of(stream), discard); });
   m.def(
       "launch_graph",
       [](uint64_t graph, Address stream) { fc::launch_graph(graph, stream_of(stream)); }, no_gil());
@@ -165,11 +165,11 @@ void bind_weights(py::module_& m) {
     fc::pack_tiles(kind, at<const void>(source), source_is_float, transposed, at<void>(tiles),
                    in_features, out_features, stream_of(stream));
   });
-  m.def("pack_local_scales", [](Address source, Address packed, int in_features, int out_features,
-                                Address stream) {
-    fc::pack_local_scales(at<const uint8_t>(source), at<void>(packed), in_features, out_features,
-                          stream_of(stream));
-  });
+  m.def("pack_local_scales",
+        [](Address source, Address packed, int in_features, int out_features, Address stream) {
+          fc::pack_local_scales(at<const uint8_t>(source), at<void>(packed), in_features,
+                                out_features, stream_of(stream));
+        });
   m.def("pack_rows", [](Address source, bool source_is_float, bool transposed, Address out,
                         int in_features, int out_features, Address stream) {
     fc::pack_rows(at<const void>(source), source_is_float, transposed, at<fc::bf16>(out),
@@ -187,10 +187,10 @@ void bind_weights(py::module_& m) {
                      offset(t.column_scale, column), scaled, at<float>(out), t.in_features,
                      t.out_features, stream_of(stream));
   });
-  m.def("randomize", [](int kind, Address data, int64_t bytes, uint64_t seed, float size,
-                        Address stream) {
-    fc::randomize(kind, at<void>(data), bytes, seed, size, stream_of(stream));
-  });
+  m.def("randomize",
+        [](int kind, Address data, int64_t bytes, uint64_t seed, float size, Address stream) {
+          fc::randomize(kind, at<void>(data), bytes, seed, size, stream_of(stream));
+        });
 }
 
 void bind_rows(py::module_& m) {
@@ -224,20 +224,20 @@ void bind_rows(py::module_& m) {
 void bind_products(py::module_& m) {
   m.def("linear", &linear);
   m.def("fused_moe", &fused_moe);
-  m.def("dense_linear", [](Address x, Address rows, Address out, bool out_is_float, int tokens,
-                           int in_features, int out_features, Address workspace,
-                           int64_t workspace_bytes, Address stream) {
-    fc::dense_linear(at<const fc::bf16>(x), at<const fc::bf16>(rows), at<void>(out), out_is_float,
-                     tokens, in_features, out_features, at<void>(workspace), workspace_bytes,
-                     stream_of(stream));
-  });
-  m.def("route", [](Address x, Address gate, Address bias, Address partial, int splits, Address ids,
-                    Address weights, int tokens, int hidden, int experts, int top_k,
-                    Address stream) {
-    fc::route(at<const fc::bf16>(x), at<const float>(gate), at<const float>(bias),
-              at<float>(partial), splits, at<int>(ids), at<float>(weights), tokens, hidden, experts,
-              top_k, stream_of(stream));
-  });
+  m.def("dense_linear",
+        [](Address x, Address rows, Address out, bool out_is_float, int tokens, int in_features,
+           int out_features, Address workspace, int64_t workspace_bytes, Address stream) {
+          fc::dense_linear(at<const fc::bf16>(x), at<const fc::bf16>(rows), at<void>(out),
+                           out_is_float, tokens, in_features, out_features, at<void>(workspace),
+                           workspace_bytes, stream_of(stream));
+        });
+  m.def("route",
+        [](Address x, Address gate, Address bias, Address partial, int splits, Address ids,
+           Address weights, int tokens, int hidden, int experts, int top_k, Address stream) {
+          fc::route(at<const fc::bf16>(x), at<const float>(gate), at<const float>(bias),
+                    at<float>(partial), splits, at<int>(ids), at<float>(weights), tokens, hidden,
+                    experts, top_k, stream_of(stream));
+        });
 }
 
 void bind_attention(py::module_& m) {
@@ -254,15 +254,16 @@ void bind_attention(py::module_& m) {
                        at<fc::bf16>(value_cache), at<fc::bf16>(q_out), attention_shape(sizes),
                        max_positions, stream_of(stream));
   });
-  m.def("paged_attention", [](Address q, Address key_cache, Address value_cache, Address block_tables,
-                              Address cu_seqlens_q, Address context_lens, float scale, int splits,
-                              Address partial, Address out, const py::tuple& sizes, Address stream) {
-    fc::paged_attention(at<const fc::bf16>(q), at<const fc::bf16>(key_cache),
-                        at<const fc::bf16>(value_cache), at<const int>(block_tables),
-                        at<const int>(cu_seqlens_q), at<const int>(context_lens), scale, splits,
-                        at<float>(partial), at<fc::bf16>(out), attention_shape(sizes),
-                        stream_of(stream));
-  });
+  m.def("paged_attention",
+        [](Address q, Address key_cache, Address value_cache, Address block_tables,
+           Address cu_seqlens_q, Address context_lens, float scale, int splits, Address partial,
+           Address out, const py::tuple& sizes, Address stream) {
+          fc::paged_attention(at<const fc::bf16>(q), at<const fc::bf16>(key_cache),
+                              at<const fc::bf16>(value_cache), at<const int>(block_tables),
+                              at<const int>(cu_seqlens_q), at<const int>(context_lens), scale,
+                              splits, at<float>(partial), at<fc::bf16>(out), attention_shape(sizes),
+                              stream_of(stream));
+        });
 }
 
 void bind_sampling(py::module_& m) {
@@ -272,36 +273,36 @@ void bind_sampling(py::module_& m) {
     fc::mask_logits(at<float>(logits), at<const int>(bitmask), at<const int>(rows), count, vocab,
                     words, stream_of(stream));
   });
-  m.def("process_logits", [](Address logits, Address slots, Address occurrences, Address repetition,
-                             Address frequency, Address presence, Address temperature,
-                             Address edit_offsets, Address edit_ids, Address edit_values, int rows,
-                             int vocab, Address stream) {
-    fc::process_logits(at<float>(logits), at<const int>(slots), at<const int>(occurrences),
-                       at<const float>(repetition), at<const float>(frequency),
-                       at<const float>(presence), at<const float>(temperature),
-                       at<const int>(edit_offsets), at<const int>(edit_ids),
-                       at<const float>(edit_values), rows, vocab, stream_of(stream));
-  });
+  m.def("process_logits",
+        [](Address logits, Address slots, Address occurrences, Address repetition,
+           Address frequency, Address presence, Address temperature, Address edit_offsets,
+           Address edit_ids, Address edit_values, int rows, int vocab, Address stream) {
+          fc::process_logits(at<float>(logits), at<const int>(slots), at<const int>(occurrences),
+                             at<const float>(repetition), at<const float>(frequency),
+                             at<const float>(presence), at<const float>(temperature),
+                             at<const int>(edit_offsets), at<const int>(edit_ids),
+                             at<const float>(edit_values), rows, vocab, stream_of(stream));
+        });
   m.def("update_occurrences", [](Address occurrences, Address slots, Address ids, int count,
                                  bool prompt, int slot_count, int vocab, Address stream) {
     fc::update_occurrences(at<int>(occurrences), at<const int>(slots), at<const int>(ids), count,
                            prompt, slot_count, vocab, stream_of(stream));
   });
-  m.def("sample", [](Address logits, Address temperature, Address top_k, Address top_p, Address min_p,
-                     Address seeds, Address steps, Address forced, Address out, int rows, int vocab,
-                     Address stream) {
+  m.def("sample", [](Address logits, Address temperature, Address top_k, Address top_p,
+                     Address min_p, Address seeds, Address steps, Address forced, Address out,
+                     int rows, int vocab, Address stream) {
     fc::sample(at<const float>(logits), at<const float>(temperature), at<const int>(top_k),
                at<const float>(top_p), at<const float>(min_p), at<const int64_t>(seeds),
                at<const int64_t>(steps), at<const int>(forced), at<int>(out), rows, vocab,
                stream_of(stream));
   });
-  m.def("token_logprobs", [](Address logits, Address tokens, int k, Address out_logprob,
-                             Address out_rank, Address out_ids, Address out_logprobs, int rows,
-                             int vocab, Address stream) {
-    fc::token_logprobs(at<const float>(logits), at<const int>(tokens), k, at<float>(out_logprob),
-                       at<int>(out_rank), at<int>(out_ids), at<float>(out_logprobs), rows, vocab,
-                       stream_of(stream));
-  });
+  m.def("token_logprobs",
+        [](Address logits, Address tokens, int k, Address out_logprob, Address out_rank,
+           Address out_ids, Address out_logprobs, int rows, int vocab, Address stream) {
+          fc::token_logprobs(at<const float>(logits), at<const int>(tokens), k,
+                             at<float>(out_logprob), at<int>(out_rank), at<int>(out_ids),
+                             at<float>(out_logprobs), rows, vocab, stream_of(stream));
+        });
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // Rotary embedding with the KV cache write, and causal attention over the paged cache.
 //
-// Keys lie as [block][kv head][64 tokens][D], values transposed as [block][kv head][D][64 tokens]: both operands of
-// mma.m16n8k16 then come as 16-byte loads straight from the cache, without shared memory or barriers. The rows of
-// matrix A are (token, query head of one KV group) pairs, so that a group reads its keys once.
+// Keys lie as [block][kv head][64 tokens][D], values transposed as [block][kv head][D][64 tokens]:
+// both operands of mma.m16n8k16 then come as 16-byte loads straight from the cache, without shared
+// memory or barriers. The rows of matrix A are (token, query head of one KV group) pairs, so that a
+// group reads its keys once.
 #include "common.cuh"
 #include "ops.h"
 
@@ -74,7 +75,8 @@ __device__ __forceinline__ void load_queries(WarpState<kDim>& state, const Atten
     state.total[half] = 0.0f;
 #pragma unroll
     for (int i = 0; i < WarpState<kDim>::kChunks; ++i) {
-      const uint4 v = valid ? *reinterpret_cast<const uint4*>(from + 32 * i) : make_uint4(0, 0, 0, 0);
+      const uint4 v =
+          valid ? *reinterpret_cast<const uint4*>(from + 32 * i) : make_uint4(0, 0, 0, 0);
       state.q[i][0][half] = v.x;
       state.q[i][0][half + 2] = v.y;
       state.q[i][1][half] = v.z;
@@ -88,8 +90,8 @@ __device__ __forceinline__ void load_queries(WarpState<kDim>& state, const Atten
   }
 }
 
-/// Token of n-tile `j`, column `n`: chosen so that a lane's probabilities belong to 8 consecutive tokens, which
-/// is what it loads of a row of transposed values.
+/// Token of n-tile `j`, column `n`: chosen so that a lane's probabilities belong to 8 consecutive
+/// tokens, which is what it loads of a row of transposed values.
 __device__ __forceinline__ int token_of(int j, int n) { return 8 * (n >> 1) + 2 * j + (n & 1); }
 
 template <int kDim>
@@ -115,7 +117,8 @@ __device__ __forceinline__ void score_step(const WarpState<kDim>& state, const b
   }
 }
 
-/// Masks and scales the scores, rescales the state to the new maximum, leaves probabilities as matrix A.
+/// Masks and scales the scores, rescales the state to the new maximum, leaves probabilities as
+/// matrix A.
 template <int kDim>
 __device__ __forceinline__ void softmax_step(WarpState<kDim>& state, float (&s)[4][4], int position,
                                              float scale_log2, uint32_t (&probability)[2][4]) {
@@ -160,8 +163,8 @@ __device__ __forceinline__ void softmax_step(WarpState<kDim>& state, float (&s)[
   }
 }
 
-/// Zeroes the tokens from `count` on in eight consecutive bf16: unwritten cache memory may hold NaN, and 0 * NaN
-/// is NaN.
+/// Zeroes the tokens from `count` on in eight consecutive bf16: unwritten cache memory may hold
+/// NaN, and 0 * NaN is NaN.
 __device__ __forceinline__ uint4 keep_first(uint4 v, int count) {
   auto keep = [count](uint32_t word, int at) {
     return count >= at + 2 ? word : count == at + 1 ? word & 0xffffu : 0u;
@@ -208,7 +211,7 @@ __device__ __forceinline__ void finish_totals(WarpState<kDim>& state) {
 
 /// Sequences whose rows fill more than one warp: 64 rows a block, 16 a warp.
 template <int kDim>
-__global__ void __launch_bounds__(kWarps * kWarp) prefill_attention(const AttentionParams p) {
+__global__ void __launch_bounds__(kWarps* kWarp) prefill_attention(const AttentionParams p) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   // the block's sequence: warp-wide running sum of tiles per sequence
   int before = 0, owner = -1, tile = 0;
@@ -270,16 +273,17 @@ __global__ void __launch_bounds__(kWarps * kWarp) prefill_attention(const Attent
 constexpr int partial_width(int dim) { return dim + 2; }
 
 template <int kDim>
-__device__ __forceinline__ void store_row(const AttentionParams& p, const Sequence& seq, int kv_head,
-                                          int row, int d, float value) {
+__device__ __forceinline__ void store_row(const AttentionParams& p, const Sequence& seq,
+                                          int kv_head, int row, int d, float value) {
   const int head = kv_head * p.group + row % p.group;
   const int64_t token = seq.first + row / p.group;
   p.out[(token * p.query_heads + head) * kDim + d] = __float2bfloat16_rn(value);
 }
 
-/// Sequences whose rows fit one warp (decode): the four warps of a block and `splits` blocks share the context.
+/// Sequences whose rows fit one warp (decode): the four warps of a block and `splits` blocks share
+/// the context.
 template <int kDim>
-__global__ void __launch_bounds__(kWarps * kWarp) decode_attention(const AttentionParams p) {
+__global__ void __launch_bounds__(kWarps* kWarp) decode_attention(const AttentionParams p) {
   constexpr int kWidth = partial_width(kDim);
   __shared__ float shared[kWarps][kRows][kWidth];
   const int b = blockIdx.x, kv_head = blockIdx.y, split = blockIdx.z;
@@ -344,7 +348,8 @@ __global__ void merge_splits(const AttentionParams p) {
   const Sequence seq = load_sequence(p, b);
   const int rows = seq.length * p.group;
   if (rows > kRows || rows <= 0) return;
-  const float* partial = p.partial + (int64_t{b} * p.kv_heads + kv_head) * p.splits * kRows * kWidth;
+  const float* partial =
+      p.partial + (int64_t{b} * p.kv_heads + kv_head) * p.splits * kRows * kWidth;
   for (int i = threadIdx.x; i < rows * kDim; i += blockDim.x) {
     const int row = i / kDim, d = i % kDim;
     const float* at = partial + row * kWidth;
@@ -381,24 +386,23 @@ void launch_attention(const AttentionParams& p, int tokens, cudaStream_t stream)
 
 /// One thread a pair of features of one head of one token: rotate q and k, copy v.
 __global__ void rope_kernel(const bf16* qkv, const int* positions, const float* cos_sin,
-                            const int* slot_mapping, bf16* key_cache, bf16* value_cache, bf16* q_out,
-                            AttentionShape shape, int max_positions) {
+                            const int* slot_mapping, bf16* key_cache, bf16* value_cache,
+                            bf16* q_out, AttentionShape shape, int max_positions) {
   const int token = blockIdx.x;
   const int half_dim = shape.head_dim / 2;
   const int heads = shape.query_heads + 2 * shape.kv_heads;
   const int position = min(max(positions[token], 0), max_positions - 1);
   const int slot = slot_mapping[token];
   const bool cached = slot >= 0 && slot / kBlockTokens < shape.num_blocks;
-  const uint32_t* from =
-      reinterpret_cast<const uint32_t*>(qkv) + int64_t{token} * heads * half_dim;
+  const uint32_t* from = reinterpret_cast<const uint32_t*>(qkv) + int64_t{token} * heads * half_dim;
   const float* table = cos_sin + int64_t{position} * shape.head_dim;
   for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < heads * half_dim;
        i += gridDim.y * blockDim.x) {
     const int head = i / half_dim, pair = i % half_dim;
     const float2 x = unpack_bf16(from[i]);
     const int kv_head = (head - shape.query_heads) % shape.kv_heads;
-    const int64_t block = (int64_t{slot / kBlockTokens} * shape.kv_heads + kv_head) * kBlockTokens *
-                          shape.head_dim;
+    const int64_t block =
+        (int64_t{slot / kBlockTokens} * shape.kv_heads + kv_head) * kBlockTokens * shape.head_dim;
     if (head >= shape.query_heads + shape.kv_heads) {
       if (!cached) continue;
       bf16* to = value_cache + block + int64_t{2 * pair} * kBlockTokens + slot % kBlockTokens;
@@ -409,7 +413,8 @@ __global__ void rope_kernel(const bf16* qkv, const int* positions, const float* 
     const float cosine = table[pair], sine = table[half_dim + pair];
     const uint32_t rotated = pack_bf16(x.x * cosine - x.y * sine, x.y * cosine + x.x * sine);
     if (head < shape.query_heads) {
-      reinterpret_cast<uint32_t*>(q_out)[int64_t{token} * shape.query_heads * half_dim + i] = rotated;
+      reinterpret_cast<uint32_t*>(q_out)[int64_t{token} * shape.query_heads * half_dim + i] =
+          rotated;
     } else if (cached) {
       const int64_t row = block + int64_t{slot % kBlockTokens} * shape.head_dim;
       *reinterpret_cast<uint32_t*>(key_cache + row + 2 * pair) = rotated;
@@ -448,8 +453,8 @@ void rope_and_cache(const bf16* qkv, const int* positions, const float* cos_sin,
 
 void paged_attention(const bf16* q, const bf16* key_cache, const bf16* value_cache,
                      const int* block_tables, const int* cu_seqlens_q, const int* context_lens,
-                     float scale, int splits, float* partial, bf16* out, const AttentionShape& shape,
-                     cudaStream_t stream) {
+                     float scale, int splits, float* partial, bf16* out,
+                     const AttentionShape& shape, cudaStream_t stream) {
   const AttentionParams p{q,
                           key_cache,
                           value_cache,

@@ -1,5 +1,6 @@
-// Dense bf16 products through cuBLASLt, opened at run time: the module loads, and everything but dense linears works,
-// on a machine without it, and the library may come from the toolkit or from the nvidia-cublas wheel.
+// Dense bf16 products through cuBLASLt, opened at run time: the module loads, and everything but
+// dense linears works, on a machine without it, and the library may come from the toolkit or from
+// the nvidia-cublas wheel.
 #include <cublasLt.h>
 #include <dlfcn.h>
 
@@ -66,9 +67,9 @@ Plan make_plan(cublasLtHandle_t handle, int tokens, int in_features, int out_fea
   const cublasOperation_t transpose = CUBLAS_OP_T;
   const cudaDataType_t out_type = out_is_float ? CUDA_R_32F : CUDA_R_16BF;
   check_blas(library.desc_create(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "descriptor");
-  check_blas(library.desc_set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &transpose,
-                              sizeof(transpose)),
-             "transpose");
+  check_blas(
+      library.desc_set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof(transpose)),
+      "transpose");
   check_blas(library.layout_create(&plan.a, CUDA_R_16BF, in_features, out_features, in_features),
              "layout of W");
   check_blas(library.layout_create(&plan.b, CUDA_R_16BF, in_features, tokens, in_features),
@@ -123,15 +124,17 @@ void dense_linear(const bf16* x, const bf16* rows, void* out, bool out_is_float,
   const PlanKey key{device, tokens, in_features, out_features, out_is_float};
   auto found = plans.find(key);
   if (found == plans.end()) {
-    found = plans.emplace(key, make_plan(handle, tokens, in_features, out_features, out_is_float,
-                                         static_cast<size_t>(workspace_bytes)))
+    found = plans
+                .emplace(key, make_plan(handle, tokens, in_features, out_features, out_is_float,
+                                        static_cast<size_t>(workspace_bytes)))
                 .first;
   }
   const Plan& plan = found->second;
   const float one = 1.0f, zero = 0.0f;
-  check_blas(library.matmul(handle, plan.operation, &one, rows, plan.a, x, plan.b, &zero, out, plan.c,
-                            out, plan.c, &plan.algorithm, workspace, plan.workspace, stream),
-             "matmul");
+  check_blas(
+      library.matmul(handle, plan.operation, &one, rows, plan.a, x, plan.b, &zero, out, plan.c, out,
+                     plan.c, &plan.algorithm, workspace, plan.workspace, stream),
+      "matmul");
 }
 
 }  // namespace fd::cuda

@@ -1,4 +1,5 @@
-// Small device-side vocabulary shared by all kernels: bf16 packing, warp sums, streaming loads, mma.
+// Small device-side vocabulary shared by all kernels: bf16 packing, warp sums, streaming loads,
+// mma.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -66,8 +67,7 @@ __device__ __forceinline__ uint4 load_stream(const uint4* p) {
 /// d += a (16x16, row) * b (16x8, col), bf16 in, float32 sums.
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                     uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -81,7 +81,9 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
                : "memory");
 }
 
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 template <int kPending>
 __device__ __forceinline__ void copy_wait() {

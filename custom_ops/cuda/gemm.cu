@@ -1,6 +1,5 @@
 // Chooses the instance of the tiled product for a kind of weight known at run time.
 #include "gemm.h"
-
 #include "weight_tiles.cuh"
 
 namespace fd::cuda {
@@ -12,8 +11,8 @@ void run_gemm(const TiledWeight& w, const GemmParams& p, bool wide, int tile_row
 namespace {
 
 template <Kind kKind>
-void run(bool gated, const TiledWeight& w, const GemmParams& p, bool wide, int tile_rows, int row_tiles,
-         cudaStream_t stream) {
+void run(bool gated, const TiledWeight& w, const GemmParams& p, bool wide, int tile_rows,
+         int row_tiles, cudaStream_t stream) {
   if (gated) return run_gemm<kKind, true>(w, p, wide, tile_rows, row_tiles, stream);
   return run_gemm<kKind, false>(w, p, wide, tile_rows, row_tiles, stream);
 }

@@ -1,5 +1,5 @@
-// y = x W for tiled weights: one kernel for a few tokens (a stream of weights), one for many (mma tiles).
-// Both serve plain linears and the experts of a MoE layer; GATED fuses silu(x Wg) * (x Wu).
+// y = x W for tiled weights: one kernel for a few tokens (a stream of weights), one for many (mma
+// tiles). Both serve plain linears and the experts of a MoE layer; GATED fuses silu(x Wg) * (x Wu).
 #pragma once
 
 #include "gemm.h"
@@ -60,9 +60,8 @@ struct Stage {
 };
 
 template <Kind kKind, int kStreams>
-__device__ __forceinline__ void load_stage(Stage<kKind, kStreams>& stage,
-                                           const TiledWeight& w, const int64_t (&block)[kStreams],
-                                           int k_tile, int lane) {
+__device__ __forceinline__ void load_stage(Stage<kKind, kStreams>& stage, const TiledWeight& w,
+                                           const int64_t (&block)[kStreams], int k_tile, int lane) {
   constexpr int kVectors = tile_vectors(kKind);
 #pragma unroll
   for (int s = 0; s < kStreams; ++s) {
@@ -74,95 +73,196 @@ __device__ __forceinline__ void load_stage(Stage<kKind, kStreams>& stage,
   }
 }
 
-/// acc += W tile * x for k-step kStep of chunk kChunk over all token tiles in use.
-template <Kind kKind, int kStreams, int kTokenTiles, int kChunk, int kStep>
-__device__ __forceinline__ void multiply_step(const Stage<kKind, kStreams>& stage,
-                                              const LaneColumns (&columns)[kStreams],
-                                              const uint4 (&x)[kTokenTiles], int token_tiles,
-                                              float (&acc)[kStreams][kTokenTiles][4]) {
+/// CCQ with one token tile multiplies bare fields and scales the sums of each 64-row group: exact,
+/// and 4 products a group instead of 16 packed ones. More token tiles cannot afford sums per group:
+/// they scale the weights, rounded to bf16 as in the tile kernel.
+constexpr bool scales_groups(Kind kind, int token_tiles) {
+  return is_ccq(kind) && token_tiles == 1;
+}
+
+/// Sums of one warp. With one token tile the tensor core would wait for its own last result most of
+/// the time, so even and odd k-steps get sums of their own, and so does the constant that CCQ takes
+/// off.
+template <Kind kKind, int kTokenTiles>
+struct Sums {
+  static constexpr int kParts = kTokenTiles == 1 ? 2 : 1;
+  static constexpr bool kGroups = scales_groups(kKind, kTokenTiles);
+  float main[kParts][kTokenTiles][4];
+  float offset[kGroups ? kParts : 1][4];
+
+  __device__ void clear() {
 #pragma unroll
-  for (int s = 0; s < kStreams; ++s) {
-    uint32_t a[4];
-    decode_fragment<kKind, kChunk, kStep>(stage.v[s], columns[s], a);
-    if constexpr (is_ccq(kKind) && kTokenTiles > 1) {
+    for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = add2(a[i], kMinus160);
-    }
+      for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
-      if (j < token_tiles) {
-        const uint32_t b0 = component(x[j], 2 * kStep);
-        const uint32_t b1 = component(x[j], 2 * kStep + 1);
-        if constexpr (is_ccq(kKind) && kTokenTiles == 1) {
-          // one token tile: the idle tensor core takes off the 160 cheaper than the busy ALUs would
-          constexpr uint32_t kOffset[4] = {kMinus160, kMinus160, kMinus160, kMinus160};
-          mma(acc[s][j], kOffset, b0, b1);
-        }
-        mma(acc[s][j], a, b0, b1);
+        for (int j = 0; j < kTokenTiles; ++j) main[part][j][i] = 0.0f;
+        if constexpr (kGroups) offset[part][i] = 0.0f;
       }
     }
   }
+
+  __device__ float total(int j, int i) const {
+    float sum = main[0][j][i];
+    if constexpr (kParts == 2) sum += main[1][j][i];
+    if constexpr (kGroups) sum += offset[0][i] + offset[1][i];
+    return sum;
+  }
+};
+
+/// Local scales of columns g and g + 8 as packed bf16 pairs, and -160 times them (exact: 160 * 15
+/// has 7 bits).
+struct WeightScales {
+  uint32_t scale[2];
+  uint32_t offset[2];
+};
+
+template <int kGroup>
+__device__ __forceinline__ WeightScales weight_scales(uint32_t pair) {
+  float value[2];
+  local_scales<kGroup>(pair, value);
+  WeightScales out;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    out.scale[i] = pack_bf16(value[i], value[i]);
+    out.offset[i] = pack_bf16(-160.0f * value[i], -160.0f * value[i]);
+  }
+  return out;
 }
 
-template <Kind kKind, int kStreams, int kTokenTiles, int kChunk>
-__device__ __forceinline__ void multiply_chunk(const Stage<kKind, kStreams>& stage,
-                                               const LaneColumns (&columns)[kStreams],
-                                               const bf16* const (&x_row)[kTokenTiles], int k,
-                                               int in_features, int token_tiles,
-                                               float (&acc)[kStreams][kTokenTiles][4]) {
-  uint4 x[kTokenTiles];
+/// bf16(field * local scale) from 128 + field: one fused rounding, exact inside.
+__device__ __forceinline__ void scale_fragment(uint32_t (&a)[4], const WeightScales& scales) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = fma2(a[i], scales.scale[i % 2], scales.offset[i % 2]);
+}
+
+template <Kind kKind, int kTokenTiles, int kChunk, int kStep>
+__device__ __forceinline__ void multiply_step(const uint4 (&v)[tile_vectors(kKind)],
+                                              const LaneColumns& columns,
+                                              const WeightScales& scales,
+                                              const uint4 (&x)[kTokenTiles], int token_tiles,
+                                              Sums<kKind, kTokenTiles>& sums) {
+  constexpr int kPart = kStep % Sums<kKind, kTokenTiles>::kParts;
+  uint32_t a[4];
+  decode_fragment<kKind, kChunk, kStep>(v, columns, a);
+  if constexpr (is_ccq(kKind) && kTokenTiles > 1) scale_fragment(a, scales);
 #pragma unroll
   for (int j = 0; j < kTokenTiles; ++j) {
-    const bool valid = x_row[j] != nullptr && k < in_features;
-    x[j] = valid ? __ldg(reinterpret_cast<const uint4*>(x_row[j] + k)) : make_uint4(0, 0, 0, 0);
+    if (j < token_tiles) {
+      const uint32_t b0 = component(x[j], 2 * kStep);
+      const uint32_t b1 = component(x[j], 2 * kStep + 1);
+      if constexpr (Sums<kKind, kTokenTiles>::kGroups) {
+        // the idle tensor core takes off the 160 cheaper than the busy ALUs would
+        constexpr uint32_t kOffset[4] = {kMinus160, kMinus160, kMinus160, kMinus160};
+        mma(sums.offset[kPart], kOffset, b0, b1);
+      }
+      mma(sums.main[kPart][j], a, b0, b1);
+    }
   }
-  multiply_step<kKind, kStreams, kTokenTiles, kChunk, 0>(stage, columns, x, token_tiles, acc);
-  multiply_step<kKind, kStreams, kTokenTiles, kChunk, 1>(stage, columns, x, token_tiles, acc);
 }
 
-template <Kind kKind, int kStreams, int kTokenTiles, int kGroup>
-__device__ __forceinline__ void multiply_group(const Stage<kKind, kStreams>& stage,
-                                               const LaneColumns (&columns)[kStreams],
-                                               const bf16* const (&x_row)[kTokenTiles], int k,
-                                               int in_features, int token_tiles,
-                                               float (&acc)[kStreams][kTokenTiles][4]) {
-  constexpr int kFirst = 2 * kGroup;
-  if constexpr (is_ccq(kKind)) {
-    // the local scale multiplies 4 sums per lane instead of 32 weights
-    float sum[kStreams][kTokenTiles][4] = {};
-    multiply_chunk<kKind, kStreams, kTokenTiles, kFirst>(stage, columns, x_row, k, in_features,
-                                                         token_tiles, sum);
-    multiply_chunk<kKind, kStreams, kTokenTiles, kFirst + 1>(stage, columns, x_row, k + 32,
-                                                             in_features, token_tiles, sum);
+template <int kTokenTiles>
+__device__ __forceinline__ void load_x(uint4 (&x)[kTokenTiles],
+                                       const bf16* const (&x_row)[kTokenTiles], int k, int limit) {
+#pragma unroll
+  for (int j = 0; j < kTokenTiles; ++j) {
+    const bool valid = x_row[j] != nullptr && k < limit;
+    x[j] = valid ? __ldg(reinterpret_cast<const uint4*>(x_row[j] + k)) : make_uint4(0, 0, 0, 0);
+  }
+}
+
+/// What a warp carries from chunk to chunk.
+template <Kind kKind, int kStreams, int kTokenTiles>
+struct WarpProduct {
+  static constexpr bool kGroups = scales_groups(kKind, kTokenTiles);
+  static constexpr bool kPrefetch = kTokenTiles <= 2;  // registers for the next chunk's x
+  const bf16* x_row[kTokenTiles];
+  int limit;        // first k past the row, as seen from this lane's offset in a chunk
+  int token_tiles;  // in use
+  LaneColumns columns[kStreams];
+  uint4 x_next[kPrefetch ? kTokenTiles : 1];
+  Sums<kKind, kTokenTiles> sums[kStreams];
+  float scaled[kGroups ? kStreams : 1][4];  // groups times their local scales
+
+  __device__ void clear() {
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
-      float scale[2];
-      local_scales<kGroup>(stage.scale[s], scale);
+      sums[s].clear();
 #pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[s][j][i] += scale[i / 2] * sum[s][j][i];
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kGroups) scaled[s][i] = 0.0f;
       }
     }
-  } else {
-    multiply_chunk<kKind, kStreams, kTokenTiles, kFirst>(stage, columns, x_row, k, in_features,
-                                                         token_tiles, acc);
-    multiply_chunk<kKind, kStreams, kTokenTiles, kFirst + 1>(stage, columns, x_row, k + 32,
-                                                             in_features, token_tiles, acc);
   }
+
+  __device__ float total(int s, int j, int i) const {
+    if constexpr (kGroups) {
+      return scaled[s][i];
+    } else {
+      return sums[s].total(j, i);
+    }
+  }
+};
+
+/// 32 rows of the tile at k. With prefetch the next chunk's x is requested first: its latency hides
+/// behind this one.
+template <Kind kKind, int kStreams, int kTokenTiles, int kChunk>
+__device__ __forceinline__ void multiply_chunk(const Stage<kKind, kStreams>& stage, int k,
+                                               int next_k,
+                                               WarpProduct<kKind, kStreams, kTokenTiles>& warp) {
+  uint4 x[kTokenTiles];
+  if constexpr (warp.kPrefetch) {
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j) x[j] = warp.x_next[j];
+    const int then = kChunk + 1 < kChunks ? k + 32 * (kChunk + 1) : next_k;
+    load_x(warp.x_next, warp.x_row, then, warp.limit);
+  } else {
+    load_x(x, warp.x_row, k + 32 * kChunk, warp.limit);
+  }
+#pragma unroll
+  for (int s = 0; s < kStreams; ++s) {
+    WeightScales scales{};
+    if constexpr (is_ccq(kKind) && kTokenTiles > 1) {
+      scales = weight_scales<kChunk / 2>(stage.scale[s]);
+    }
+    multiply_step<kKind, kTokenTiles, kChunk, 0>(stage.v[s], warp.columns[s], scales, x,
+                                                 warp.token_tiles, warp.sums[s]);
+    multiply_step<kKind, kTokenTiles, kChunk, 1>(stage.v[s], warp.columns[s], scales, x,
+                                                 warp.token_tiles, warp.sums[s]);
+    if constexpr (warp.kGroups && kChunk % 2 == 1) {
+      float scale[2];
+      local_scales<kChunk / 2>(stage.scale[s], scale);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) warp.scaled[s][i] += scale[i / 2] * warp.sums[s].total(0, i);
+      warp.sums[s].clear();
+    }
+  }
+}
+
+template <Kind kKind, int kStreams, int kTokenTiles>
+__device__ __forceinline__ void multiply_tile(const Stage<kKind, kStreams>& stage, int k,
+                                              int next_k,
+                                              WarpProduct<kKind, kStreams, kTokenTiles>& warp) {
+  multiply_chunk<kKind, kStreams, kTokenTiles, 0>(stage, k, next_k, warp);
+  multiply_chunk<kKind, kStreams, kTokenTiles, 1>(stage, k, next_k, warp);
+  multiply_chunk<kKind, kStreams, kTokenTiles, 2>(stage, k, next_k, warp);
+  multiply_chunk<kKind, kStreams, kTokenTiles, 3>(stage, k, next_k, warp);
 }
 
 /// Bytes in flight hide DRAM latency: 2 KiB of weights a warp, so 32 KiB on an SM with 16 warps.
-constexpr int stage_depth(Kind kind, int streams) {
-  const int depth = 4 / (tile_vectors(kind) * streams);
+constexpr int stage_depth(Kind kind, int streams, int token_tiles) {
+  const int budget = token_tiles >= 4 ? 2 : 4;  // vectors per lane; many tokens need the registers
+  const int depth = budget / (tile_vectors(kind) * streams);
   return depth < 1 ? 1 : depth;
 }
 
 template <Kind kKind, bool kGated, int kTokenTiles>
-__global__ void __launch_bounds__(kSkinnyWarps * kWarp)
+__global__ void __launch_bounds__(kSkinnyWarps* kWarp, (kTokenTiles == 1 && !kGated) ? 3
+                                                       : kTokenTiles == 8            ? 1
+                                                                                     : 2)
     skinny_gemm(const TiledWeight w, const GemmParams p, int split) {
   constexpr int kStreams = kGated ? 2 : 1;
-  constexpr int kDepth = stage_depth(kKind, kStreams);
+  constexpr int kDepth = stage_depth(kKind, kStreams, kTokenTiles);
   constexpr int kTokens = 8 * kTokenTiles;
   __shared__ float partial[kSkinnyWarps][kStreams][kTokens][kTileColumns + 1];
 
@@ -175,41 +275,40 @@ __global__ void __launch_bounds__(kSkinnyWarps * kWarp)
   const int out_tiles = kGated ? w.n_tiles / 2 : w.n_tiles;
   const int block = blockIdx.x * blocks_here + warp / split;
 
-  float acc[kStreams][kTokenTiles][4] = {};
+  WarpProduct<kKind, kStreams, kTokenTiles> product;
+  product.clear();
   if (block < out_tiles) {
     int64_t stream_block[kStreams];
-    LaneColumns columns[kStreams];
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
       stream_block[s] = int64_t{tile.expert} * w.n_tiles + block + s * out_tiles;
-      columns[s] = load_columns<kKind>(w, stream_block[s] * kTileColumns + g);
+      product.columns[s] = load_columns<kKind>(w, stream_block[s] * kTileColumns + g);
     }
-    const bf16* x_row[kTokenTiles];
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
       const int row = 8 * j + g;
-      x_row[j] = row < tile.count
-                     ? p.x + int64_t{source_row(p.rows, tile.first + row)} * w.in_features + 8 * c
-                     : nullptr;
+      product.x_row[j] =
+          row < tile.count
+              ? p.x + int64_t{source_row(p.rows, tile.first + row)} * w.in_features + 8 * c
+              : nullptr;
     }
-    const int token_tiles = (tile.count + 7) / 8;
+    product.limit = w.in_features - 8 * c;
+    product.token_tiles = (tile.count + 7) / 8;
     Stage<kKind, kStreams> stage[kDepth];
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
       const int k_tile = part + d * split;
       if (k_tile < w.k_tiles) load_stage(stage[d], w, stream_block, k_tile, lane);
     }
+    if constexpr (product.kPrefetch) {
+      load_x(product.x_next, product.x_row, part * kTileRows, product.limit);
+    }
     for (int base = part; base < w.k_tiles; base += kDepth * split) {
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
         const int k_tile = base + d * split;
         if (k_tile < w.k_tiles) {
-          const int k = k_tile * kTileRows;
-          const int limit = w.in_features - 8 * c;
-          multiply_group<kKind, kStreams, kTokenTiles, 0>(stage[d], columns, x_row, k, limit,
-                                                          token_tiles, acc);
-          multiply_group<kKind, kStreams, kTokenTiles, 1>(stage[d], columns, x_row, k + 64, limit,
-                                                          token_tiles, acc);
+          multiply_tile(stage[d], k_tile * kTileRows, (k_tile + split) * kTileRows, product);
           const int next = k_tile + kDepth * split;
           if (next < w.k_tiles) load_stage(stage[d], w, stream_block, next, lane);
         }
@@ -222,7 +321,7 @@ __global__ void __launch_bounds__(kSkinnyWarps * kWarp)
     for (int j = 0; j < kTokenTiles; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        partial[warp][s][8 * j + 2 * c + i % 2][g + 8 * (i / 2)] = acc[s][j][i];
+        partial[warp][s][8 * j + 2 * c + i % 2][g + 8 * (i / 2)] = product.total(s, j, i);
       }
     }
   }
@@ -252,7 +351,8 @@ __global__ void __launch_bounds__(kSkinnyWarps * kWarp)
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Many rows: 8 warps compute 128 columns x (64 or 128) tokens; x in shared memory, W straight into registers.
+// Many rows: 8 warps compute 128 columns x (64 or 128) tokens; x in shared memory, W straight into
+// registers.
 // ---------------------------------------------------------------------------------------------------------
 
 constexpr int kWideThreads = 256;
@@ -267,8 +367,8 @@ constexpr int wide_shared_bytes(int tokens) {
   return stages > staging ? stages : staging;
 }
 
-/// 16-byte chunk position inside a row of 16 chunks: odd rows swap halves, so that the 8 lanes of one
-/// shared-memory phase (two rows, four chunks) touch all 32 banks.
+/// 16-byte chunk position inside a row of 16 chunks: odd rows swap halves, so that the 8 lanes of
+/// one shared-memory phase (two rows, four chunks) touch all 32 banks.
 __device__ __forceinline__ int swizzle(int row, int chunk) { return chunk ^ ((row & 1) << 2); }
 
 template <int kTokens>
@@ -284,18 +384,10 @@ __device__ __forceinline__ void load_x_tile(uint4* shared, const bf16* x, const 
   }
 }
 
-/// bf16(field * local scale) from 128 + field: one fused rounding, exact inside.
-__device__ __forceinline__ void scale_fragment(uint32_t (&a)[4], const uint32_t (&scale)[2],
-                                               const uint32_t (&offset)[2]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = fma2(a[i], scale[i % 2], offset[i % 2]);
-}
-
 template <Kind kKind, int kTokenTiles, int kChunk>
 __device__ __forceinline__ void wide_chunk(const uint4 (&v)[2][tile_vectors(kKind)],
                                            const LaneColumns (&columns)[2],
-                                           const uint32_t (&scale)[2][2],
-                                           const uint32_t (&offset)[2][2], const uint4* x,
+                                           const uint32_t (&pair)[2], const uint4* x,
                                            float (&acc)[2][kTokenTiles][4]) {
   const int lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
   uint32_t a[2][2][4];
@@ -304,8 +396,9 @@ __device__ __forceinline__ void wide_chunk(const uint4 (&v)[2][tile_vectors(kKin
     decode_fragment<kKind, kChunk, 0>(v[m], columns[m], a[m][0]);
     decode_fragment<kKind, kChunk, 1>(v[m], columns[m], a[m][1]);
     if constexpr (is_ccq(kKind)) {
-      scale_fragment(a[m][0], scale[m], offset[m]);
-      scale_fragment(a[m][1], scale[m], offset[m]);
+      const WeightScales scales = weight_scales<kChunk / 2>(pair[m]);
+      scale_fragment(a[m][0], scales);
+      scale_fragment(a[m][1], scales);
     }
   }
 #pragma unroll
@@ -325,27 +418,10 @@ __device__ __forceinline__ void wide_tile(const uint4 (&v)[2][tile_vectors(kKind
                                           const LaneColumns (&columns)[2],
                                           const uint32_t (&pair)[2], const uint4* x,
                                           float (&acc)[2][kTokenTiles][4]) {
-  uint32_t scale[2][2] = {}, offset[2][2] = {};
-  auto set_scales = [&](auto group) {
-    if constexpr (is_ccq(kKind)) {
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        float value[2];
-        local_scales<decltype(group)::value>(pair[m], value);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          scale[m][i] = pack_bf16(value[i], value[i]);
-          offset[m][i] = pack_bf16(-160.0f * value[i], -160.0f * value[i]);  // 160 * 15 is exact
-        }
-      }
-    }
-  };
-  set_scales(std::integral_constant<int, 0>{});
-  wide_chunk<kKind, kTokenTiles, 0>(v, columns, scale, offset, x, acc);
-  wide_chunk<kKind, kTokenTiles, 1>(v, columns, scale, offset, x, acc);
-  set_scales(std::integral_constant<int, 1>{});
-  wide_chunk<kKind, kTokenTiles, 2>(v, columns, scale, offset, x, acc);
-  wide_chunk<kKind, kTokenTiles, 3>(v, columns, scale, offset, x, acc);
+  wide_chunk<kKind, kTokenTiles, 0>(v, columns, pair, x, acc);
+  wide_chunk<kKind, kTokenTiles, 1>(v, columns, pair, x, acc);
+  wide_chunk<kKind, kTokenTiles, 2>(v, columns, pair, x, acc);
+  wide_chunk<kKind, kTokenTiles, 3>(v, columns, pair, x, acc);
 }
 
 template <Kind kKind, bool kGated, int kTokenTiles>
@@ -373,8 +449,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   LaneColumns columns[2];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
-    const int here = kGated ? min(static_cast<int>(blockIdx.x) * 4 + warp_m, out_tiles - 1) + m * out_tiles
-                            : min(static_cast<int>(blockIdx.x) * 8 + warp_m * 2 + m, out_tiles - 1);
+    const int here =
+        kGated ? min(static_cast<int>(blockIdx.x) * 4 + warp_m, out_tiles - 1) + m * out_tiles
+               : min(static_cast<int>(blockIdx.x) * 8 + warp_m * 2 + m, out_tiles - 1);
     block[m] = int64_t{tile.expert} * w.n_tiles + here;
     columns[m] = load_columns<kKind>(w, block[m] * kTileColumns + g);
   }
@@ -434,7 +511,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     if (column >= p.out_columns) continue;
     const float* row = staging + token * kStagingStride;
     const float value = kGated ? silu(row[n]) * row[n + 64] : row[n];
-    store_output(p, int64_t{target_row(p.rows, tile.first + token)} * p.out_columns + column, value);
+    store_output(p, int64_t{target_row(p.rows, tile.first + token)} * p.out_columns + column,
+                 value);
   }
 }
 
@@ -442,21 +520,41 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 // Launch
 // ---------------------------------------------------------------------------------------------------------
 
-/// Warps that share one column block: enough of them in flight to fill the card, otherwise few, since those
-/// that do not share a column block share the loads of x.
-inline int choose_split(int blocks, int row_tiles, int k_tiles) {
-  constexpr int kWantedWarps = 2500;  // 132 SMs x 16 warps and a second wave to smooth the end
-  int split = 1;
-  while (split < kSkinnyWarps && blocks * row_tiles * split < kWantedWarps && 2 * split <= k_tiles) {
-    split *= 2;
+constexpr int kSkinnyOverhead =
+    3;  // k tiles' worth of time that a warp spends before and after its loop
+constexpr int kBusyBlocks = 3;  // blocks an SM needs to hide its latencies
+
+/// Warps that share one column block, chosen for the least time of the busiest SM.
+inline int choose_split(int blocks, int row_tiles, int k_tiles, int multiprocessors) {
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int split = 1; split <= kSkinnyWarps && split <= k_tiles; split *= 2) {
+    const int64_t total = int64_t{ceil_div(blocks * split, kSkinnyWarps)} * row_tiles;
+    const int64_t busiest = ceil_div<int64_t>(total, multiprocessors);
+    const int64_t time = (busiest < kBusyBlocks ? kBusyBlocks : busiest) *
+                         (ceil_div(k_tiles, split) + kSkinnyOverhead);
+    if (time < least) {
+      least = time;
+      best = split;
+    }
   }
-  return split;
+  return best;
+}
+
+inline int multiprocessor_count() {
+  static const int count = [] {
+    int device = 0, found = 0;
+    check(cudaGetDevice(&device), "gemm: device");
+    check(cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device), "gemm: device");
+    return found;
+  }();
+  return count;
 }
 
 template <Kind kKind, bool kGated, int kTokenTiles>
 void launch_skinny(const TiledWeight& w, const GemmParams& p, int row_tiles, cudaStream_t stream) {
   const int blocks = kGated ? w.n_tiles / 2 : w.n_tiles;
-  const int split = choose_split(blocks, row_tiles, w.k_tiles);
+  const int split = choose_split(blocks, row_tiles, w.k_tiles, multiprocessor_count());
   const dim3 grid(ceil_div(blocks, kSkinnyWarps / split), row_tiles);
   skinny_gemm<kKind, kGated, kTokenTiles><<<grid, kSkinnyWarps * kWarp, 0, stream>>>(w, p, split);
   check_launch("skinny_gemm");
@@ -475,7 +573,8 @@ void launch_wide(const TiledWeight& w, const GemmParams& p, int row_tiles, cudaS
   check_launch("wide_gemm");
 }
 
-/// Runs the kernel whose tiles are `tile_rows` rows high: wide 64 or 128, else 8, 16, 32 or (not GATED) 64.
+/// Runs the kernel whose tiles are `tile_rows` rows high: wide 64 or 128, else 8, 16, 32 or (not
+/// GATED) 64.
 template <Kind kKind, bool kGated>
 void run_gemm(const TiledWeight& w, const GemmParams& p, bool wide, int tile_rows, int row_tiles,
               cudaStream_t stream) {

@@ -12,9 +12,10 @@ struct TiledWeight;
 
 /// Which rows of x a product reads and which rows of its output it writes.
 ///
-/// Plain linear: only `count`. MoE: rows are (token, slot) pairs sorted by expert; `slot_of_row` maps a sorted row
-/// to slot index token * top_k + j, `tiles` lists {expert, first sorted row, rows, 0} of equal expert. With few
-/// tokens no sorting is done: `expert_of_row` gives each row its own tile.
+/// Plain linear: only `count`. MoE: rows are (token, slot) pairs sorted by expert; `slot_of_row`
+/// maps a sorted row to slot index token * top_k + j, `tiles` lists {expert, first sorted row,
+/// rows, 0} of equal expert. With few tokens no sorting is done: `expert_of_row` gives each row its
+/// own tile.
 struct GemmRows {
   int count = 0;
   const int4* tiles = nullptr;
@@ -33,8 +34,9 @@ struct GemmParams {
   GemmRows rows;
 };
 
-/// `kind`: value of enum Kind. `tile_rows`: rows of x per tile, 64 or 128 for the tile kernel (`wide`), 8, 16, 32 or (not
-/// gated) 64 for the one that streams weights; `row_tiles`: number of tiles.
+/// `kind`: value of enum Kind. `tile_rows`: rows of x per tile, 64 or 128 for the tile kernel
+/// (`wide`), 8, 16, 32 or (not gated) 64 for the one that streams weights; `row_tiles`: number of
+/// tiles.
 void gemm(int kind, bool gated, const TiledWeight& weight, const GemmParams& params, bool wide,
           int tile_rows, int row_tiles, cudaStream_t stream);
 

@@ -1,11 +1,12 @@
-// Instances of the tiled products for one kind of weight; one file each, so that they compile in parallel.
+// Instances of the tiled products for one kind of weight; one file each, so that they compile in
+// parallel.
 #include "gemm.cuh"
 
 namespace fd::cuda {
 
 template void run_gemm<Kind::kCcq, false>(const TiledWeight&, const GemmParams&, bool, int, int,
-                                         cudaStream_t);
+                                          cudaStream_t);
 template void run_gemm<Kind::kCcq, true>(const TiledWeight&, const GemmParams&, bool, int, int,
-                                        cudaStream_t);
+                                         cudaStream_t);
 
 }  // namespace fd::cuda

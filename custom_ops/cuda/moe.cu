@@ -12,8 +12,9 @@ constexpr int kRouteThreads = 256;
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxParts = 16;
 
-/// partial[split, t, e] = sum over the split's k of x[t, k] * gate[k, e], float32: the router decides, so its
-/// logits are not rounded to bf16 anywhere. 16 tokens x 64 experts a block; a thread has 4 tokens of one expert.
+/// partial[split, t, e] = sum over the split's k of x[t, k] * gate[k, e], float32: the router
+/// decides, so its logits are not rounded to bf16 anywhere. 16 tokens x 64 experts a block; a
+/// thread has 4 tokens of one expert.
 __global__ void route_logits(const bf16* x, const float* gate, float* partial, int tokens,
                              int hidden, int experts, int k_per_split) {
   __shared__ float x_tile[kRouteTokens][kRouteDepth];
@@ -50,14 +51,14 @@ __global__ void route_logits(const bf16* x, const float* gate, float* partial, i
   }
 }
 
-/// Softmax over all experts and choice of the top k by p + bias; equal scores go to the lower id. One block a
-/// token: `parts` threads per expert add the splits, the first warp does the rest.
-__global__ void route_select(const float* partial, const float* bias, int splits, int parts, int* ids,
-                             float* weights, int tokens, int experts, int top_k) {
+/// Softmax over all experts and choice of the top k by p + bias; equal scores go to the lower id.
+/// One block a token: `parts` threads per expert add the splits, the first warp does the rest.
+__global__ void route_select(const float* partial, const float* bias, int splits, int parts,
+                             int* ids, float* weights, int tokens, int experts, int top_k) {
   extern __shared__ float memory[];
-  float* sums = memory;                      // [parts][experts]
-  float* p = memory + parts * experts;       // [experts]
-  float* score = p + experts;                // [experts]
+  float* sums = memory;                 // [parts][experts]
+  float* p = memory + parts * experts;  // [experts]
+  float* score = p + experts;           // [experts]
   const int t = blockIdx.x;
   for (int i = threadIdx.x; i < parts * experts; i += blockDim.x) {
     const int e = i % experts, part = i / experts;
@@ -91,7 +92,8 @@ __global__ void route_select(const float* partial, const float* bias, int splits
   float chosen_sum = 0.0f;
   float mine = 0.0f;
   for (int j = 0; j < top_k; ++j) {
-    // NaN compares false everywhere: the lowest free id wins then, so an id is always valid and used once
+    // NaN compares false everywhere: the lowest free id wins then, so an id is always valid and
+    // used once
     int best = experts;
     float best_score = 0.0f;
     for (int e = lane; e < experts; e += kWarp) {
@@ -125,8 +127,8 @@ __global__ void route_select(const float* partial, const float* bias, int splits
   if (lane < top_k) weights[int64_t{t} * top_k + lane] = mine / fmaxf(chosen_sum, 1e-12f);
 }
 
-/// One block: counts, offsets and tile list in shared memory. The order of rows inside an expert is free: a row's
-/// result depends on nothing but the row.
+/// One block: counts, offsets and tile list in shared memory. The order of rows inside an expert is
+/// free: a row's result depends on nothing but the row.
 __global__ void align_kernel(const int* ids, int slots, int experts, int tile_rows, int max_tiles,
                              int* slot_of_row, int4* tiles) {
   __shared__ int count[kMaxExperts], cursor[kMaxExperts];
@@ -157,8 +159,8 @@ __global__ void align_kernel(const int* ids, int slots, int experts, int tile_ro
   }
 }
 
-__global__ void combine_kernel(const bf16* y, const float* weights, bf16* out, int top_k, int hidden,
-                               int64_t pairs) {
+__global__ void combine_kernel(const bf16* y, const float* weights, bf16* out, int top_k,
+                               int hidden, int64_t pairs) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i >= pairs) return;
   const int per_row = hidden / 2;
@@ -177,8 +179,9 @@ __global__ void combine_kernel(const bf16* y, const float* weights, bf16* out, i
 
 }  // namespace
 
-void route(const bf16* x, const float* gate, const float* bias, float* partial, int splits, int* ids,
-           float* weights, int tokens, int hidden, int experts, int top_k, cudaStream_t stream) {
+void route(const bf16* x, const float* gate, const float* bias, float* partial, int splits,
+           int* ids, float* weights, int tokens, int hidden, int experts, int top_k,
+           cudaStream_t stream) {
   if (experts > kMaxExperts || top_k > kWarp || top_k > experts) {
     throw std::runtime_error("route: " + std::to_string(experts) + " experts and top " +
                              std::to_string(top_k) + " exceed 1024 experts or top 32");
@@ -192,8 +195,8 @@ void route(const bf16* x, const float* gate, const float* bias, float* partial, 
   const int parts = splits < fit ? splits : fit < kMaxParts ? fit : kMaxParts;
   const int threads = ceil_div(parts * experts < 1024 ? parts * experts : 1024, kWarp) * kWarp;
   const int bytes = (parts + 2) * experts * 4;
-  route_select<<<tokens, threads, bytes, stream>>>(partial, bias, splits, parts, ids, weights, tokens,
-                                                   experts, top_k);
+  route_select<<<tokens, threads, bytes, stream>>>(partial, bias, splits, parts, ids, weights,
+                                                   tokens, experts, top_k);
   check_launch("route_select");
 }
 
@@ -211,8 +214,8 @@ void combine(const bf16* y, const float* weights, bf16* out, int tokens, int top
              cudaStream_t stream) {
   constexpr int kThreads = 256;
   const int64_t pairs = int64_t{tokens} * hidden / 2;
-  combine_kernel<<<static_cast<unsigned>(ceil_div<int64_t>(pairs, kThreads)), kThreads, 0, stream>>>(
-      y, weights, out, top_k, hidden, pairs);
+  combine_kernel<<<static_cast<unsigned>(ceil_div<int64_t>(pairs, kThreads)), kThreads, 0,
+                   stream>>>(y, weights, out, top_k, hidden, pairs);
   check_launch("combine");
 }
 

@@ -28,9 +28,8 @@ __device__ __forceinline__ Eight load8(const bf16* p) {
 }
 
 __device__ __forceinline__ void store8(bf16* p, const Eight& x) {
-  *reinterpret_cast<uint4*>(p) =
-      make_uint4(pack_bf16(x.v[0], x.v[1]), pack_bf16(x.v[2], x.v[3]), pack_bf16(x.v[4], x.v[5]),
-                 pack_bf16(x.v[6], x.v[7]));
+  *reinterpret_cast<uint4*>(p) = make_uint4(pack_bf16(x.v[0], x.v[1]), pack_bf16(x.v[2], x.v[3]),
+                                            pack_bf16(x.v[4], x.v[5]), pack_bf16(x.v[6], x.v[7]));
 }
 
 __device__ float block_sum(float value) {
@@ -48,11 +47,12 @@ __device__ __forceinline__ float weight_at(const Weight* w, int i) {
   return static_cast<float>(w[i]);
 }
 
-/// One block a row. The row stays in registers between the two passes over it (hidden <= 4 * 8 * threads).
+/// One block a row. The row stays in registers between the two passes over it (hidden <= 4 * 8 *
+/// threads).
 template <typename Weight, bool kAdd>
 __global__ void __launch_bounds__(1024)
-    rms_norm_kernel(const bf16* x, bf16* residual, const Weight* weight, float eps,
-                                bf16* out, int hidden) {
+    rms_norm_kernel(const bf16* x, bf16* residual, const Weight* weight, float eps, bf16* out,
+                    int hidden) {
   const int64_t row = int64_t{blockIdx.x} * hidden;
   Eight held[kMaxVectors];
   float squares = 0.0f;

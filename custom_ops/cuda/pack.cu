@@ -1,4 +1,5 @@
-// From the checkpoint's layouts to tiles, and back for tests; random weights for load_choices=dummy.
+// From the checkpoint's layouts to tiles, and back for tests; random weights for
+// load_choices=dummy.
 #include "gemm.h"
 #include "ops.h"
 #include "weight_tiles.cuh"
@@ -51,8 +52,8 @@ struct Source {
   }
 };
 
-/// 32-bit word `i` of vector `vector` of the tile, for the lane that owns columns n, n + 8 and, per chunk, the 8 rows
-/// from k (of chunk 0) on. The inverse of decode_fragment.
+/// 32-bit word `i` of vector `vector` of the tile, for the lane that owns columns n, n + 8 and, per
+/// chunk, the 8 rows from k (of chunk 0) on. The inverse of decode_fragment.
 template <Kind kKind>
 __device__ uint32_t tile_word(const Source& source, int vector, int i, int k, int n) {
   uint32_t word = 0;
@@ -134,7 +135,8 @@ __device__ void unpack_step(const uint4 (&v)[tile_vectors(kKind)], const LaneCol
     const float2 pair = unpack_bf16(is_ccq(kKind) ? add2(a[i], kMinus160) : a[i]);
     if (column >= out_features) continue;
     if (row < in_features) out[int64_t{row} * out_features + column] = pair.x * scale[i % 2];
-    if (row + 1 < in_features) out[int64_t{row + 1} * out_features + column] = pair.y * scale[i % 2];
+    if (row + 1 < in_features)
+      out[int64_t{row + 1} * out_features + column] = pair.y * scale[i % 2];
   }
 }
 
@@ -212,8 +214,9 @@ void launch_pack(const Source& source, void* tiles, cudaStream_t stream) {
   const int k_tiles = ceil_div(source.in_features, kTileRows);
   const int64_t n_tiles = ceil_div(source.out_features, kTileColumns);
   const int64_t vectors = n_tiles * k_tiles * tile_vectors(kKind) * kWarp;
-  pack_tiles_kernel<kKind><<<static_cast<unsigned>(ceil_div<int64_t>(vectors, kThreads)), kThreads, 0,
-                             stream>>>(source, static_cast<uint4*>(tiles), k_tiles, vectors);
+  pack_tiles_kernel<kKind>
+      <<<static_cast<unsigned>(ceil_div<int64_t>(vectors, kThreads)), kThreads, 0, stream>>>(
+          source, static_cast<uint4*>(tiles), k_tiles, vectors);
   check_launch("pack_tiles");
 }
 
@@ -287,9 +290,8 @@ void unpack_tiles(int kind, const void* tiles, const void* local_scale, const fl
 
 void randomize(int kind, void* data, int64_t bytes, uint64_t seed, float size,
                cudaStream_t stream) {
-  randomize_kernel<<<1024, kThreads, 0, stream>>>(static_cast<Kind>(kind),
-                                                  static_cast<uint32_t*>(data), bytes / 4, seed,
-                                                  size);
+  randomize_kernel<<<1024, kThreads, 0, stream>>>(
+      static_cast<Kind>(kind), static_cast<uint32_t*>(data), bytes / 4, seed, size);
   check_launch("randomize");
 }
 

@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t kRingBytes = int64_t{16} << 20;
 constexpr int kRingBuffers = 4;
-constexpr int kCopyThreads = 4;  // one core reads a mapped file at about 5 GB/s, a PCIe 5 link takes 50
+constexpr int kCopyThreads =
+    4;  // one core reads a mapped file at about 5 GB/s, a PCIe 5 link takes 50
 constexpr int64_t kSmallCopy = 1 << 20;
 
 /// Pinned buffers that take turns; one is reused when its last transfer has finished.

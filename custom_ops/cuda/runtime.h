@@ -1,4 +1,5 @@
-// What the ops need around them: host-device copies through pinned memory, graphs, facts about the card.
+// What the ops need around them: host-device copies through pinned memory, graphs, facts about the
+// card.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,15 +19,17 @@ struct DeviceFacts {
 };
 DeviceFacts device_facts(int device);
 
-/// Copies host memory of any kind (such as a mapped file) to the card through a ring of pinned buffers, so that
-/// reading the source and the transfer overlap. Returns when the source has been read; the copy is ordered on `stream`.
+/// Copies host memory of any kind (such as a mapped file) to the card through a ring of pinned
+/// buffers, so that reading the source and the transfer overlap. Returns when the source has been
+/// read; the copy is ordered on `stream`.
 void upload(void* device, const void* host, int64_t bytes, cudaStream_t stream);
 /// Copies to the host and waits.
 void download(void* host, const void* device, int64_t bytes, cudaStream_t stream);
 void copy(void* to, const void* from, int64_t bytes, cudaStream_t stream);
 void synchronize(cudaStream_t stream);
 
-/// Seconds for one device-to-device copy of `bytes`, median of `repeats`, and so the card's copy bandwidth.
+/// Seconds for one device-to-device copy of `bytes`, median of `repeats`, and so the card's copy
+/// bandwidth.
 double time_copy(void* to, const void* from, int64_t bytes, int repeats, cudaStream_t stream);
 
 /// A stream that waits for no other and lives as long as the process; graphs are captured on one.

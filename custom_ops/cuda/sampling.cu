@@ -1,7 +1,8 @@
-// From logits to tokens: masks, penalties, the draw, log-probabilities. Logits are float32 [rows, vocab].
+// From logits to tokens: masks, penalties, the draw, log-probabilities. Logits are float32 [rows,
+// vocab].
 //
-// Weights e^(logit - max) are summed as integers in units of 2^-44, as on the CPU: integer sums have no order, so a
-// draw does not depend on how threads share the row.
+// Weights e^(logit - max) are summed as integers in units of 2^-44, as on the CPU: integer sums
+// have no order, so a draw does not depend on how threads share the row.
 #include <cstdint>
 
 #include "common.cuh"
@@ -17,14 +18,16 @@ constexpr float kGreedyTopP = 1e-5f;              // what FastDeploy turns top_p
 constexpr float kTinyTemperature = 1e-3f;
 constexpr int kCountMask = (1 << 24) - 1;
 constexpr int kPromptBit = 1 << 30;
-constexpr int kBins = 2048;             // of width 1/64 below the maximum
+constexpr int kBins = 2048;  // of width 1/64 below the maximum
 constexpr float kBinsPerUnit = 64.0f;
 
 using Weight = unsigned long long;
 
-// --- masks and penalties -------------------------------------------------------------------------------------
+// --- masks and penalties
+// -------------------------------------------------------------------------------------
 
-__global__ void mask_kernel(float* logits, const int* bitmask, const int* rows, int vocab, int words) {
+__global__ void mask_kernel(float* logits, const int* bitmask, const int* rows, int vocab,
+                            int words) {
   const int row = rows[blockIdx.x];
   if (row < 0) return;
   for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < vocab; i += gridDim.y * blockDim.x) {
@@ -81,8 +84,8 @@ __global__ void penalty_kernel(float* logits, const int* slots, const int* occur
   if (!penalised && !scaled) return;
   float* row = logits + int64_t{r} * vocab;
   const int* seen = penalised ? occurrences + int64_t{slots[r]} * vocab : nullptr;
-  // A tiny temperature could overflow the quotient: the row's maximum is moved to 0 first. That needs the
-  // whole penalised row, so one block does it alone.
+  // A tiny temperature could overflow the quotient: the row's maximum is moved to 0 first. That
+  // needs the whole penalised row, so one block does it alone.
   const bool tiny = scaled && t < kTinyTemperature;
   if (tiny && blockIdx.y != 0) return;
   const int begin = (tiny ? 0 : blockIdx.y * blockDim.x) + threadIdx.x;
@@ -117,9 +120,11 @@ __global__ void occurrence_kernel(int* occurrences, const int* slots, const int*
   }
 }
 
-// --- one row, one block --------------------------------------------------------------------------------------
+// --- one row, one block
+// --------------------------------------------------------------------------------------
 
-/// Order-preserving integer: a larger logit has a larger key. No finite or infinite float maps to 0.
+/// Order-preserving integer: a larger logit has a larger key. No finite or infinite float maps to
+/// 0.
 __device__ __forceinline__ uint32_t key_of(float x) {
   const uint32_t bits = __float_as_uint(x == 0.0f ? 0.0f : x);  // -0 equals +0
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -149,7 +154,8 @@ struct Row {
   }
 };
 
-/// The tokens kept so far: those with a larger key, and the first `equals` (by id) that have this key.
+/// The tokens kept so far: those with a larger key, and the first `equals` (by id) that have this
+/// key.
 struct Limit {
   uint32_t key;
   int equals;
@@ -166,7 +172,8 @@ struct Shared {
   Weight total;
 };
 
-/// Finds the first bin at which the running sum reaches `target` (at least 1, at most the sum of all `count` bins).
+/// Finds the first bin at which the running sum reaches `target` (at least 1, at most the sum of
+/// all `count` bins).
 __device__ void choose_bin(Shared& s, int count, Weight target) {
   __syncthreads();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -203,10 +210,12 @@ __device__ void clear_bins(Shared& s, int count) {
   __syncthreads();
 }
 
-/// The smallest set of best tokens, within `inside`, whose values reach `target`; `value` is 1 for a count or the
-/// weight. First the bin by distance, then the exact key by four 8-bit digits over that bin alone.
+/// The smallest set of best tokens, within `inside`, whose values reach `target`; `value` is 1 for
+/// a count or the weight. First the bin by distance, then the exact key by four 8-bit digits over
+/// that bin alone.
 template <typename Value>
-__device__ Limit select(Shared& s, const Row& row, const Limit& inside, Weight target, Value value) {
+__device__ Limit select(Shared& s, const Row& row, const Limit& inside, Weight target,
+                        Value value) {
   const float edge = logit_of(inside.key);
   const Weight edge_value = inside.equals > 0 ? value(edge) * inside.equals : 0;
   clear_bins(s, kBins);
@@ -239,7 +248,8 @@ __device__ Limit select(Shared& s, const Row& row, const Limit& inside, Weight t
       const Weight v = value(x);
       if (v != 0) atomicAdd(&s.bins[255 - ((key >> shift) & 255u)], v);  // best digit first
     }
-    if (threadIdx.x == 0 && edge_value != 0 && (inside.key & mask) == prefix && row.bin(edge) == bin) {
+    if (threadIdx.x == 0 && edge_value != 0 && (inside.key & mask) == prefix &&
+        row.bin(edge) == bin) {
       atomicAdd(&s.bins[255 - ((inside.key >> shift) & 255u)], edge_value);
     }
     choose_bin(s, 256, target - before);
@@ -251,7 +261,8 @@ __device__ Limit select(Shared& s, const Row& row, const Limit& inside, Weight t
 }
 
 __device__ Weight block_sum(Shared& s, Weight value) {
-  for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(kFullMask, value, offset);
+  for (int offset = 16; offset > 0; offset >>= 1)
+    value += __shfl_xor_sync(kFullMask, value, offset);
   __syncthreads();
   if (threadIdx.x % kWarp == 0) s.warp_sums[threadIdx.x / kWarp] = value;
   __syncthreads();
@@ -270,7 +281,8 @@ __device__ Weight sum_above(Shared& s, const Row& row, const Limit& limit, Value
   return block_sum(s, sum);
 }
 
-/// Reads the row once: maximum, its lowest id, faults. Returns false for NaN or a row without a token.
+/// Reads the row once: maximum, its lowest id, faults. Returns false for NaN or a row without a
+/// token.
 __device__ bool open_row(Shared& s, Row& row) {
   if (threadIdx.x == 0) {
     s.nan = 0;
@@ -294,11 +306,12 @@ __device__ bool open_row(Shared& s, Row& row) {
   return s.nan == 0 && row.max != -INFINITY;
 }
 
-// --- the draw ------------------------------------------------------------------------------------------------
+// --- the draw
+// ------------------------------------------------------------------------------------------------
 
 __device__ Weight uniform_bits(int64_t seed, int64_t step) {
-  uint32_t x[4] = {static_cast<uint32_t>(step), static_cast<uint32_t>(static_cast<uint64_t>(step) >> 32),
-                   0, 0};
+  uint32_t x[4] = {static_cast<uint32_t>(step),
+                   static_cast<uint32_t>(static_cast<uint64_t>(step) >> 32), 0, 0};
   uint32_t key[2] = {static_cast<uint32_t>(seed),
                      static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)};
   for (int round = 0; round < 10; ++round) {  // Philox4x32-10
@@ -342,7 +355,8 @@ __device__ Weight warp_scan(Weight value) {
   return value;
 }
 
-/// The token at which the running sum of kept weights, in order of ids, passes point = uniform * total.
+/// The token at which the running sum of kept weights, in order of ids, passes point = uniform *
+/// total.
 __device__ int draw(Shared& s, const Row& row, const Limit& limit, Weight uniform) {
   __shared__ int equal_count[kWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -410,7 +424,8 @@ __device__ Limit keep(Shared& s, const Row& row, int top_k, float top_p) {
   Limit limit{0, 0};
   auto count = [&row](float x) { return static_cast<Weight>(row.allowed(x)); };
   auto weight = [&row](float x) { return row.weight(x); };
-  if (top_k > 0 && top_k < row.vocab && sum_above(s, row, limit, count) > static_cast<Weight>(top_k)) {
+  if (top_k > 0 && top_k < row.vocab &&
+      sum_above(s, row, limit, count) > static_cast<Weight>(top_k)) {
     limit = select(s, row, limit, top_k, count);
   }
   if (top_p < 1.0f) {
@@ -422,9 +437,9 @@ __device__ Limit keep(Shared& s, const Row& row, int top_k, float top_p) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    sample_kernel(const float* logits, const float* temperature, const int* top_k, const float* top_p,
-                  const float* min_p, const int64_t* seeds, const int64_t* steps, const int* forced,
-                  int* out, int vocab) {
+    sample_kernel(const float* logits, const float* temperature, const int* top_k,
+                  const float* top_p, const float* min_p, const int64_t* seeds,
+                  const int64_t* steps, const int* forced, int* out, int vocab) {
   __shared__ Shared s;
   const int r = blockIdx.x;
   if (forced[r] >= 0) {
@@ -444,7 +459,8 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) out[r] = token;
 }
 
-// --- log-probabilities ---------------------------------------------------------------------------------------
+// --- log-probabilities
+// ---------------------------------------------------------------------------------------
 
 struct Ranked {
   uint32_t key;
@@ -518,8 +534,8 @@ __device__ void best_tokens(Shared& s, const Row& row, int k, Ranked* list) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    logprobs_kernel(const float* logits, const int* tokens, int k, float* out_logprob, int* out_rank,
-                    int* out_ids, float* out_logprobs, int vocab) {
+    logprobs_kernel(const float* logits, const int* tokens, int k, float* out_logprob,
+                    int* out_rank, int* out_ids, float* out_logprobs, int vocab) {
   __shared__ Shared s;
   __shared__ Ranked list[kMaxTopLogprobs];
   const int r = blockIdx.x;
@@ -560,16 +576,16 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void mask_logits(float* logits, const int* bitmask, const int* rows, int count, int vocab, int words,
-                 cudaStream_t stream) {
+void mask_logits(float* logits, const int* bitmask, const int* rows, int count, int vocab,
+                 int words, cudaStream_t stream) {
   mask_kernel<<<dim3(count, 32), 256, 0, stream>>>(logits, bitmask, rows, vocab, words);
   check_launch("mask_logits");
 }
 
-void process_logits(float* logits, const int* slots, const int* occurrences, const float* repetition,
-                    const float* frequency, const float* presence, const float* temperature,
-                    const int* edit_offsets, const int* edit_ids, const float* edit_values, int rows,
-                    int vocab, cudaStream_t stream) {
+void process_logits(float* logits, const int* slots, const int* occurrences,
+                    const float* repetition, const float* frequency, const float* presence,
+                    const float* temperature, const int* edit_offsets, const int* edit_ids,
+                    const float* edit_values, int rows, int vocab, cudaStream_t stream) {
   edit_kernel<<<rows, 128, 0, stream>>>(logits, edit_offsets, edit_ids, edit_values, vocab);
   check_launch("process_logits: edits");
   penalty_kernel<<<dim3(rows, 32), kThreads, 0, stream>>>(logits, slots, occurrences, repetition,
@@ -580,23 +596,25 @@ void process_logits(float* logits, const int* slots, const int* occurrences, con
 void update_occurrences(int* occurrences, const int* slots, const int* ids, int count, bool prompt,
                         int slot_count, int vocab, cudaStream_t stream) {
   if (count == 0) return;
-  occurrence_kernel<<<ceil_div(count, 256), 256, 0, stream>>>(occurrences, slots, ids, count, prompt,
-                                                              slot_count, vocab);
+  occurrence_kernel<<<ceil_div(count, 256), 256, 0, stream>>>(occurrences, slots, ids, count,
+                                                              prompt, slot_count, vocab);
   check_launch("update_occurrences");
 }
 
 void sample(const float* logits, const float* temperature, const int* top_k, const float* top_p,
             const float* min_p, const int64_t* seeds, const int64_t* steps, const int* forced,
             int* out, int rows, int vocab, cudaStream_t stream) {
-  sample_kernel<<<rows, kThreads, 0, stream>>>(logits, temperature, top_k, top_p, min_p, seeds, steps,
-                                               forced, out, vocab);
+  sample_kernel<<<rows, kThreads, 0, stream>>>(logits, temperature, top_k, top_p, min_p, seeds,
+                                               steps, forced, out, vocab);
   check_launch("sample");
 }
 
-void token_logprobs(const float* logits, const int* tokens, int k, float* out_logprob, int* out_rank,
-                    int* out_ids, float* out_logprobs, int rows, int vocab, cudaStream_t stream) {
+void token_logprobs(const float* logits, const int* tokens, int k, float* out_logprob,
+                    int* out_rank, int* out_ids, float* out_logprobs, int rows, int vocab,
+                    cudaStream_t stream) {
   if (k > kMaxTopLogprobs) {
-    throw std::runtime_error("token_logprobs: k is " + std::to_string(k) + ", at most 1024 on a card");
+    throw std::runtime_error("token_logprobs: k is " + std::to_string(k) +
+                             ", at most 1024 on a card");
   }
   logprobs_kernel<<<rows, kThreads, 0, stream>>>(logits, tokens, k, out_logprob, out_rank, out_ids,
                                                  out_logprobs, vocab);

@@ -1,11 +1,13 @@
-// The layout in which quantised and expert weights live on a card, and how registers are filled from it.
+// The layout in which quantised and expert weights live on a card, and how registers are filled
+// from it.
 //
-// A tile is 16 columns (outputs n) by 128 rows (inputs k) of W, stored as [vector][lane] 16-byte vectors
-// so that a warp reads it in whole 512-byte lines and each lane receives exactly its own operands of
-// mma.m16n8k16 with the WEIGHT as matrix A: lane (g = lane / 4, c = lane % 4) owns columns g and g + 8 and, in
-// each 32-row chunk, rows 8c .. 8c + 7. The sum over k may run in any order as long as activations use the same
-// one, so both take 8 consecutive k per lane: one 16-byte load of x, two bytes of CCQ code.
-// Tiles of one column block follow each other along k: [expert][N / 16][K / 128][tile].
+// A tile is 16 columns (outputs n) by 128 rows (inputs k) of W, stored as [vector][lane] 16-byte
+// vectors so that a warp reads it in whole 512-byte lines and each lane receives exactly its own
+// operands of mma.m16n8k16 with the WEIGHT as matrix A: lane (g = lane / 4, c = lane % 4) owns
+// columns g and g + 8 and, in each 32-row chunk, rows 8c .. 8c + 7. The sum over k may run in any
+// order as long as activations use the same one, so both take 8 consecutive k per lane: one 16-byte
+// load of x, two bytes of CCQ code. Tiles of one column block follow each other along k: [expert][N
+// / 16][K / 128][tile].
 #pragma once
 
 #include "common.cuh"
@@ -16,8 +18,8 @@ constexpr int kTileColumns = 16;
 constexpr int kTileRows = 128;
 constexpr int kChunks = kTileRows / 32;
 
-/// How a tile is coded. kCcqWide decodes any code_scale/code_zp; kCcq needs |d| < 2^18 for every byte, which
-/// is checked column by column when the weight is packed.
+/// How a tile is coded. kCcqWide decodes any code_scale/code_zp; kCcq needs |d| < 2^18 for every
+/// byte, which is checked column by column when the weight is packed.
 enum class Kind : int { kDense = 0, kInt8 = 1, kInt4 = 2, kCcq = 3, kCcqWide = 4 };
 
 constexpr bool is_ccq(Kind kind) { return kind == Kind::kCcq || kind == Kind::kCcqWide; }
@@ -29,13 +31,15 @@ constexpr int tile_vectors(Kind kind) {
 
 constexpr int64_t tile_bytes(Kind kind) { return int64_t{512} * tile_vectors(kind); }
 
-/// One packed weight (all experts of it). Vectors are padded to 16 columns, `experts` is 1 for a linear.
+/// One packed weight (all experts of it). Vectors are padded to 16 columns, `experts` is 1 for a
+/// linear.
 struct TiledWeight {
-  const uint4* tiles;           // [experts][n_tiles][k_tiles][vectors][32]
-  const uint16_t* local_scale;  // CCQ: [experts][n_tiles][k_tiles][8], low byte column g, high byte g + 8
-  const float* code_scale;      // CCQ: [experts][16 n_tiles]
-  const float* code_bias;       // CCQ: code_zp + 0.5, rounded once
-  const float* column_scale;    // super scale or weight scale; unused for dense
+  const uint4* tiles;  // [experts][n_tiles][k_tiles][vectors][32]
+  const uint16_t*
+      local_scale;  // CCQ: [experts][n_tiles][k_tiles][8], low byte column g, high byte g + 8
+  const float* code_scale;    // CCQ: [experts][16 n_tiles]
+  const float* code_bias;     // CCQ: code_zp + 0.5, rounded once
+  const float* column_scale;  // super scale or weight scale; unused for dense
   int in_features;
   int out_features;
   int n_tiles;
@@ -44,10 +48,10 @@ struct TiledWeight {
 
 #ifdef __CUDACC__
 
-constexpr uint32_t kBf16_128 = 0x43004300u;   // 128.0 twice: seven mantissa bits count units
+constexpr uint32_t kBf16_128 = 0x43004300u;  // 128.0 twice: seven mantissa bits count units
 constexpr uint32_t kFieldMask = 0x003f003fu;
-constexpr uint32_t kMinus160 = 0xc320c320u;   // -(128 + 32)
-constexpr uint32_t kMinus136 = 0xc308c308u;   // -(128 + 8)
+constexpr uint32_t kMinus160 = 0xc320c320u;  // -(128 + 32)
+constexpr uint32_t kMinus136 = 0xc308c308u;  // -(128 + 8)
 
 __device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) {
   const __nv_bfloat162 sum = __hadd2(*reinterpret_cast<const __nv_bfloat162*>(&a),
@@ -62,20 +66,22 @@ __device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   return *reinterpret_cast<const uint32_t*>(&sum);
 }
 
-/// Byte `kIndex` of `word` as float32, without the slow integer conversion: the byte becomes the low
-/// mantissa byte of 2^23.
+/// Byte `kIndex` of `word` as float32, without the slow integer conversion: the byte becomes the
+/// low mantissa byte of 2^23.
 template <int kIndex>
 __device__ __forceinline__ float byte_to_float(uint32_t word) {
   return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 | kIndex)) - 8388608.0f;
 }
 
 /// Decodes one CCQ byte to its four 6-bit fields as packed bf16 pairs of 128 + field:
-/// first = rows 4r, 4r + 1; second = rows 4r + 2, 4r + 3. Exact: see design notes in docs/performance.md.
+/// first = rows 4r, 4r + 1; second = rows 4r + 2, 4r + 3. Exact: see design notes in
+/// docs/performance.md.
 ///
-/// Two additions rounded down leave d + 0xb4c0 and (d >> 3) + 2^15 in low mantissa bits; one multiply-add puts
-/// d in the high and d >> 3 in the low half of a word (0xb4c0 cancels the float exponent that the addend
-/// carries), where both field pairs can be masked out, the second after one shift. Five of the nine instructions
-/// run on the FMA pipe, four on the integer pipe that has half its rate.
+/// Two additions rounded down leave d + 0xb4c0 and (d >> 3) + 2^15 in low mantissa bits; one
+/// multiply-add puts d in the high and d >> 3 in the low half of a word (0xb4c0 cancels the float
+/// exponent that the addend carries), where both field pairs can be masked out, the second after
+/// one shift. Five of the nine instructions run on the FMA pipe, four on the integer pipe that has
+/// half its rate.
 template <Kind kKind, int kIndex>
 __device__ __forceinline__ void decode_ccq(uint32_t word, float scale, float bias, uint32_t& first,
                                            uint32_t& second) {

@@ -1,7 +1,7 @@
-// The head of Paddle's pluggable-device interface (paddle/phi/backends/device_ext.h of Paddle 3.2 and 3.3): what
-// this plug-in fills in. Declared here so that the plug-in builds before Paddle is installed;
-// tests/unit/paddle_device/test_abi.py compares every offset with the header of the installed Paddle.
-// Slots that the plug-in leaves empty are opaque pointers.
+// The head of Paddle's pluggable-device interface (paddle/phi/backends/device_ext.h of Paddle 3.2
+// and 3.3): what this plug-in fills in. Declared here so that the plug-in builds before Paddle is
+// installed; tests/unit/paddle_device/test_abi.py compares every offset with the header of the
+// installed Paddle. Slots that the plug-in leaves empty are opaque pointers.
 #pragma once
 
 #include <array>

@@ -1,6 +1,6 @@
-// An NVIDIA card as a pluggable device of Paddle's CPU build, type name "nvidia" (names with "cuda" or "gpu" in
-// them are rewritten by Paddle). Tensors, copies, streams and events work; kernels come from _ops_cuda, and Paddle falls
-// back to the host for anything else.
+// An NVIDIA card as a pluggable device of Paddle's CPU build, type name "nvidia" (names with "cuda"
+// or "gpu" in them are rewritten by Paddle). Tensors, copies, streams and events work; kernels come
+// from _ops_cuda, and Paddle falls back to the host for anything else.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -46,9 +46,9 @@ class DeviceGuard {
 
 /// Memory of one card: the driver's stream-ordered pool, used on a stream of its own.
 ///
-/// Paddle names no stream when it allocates or frees, so the order is kept with events: a freed block may be
-/// handed out again only behind everything queued so far on every stream, and the streams wait for the
-/// allocation. Nothing waits on the host.
+/// Paddle names no stream when it allocates or frees, so the order is kept with events: a freed
+/// block may be handed out again only behind everything queued so far on every stream, and the
+/// streams wait for the allocation. Nothing waits on the host.
 class Memory {
  public:
   Status allocate(int device, void** pointer, size_t size) {
@@ -99,10 +99,11 @@ class Memory {
     return report(cudaStreamCreateWithFlags(&own_, cudaStreamNonBlocking), "stream");
   }
 
-  /// Puts all streams behind `own` or `own` behind all streams. A stream under capture takes no part: what it records
-  /// runs only when its graph is launched.
+  /// Puts all streams behind `own` or `own` behind all streams. A stream under capture takes no
+  /// part: what it records runs only when its graph is launched.
   Status order(cudaStream_t own, bool own_first) {
-    if (own_first && cudaEventRecord(event_, own) != cudaSuccess) return report(cudaGetLastError(), "order");
+    if (own_first && cudaEventRecord(event_, own) != cudaSuccess)
+      return report(cudaGetLastError(), "order");
     for (cudaStream_t stream : streams_) {
       cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
       if (cudaStreamIsCapturing(stream, &capturing) != cudaSuccess ||
@@ -114,8 +115,8 @@ class Memory {
         }
         continue;
       }
-      cudaError_t result = own_first ? cudaStreamWaitEvent(stream, event_, 0)
-                                     : cudaEventRecord(event_, stream);
+      cudaError_t result =
+          own_first ? cudaStreamWaitEvent(stream, event_, 0) : cudaEventRecord(event_, stream);
       if (result == cudaSuccess && !own_first) result = cudaStreamWaitEvent(own, event_, 0);
       if (result != cudaSuccess) return report(result, "order");
     }
@@ -194,9 +195,9 @@ Status stream_add_callback(Device device, Stream stream, Callback callback, void
 
 Status create_event(Device device, Event* event) {
   const DeviceGuard guard(device);
-  return report(cudaEventCreateWithFlags(reinterpret_cast<cudaEvent_t*>(event),
-                                         cudaEventDisableTiming),
-                "create event");
+  return report(
+      cudaEventCreateWithFlags(reinterpret_cast<cudaEvent_t*>(event), cudaEventDisableTiming),
+      "create event");
 }
 
 Status record_event(Device device, Stream stream, Event event) {
@@ -260,7 +261,8 @@ Status host_memory_deallocate(Device device, void* pointer, size_t) {
   return report(cudaFreeHost(pointer), "free pinned memory");
 }
 
-/// The blocking copies run after all work of the card, as Paddle's own backends do: the caller names no stream.
+/// The blocking copies run after all work of the card, as Paddle's own backends do: the caller
+/// names no stream.
 Status copy(Device device, void* to, const void* from, size_t size, cudaMemcpyKind kind) {
   const DeviceGuard guard(device);
   const Status status = report(cudaDeviceSynchronize(), "copy: wait");
@@ -276,7 +278,8 @@ Status memory_copy_d2h(Device device, void* to, const void* from, size_t size) {
 Status memory_copy_d2d(Device device, void* to, const void* from, size_t size) {
   return copy(device, to, from, size, cudaMemcpyDeviceToDevice);
 }
-Status memory_copy_p2p(Device to_device, Device from_device, void* to, const void* from, size_t size) {
+Status memory_copy_p2p(Device to_device, Device from_device, void* to, const void* from,
+                       size_t size) {
   return report(cudaMemcpyPeer(to, to_device->id, from, from_device->id, size), "peer copy");
 }
 
@@ -286,13 +289,16 @@ Status copy_async(Device device, Stream stream, void* to, const void* from, size
   return report(cudaMemcpyAsync(to, from, size, kind, native(stream)), "async copy");
 }
 
-Status async_memory_copy_h2d(Device device, Stream stream, void* to, const void* from, size_t size) {
+Status async_memory_copy_h2d(Device device, Stream stream, void* to, const void* from,
+                             size_t size) {
   return copy_async(device, stream, to, from, size, cudaMemcpyHostToDevice);
 }
-Status async_memory_copy_d2h(Device device, Stream stream, void* to, const void* from, size_t size) {
+Status async_memory_copy_d2h(Device device, Stream stream, void* to, const void* from,
+                             size_t size) {
   return copy_async(device, stream, to, from, size, cudaMemcpyDeviceToHost);
 }
-Status async_memory_copy_d2d(Device device, Stream stream, void* to, const void* from, size_t size) {
+Status async_memory_copy_d2d(Device device, Stream stream, void* to, const void* from,
+                             size_t size) {
   return copy_async(device, stream, to, from, size, cudaMemcpyDeviceToDevice);
 }
 Status async_memory_copy_p2p(Device to_device, Device from_device, Stream stream, void* to,
