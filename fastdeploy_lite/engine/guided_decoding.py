@@ -219,9 +219,13 @@ class GuidedDecoder:
         text = grammar_text(spec)
         matcher = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=_LIMITS)
         probe = matcher.deep_copy()
-        probe.compute_bitmask()  # some grammars prove empty only at the first step
+        mask = probe.compute_bitmask()  # some grammars prove empty only at the first step
         if probe.is_error():
             raise _error(spec, _reason(probe.get_error()))
+        allowed = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+        allowed[list(self._source.eos_token_ids)] = 0
+        if not allowed.any():
+            raise _error(spec, "it allows nothing but an empty output")
         return matcher
 
 

@@ -64,6 +64,7 @@ CASES: list[tuple[str, dict[str, Any], str, str | None, str]] = [
     (CHAT, {"guided_json": {"type": "array", "uniqueItems": True}}, "uniqueItems", "guided_json",
      "invalid_value"),
     (CHAT, {"guided_regex": "("}, "unclosed group", "guided_regex", "invalid_value"),
+    (CHAT, {"guided_regex": ""}, "empty output", "guided_regex", "invalid_value"),
     (COMPLETION, {}, "Field required", "prompt", "missing_required_parameter"),
     (COMPLETION, {"prompt": []}, "empty list", "prompt", "invalid_value"),
     (COMPLETION, {"prompt": "a", "prompt_token_ids": []}, "empty list", "prompt_token_ids",
