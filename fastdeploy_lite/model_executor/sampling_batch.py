@@ -137,7 +137,7 @@ class SamplingBatch:
         """Row as a writable array: the memory itself on the CPU, a copy on a card."""
         tensor = logits[row]
         if tensor.place.is_cpu_place():
-            return np.from_dlpack(tensor).view(np.float32)
+            return ops.host_array(tensor)
         return np.array(ops.download(tensor))
 
     def _write_back(self, logits: Any, row: int, values: npt.NDArray[np.float32]) -> None:

@@ -39,7 +39,7 @@ class PackedBuffer:
         self._shared = self._flat.place.is_cpu_place()
         self._bytes: npt.NDArray[np.uint8] = np.empty(0 if self._shared else end, np.uint8)
         if self._shared:
-            self._bytes = np.from_dlpack(self._flat).view(np.uint8)
+            self._bytes = ops.host_array(self._flat)
         self._bytes.fill(0)
         self.host: dict[str, npt.NDArray[Any]] = {}
         self.device: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from fastdeploy_lite.model_executor.ops.sampling import (
     token_logprobs,
     update_occurrences,
 )
-from fastdeploy_lite.model_executor.ops.transfer import download, memory_info, upload
+from fastdeploy_lite.model_executor.ops.transfer import download, host_array, memory_info, upload
 from fastdeploy_lite.model_executor.ops.weights import (
     PackedWeight,
     allocate_weight,
@@ -38,6 +38,7 @@ __all__ = [
     "fix",
     "fused_moe",
     "gather_rows",
+    "host_array",
     "linear",
     "mask_logits",
     "memory_info",

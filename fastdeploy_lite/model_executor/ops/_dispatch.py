@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 PlaceKind = Literal["cpu", "cuda"]
 
-_MODULES = {"cpu": "fastdeploy_lite._ops_cpu", "cuda": "fastdeploy_lite.model_executor.ops.cuda_ops"}
+_MODULES = {
+    "cpu": "fastdeploy_lite._ops_cpu",
+    "cuda": "fastdeploy_lite.model_executor.ops.cuda_ops",
+}
 _HOW_TO_BUILD = {
     "cpu": "build it with `pip install .` (needs a C++17 compiler)",
     "cuda": "build it with `pip install .` where nvcc and a card are present, "

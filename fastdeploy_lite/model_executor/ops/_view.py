@@ -21,16 +21,16 @@ Tensor: TypeAlias = Any
 View: TypeAlias = tuple[int, str, list[int], list[int]]
 """Address, dtype name, shape, strides in elements."""
 
-_DTYPE_NAMES: dict[Any, str] = {
+DTYPE_NAMES: dict[Any, str] = {
     paddle.float32: "float32",
     paddle.bfloat16: "bfloat16",
     paddle.int64: "int64",
     paddle.int32: "int32",
     paddle.int16: "int16",
     paddle.int8: "int8",
-    paddle.uint16: "uint16",
     paddle.uint8: "uint8",
 }
+"""Dtypes that ops take; Paddle 3.2 has no unsigned types but uint8."""
 ACTIVATION_DTYPE: dict[PlaceKind, str] = {"cpu": "float32", "cuda": "bfloat16"}
 
 
@@ -54,7 +54,7 @@ def fix(tensor: Tensor) -> Tensor:
     Values may change. In-place operations that give a tensor other memory must not be used on it.
     """
     view = Arguments("fix", tensor).view(
-        "tensor", tensor, tuple(_DTYPE_NAMES.values()), *[None] * len(tensor.shape)
+        "tensor", tensor, tuple(DTYPE_NAMES.values()), *[None] * len(tensor.shape)
     )
     place = intern_place(tensor.place)
     accepted: set[Any] = set()  # (dtype, shape) that calls asked for and this tensor satisfies
@@ -125,7 +125,7 @@ class Arguments:
             raise TypeError(
                 f"{self.op}: {name} must be a paddle.Tensor, found {type(tensor).__name__}"
             )
-        found = _DTYPE_NAMES.get(tensor.dtype)
+        found = DTYPE_NAMES.get(tensor.dtype)
         if found is None or (found != dtype if isinstance(dtype, str) else found not in dtype):
             wanted = dtype if isinstance(dtype, str) else " or ".join(dtype)
             raise TypeError(f"{self.op}: {name} has dtype {tensor.dtype}, expected {wanted}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite.model_executor.ops._dispatch import native, place_kind
-from fastdeploy_lite.model_executor.ops._view import Tensor
+from fastdeploy_lite.model_executor.ops._view import DTYPE_NAMES, Tensor
 from fastdeploy_lite.utils import host_memory
 
 
@@ -32,7 +34,7 @@ def upload(array: npt.NDArray[Any], out: Tensor) -> None:
     if place_kind(out.place) == "cuda":
         native("cuda", "upload")(array, out)
         return
-    target = np.from_dlpack(out)
+    target = host_array(out)
     if target.dtype != array.dtype:
         raise ValueError(f"upload: array has dtype {array.dtype}, the tensor {target.dtype}")
     target.reshape(-1)[: array.size] = array.reshape(-1)
@@ -46,7 +48,28 @@ def download(tensor: Tensor) -> npt.NDArray[Any]:
     if place_kind(tensor.place) == "cuda":
         found: npt.NDArray[Any] = native("cuda", "download")(tensor)
         return found
-    return np.from_dlpack(tensor)
+    return host_array(tensor)
+
+
+def host_array(tensor: Tensor) -> npt.NDArray[Any]:
+    """Return a contiguous CPU tensor's own memory as a writable array; bfloat16 as uint16 bits.
+
+    By address, since DLPack views of Paddle 3.2's tensors are read-only in numpy. The array keeps
+    the tensor alive.
+
+    Raises:
+        ValueError: the tensor is on a card or has gaps.
+    """
+    if not tensor.place.is_cpu_place() or not tensor.is_contiguous():
+        raise ValueError(
+            f"host_array: expected a contiguous CPU tensor, found one on {tensor.place} "
+            f"(contiguous: {tensor.is_contiguous()})"
+        )
+    dtype = np.dtype(DTYPE_NAMES[tensor.dtype].replace("bfloat16", "uint16"))
+    shape = list(tensor.shape)
+    memory = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(tensor.data_ptr())
+    memory.owner = tensor  # type: ignore[attr-defined]
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def memory_info(place: Any) -> tuple[int, int]:
