@@ -31,6 +31,7 @@ from fastdeploy_lite.engine.messages import (
 from fastdeploy_lite.engine.scheduler import Scheduler, Sequence
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.model_executor.step import (
+    NOT_NUMBERS,
     LogitsProcessor,
     SamplerParams,
     SequenceSlice,
@@ -372,7 +373,7 @@ class EngineCore:
         outputs: list[EngineOutput],
     ) -> None:
         if result.error is not None:
-            outputs.append(self._end(active, "error", 500, one_line(result.error)))
+            outputs.append(self._end(active, "error", *_blame(active.request, result.error)))
             return
         self._scheduler.computed(active.sequence, len(part.token_ids))
         if result.prompt_logprobs is not None:
@@ -538,6 +539,15 @@ def _failure(
     return EngineOutput(
         request_id, finished=True, finish_reason=reason, error_code=code, error_msg=message
     )
+
+
+def _blame(request: EngineRequest, error: str) -> tuple[int, str]:
+    """Status and message of a sequence that failed: a request may forbid every token."""
+    sampling = request.sampling
+    restricted = sampling.guided is not None or sampling.sampler.banned_ids
+    if error == NOT_NUMBERS and (restricted or sampling.sampler.logit_bias):
+        return 400, "The constraint, bad words and biases of this request leave no token to sample"
+    return 500, one_line(error)
 
 
 def _describe(error: BaseException) -> str:

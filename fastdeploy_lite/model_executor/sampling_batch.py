@@ -16,10 +16,13 @@ from fastdeploy_lite.model_executor.layers.sampler import SamplingTensors
 from fastdeploy_lite.model_executor.logprobs import LOWEST, log_softmax, nucleus, select
 from fastdeploy_lite.model_executor.sampling_table import SamplingTable
 from fastdeploy_lite.model_executor.static_buffers import PackedBuffer
-from fastdeploy_lite.model_executor.step import SamplerParams, SequenceSlice, TokenLogprobs
+from fastdeploy_lite.model_executor.step import (
+    NOT_NUMBERS,
+    SamplerParams,
+    SequenceSlice,
+    TokenLogprobs,
+)
 from fastdeploy_lite.model_executor.workspace import Workspace
-
-NOT_NUMBERS = "the model's logits are not numbers"
 
 
 @dataclass(slots=True)

@@ -115,6 +115,9 @@ class TokenLogprobs:
     top_logprobs: list[float]
 
 
+NOT_NUMBERS = "the model's logits are not numbers"  # or every token is forbidden
+
+
 @dataclass(slots=True)
 class SliceResult:
     """What one slice gave.
