@@ -1,7 +1,8 @@
 """Builds ``fastdeploy_lite._ops_cuda`` and the NVIDIA plug-in for Paddle where nvcc is found.
 
-Architectures come from FD_BUILDING_ARCS ("80,86,89,90,100,120" or "all"; "none" skips the build), else from
-the cards present. Without nvcc, or without a card and FD_BUILDING_ARCS, nothing is built and nothing fails.
+Architectures come from FD_BUILDING_ARCS ("80,86,89,90,100,120" or "all"; "none" skips the build),
+else from the cards present. Without nvcc, or without a card and FD_BUILDING_ARCS, nothing is built
+and nothing fails.
 """
 
 from __future__ import annotations

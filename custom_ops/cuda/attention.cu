@@ -269,6 +269,12 @@ __global__ void __launch_bounds__(kWarps* kWarp) prefill_attention(const Attenti
   }
 }
 
+/// Parts of a context that have any tokens; the other blocks of a sequence have nothing to do.
+__device__ __forceinline__ int active_splits(const AttentionParams& p, const Sequence& seq) {
+  const int steps = (seq.context + kStepTokens - 1) / kStepTokens;
+  return min(p.splits, (steps + kWarps - 1) / kWarps);
+}
+
 /// Floats of one row in the partial results: unnormalised output, maximum, sum.
 constexpr int partial_width(int dim) { return dim + 2; }
 
@@ -289,7 +295,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) decode_attention(const Attentio
   const int b = blockIdx.x, kv_head = blockIdx.y, split = blockIdx.z;
   const Sequence seq = load_sequence(p, b);
   const int rows = seq.length * p.group;
-  if (rows > kRows || rows <= 0) return;
+  const int splits = active_splits(p, seq);
+  if (rows > kRows || rows <= 0 || split >= splits) return;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int g = lane / 4, c = lane % 4;
 
@@ -297,7 +304,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) decode_attention(const Attentio
   load_queries(state, p, seq, kv_head, 0);
   const int* table = p.block_tables + int64_t{b} * p.table_width;
   const int steps = (seq.context + kStepTokens - 1) / kStepTokens;
-  const int stride = kWarps * p.splits;
+  const int stride = kWarps * splits;
   for (int step = split * kWarps + warp; step < steps; step += stride) {
     attend(state, p, table, kv_head, step * kStepTokens, seq.context);
   }
@@ -341,29 +348,28 @@ __global__ void __launch_bounds__(kWarps* kWarp) decode_attention(const Attentio
   }
 }
 
+/// One block a row, one thread a feature.
 template <int kDim>
 __global__ void merge_splits(const AttentionParams p) {
   constexpr int kWidth = partial_width(kDim);
-  const int b = blockIdx.x, kv_head = blockIdx.y;
+  const int b = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z, d = threadIdx.x;
   const Sequence seq = load_sequence(p, b);
   const int rows = seq.length * p.group;
-  if (rows > kRows || rows <= 0) return;
-  const float* partial =
-      p.partial + (int64_t{b} * p.kv_heads + kv_head) * p.splits * kRows * kWidth;
-  for (int i = threadIdx.x; i < rows * kDim; i += blockDim.x) {
-    const int row = i / kDim, d = i % kDim;
-    const float* at = partial + row * kWidth;
-    float top = -INFINITY;
-    for (int s = 0; s < p.splits; ++s) top = fmaxf(top, at[int64_t{s} * kRows * kWidth + kDim]);
-    float total = 0.0f, value = 0.0f;
-    for (int s = 0; s < p.splits; ++s) {
-      const float* part = at + int64_t{s} * kRows * kWidth;
-      const float share = exp2f(part[kDim] - top);
-      total += share * part[kDim + 1];
-      value += share * part[d];
-    }
-    store_row<kDim>(p, seq, kv_head, row, d, value / total);
+  if (rows > kRows || row >= rows) return;
+  const int splits = active_splits(p, seq);
+  const float* at =
+      p.partial + ((int64_t{b} * p.kv_heads + kv_head) * p.splits * kRows + row) * kWidth;
+  float top = -INFINITY, total = 0.0f, value = 0.0f;
+#pragma unroll 4
+  for (int s = 0; s < splits; ++s) {
+    const float* part = at + int64_t{s} * kRows * kWidth;
+    const float higher = fmaxf(top, part[kDim]);
+    const float keep = exp2f(top - higher), share = exp2f(part[kDim] - higher);
+    total = total * keep + share * part[kDim + 1];
+    value = value * keep + share * part[d];
+    top = higher;
   }
+  store_row<kDim>(p, seq, kv_head, row, d, value / total);
 }
 
 template <int kDim>
@@ -379,7 +385,8 @@ void launch_attention(const AttentionParams& p, int tokens, cudaStream_t stream)
   decode_attention<kDim><<<grid, kWarps * kWarp, 0, stream>>>(p);
   check_launch("decode_attention");
   if (p.splits > 1) {
-    merge_splits<kDim><<<dim3(p.sequences, p.kv_heads), 256, 0, stream>>>(p);
+    const int rows = tokens > p.sequences ? kRows : p.group;  // pure decode: one token a sequence
+    merge_splits<kDim><<<dim3(p.sequences, p.kv_heads, rows), kDim, 0, stream>>>(p);
     check_launch("merge_splits");
   }
 }

@@ -52,6 +52,11 @@ __device__ __forceinline__ void store_output(const GemmParams& p, int64_t index,
 
 constexpr int kSkinnyWarps = 8;
 
+/// Blocks of the streaming kernel that fit on an SM, as its launch bounds ask for.
+constexpr int resident_blocks(bool gated, int token_tiles) {
+  return token_tiles == 1 && !gated ? 3 : token_tiles == 8 ? 1 : 2;
+}
+
 /// Vectors of one or two (GATED) column blocks for one k tile.
 template <Kind kKind, int kStreams>
 struct Stage {
@@ -80,36 +85,6 @@ constexpr bool scales_groups(Kind kind, int token_tiles) {
   return is_ccq(kind) && token_tiles == 1;
 }
 
-/// Sums of one warp. With one token tile the tensor core would wait for its own last result most of
-/// the time, so even and odd k-steps get sums of their own, and so does the constant that CCQ takes
-/// off.
-template <Kind kKind, int kTokenTiles>
-struct Sums {
-  static constexpr int kParts = kTokenTiles == 1 ? 2 : 1;
-  static constexpr bool kGroups = scales_groups(kKind, kTokenTiles);
-  float main[kParts][kTokenTiles][4];
-  float offset[kGroups ? kParts : 1][4];
-
-  __device__ void clear() {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) main[part][j][i] = 0.0f;
-        if constexpr (kGroups) offset[part][i] = 0.0f;
-      }
-    }
-  }
-
-  __device__ float total(int j, int i) const {
-    float sum = main[0][j][i];
-    if constexpr (kParts == 2) sum += main[1][j][i];
-    if constexpr (kGroups) sum += offset[0][i] + offset[1][i];
-    return sum;
-  }
-};
-
 /// Local scales of columns g and g + 8 as packed bf16 pairs, and -160 times them (exact: 160 * 15
 /// has 7 bits).
 struct WeightScales {
@@ -118,9 +93,9 @@ struct WeightScales {
 };
 
 template <int kGroup>
-__device__ __forceinline__ WeightScales weight_scales(uint32_t pair) {
+__device__ __forceinline__ WeightScales weight_scales(uint32_t pair, const LaneColumns& columns) {
   float value[2];
-  local_scales<kGroup>(pair, value);
+  local_scales<kGroup>(pair, columns.constants, value);
   WeightScales out;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -141,34 +116,29 @@ __device__ __forceinline__ void multiply_step(const uint4 (&v)[tile_vectors(kKin
                                               const LaneColumns& columns,
                                               const WeightScales& scales,
                                               const uint4 (&x)[kTokenTiles], int token_tiles,
-                                              Sums<kKind, kTokenTiles>& sums) {
-  constexpr int kPart = kStep % Sums<kKind, kTokenTiles>::kParts;
+                                              float (&sums)[kTokenTiles][4]) {
   uint32_t a[4];
   decode_fragment<kKind, kChunk, kStep>(v, columns, a);
   if constexpr (is_ccq(kKind) && kTokenTiles > 1) scale_fragment(a, scales);
 #pragma unroll
   for (int j = 0; j < kTokenTiles; ++j) {
-    if (j < token_tiles) {
-      const uint32_t b0 = component(x[j], 2 * kStep);
-      const uint32_t b1 = component(x[j], 2 * kStep + 1);
-      if constexpr (Sums<kKind, kTokenTiles>::kGroups) {
-        // the idle tensor core takes off the 160 cheaper than the busy ALUs would
-        constexpr uint32_t kOffset[4] = {kMinus160, kMinus160, kMinus160, kMinus160};
-        mma(sums.offset[kPart], kOffset, b0, b1);
-      }
-      mma(sums.main[kPart][j], a, b0, b1);
+    if (kTokenTiles == 1 || j < token_tiles) {
+      mma(sums[j], a, component(x[j], 2 * kStep), component(x[j], 2 * kStep + 1));
     }
   }
 }
 
-template <int kTokenTiles>
-__device__ __forceinline__ void load_x(uint4 (&x)[kTokenTiles],
-                                       const bf16* const (&x_row)[kTokenTiles], int k, int limit) {
-#pragma unroll
-  for (int j = 0; j < kTokenTiles; ++j) {
-    const bool valid = x_row[j] != nullptr && k < limit;
-    x[j] = valid ? __ldg(reinterpret_cast<const uint4*>(x_row[j] + k)) : make_uint4(0, 0, 0, 0);
+/// Begins or continues a group's sum with -160 times the sum of x: the idle tensor core takes off
+/// the offset of the fields cheaper than the busy ALUs would.
+template <int kChunk>
+__device__ __forceinline__ void subtract_offset(const uint32_t (&offset)[4], const uint4& x,
+                                                float (&sums)[4]) {
+  if constexpr (kChunk % 2 == 0) {
+    mma_first(sums, offset, x.x, x.y);
+  } else {
+    mma(sums, offset, x.x, x.y);
   }
+  mma(sums, offset, x.z, x.w);
 }
 
 /// What a warp carries from chunk to chunk.
@@ -181,25 +151,37 @@ struct WarpProduct {
   int token_tiles;  // in use
   LaneColumns columns[kStreams];
   uint4 x_next[kPrefetch ? kTokenTiles : 1];
-  Sums<kKind, kTokenTiles> sums[kStreams];
+  float sums[kStreams][kTokenTiles][4];
   float scaled[kGroups ? kStreams : 1][4];  // groups times their local scales
+  uint32_t offset[4];  // -160 everywhere, held: constants would be moved in for every product
 
-  __device__ void clear() {
+  /// `zeros`: an int below 2^16; its high bits are a zero that the compiler cannot know, different
+  /// for each i.
+  __device__ void clear(int zeros) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kGroups) offset[i] = kMinus160 ^ (static_cast<uint32_t>(zeros) >> (20 + i));
+    }
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
-      sums[s].clear();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if constexpr (kGroups) scaled[s][i] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kTokenTiles; ++j) sums[s][j][i] = 0.0f;
       }
     }
   }
 
   __device__ float total(int s, int j, int i) const {
-    if constexpr (kGroups) {
-      return scaled[s][i];
-    } else {
-      return sums[s].total(j, i);
+    return kGroups ? scaled[kGroups ? s : 0][i] : sums[s][j][i];
+  }
+
+  __device__ void load_x(uint4 (&x)[kTokenTiles], int k) const {
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j) {
+      const bool valid = x_row[j] != nullptr && k < limit;
+      x[j] = valid ? __ldg(reinterpret_cast<const uint4*>(x_row[j] + k)) : make_uint4(0, 0, 0, 0);
     }
   }
 };
@@ -214,16 +196,19 @@ __device__ __forceinline__ void multiply_chunk(const Stage<kKind, kStreams>& sta
   if constexpr (warp.kPrefetch) {
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) x[j] = warp.x_next[j];
-    const int then = kChunk + 1 < kChunks ? k + 32 * (kChunk + 1) : next_k;
-    load_x(warp.x_next, warp.x_row, then, warp.limit);
+    warp.load_x(warp.x_next, kChunk + 1 < kChunks ? k + 32 * (kChunk + 1) : next_k);
   } else {
-    load_x(x, warp.x_row, k + 32 * kChunk, warp.limit);
+    warp.load_x(x, k + 32 * kChunk);
+  }
+  if constexpr (warp.kGroups) {
+#pragma unroll
+    for (int s = 0; s < kStreams; ++s) subtract_offset<kChunk>(warp.offset, x[0], warp.sums[s][0]);
   }
 #pragma unroll
   for (int s = 0; s < kStreams; ++s) {
     WeightScales scales{};
     if constexpr (is_ccq(kKind) && kTokenTiles > 1) {
-      scales = weight_scales<kChunk / 2>(stage.scale[s]);
+      scales = weight_scales<kChunk / 2>(stage.scale[s], warp.columns[s]);
     }
     multiply_step<kKind, kTokenTiles, kChunk, 0>(stage.v[s], warp.columns[s], scales, x,
                                                  warp.token_tiles, warp.sums[s]);
@@ -231,10 +216,9 @@ __device__ __forceinline__ void multiply_chunk(const Stage<kKind, kStreams>& sta
                                                  warp.token_tiles, warp.sums[s]);
     if constexpr (warp.kGroups && kChunk % 2 == 1) {
       float scale[2];
-      local_scales<kChunk / 2>(stage.scale[s], scale);
+      local_scales<kChunk / 2>(stage.scale[s], warp.columns[s].constants, scale);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) warp.scaled[s][i] += scale[i / 2] * warp.sums[s].total(0, i);
-      warp.sums[s].clear();
+      for (int i = 0; i < 4; ++i) warp.scaled[s][i] += scale[i / 2] * warp.sums[s][0][i];
     }
   }
 }
@@ -276,7 +260,7 @@ __global__ void __launch_bounds__(kSkinnyWarps* kWarp, (kTokenTiles == 1 && !kGa
   const int block = blockIdx.x * blocks_here + warp / split;
 
   WarpProduct<kKind, kStreams, kTokenTiles> product;
-  product.clear();
+  product.clear(split);
   if (block < out_tiles) {
     int64_t stream_block[kStreams];
 #pragma unroll
@@ -301,7 +285,7 @@ __global__ void __launch_bounds__(kSkinnyWarps* kWarp, (kTokenTiles == 1 && !kGa
       if (k_tile < w.k_tiles) load_stage(stage[d], w, stream_block, k_tile, lane);
     }
     if constexpr (product.kPrefetch) {
-      load_x(product.x_next, product.x_row, part * kTileRows, product.limit);
+      product.load_x(product.x_next, part * kTileRows);
     }
     for (int base = part; base < w.k_tiles; base += kDepth * split) {
 #pragma unroll
@@ -396,7 +380,7 @@ __device__ __forceinline__ void wide_chunk(const uint4 (&v)[2][tile_vectors(kKin
     decode_fragment<kKind, kChunk, 0>(v[m], columns[m], a[m][0]);
     decode_fragment<kKind, kChunk, 1>(v[m], columns[m], a[m][1]);
     if constexpr (is_ccq(kKind)) {
-      const WeightScales scales = weight_scales<kChunk / 2>(pair[m]);
+      const WeightScales scales = weight_scales<kChunk / 2>(pair[m], columns[m]);
       scale_fragment(a[m][0], scales);
       scale_fragment(a[m][1], scales);
     }
@@ -522,17 +506,22 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 
 constexpr int kSkinnyOverhead =
     3;  // k tiles' worth of time that a warp spends before and after its loop
-constexpr int kBusyBlocks = 3;  // blocks an SM needs to hide its latencies
+constexpr int kBusyBlocks = 2;  // blocks an SM needs to hide its latencies
 
-/// Warps that share one column block, chosen for the least time of the busiest SM.
-inline int choose_split(int blocks, int row_tiles, int k_tiles, int multiprocessors) {
+/// Warps that share one column block, chosen for the least time of the busiest SM: its blocks run
+/// in rounds of `resident`, and a round of few blocks takes as long as one of kBusyBlocks.
+inline int choose_split(int blocks, int row_tiles, int k_tiles, int resident, int multiprocessors) {
   int best = 1;
   int64_t least = INT64_MAX;
   for (int split = 1; split <= kSkinnyWarps && split <= k_tiles; split *= 2) {
     const int64_t total = int64_t{ceil_div(blocks * split, kSkinnyWarps)} * row_tiles;
     const int64_t busiest = ceil_div<int64_t>(total, multiprocessors);
-    const int64_t time = (busiest < kBusyBlocks ? kBusyBlocks : busiest) *
-                         (ceil_div(k_tiles, split) + kSkinnyOverhead);
+    const int64_t rest = busiest % resident;
+    const int64_t rounds = busiest - rest +
+                           (rest == 0            ? 0
+                            : rest < kBusyBlocks ? kBusyBlocks
+                                                 : rest);
+    const int64_t time = rounds * (ceil_div(k_tiles, split) + kSkinnyOverhead);
     if (time < least) {
       least = time;
       best = split;
@@ -554,7 +543,8 @@ inline int multiprocessor_count() {
 template <Kind kKind, bool kGated, int kTokenTiles>
 void launch_skinny(const TiledWeight& w, const GemmParams& p, int row_tiles, cudaStream_t stream) {
   const int blocks = kGated ? w.n_tiles / 2 : w.n_tiles;
-  const int split = choose_split(blocks, row_tiles, w.k_tiles, multiprocessor_count());
+  const int split = choose_split(blocks, row_tiles, w.k_tiles, resident_blocks(kGated, kTokenTiles),
+                                 multiprocessor_count());
   const dim3 grid(ceil_div(blocks, kSkinnyWarps / split), row_tiles);
   skinny_gemm<kKind, kGated, kTokenTiles><<<grid, kSkinnyWarps * kWarp, 0, stream>>>(w, p, split);
   check_launch("skinny_gemm");

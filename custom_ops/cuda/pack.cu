@@ -153,8 +153,8 @@ __global__ void unpack_tiles_kernel(const TiledWeight w, bool scaled, float* out
   const LaneColumns columns = load_columns<kKind>(w, n);
   float first[2] = {1.0f, 1.0f}, second[2] = {1.0f, 1.0f};
   if (scaled && is_ccq(kKind)) {
-    local_scales<0>(w.local_scale[tile * 8 + lane / 4], first);
-    local_scales<1>(w.local_scale[tile * 8 + lane / 4], second);
+    local_scales<0>(w.local_scale[tile * 8 + lane / 4], columns.constants, first);
+    local_scales<1>(w.local_scale[tile * 8 + lane / 4], columns.constants, second);
   }
   if (scaled && kKind != Kind::kDense) {
     for (int i = 0; i < 2; ++i) {

@@ -67,11 +67,21 @@ __device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
 }
 
 /// Byte `kIndex` of `word` as float32, without the slow integer conversion: the byte becomes the
-/// low mantissa byte of 2^23.
+/// low mantissa byte of `magic`, 2^23.
 template <int kIndex>
-__device__ __forceinline__ float byte_to_float(uint32_t word) {
-  return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 | kIndex)) - 8388608.0f;
+__device__ __forceinline__ float byte_to_float(uint32_t word, uint32_t magic) {
+  return __uint_as_float(__byte_perm(word, magic, 0x7440 | kIndex)) - 8388608.0f;
 }
+
+/// Constants that have to sit in registers: an instruction takes one immediate, and a second one
+/// would be moved in for every use. `zero` is a 0 that the compiler cannot know.
+struct DecodeConstants {
+  uint32_t one_two_eight;
+  uint32_t magic;
+
+  __device__ explicit DecodeConstants(uint32_t zero)
+      : one_two_eight(kBf16_128 ^ zero), magic(0x4b000000u ^ zero) {}
+};
 
 /// Decodes one CCQ byte to its four 6-bit fields as packed bf16 pairs of 128 + field:
 /// first = rows 4r, 4r + 1; second = rows 4r + 2, 4r + 3. Exact: see design notes in
@@ -83,9 +93,10 @@ __device__ __forceinline__ float byte_to_float(uint32_t word) {
 /// one shift. Five of the nine instructions run on the FMA pipe, four on the integer pipe that has
 /// half its rate.
 template <Kind kKind, int kIndex>
-__device__ __forceinline__ void decode_ccq(uint32_t word, float scale, float bias, uint32_t& first,
+__device__ __forceinline__ void decode_ccq(uint32_t word, float scale, float bias,
+                                           const DecodeConstants& constants, uint32_t& first,
                                            uint32_t& second) {
-  const float raw = __fmaf_rn(byte_to_float<kIndex>(word), scale, bias);
+  const float raw = __fmaf_rn(byte_to_float<kIndex>(word, constants.magic), scale, bias);
   uint32_t t;
   if constexpr (kKind == Kind::kCcq) {
     const uint32_t d = __float_as_uint(__fadd_rd(raw, 12582912.0f + 46272.0f));
@@ -95,20 +106,22 @@ __device__ __forceinline__ void decode_ccq(uint32_t word, float scale, float bia
     const uint32_t d = static_cast<uint32_t>(__float2int_rd(raw));
     t = (d << 16) | ((d >> 3) & 0xfffu);
   }
-  second = (t & kFieldMask) | kBf16_128;
-  first = ((t >> 6) & kFieldMask) | kBf16_128;
+  second = and_or(t, kFieldMask, constants.one_two_eight);
+  first = and_or(t >> 6, kFieldMask, constants.one_two_eight);
 }
 
 /// The per-column numbers that a lane needs: columns g and g + 8.
 struct LaneColumns {
   float code_scale[2];
   float code_bias[2];
+  DecodeConstants constants{0u};
 };
 
 template <Kind kKind>
 __device__ __forceinline__ LaneColumns load_columns(const TiledWeight& w, int64_t column) {
   LaneColumns lane{};
   if constexpr (is_ccq(kKind)) {
+    lane.constants = DecodeConstants(static_cast<uint32_t>(w.n_tiles) >> 30);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       lane.code_scale[i] = w.code_scale[column + 8 * i];
@@ -129,8 +142,10 @@ __device__ __forceinline__ void decode_fragment(const uint4 (&v)[tile_vectors(kK
                                                 const LaneColumns& lane, uint32_t (&a)[4]) {
   if constexpr (is_ccq(kKind)) {
     const uint32_t word = component(v[0], kChunk);
-    decode_ccq<kKind, kStep>(word, lane.code_scale[0], lane.code_bias[0], a[0], a[2]);
-    decode_ccq<kKind, kStep + 2>(word, lane.code_scale[1], lane.code_bias[1], a[1], a[3]);
+    decode_ccq<kKind, kStep>(word, lane.code_scale[0], lane.code_bias[0], lane.constants, a[0],
+                             a[2]);
+    decode_ccq<kKind, kStep + 2>(word, lane.code_scale[1], lane.code_bias[1], lane.constants, a[1],
+                                 a[3]);
   } else if constexpr (kKind == Kind::kInt4) {
     // nibble j holds element 2j and nibble j + 4 element 2j + 1: one mask gives a pair
 #pragma unroll
@@ -165,12 +180,12 @@ __device__ __forceinline__ void decode_fragment(const uint4 (&v)[tile_vectors(kK
 
 /// Local scales (0..15) of 64-row group `kGroup` of the tile for columns g and g + 8, as float32.
 template <int kGroup>
-__device__ __forceinline__ void local_scales(uint32_t pair, float (&scale)[2]) {
+__device__ __forceinline__ void local_scales(uint32_t pair, const DecodeConstants& constants,
+                                             float (&scale)[2]) {
   constexpr int kShift = kGroup == 0 ? 4 : 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t nibble = (pair >> (8 * i + kShift)) & 15u;
-    scale[i] = __uint_as_float(0x4b000000u | nibble) - 8388608.0f;
+    scale[i] = __uint_as_float(and_or(pair >> (8 * i + kShift), 15u, constants.magic)) - 8388608.0f;
   }
 }
 

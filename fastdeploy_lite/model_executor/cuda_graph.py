@@ -1,8 +1,9 @@
 """Decode steps as CUDA graphs: one launch instead of some hundred kernel launches from Python.
 
-A graph belongs to a batch size ("bucket") and holds the addresses of static buffers, of the workspace, and of the KV
-cache. It is captured when its bucket is first needed: the step runs once as usual, which settles every
-buffer and every cuBLASLt plan and computes the step's result, and once more on a private stream that only records.
+A graph belongs to a batch size ("bucket") and holds the addresses of static buffers, of the
+workspace, and of the KV cache. It is captured when its bucket is first needed: the step runs once
+as usual, which settles every buffer and every cuBLASLt plan and computes the step's result, and
+once more on a private stream that only records.
 """
 
 from __future__ import annotations

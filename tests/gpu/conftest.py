@@ -1,4 +1,4 @@
-"""These tests need an NVIDIA card and the CUDA module; elsewhere each is skipped with the reason."""
+"""These tests need an NVIDIA card and the CUDA module; elsewhere they skip, with the reason."""
 
 from __future__ import annotations
 

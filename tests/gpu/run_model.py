@@ -1,9 +1,9 @@
-"""Runs the demo model in a process of its own, on the device of FD_LITE_DEVICE; used by test_cuda_model.
+"""Runs the demo model in a process of its own; used by test_cuda_model.
 
     python run_model.py MODEL REQUEST.json RESULT.npz
 
-REQUEST: {"prompts": [[ids]], "max_tokens": n, "sampling": {...}} generates; {"sequences": [[ids]]} gives the logits of
-all positions.
+FD_LITE_DEVICE names the device. REQUEST: {"prompts": [[ids]], "max_tokens": n, "sampling": {...}}
+generates; {"sequences": [[ids]]} gives the logits of all positions.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ def test_freed_memory_is_used_again() -> None:
     for _ in range(20):
         del held
         held = paddle.empty([size], dtype="uint8", device=place)
+    assert held.shape == [size]
     again, _ = ops.memory_info(place)
     assert free - again < 2 * size
 

@@ -26,8 +26,8 @@ def test_linear_equals_float64(kind: str, rows: int, columns: int) -> None:
     for tokens in TOKENS:
         x = cards.round_bf16(random.standard_normal((tokens, rows)))
         expected = x.astype(np.float64) @ dense
-        # sums are float32 and weights exact, but for CCQ with more than 8 tokens: code times local scale is
-        # rounded to bf16
+        # sums are float32 and weights exact, but for CCQ with more than 8 tokens: code times local
+        # scale is rounded to bf16
         exact = 3e-3 if kind == "ccq" and tokens > 8 else 3e-6
         assert cards.error(run(weight, x, columns, "float32"), expected) < exact, tokens
         assert cards.error(run(weight, x, columns, "bfloat16"), expected) < 4e-3, tokens

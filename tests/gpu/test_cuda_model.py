@@ -76,8 +76,8 @@ def test_greedy_tokens_equal_the_cpus_or_part_at_a_tie(
 ) -> None:
     """Where the two part, the CPU's logits of both tokens must be closer than bf16 can tell apart.
 
-    The card's logits differ from the CPU's by the roundings of bf16 activations; their deviation over the
-    vocabulary at that position measures it, and a parting must lie within four of them.
+    The card's logits differ from the CPU's by the roundings of bf16 activations. Their deviation
+    over the vocabulary at that position measures it: a parting must lie within four of them.
     """
     cpu, card = greedy
     partings = []
@@ -105,7 +105,7 @@ def test_greedy_tokens_equal_the_cpus_or_part_at_a_tie(
         deviation = float(np.std(row - near))
         print(f"prompt {i} token {at}: gap {gap:.4f}, deviation of logits {deviation:.4f}")
         assert 0 <= gap <= 4 * deviation
-        assert deviation <= 0.1 * row.std()
+        assert deviation <= 0.25 * row.std()  # a near tie between two experts may flip as well
 
 
 @pytest.mark.timeout(300)

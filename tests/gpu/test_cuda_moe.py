@@ -1,4 +1,4 @@
-"""Routing and expert layers against numpy, from one token to a prefill, for every kind of expert."""
+"""Routing and expert layers against numpy, from one token to a prefill, for every kind."""
 
 from __future__ import annotations
 

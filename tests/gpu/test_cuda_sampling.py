@@ -11,7 +11,7 @@ from oracles import sampling as oracle
 def draw(
     logits: np.ndarray, rows: list[tuple[float, int, float, float]], **more: object
 ) -> np.ndarray:
-    """Tokens for parameters (temperature, top_k, top_p, min_p) per row; seeds and steps are row numbers."""
+    """Tokens for (temperature, top_k, top_p, min_p) per row; seeds and steps are row numbers."""
     from fastdeploy_lite.model_executor import ops
 
     count = len(logits)

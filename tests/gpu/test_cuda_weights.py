@@ -18,8 +18,11 @@ def decoded(weight: object, expert: int = 0, *, scaled: bool) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("kind", "rows", "columns"),
-    [("int8", 64, 16), ("int8", 192, 48), ("int8", 512, 272), ("int4", 64, 16), ("int4", 320, 112)]
-    + [("int4", 256, 144), ("ccq", 128, 8), ("ccq", 384, 24), ("ccq", 1024, 264)],
+    [
+        *[("int8", 64, 16), ("int8", 192, 48), ("int8", 512, 272)],
+        *[("int4", 64, 16), ("int4", 320, 112), ("int4", 256, 144)],
+        *[("ccq", 128, 8), ("ccq", 384, 24), ("ccq", 1024, 264)],
+    ],
 )
 def test_tiles_hold_the_matrix(kind: str, rows: int, columns: int) -> None:
     weight, expected = matrices.make(kind, np.random.default_rng(rows), rows, columns, experts=3)

@@ -1,7 +1,8 @@
 """The ops of `fastdeploy_lite.model_executor.ops` for a card: same names, checked views in.
 
-Each function adds the stream and scratch memory and calls `_ops_cuda`. Shapes, dtypes and meaning are documented at the
-functions of the same name in `ops`; indices are not read back, so the caller vouches for them.
+Each function adds the stream and scratch memory and calls `_ops_cuda`. Shapes, dtypes and meaning
+are documented at the functions of the same name in `ops`; indices are not read back, so the caller
+vouches for them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SKINNY_ROWS = 64
 _HOST_DTYPES = {"bfloat16": "uint16"}
 
 
-# -- copies --------------------------------------------------------------------------------------------
+# -- copies ---------------------------------------------------------------------------------------
 
 
 def upload(array: npt.NDArray[Any], out: Tensor) -> None:
@@ -56,7 +57,7 @@ def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).rpartition(".")[2]
 
 
-# -- rows ----------------------------------------------------------------------------------------------
+# -- rows -----------------------------------------------------------------------------------------
 
 
 def rms_norm(x: View, weight: View, eps: float, out: View) -> None:
@@ -104,7 +105,7 @@ def gather_rows(x: View, rows: View, out: View) -> None:
     )
 
 
-# -- products ------------------------------------------------------------------------------------------
+# -- products -------------------------------------------------------------------------------------
 
 
 def embedding(token_ids: View, weight: CudaWeight, out: View) -> None:
@@ -180,7 +181,7 @@ def route(
     )
 
 
-# -- attention -----------------------------------------------------------------------------------------
+# -- attention ------------------------------------------------------------------------------------
 
 
 def rope_and_cache(
@@ -247,7 +248,7 @@ def paged_attention(
     )
 
 
-# -- sampling ------------------------------------------------------------------------------------------
+# -- sampling -------------------------------------------------------------------------------------
 
 
 def mask_logits(logits: View, bitmask: View, bitmask_rows: View) -> None:
@@ -300,7 +301,7 @@ def update_occurrences(occurrences: View, slots: View, token_ids: View, prompt: 
 
 
 def sample(logits: View, *parameters: View) -> None:
-    """See ops.sample. A row of NaN, or without a token that may follow, gets -1: nothing is read back."""
+    """See ops.sample. A row of NaN, or of nothing but -inf, gets -1: nothing is read back."""
     _ops_cuda.sample(address(logits), *map(address, parameters), *logits[2], stream())
 
 

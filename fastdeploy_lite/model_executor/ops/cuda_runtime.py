@@ -1,7 +1,7 @@
 """What every CUDA op shares: the stream it runs on, scratch memory, facts about the card.
 
-One process computes on one card, and on one stream at a time, so that one block of scratch memory serves
-all ops in turn and keeps its address (CUDA graphs hold it).
+One process computes on one card, and on one stream at a time, so that one block of scratch memory
+serves all ops in turn and keeps its address (CUDA graphs hold it).
 """
 
 from __future__ import annotations

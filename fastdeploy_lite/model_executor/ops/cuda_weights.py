@@ -1,7 +1,7 @@
 """Weights on a card: tiles that the kernels read in one stream, filled through pinned buffers.
 
-The tile layout is described in custom_ops/cuda/weight_tiles.cuh. A plain dense weight stays a matrix bf16
-[N, K]: cuBLASLt multiplies by it, and its rows serve as an embedding table.
+The tile layout is described in custom_ops/cuda/weight_tiles.cuh. A plain dense weight stays a
+matrix bf16 [N, K]: cuBLASLt multiplies by it, and its rows serve as an embedding table.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _make_handle(weight: PackedWeight, kind: int) -> None:
 
 
 class Staging:
-    """Device memory that holds one array of a file until it is repacked; grows, reused, released."""
+    """Device memory that holds one array of a file until it is repacked."""
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
@@ -313,7 +313,7 @@ def randomize(weight: PackedWeight, seed: int) -> None:
         kind = _NIBBLES if name == "local_scale" else KIND_CODES[weight.kind]
         nbytes = int(tensor.size) * int(tensor.element_size())
         _ops_cuda.randomize(kind, int(tensor.data_ptr()), nbytes, seed & (2**63 - 1), size, stream)
-    # deviations of the bare codes: int8 bytes 73.3, nibbles 4.3, CCQ fields 18 times a mean local scale of 8
+    # of the bare codes: int8 bytes, nibbles, CCQ fields (18) times a mean local scale of 8
     deviation = {"int8": 73.3, "int4": 4.3, "ccq": 18 * 8.0, "dense": 1.0}[weight.kind]
     for expert in range(max(weight.num_experts, 1)):
         for name, low, high in (
