@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
@@ -97,6 +97,7 @@ class SamplingParams:
         self._check_numbers()
         self._check_lengths()
         self._check_logprobs()
+        self._check_lists()
         self._check_logit_bias()
         if self.seed is None:
             self.seed = random.randint(0, MAX_SEED)
@@ -174,6 +175,22 @@ class SamplingParams:
         if (self.logprobs or 0) > MAX_LOGPROBS and not envs.FD_USE_GET_SAVE_OUTPUT_V1:
             raise ValueError(
                 f"Invalid value for 'top_logprobs': must be less than or equal to {MAX_LOGPROBS}."
+            )
+
+    def _check_lists(self) -> None:
+        if not isinstance(self.stop, str):
+            _require_list("stop", self.stop, str, "text or a list of texts")
+        _require_list("bad_words", self.bad_words, str, "a list of words")
+        for name in ("stop_token_ids", "bad_words_token_ids"):
+            _require_list(name, getattr(self, name), numbers.Integral, "a list of token ids")
+        constraint, arguments = self.guided_decoding, self.logits_processors_args
+        if not isinstance(constraint, GuidedDecodingParams | Mapping | None):
+            raise TypeError(
+                f"guided_decoding must be GuidedDecodingParams, got {type(constraint).__name__}"
+            )
+        if not isinstance(arguments, Mapping | None):
+            raise TypeError(
+                f"logits_processors_args must be a dict, got {type(arguments).__name__}"
             )
 
     def _check_logit_bias(self) -> None:
@@ -259,6 +276,18 @@ def _require_int(name: str, value: Any) -> int:
     if not _is_int(value):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     return int(value)
+
+
+def _require_list(name: str, value: Any, kind: type, expected: str) -> None:
+    """Refuse what is neither None nor a collection of `kind`, a bare text above all: its letters
+    would be taken for the items."""
+    if value is None:
+        return
+    if isinstance(value, str | bytes) or not isinstance(value, Collection):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    wrong = next((item for item in value if not isinstance(item, kind)), None)
+    if wrong is not None:
+        raise TypeError(f"{name} must be {expected}, found an item of type {type(wrong).__name__}")
 
 
 def _number(name: str, value: Any, default: float) -> float:

@@ -324,11 +324,7 @@ class Preprocessor:
 
     @staticmethod
     def _stop_texts(stop: str | list[str] | None) -> tuple[str, ...]:
-        texts = [stop] if isinstance(stop, str) else list(stop or ())
-        if not all(isinstance(text, str) for text in texts):
-            raise RequestError(
-                f"stop: expected text, found {quote(texts)}", param="stop", code="invalid_value"
-            )
+        texts = [stop] if isinstance(stop, str) else stop or ()
         return tuple(dict.fromkeys(filter(None, texts)))
 
     def _stop_sequences(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:

@@ -60,6 +60,15 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         "Invalid value for 'top_logprobs': must be less than or equal to 20.",
     ),
     ({"prompt_logprobs": -2}, ValueError, "prompt_logprobs must be a non-negative value or -1"),
+    ({"stop": 5}, TypeError, "stop must be text or a list of texts, got int"),
+    ({"stop": ["a", 5]}, TypeError, "stop must be text or a list of texts, found an item of type"),
+    ({"stop_token_ids": 5}, TypeError, "stop_token_ids must be a list of token ids, got int"),
+    ({"stop_token_ids": ["a"]}, TypeError, "stop_token_ids must be a list of token ids, found"),
+    ({"bad_words": "abc"}, TypeError, "bad_words must be a list of words, got str"),
+    ({"bad_words": [5]}, TypeError, "bad_words must be a list of words, found an item of type int"),
+    ({"bad_words_token_ids": 5}, TypeError, "bad_words_token_ids must be a list of token ids"),
+    ({"guided_decoding": "yes"}, TypeError, "guided_decoding must be GuidedDecodingParams, got"),
+    ({"logits_processors_args": [1]}, TypeError, "logits_processors_args must be a dict, got list"),
     ({"logits_processors_args": {"logit_bias": [1]}}, TypeError, "logit_bias must be a dict"),
     ({"logits_processors_args": {"logit_bias": {"a": 1}}}, TypeError, "logit_bias must be a dict"),
 ]
@@ -75,6 +84,7 @@ RIGHT: list[dict[str, Any]] = [
     {"max_tokens": 4, "reasoning_max_tokens": 4},
     {"min_tokens": 0},
     {"logprobs": -1, "prompt_logprobs": -1},
+    {"stop": "a", "stop_token_ids": np.array([3]), "bad_words": ("b",), "bad_words_token_ids": [4]},
     {"logprobs": 20},
     {"logits_processors_args": {"logit_bias": {"128": 5.0}}},
 ]
