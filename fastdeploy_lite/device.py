@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,7 @@ from fastdeploy_lite.utils.errors import ConfigError
 DeviceKind = Literal["gpu", "nvidia", "cpu"]
 DEVICE_VARIABLE = "FD_LITE_DEVICE"
 CUDA_MODULE = "fastdeploy_lite._ops_cuda"
+_PADDLE_LAYOUT = "[%(asctime)-15s] [%(levelname)8s] %(filename)s"
 _KINDS: tuple[DeviceKind, ...] = ("gpu", "nvidia", "cpu")
 
 
@@ -71,6 +74,9 @@ def prepare_environment() -> None:
     Raises:
         ConfigError: see `decide` and `paddle_device.register`.
     """
+    # Paddle says at import that its C++ extensions would compile faster with ccache; this package
+    # compiles none through Paddle.
+    warnings.filterwarnings("ignore", message="No ccache found", category=UserWarning)
     if decide().kind == "nvidia":
         paddle_device.register()
 
@@ -88,6 +94,7 @@ def activate(index: int = 0, wanted: str | None = None) -> Any:
     prepare_environment()
     import paddle  # noqa: PLC0415 - only the process that computes pays for the import
 
+    _release_root_logger()
     decided = decide()
     kind = decided.kind if wanted in (None, "auto") else wanted
     if kind not in ("cpu", decided.kind):
@@ -103,6 +110,20 @@ def activate(index: int = 0, wanted: str | None = None) -> Any:
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(f"device {kind}:{index} cannot be used: {error}") from error
     return paddle.CUDAPlace(index) if kind == "gpu" else paddle.CustomPlace(kind, index)
+
+
+def _release_root_logger() -> None:
+    """Take back what importing Paddle did to a root logger without handlers.
+
+    It adds a handler and sets the level INFO, so that every library's small talk, this package's
+    included, would appear on the user's terminal.
+    """
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        layout = getattr(handler.formatter, "_fmt", None) or ""
+        if type(handler) is logging.StreamHandler and layout.startswith(_PADDLE_LAYOUT):
+            root.removeHandler(handler)
+            root.setLevel(logging.WARNING)
 
 
 def activation_dtype(place: Any) -> str:

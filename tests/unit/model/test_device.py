@@ -116,3 +116,34 @@ def test_deciding_does_not_import_paddle() -> None:
         "import fastdeploy_lite.model_executor.step; sys.exit('paddle' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+IMPORT_PADDLE = """
+import logging
+{before}
+from fastdeploy_lite import device
+device.activate(wanted="cpu")
+root = logging.getLogger()
+logging.getLogger("somebody").info("small talk")
+print(len(root.handlers), root.level)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "root"),
+    [
+        ("", "0 30"),
+        ("logging.basicConfig(level=logging.ERROR)", "1 40"),
+        ("logging.basicConfig(level=logging.INFO, format='%(message)s')", "1 20"),
+    ],
+    ids=["untouched", "a handler of the user's", "INFO asked for"],
+)
+def test_importing_paddle_leaves_logging_and_warnings_alone(before: str, root: str) -> None:
+    """Paddle warns about ccache and takes the root logger, were it not prevented."""
+    code = IMPORT_PADDLE.format(before=before)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == root
+    assert "ccache" not in done.stderr
+    assert ("small talk" in done.stderr) == (root == "1 20")
