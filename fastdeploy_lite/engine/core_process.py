@@ -1,4 +1,4 @@
-"""The engine core as a process of its own: `python -m fastdeploy_lite.engine.core_process`.
+"""The engine core as a process of its own; `engine_client` starts it.
 
 Its parent writes one line of JSON to standard input and keeps the pipe open; when the pipe closes,
 the parent is gone and this process ends, whatever it is doing. Messages are msgpack over two ZMQ
@@ -198,7 +198,3 @@ def _reason(error: BaseException) -> str:
     return one_line(
         text if isinstance(error, FastDeployError) else f"{type(error).__name__}: {text}"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -38,6 +38,13 @@ IDLE_SILENCE_SECONDS = 5.0  # ten times the interval at which an idle core repor
 STEP_SILENCE_SECONDS = 300.0  # the longest step that is believed: a full prefill on a slow CPU
 SHUTDOWN_SECONDS = 5.0
 LONGEST_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
+# Not `-m`, which looks into the working directory first: the process must run this very package.
+_RUN_CORE = """\
+import sys
+sys.path[:] = {path!r}
+from fastdeploy_lite.engine.core_process import main
+sys.exit(main())
+"""
 
 
 class AsyncEngineClient:
@@ -79,7 +86,7 @@ class AsyncEngineClient:
         )
         # A session of its own keeps the terminal's Ctrl-C away: this process decides.
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "fastdeploy_lite.engine.core_process",
+            sys.executable, "-c", _RUN_CORE.format(path=sys.path),
             stdin=asyncio.subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         assert self._process.stdin is not None

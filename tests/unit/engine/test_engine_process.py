@@ -56,6 +56,22 @@ def request(
     return preprocessor.process(Request(request_id=name, prompt=prompt, sampling_params=params))
 
 
+def test_the_process_runs_the_parents_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of that name in the working directory, such as a clone without the native module,
+    is not what the parent imported."""
+    (tmp_path / "fastdeploy_lite").mkdir()
+    (tmp_path / "fastdeploy_lite" / "__init__.py").write_text("raise ImportError('wrong one')")
+    monkeypatch.chdir(tmp_path)
+
+    async def start() -> bool:
+        async with started() as client:
+            return client.is_healthy
+
+    assert asyncio.run(start())
+
+
 async def collect(client: AsyncEngineClient, item: EngineRequest) -> list[EngineOutput]:
     return [output async for output in client.generate(item)]
 
