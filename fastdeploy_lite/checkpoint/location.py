@@ -147,7 +147,7 @@ def _check_rank_folders(root: Path, ranks: list[int], tensor_parallel_size: int)
             f"{root}: found {len(ranks)} rank folders, expected {tensor_parallel_size}:"
             f" this checkpoint only supports loading with tp{len(ranks)}; start with"
             f" --tensor-parallel-size {len(ranks)}, or use"
-            f" {_sibling_repository(root.name, tensor_parallel_size)}"
+            f" {sibling_repository(root.name, tensor_parallel_size)}"
         )
 
 
@@ -160,8 +160,8 @@ def _check_rank_files(root: Path, tensor_parallel_size: int) -> None:
         )
 
 
-def _sibling_repository(name: str, tensor_parallel_size: int) -> str:
-    """Name the released repository with the wanted degree, from the folder's own name."""
+def sibling_repository(name: str, tensor_parallel_size: int) -> str:
+    """Return the released repository for the wanted degree, going by a folder's own name."""
     suffix = f"-TP{tensor_parallel_size}" if tensor_parallel_size > 1 else ""
     if re.search(r"-2Bits(-TP[0-9]+)?-Paddle$", name):
         return re.sub(r"-2Bits(-TP[0-9]+)?-Paddle$", f"-2Bits{suffix}-Paddle", name)

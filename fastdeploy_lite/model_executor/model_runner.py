@@ -17,6 +17,7 @@ import numpy.typing as npt
 import paddle
 
 from fastdeploy_lite import device, envs
+from fastdeploy_lite.checkpoint.location import rank_numbers, sibling_repository
 from fastdeploy_lite.config import BLOCK_SIZE, RuntimeConfig
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.input_batch import BatchShape, InputBatch
@@ -79,11 +80,7 @@ class ModelRunner:
         Raises:
             ConfigError: the device or the tensor-parallel degree cannot be had.
         """
-        if config.parallel.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"tensor_parallel_size {config.parallel.tensor_parallel_size} is not supported "
-                "by this version: set it to 1 and use an unsharded checkpoint"
-            )
+        _refuse_tensor_parallelism(config)
         self.config = config
         self.place = device.activate(config.parallel.rank, config.device)
         self.dtype = device.activation_dtype(self.place)
@@ -201,7 +198,7 @@ class ModelRunner:
         self._graphs = self._new_graphs()
 
     def _new_graphs(self) -> DecodeGraphs | None:
-        """CUDA graphs of decode steps over the present cache; None on the CPU or if switched off."""
+        """CUDA graphs of decode steps over the present cache; None on the CPU or if off."""
         if self.place.is_cpu_place() or not self.config.use_cudagraph:
             return None
         from fastdeploy_lite.model_executor.cuda_graph import CudaDecodeGraphs  # noqa: PLC0415
@@ -386,3 +383,16 @@ class ModelRunner:
             sampling=self._sampling.nbytes,
             bits_per_expert_weight=bits_per_weight(weights["experts"]),
         )
+
+
+def _refuse_tensor_parallelism(config: RuntimeConfig) -> None:
+    degree = config.parallel.tensor_parallel_size
+    if degree == 1:
+        return
+    folder = config.model_path
+    is_presharded = len(rank_numbers(folder)) > 1
+    advice = f" and use {sibling_repository(folder.name, 1)}" if is_presharded else ""
+    raise ConfigError(
+        f"{folder}: tensor_parallel_size {degree} is not supported by this version: "
+        f"set it to 1{advice}"
+    )
