@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
+from pydantic import ValidationError
 from tqdm.auto import tqdm
 
 from fastdeploy_lite.engine.args_utils import EngineArgs
@@ -21,7 +22,7 @@ from fastdeploy_lite.entrypoints.openai.output_parser import (
     thinking_switch,
 )
 from fastdeploy_lite.entrypoints.openai.protocol import ChatCompletionToolsParam
-from fastdeploy_lite.utils.errors import RequestError
+from fastdeploy_lite.utils.errors import RequestError, one_line
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Stream = Iterator[list[RequestOutput | None]]
@@ -341,9 +342,12 @@ def _tool_definitions(tools: Any) -> list[dict[str, Any]] | None:
     items = tools if isinstance(tools, list | tuple) else [tools]
     try:
         models = [ChatCompletionToolsParam.model_validate(_plain(tool)) for tool in items]
-    except ValueError as error:
+    except ValidationError as error:
+        reasons = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'tool'}: {e['msg']}" for e in error.errors()
+        )
         raise RuntimeError(
-            f"Failed to validate 'tools' parameter in chat method: {error}"
+            one_line(f"Failed to validate 'tools' parameter in chat method: {reasons}")
         ) from None
     return [model.model_dump(exclude_none=True) for model in models]
 

@@ -181,8 +181,9 @@ def test_chat_template_arguments(llm: LLM) -> None:
     for tools in (tool, [tool]):
         assert rendered(tools=tools) == "解析三首李白的诗f"
     assert rendered(tools=[]) == rendered(tools={}) == "解析三首李白的诗"
-    with pytest.raises(RuntimeError, match=r"^Failed to validate 'tools' parameter in chat method"):
-        rendered(tools=[{"type": "function"}])
+    for broken in ([{"type": "function"}], "f", [tool, {"function": {"name": 3}}]):
+        with pytest.raises(RuntimeError, match=r"^Failed to validate 'tools' .* method: .+$"):
+            rendered(tools=broken)
     with pytest.raises(ValueError, match="chat_template_kwargs must be a dict"):
         llm.chat(CHAT, GREEDY, chat_template_kwargs=["x"])  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="messages must be a list"):
