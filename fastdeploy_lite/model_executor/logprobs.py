@@ -33,7 +33,8 @@ def nucleus(values: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.flo
     size = int(np.searchsorted(mass, top_p)) + 1
     kept = order[:size]
     result = np.full_like(values, -np.inf)
-    result[kept] = values[kept] - np.log(np.exp(values[kept]).sum())
+    # Rounding may leave a lone token a hair above probability 1.
+    result[kept] = np.minimum(values[kept] - np.log(np.exp(values[kept]).sum()), 0.0)
     return result
 
 

@@ -314,6 +314,14 @@ def test_nucleus_takes_the_smallest_set() -> None:
     assert np.exp(nucleus(values, 0.0)) == pytest.approx([0, 1, 0, 0])
 
 
+def test_nucleus_is_never_above_certainty() -> None:
+    """Rounding used to give a lone token the log-probability 1e-16."""
+    for seed in range(200):
+        logits = np.random.default_rng(seed).normal(0.0, 3.0, 1000)
+        assert nucleus(log_softmax(logits), 0.0).max() == pytest.approx(0.0, abs=1e-12)
+        assert nucleus(log_softmax(logits), 0.5).max() <= 0.0
+
+
 def test_select_breaks_ties_by_id() -> None:
     found = select(np.array([1.0, 3.0, 3.0, -np.inf]), 2, 4)
     assert (found.rank, found.top_ids) == (1, [1, 2, 0, 3])
