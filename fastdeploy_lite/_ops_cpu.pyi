@@ -83,7 +83,7 @@ def token_logprobs(
 ) -> None: ...
 def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
 
-# --- packed weights, linear maps, mixture of experts -----------------------------------------------
+# --- packed weights, linear maps, mixture of experts ----------------------------------------------
 class PackedWeight:
     """Addresses of a packed weight's parts; owns nothing."""
 

@@ -100,7 +100,8 @@ def fused_multiply_add(
     # Incrementing the bit pattern moves away from zero, whatever the sign.
     step = np.where((error > 0) == (total > 0), 1, -1)
     odd = (bits + np.where(even_and_inexact, step, 0)).view(np.float64)
-    return odd.astype(np.float32)
+    rounded: ArrayF32 = odd.astype(np.float32)
+    return rounded
 
 
 def codebook(code_scale: npt.ArrayLike, code_zp: npt.ArrayLike) -> ArrayI32:
@@ -119,8 +120,9 @@ def codebook(code_scale: npt.ArrayLike, code_zp: npt.ArrayLike) -> ArrayI32:
     if outside.any():
         column = int(np.argmax(outside))
         raise ValueError(
-            f"code_scale[{column}] = {scale[column]!s} with code_zp[{column}] = {zero[column]!s} "
-            "gives codes outside int32: expected 255 * |code_scale| + |code_zp| below 2**31"
+            f"code_scale[{column}] = {scale[column]:.9g} with code_zp[{column}] = "
+            f"{zero[column]:.9g} gives codes outside int32: expected 255 * |code_scale| + "
+            "|code_zp| below 2**31"
         )
     return code.astype(np.int32)
 
@@ -139,7 +141,8 @@ def decode_codes(
         raise ValueError(
             f"code_scale: found {table.shape[1]} columns, expected {bytes_.shape[1]} as in packed"
         )
-    return table[bytes_, np.arange(bytes_.shape[1])]
+    codes: ArrayI32 = table[bytes_, np.arange(bytes_.shape[1])]
+    return codes
 
 
 def code_values(codes: npt.NDArray[Any]) -> npt.NDArray[np.int8]:

@@ -231,8 +231,8 @@ def _quantise_scale(
     maximum may happen to fit the ratios better.
     """
     peak = scale.max(axis=1)
-    best_error = np.full(len(scale), np.inf)
-    best_super = np.ones(len(scale), np.float32)
+    best_error: ArrayF64 = np.full(len(scale), np.inf)
+    best_super: ArrayF32 = np.ones(len(scale), np.float32)
     best_local = np.zeros(scale.shape, np.int64)
     safe = np.where(scale > 0, scale, 1)
     for top in np.arange(15, 7.75, -0.25):

@@ -59,8 +59,9 @@ def dequantize(quantized: npt.NDArray[Any], scale: npt.NDArray[np.float32]) -> A
 
 def check_finite(weight: npt.NDArray[Any], limit: float = np.inf) -> None:
     """Raise ValueError naming the first element that is NaN, infinite or above ``limit``."""
-    # NaN fails every comparison.
-    good = np.abs(weight) < np.inf if limit == np.inf else np.abs(weight) <= limit
+    # NaN fails every comparison. A numpy bound: a Python number would be squeezed into float16.
+    magnitude = np.abs(weight)
+    good = magnitude < np.inf if limit == np.inf else magnitude <= np.float64(limit)
     if not good.all():
         row, column = (int(i) for i in np.unravel_index(np.argmin(good), weight.shape))
         bound = "" if limit == np.inf else f" of magnitude at most {limit:.4g}"

@@ -17,4 +17,7 @@ def cos_sin_table(max_positions: int, head_dim: int, theta: float) -> npt.NDArra
     frequency = np.float32(1.0) / np.power(theta, exponent).astype(np.float32)
     angle = np.arange(max_positions, dtype=np.float32)[:, None] * frequency
     wide = angle.astype(np.float64)
-    return np.concatenate([np.cos(wide), np.sin(wide)], axis=1).astype(np.float32)
+    table: npt.NDArray[np.float32] = np.concatenate(
+        [np.cos(wide), np.sin(wide)], 1, dtype=np.float32
+    )
+    return table
