@@ -215,10 +215,6 @@ void bind_rows(py::module_& m) {
     fc::gather_rows(at<const void>(x), at<const int>(rows), at<void>(out), count, row_bytes,
                     source_rows, stream_of(stream));
   });
-  m.def("zero_rows", [](Address x, Address rows, int count, int width, int total_rows,
-                        Address stream) {
-    fc::zero_rows(at<int>(x), at<const int>(rows), count, width, total_rows, stream_of(stream));
-  });
 }
 
 void bind_products(py::module_& m) {

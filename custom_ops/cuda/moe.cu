@@ -89,6 +89,7 @@ __global__ void route_select(const float* partial, const float* bias, int splits
     p[e] /= total;
     score[e] = p[e] + (bias != nullptr ? bias[e] : 0.0f);
   }
+  __syncwarp();  // any lane reads the weight of the chosen expert
   float chosen_sum = 0.0f;
   float mine = 0.0f;
   for (int j = 0; j < top_k; ++j) {

@@ -121,14 +121,6 @@ __global__ void gather_kernel(const Unit* x, const int* rows, Unit* out, int64_t
   }
 }
 
-__global__ void zero_rows_kernel(int* x, const int* rows, int width, int total_rows) {
-  const int row = rows[blockIdx.x];
-  if (row < 0 || row >= total_rows) return;
-  for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < width; i += gridDim.y * blockDim.x) {
-    x[int64_t{row} * width + i] = 0;
-  }
-}
-
 template <typename Unit>
 void launch_gather(const void* x, const int* rows, void* out, int count, int64_t width,
                    int source_rows, cudaStream_t stream) {
@@ -200,12 +192,6 @@ void gather_rows(const void* x, const int* rows, void* out, int count, int64_t r
   } else {
     launch_gather<uint16_t>(x, rows, out, count, row_bytes / 2, source_rows, stream);
   }
-}
-
-void zero_rows(int* x, const int* rows, int count, int width, int total_rows, cudaStream_t stream) {
-  if (count == 0) return;
-  zero_rows_kernel<<<dim3(count, 16), kThreads, 0, stream>>>(x, rows, width, total_rows);
-  check_launch("zero_rows");
 }
 
 }  // namespace fd::cuda

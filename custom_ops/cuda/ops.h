@@ -28,7 +28,6 @@ void add_inplace(bf16* x, const bf16* y, int64_t count, cudaStream_t stream);
 /// zeros.
 void gather_rows(const void* x, const int* rows, void* out, int count, int64_t row_bytes,
                  int source_rows, cudaStream_t stream);
-void zero_rows(int* x, const int* rows, int count, int width, int total_rows, cudaStream_t stream);
 
 // --- weights (pack.cu)
 // ---------------------------------------------------------------------------------------

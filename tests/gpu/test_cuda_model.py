@@ -91,9 +91,7 @@ def test_greedy_tokens_equal_the_cpus_or_part_at_a_tie(
                 (i, at, [*prompt, *theirs[:at].tolist()], int(ours[at]), int(theirs[at]))
             )
     equal = sum(p[1] for p in partings) + NEW_TOKENS * (len(QUESTIONS) - len(partings))
-    print(
-        f"{equal} of {NEW_TOKENS * len(QUESTIONS)} tokens before a parting; {len(partings)} partings"
-    )
+    print(print(f"{equal} tokens equal, {len(partings)} partings"))
     if not partings:
         return
     sequences = {"sequences": [p[2] for p in partings]}

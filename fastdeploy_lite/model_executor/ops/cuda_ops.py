@@ -87,7 +87,8 @@ def _norm(x: View, residual: View | None, weight: View, eps: float, out: View) -
 
 def silu_and_mul(x: View, out: View) -> None:
     """See ops.silu_and_mul."""
-    _ops_cuda.silu_and_mul(address(x), address(out), *out[2], stream())
+    tokens, width = out[2]
+    _ops_cuda.silu_and_mul(address(x), address(out), tokens, width, stream())
 
 
 def add_inplace(x: View, y: View) -> None:
@@ -280,9 +281,8 @@ def process_logits(
     """See ops.process_logits."""
     vectors = (slots, occurrences, repetition, frequency, presence, temperature)
     edits = (edit_offsets, edit_ids, edit_values)
-    _ops_cuda.process_logits(
-        address(logits), *map(address, vectors), *map(address, edits), *logits[2], stream()
-    )
+    arguments: list[Any] = [address(view) for view in (logits, *vectors, *edits)]
+    _ops_cuda.process_logits(*arguments, *logits[2], stream())
 
 
 def update_occurrences(occurrences: View, slots: View, token_ids: View, prompt: bool) -> None:
@@ -302,7 +302,8 @@ def update_occurrences(occurrences: View, slots: View, token_ids: View, prompt: 
 
 def sample(logits: View, *parameters: View) -> None:
     """See ops.sample. A row of NaN, or of nothing but -inf, gets -1: nothing is read back."""
-    _ops_cuda.sample(address(logits), *map(address, parameters), *logits[2], stream())
+    arguments: list[Any] = [address(view) for view in (logits, *parameters)]
+    _ops_cuda.sample(*arguments, *logits[2], stream())
 
 
 def token_logprobs(
@@ -317,8 +318,9 @@ def token_logprobs(
     """See ops.token_logprobs."""
     outputs = (out_logprob, out_rank, out_ids, out_logprobs)
     if k <= _ops_cuda.max_top_logprobs:
+        targets: list[Any] = [address(view) for view in outputs]
         _ops_cuda.token_logprobs(
-            address(logits), address(tokens), k, *map(address, outputs), *logits[2], stream()
+            address(logits), address(tokens), k, *targets, *logits[2], stream()
         )
         return
     # a request for (nearly) all tokens is a diagnosis: the host sorts

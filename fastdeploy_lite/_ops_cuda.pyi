@@ -1,0 +1,225 @@
+"""CUDA ops over plain device addresses; 0 stands for an absent tensor, the stream comes last.
+
+Only `fastdeploy_lite.model_executor.ops.cuda_*` call these: they check shapes and dtypes first.
+Failures raise RuntimeError naming the op. Every op only queues work on the stream and may be
+captured into a graph, but for upload, download, synchronize, time_copy and the graph functions.
+"""
+
+max_top_logprobs: int
+
+class DeviceFacts:
+    """What the driver says of a card; sizes in bytes."""
+
+    name: str
+    major: int
+    minor: int
+    multiprocessors: int
+    total_bytes: int
+    free_bytes: int
+
+class Weight:
+    """Sizes and addresses of a tiled weight; kinds: 0 dense, 1 int8, 2 int4, 3 CCQ, 4 wide CCQ."""
+
+    def __init__(
+        self,
+        kind: int,
+        tiles: int,
+        local_scale: int,
+        code_scale: int,
+        code_bias: int,
+        column_scale: int,
+        in_features: int,
+        out_features: int,
+    ) -> None: ...
+
+def device_facts(device: int) -> DeviceFacts: ...
+def upload(device: int, host: int, nbytes: int, stream: int) -> None: ...
+def download(host: int, device: int, nbytes: int, stream: int) -> None: ...
+def copy(to: int, source: int, nbytes: int, stream: int) -> None: ...
+def time_copy(to: int, source: int, nbytes: int, repeats: int, stream: int) -> float: ...
+def synchronize(stream: int) -> None: ...
+def create_stream() -> int: ...
+def begin_capture(stream: int) -> None: ...
+def end_capture(stream: int, discard: bool) -> int: ...
+def launch_graph(graph: int, stream: int) -> None: ...
+def destroy_graph(graph: int) -> None: ...
+def blas_open(path: str) -> None: ...
+def tile_bytes(kind: int) -> int: ...
+def pack_tiles(
+    kind: int,
+    source: int,
+    source_is_float: bool,
+    transposed: bool,
+    tiles: int,
+    in_features: int,
+    out_features: int,
+    stream: int,
+) -> None: ...
+def pack_local_scales(
+    source: int, packed: int, in_features: int, out_features: int, stream: int
+) -> None: ...
+def pack_rows(
+    source: int,
+    source_is_float: bool,
+    transposed: bool,
+    out: int,
+    in_features: int,
+    out_features: int,
+    stream: int,
+) -> None: ...
+def unpack_tiles(weight: Weight, expert: int, scaled: bool, out: int, stream: int) -> None: ...
+def randomize(kind: int, data: int, nbytes: int, seed: int, size: float, stream: int) -> None: ...
+def embedding(
+    ids: int, table: int, out: int, tokens: int, hidden: int, vocab: int, stream: int
+) -> None: ...
+def rms_norm(
+    x: int,
+    residual: int,
+    weight: int,
+    weight_is_float: bool,
+    eps: float,
+    out: int,
+    tokens: int,
+    hidden: int,
+    stream: int,
+) -> None: ...
+def silu_and_mul(x: int, out: int, tokens: int, width: int, stream: int) -> None: ...
+def add_inplace(x: int, y: int, count: int, stream: int) -> None: ...
+def gather_rows(
+    x: int, rows: int, out: int, count: int, row_bytes: int, source_rows: int, stream: int
+) -> None: ...
+def linear(
+    x: int,
+    weight: Weight,
+    out: int,
+    out_is_float: bool,
+    tokens: int,
+    tile_rows: int,
+    wide: bool,
+    stream: int,
+) -> None: ...
+def fused_moe(
+    x: int,
+    ids: int,
+    weights: int,
+    up_gate: Weight,
+    down: Weight,
+    experts: int,
+    hidden: int,
+    y: int,
+    slot_of_row: int,
+    tiles: int,
+    out: int,
+    tokens: int,
+    top_k: int,
+    tile_rows: int,
+    max_tiles: int,
+    stream: int,
+) -> None: ...
+def dense_linear(
+    x: int,
+    rows: int,
+    out: int,
+    out_is_float: bool,
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+) -> None: ...
+def route(
+    x: int,
+    gate: int,
+    bias: int,
+    partial: int,
+    splits: int,
+    ids: int,
+    weights: int,
+    tokens: int,
+    hidden: int,
+    experts: int,
+    top_k: int,
+    stream: int,
+) -> None: ...
+def attention_plan(sizes: tuple[int, ...], multiprocessors: int) -> tuple[int, int]: ...
+def rope_and_cache(
+    qkv: int,
+    positions: int,
+    cos_sin: int,
+    slot_mapping: int,
+    key_cache: int,
+    value_cache: int,
+    q_out: int,
+    sizes: tuple[int, ...],
+    max_positions: int,
+    stream: int,
+) -> None: ...
+def paged_attention(
+    q: int,
+    key_cache: int,
+    value_cache: int,
+    block_tables: int,
+    cu_seqlens_q: int,
+    context_lens: int,
+    scale: float,
+    splits: int,
+    partial: int,
+    out: int,
+    sizes: tuple[int, ...],
+    stream: int,
+) -> None: ...
+def mask_logits(
+    logits: int, bitmask: int, rows: int, count: int, vocab: int, words: int, stream: int
+) -> None: ...
+def process_logits(
+    logits: int,
+    slots: int,
+    occurrences: int,
+    repetition: int,
+    frequency: int,
+    presence: int,
+    temperature: int,
+    edit_offsets: int,
+    edit_ids: int,
+    edit_values: int,
+    rows: int,
+    vocab: int,
+    stream: int,
+) -> None: ...
+def update_occurrences(
+    occurrences: int,
+    slots: int,
+    ids: int,
+    count: int,
+    prompt: bool,
+    slot_count: int,
+    vocab: int,
+    stream: int,
+) -> None: ...
+def sample(
+    logits: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    seeds: int,
+    steps: int,
+    forced: int,
+    out: int,
+    rows: int,
+    vocab: int,
+    stream: int,
+) -> None: ...
+def token_logprobs(
+    logits: int,
+    tokens: int,
+    k: int,
+    out_logprob: int,
+    out_rank: int,
+    out_ids: int,
+    out_logprobs: int,
+    rows: int,
+    vocab: int,
+    stream: int,
+) -> None: ...
