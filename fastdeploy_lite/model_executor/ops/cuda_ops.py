@@ -282,7 +282,8 @@ def process_logits(
     vectors = (slots, occurrences, repetition, frequency, presence, temperature)
     edits = (edit_offsets, edit_ids, edit_values)
     arguments: list[Any] = [address(view) for view in (logits, *vectors, *edits)]
-    _ops_cuda.process_logits(*arguments, *logits[2], stream())
+    arguments += [*logits[2], stream()]
+    _ops_cuda.process_logits(*arguments)
 
 
 def update_occurrences(occurrences: View, slots: View, token_ids: View, prompt: bool) -> None:
@@ -303,7 +304,8 @@ def update_occurrences(occurrences: View, slots: View, token_ids: View, prompt: 
 def sample(logits: View, *parameters: View) -> None:
     """See ops.sample. A row of NaN, or of nothing but -inf, gets -1: nothing is read back."""
     arguments: list[Any] = [address(view) for view in (logits, *parameters)]
-    _ops_cuda.sample(*arguments, *logits[2], stream())
+    arguments += [*logits[2], stream()]
+    _ops_cuda.sample(*arguments)
 
 
 def token_logprobs(
@@ -318,10 +320,9 @@ def token_logprobs(
     """See ops.token_logprobs."""
     outputs = (out_logprob, out_rank, out_ids, out_logprobs)
     if k <= _ops_cuda.max_top_logprobs:
-        targets: list[Any] = [address(view) for view in outputs]
-        _ops_cuda.token_logprobs(
-            address(logits), address(tokens), k, *targets, *logits[2], stream()
-        )
+        arguments: list[Any] = [address(logits), address(tokens), k]
+        arguments += [*map(address, outputs), *logits[2], stream()]
+        _ops_cuda.token_logprobs(*arguments)
         return
     # a request for (nearly) all tokens is a diagnosis: the host sorts
     results = _host_logprobs(_fetch(logits), _fetch(tokens), k)
