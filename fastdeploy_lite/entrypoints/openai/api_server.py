@@ -32,13 +32,13 @@ from fastdeploy_lite.entrypoints.openai.app import (
     metrics_application,
 )
 from fastdeploy_lite.entrypoints.openai.output_parser import OutputParsers
-from fastdeploy_lite.entrypoints.openai.ports import reserve
 from fastdeploy_lite.entrypoints.openai.service import Service
 from fastdeploy_lite.input.preprocess import Preprocessor
 from fastdeploy_lite.metrics.metrics import ServerMetrics
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, FastDeployError
 from fastdeploy_lite.utils.logging import RecordFormatter, get_logger, init_file_logging
+from fastdeploy_lite.utils.ports import reserve
 
 console = get_logger("console")
 STATS_SECONDS = 1.0

@@ -1,4 +1,4 @@
-"""Taking ports before the model loads, without opening them."""
+"""Ports: taking one before the model loads, without opening it; finding a free one."""
 
 from __future__ import annotations
 
@@ -43,6 +43,22 @@ def reserve(parameter: str, host: str, port: int) -> socket.socket:
         raise
     bound.set_inheritable(False)
     return bound
+
+
+def is_port_available(host: str, port: int) -> bool:
+    """Return whether `port` of address `host` can be bound and nobody answers there."""
+    try:
+        reserve("port", host, port).close()
+    except ConfigError:
+        return False
+    return True
+
+
+def get_random_port() -> int:
+    """Return a port that is free on this machine at the moment."""
+    with reserve("port", "127.0.0.1", 0) as bound:
+        number: int = bound.getsockname()[1]
+    return number
 
 
 def _is_listening(family: int, host: str, port: int) -> bool:
