@@ -8,8 +8,9 @@
 
 For each batch size: milliseconds a step (whole engine step and graph alone), tokens a second, bytes
 that the step has to read and their rate as a share of the copy bandwidth measured in the same run.
-Bytes are weights (every dense one, the experts that a uniform router is expected to touch), and the
-KV cache at that context.
+Bytes are weights (every dense one and the experts that the batch uses) and the KV cache at that
+context. With dummy weights all tokens come to look alike and would share their experts; trained
+routers spread them, so the chosen experts are replaced by uniformly drawn ones.
 """
 
 from __future__ import annotations
@@ -203,9 +204,54 @@ class Sequences:
         return seconds
 
 
-def bytes_per_step(config: ModelConfig, weights: dict[str, int], batch: int, context: int) -> float:
-    """Bytes that one decode step has to read at least."""
-    chosen = 1 - (1 - config.moe_k / config.moe_num_experts) ** batch
+class UniformRouting:
+    """Replaces the expert ids of every MoE layer by fixed random ones, on the device.
+
+    The router itself still runs; a copy of [tokens, top_k] ids a layer is what this adds.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        import numpy as np  # noqa: PLC0415
+
+        from fastdeploy_lite.model_executor import ops  # noqa: PLC0415
+
+        model, limits = runner.config.model, runner.config.scheduler
+        random = np.random.default_rng(7)
+        self._layers = sum(model.is_moe_layer(i) for i in range(model.num_hidden_layers))
+        shape = (self._layers, limits.max_num_batched_tokens, model.moe_num_experts)
+        scores = random.random(shape, np.float32)
+        self._ids = np.argsort(scores, axis=2)[:, :, : model.moe_k].astype(np.int32)
+        self._tables = [_device_array(ids, runner.place) for ids in self._ids]
+        self._rows = _device_array(np.arange(shape[1], dtype=np.int32), runner.place)
+        self._route, self._calls, self._held = ops.route, 0, {}
+        ops.route = self._replace
+
+    def _replace(self, x: Any, gate: Any, bias: Any, top_k: int, ids: Any, weights: Any) -> None:
+        from fastdeploy_lite.model_executor import ops  # noqa: PLC0415
+
+        self._route(x, gate, bias, top_k, ids, weights)
+        count = x.shape[0]
+        rows = self._held.setdefault(count, self._rows[:count])
+        table = self._tables[self._calls % self._layers].view("float32")  # 32-bit rows are copied
+        ops.gather_rows(table, rows, ids.view("float32"))
+        self._calls += 1
+
+    def used(self, batch: int) -> float:
+        """Mean share of a layer's experts that a decode step of `batch` tokens reads."""
+        distinct = [len(set(ids[:batch].ravel().tolist())) for ids in self._ids]
+        return statistics.mean(distinct) / (self._ids.max() + 1)
+
+
+def _device_array(values: Any, place: Any) -> Any:
+    import paddle  # noqa: PLC0415
+
+    return paddle.to_tensor(values, place=place)
+
+
+def bytes_per_step(
+    config: ModelConfig, weights: dict[str, int], batch: int, context: int, chosen: float
+) -> float:
+    """Bytes that one decode step has to read at least; chosen: share of the experts it uses."""
     head = weights["head"] or weights["embedding"]
     moe_layers = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
     router = moe_layers * config.hidden_size * config.moe_num_experts * 4
@@ -224,13 +270,14 @@ def bench_model(args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     blocks = runner.profile_num_blocks()
     runner.allocate_kv_cache(blocks)
     memory = runner.memory_report()
+    routing = None if args.model else UniformRouting(runner)
     print(f"loaded in {runner.load_seconds:.1f} s; {blocks} KV blocks")
     for role, held in {**memory.weights, "kv cache": memory.kv_cache}.items():
         print(f"  {role:10s} {held / GB:8.2f} GB")
     print(f"  {'workspace':10s} {memory.workspace / GB:8.2f} GB")
     rows = [_prefill_row(runner, args)]
     for batch in args.batches:
-        rows.append(_decode_row(runner, args, memory.weights, batch, bandwidth))
+        rows.append(_decode_row(runner, args, memory.weights, batch, bandwidth, routing))
     held = {"weights": memory.weights, "kv_cache": memory.kv_cache, "workspace": memory.workspace}
     return {"load_s": runner.load_seconds, "memory": held, "rows": rows}
 
@@ -244,7 +291,12 @@ def _prefill_row(runner: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _decode_row(
-    runner: Any, args: argparse.Namespace, weights: dict[str, int], batch: int, bandwidth: float
+    runner: Any,
+    args: argparse.Namespace,
+    weights: dict[str, int],
+    batch: int,
+    bandwidth: float,
+    routing: UniformRouting | None,
 ) -> dict[str, Any]:
     sequences = Sequences(runner, batch, args.context, args.steps + 8)
     sequences.prefill(args.prefill)
@@ -254,7 +306,10 @@ def _decode_row(
     graph = float("nan")
     if not args.eager:
         graph = runner._graphs.replay_seconds(runner._graphs.bucket(batch), 20)
-    read = bytes_per_step(runner.config.model, weights, batch, args.context)
+    model = runner.config.model
+    uniform = 1 - (1 - model.moe_k / model.moe_num_experts) ** batch
+    chosen = routing.used(batch) if routing else uniform
+    read = bytes_per_step(model, weights, batch, args.context, chosen)
     share = read / (step if args.eager else graph) / bandwidth
     print(
         f"batch {batch:3d}: step {step * 1e3:7.2f} ms, graph {graph * 1e3:7.2f} ms, "
@@ -266,6 +321,7 @@ def _decode_row(
         "graph_ms": graph * 1e3,
         "tokens_s": batch / step,
         "gb": read / GB,
+        "experts": chosen,
         "share": share,
     }
 
