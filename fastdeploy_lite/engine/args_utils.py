@@ -398,7 +398,8 @@ class EngineArgs:
 
     def _scheduler_config(self, model: ModelConfig, quiet: bool) -> SchedulerConfig:
         length = min(self.max_model_len, model.max_position_embeddings)
-        if length < self.max_model_len and not quiet:
+        is_chosen = self.max_model_len != EngineArgs.max_model_len
+        if length < self.max_model_len and is_chosen and not quiet:
             _log.warning(
                 "max_model_len %d is beyond the model's max_position_embeddings: using %d",
                 self.max_model_len,

@@ -9,11 +9,11 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
-from fastdeploy_lite.utils.errors import ConfigError, quote
+from fastdeploy_lite.utils.errors import ConfigError, one_line, quote
 
 _UNSET = object()
 
@@ -46,6 +46,14 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         target, rest = super().parse_known_args(arguments, target)
         self._fill_unset(target, mine)
         return target, rest
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line: the usage of an engine's flags would scroll it off the screen.
+
+        Raises:
+            SystemExit: With status 2, as argparse's.
+        """
+        self.exit(2, f"{self.prog}: error: {one_line(message)}; see {self.prog} --help\n")
 
     def _fill_unset(self, target: argparse.Namespace, actions: list[argparse.Action]) -> None:
         missing = [a for a in actions if _is_unset(getattr(target, a.dest), a)]

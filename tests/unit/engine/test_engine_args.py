@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_model import write_tiny_model
 
 from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.engine import args_utils
@@ -137,7 +138,40 @@ def test_unusable_yaml_is_one_line_and_an_exit(
         file.write_text(content)
     with pytest.raises(SystemExit):
         parser().parse_args(["--config", str(file)])
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nosuch"], "unrecognized arguments: --nosuch"),
+        (["--max-num-seqs", "many"], "argument --max-num-seqs: invalid int value: 'many'"),
+        (["--seed"], "argument --seed: expected one argument"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_an_exit(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(arguments)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert error.endswith("--help\n")
+
+
+def test_only_a_length_that_was_asked_for_is_worth_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = str(write_tiny_model(tmp_path / "model", layers=1, max_position_embeddings=256))
+    config = EngineArgs(model=folder).create_runtime_config()
+    assert config.scheduler.max_model_len == 256
+    assert not caplog.records
+    EngineArgs(model=folder, max_model_len=300).create_runtime_config()
+    assert "max_model_len 300 is beyond the model's" in caplog.text
 
 
 def test_yaml_works_in_subcommands(tmp_path: Path) -> None:
