@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import site
 import sys
 import sysconfig
@@ -79,6 +80,22 @@ class BuildNative(build_ext):
 
             package = ROOT if self.inplace else Path(self.build_lib)
             build_cuda.build(ROOT, package / "fastdeploy_lite", Path(self.build_temp) / "cuda")
+        if not self.inplace:
+            self._copy_to_sources()
+
+    def _copy_to_sources(self) -> None:
+        """Put the modules beside the sources too.
+
+        Python started in this folder (`python -m pytest`, `python -c`) finds the package here
+        before the installed one, and it would lack its native modules.
+        """
+        built = Path(self.build_lib)
+        for module in (built / "fastdeploy_lite").rglob("*.so"):
+            beside = ROOT / module.relative_to(built)
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            scratch = beside.with_suffix(".tmp")
+            shutil.copy2(module, scratch)
+            scratch.replace(beside)  # a running process keeps the old file
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link one extension into the place where setuptools expects it."""
