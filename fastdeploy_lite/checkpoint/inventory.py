@@ -199,13 +199,16 @@ def read_linear(checkpoint: Checkpoint, linear: Linear) -> LinearArrays:
     """Return this rank's arrays of `linear` (one of `rank_linears`).
 
     Zero-copy where the files hold just that; fused from separate q/k/v or gate/up tensors and cut
-    for tensor parallelism otherwise. Scales are checked to be finite. Raises CheckpointError.
+    for tensor parallelism otherwise. Scales and dense weights are checked to be finite. Raises
+    CheckpointError.
     """
     in_file = linear if _holds_ranks(checkpoint) else linear.whole()
     kind = resolve_kind(checkpoint, linear)
     expected = list(expected_linear_tensors(checkpoint, in_file, kind))
     if kind == "dense":
-        arrays: dict[str, Array] = {"weight": _fuse([_fetch(checkpoint, e) for e in expected])}
+        arrays: dict[str, Array] = {
+            "weight": _fuse([_fetch(checkpoint, e, finite=True) for e in expected])
+        }
     else:
         arrays = {e.name: _quantized_array(_fetch(checkpoint, e)) for e in expected}
     if kind == "ccq":
@@ -236,8 +239,8 @@ def read_router(
 def read_embedding(checkpoint: Checkpoint) -> Array:
     """Return the embedding table [V, H], bf16 bits (uint16) or float32: this rank's rows."""
     shape = (_file_vocab_size(checkpoint), checkpoint.config.hidden_size)
-    table = checkpoint.expect("ernie.embed_tokens.weight", _DENSE, shape).data
-    return table[_vocab_slice(checkpoint)]
+    table = checkpoint.expect("ernie.embed_tokens.weight", _DENSE, shape, finite=True)
+    return table.data[_vocab_slice(checkpoint)]
 
 
 def read_lm_head(checkpoint: Checkpoint) -> tuple[Array, bool] | None:
@@ -250,7 +253,8 @@ def read_lm_head(checkpoint: Checkpoint) -> tuple[Array, bool] | None:
     if checkpoint.config.tie_word_embeddings and key not in checkpoint:
         return None
     vocab = _file_vocab_size(checkpoint)
-    head = checkpoint.expect(key, _DENSE, ((hidden, vocab), (vocab, hidden))).data
+    shapes = ((hidden, vocab), (vocab, hidden))
+    head = checkpoint.expect(key, _DENSE, shapes, finite=True).data
     transposed = head.shape != (hidden, vocab)
     part = _vocab_slice(checkpoint)
     return (head[part] if transposed else head[:, part]), transposed

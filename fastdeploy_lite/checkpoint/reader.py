@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from fastdeploy_lite.checkpoint.location import WeightFiles, find_weight_files
 from fastdeploy_lite.checkpoint.pdparams import PdparamsFile
 from fastdeploy_lite.checkpoint.safetensors_file import SafetensorsFile
-from fastdeploy_lite.checkpoint.tensor import HostTensor, TensorInfo
+from fastdeploy_lite.checkpoint.tensor import Array, HostTensor, TensorInfo
 from fastdeploy_lite.config import ModelConfig
 from fastdeploy_lite.utils.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
+_PIECE = 1 << 18  # elements looked at in one go: they stay in the cache
 
 
 class _WeightFile(Protocol):
@@ -156,14 +158,28 @@ def _as_shapes(shape: Shape | Iterable[Shape]) -> list[Shape]:
 
 def check_finite(tensor: HostTensor) -> None:
     """Raise CheckpointError if a floating-point tensor holds NaN or infinity, with its index."""
-    values = tensor.float32().reshape(-1)
-    bad = ~np.isfinite(values)
-    if bad.any():
-        at = int(np.argmax(bad))
+    flat = tensor.data.reshape(-1)
+    count, first = 0, 0
+    # Piece by piece, because the masks of a whole embedding table would be gigabytes.
+    for start in range(0, flat.size, _PIECE):
+        bad = _not_finite(flat[start : start + _PIECE], tensor.dtype)
+        if bad.any():
+            first = first if count else start + int(bad.argmax())
+            count += int(bad.sum())
+    if count:
+        found = HostTensor(flat[first : first + 1], tensor.dtype, tensor.key, tensor.file)
         raise CheckpointError(
-            f"{tensor.file}: {tensor.key}: found {values[at]} at element {at}"
-            f" ({int(bad.sum())} such), expected finite values"
+            f"{tensor.file}: {tensor.key}: found {found.float32()[0]} at element {first}"
+            f" ({count} such), expected finite values"
         )
+
+
+def _not_finite(values: Array, dtype: str) -> npt.NDArray[np.bool_]:
+    if dtype != "BF16":
+        return ~np.isfinite(values)
+    exponent = np.uint16(0x7F80)  # all its bits are set in infinities and NaN only
+    found: npt.NDArray[np.bool_] = (values & exponent) == exponent
+    return found
 
 
 def _open_file(path: Path) -> _WeightFile:

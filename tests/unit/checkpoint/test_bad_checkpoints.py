@@ -13,7 +13,14 @@ import pytest
 from tiny_model import tiny_config, tiny_tensors, write_tensors, write_tiny_model
 
 from fastdeploy_lite.checkpoint import Checkpoint
-from fastdeploy_lite.checkpoint.inventory import rank_linears, read_linear, read_vector, verify
+from fastdeploy_lite.checkpoint.inventory import (
+    rank_linears,
+    read_embedding,
+    read_linear,
+    read_lm_head,
+    read_vector,
+    verify,
+)
 from fastdeploy_lite.checkpoint.tensor import float32_to_bfloat16
 from fastdeploy_lite.utils.errors import CheckpointError, FastDeployError
 
@@ -40,6 +47,8 @@ def load_all(folder: Path, size: int = 1, rank: int = 0) -> None:
     for linear in rank_linears(checkpoint):
         read_linear(checkpoint, linear)
     read_vector(checkpoint, "ernie.norm.weight", checkpoint.config.hidden_size)
+    read_embedding(checkpoint)
+    read_lm_head(checkpoint)
 
 
 def refused(folder: Path, *parts: str, size: int = 1) -> str:
@@ -224,6 +233,23 @@ def test_scales_that_are_not_finite(
     tensors[key] = (array, dtype)
     write_tensors(tmp_path, config, tensors)
     refused(tmp_path, "model.safetensors", key, f"found {bad} at element 5", "finite")
+
+
+@pytest.mark.parametrize("element", [0, -1])
+@pytest.mark.parametrize(
+    "key", ["ernie.embed_tokens.weight", "lm_head.weight", f"{EXPERT}.weight"], ids=str
+)
+def test_dense_weights_that_are_not_finite(tmp_path: Path, key: str, element: int) -> None:
+    config = tiny_config("bf16", layers=2, experts=2, tied=False)
+    tensors = tiny_tensors(config)
+    flat = tensors[key][0].reshape(-1).copy()
+    flat[element] = 0xFFC0  # a negative NaN
+    tensors[key] = (flat.reshape(tensors[key][0].shape), "BF16")
+    write_tensors(tmp_path, config, tensors)
+    with pytest.raises(CheckpointError, match="expected finite values") as caught:
+        load_all(tmp_path, 1)
+    where = range(flat.size)[element]
+    assert f"model.safetensors: {key}: found nan at element {where} (1 such)" in str(caught.value)
 
 
 def test_code_maps_beyond_integers(
