@@ -68,7 +68,7 @@ def host_array(tensor: Tensor) -> npt.NDArray[Any]:
     dtype = np.dtype(DTYPE_NAMES[tensor.dtype].replace("bfloat16", "uint16"))
     shape = list(tensor.shape)
     memory = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(tensor.data_ptr())
-    memory.owner = tensor  # type: ignore[attr-defined]
+    memory.owner = tensor
     return np.frombuffer(memory, dtype).reshape(shape)
 
 
