@@ -161,7 +161,8 @@ def _leave_signals_to_the_parent() -> None:
 
 def _die_with_parent() -> None:
     """Wait for the end of standard input, then end the process at once."""
-    while sys.stdin.buffer.read(4096):
+    # Not through `sys.stdin`, whose lock the end of the interpreter would wait for in vain.
+    while os.read(sys.stdin.fileno(), 4096):
         pass
     os._exit(3)
 

@@ -72,6 +72,21 @@ def test_the_process_runs_the_parents_package(
     assert asyncio.run(start())
 
 
+def test_a_polite_end_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    """The thread that watches for the parent's end must not hold up the interpreter's."""
+
+    async def start_and_stop() -> list[psutil.Process]:
+        async with started() as client:
+            assert client.engine_pid is not None
+            return [psutil.Process(client.engine_pid)]
+
+    gone, alive = psutil.wait_procs(asyncio.run(start_and_stop()), timeout=10)
+    assert (len(gone), alive) == (1, [])
+    printed = capfd.readouterr().err
+    assert "Fatal" not in printed
+    assert "SIGABRT" not in printed
+
+
 async def collect(client: AsyncEngineClient, item: EngineRequest) -> list[EngineOutput]:
     return [output async for output in client.generate(item)]
 
