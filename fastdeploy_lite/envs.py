@@ -67,6 +67,7 @@ VARIABLES: dict[str, Callable[[str | None], Any]] = {
     "FD_LITE_STRICT_STATUS": _boolean(False),
     "FD_LITE_STRIP_STOP_TEXT": _boolean(False),
     "FD_LITE_MAX_BODY_BYTES": _integer(32 * 1024 * 1024),
+    "FD_LITE_SEND_SECONDS": _integer(60),
 }
 
 

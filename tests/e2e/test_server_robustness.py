@@ -128,14 +128,14 @@ def test_right_keys_pass_and_probes_are_open(guarded: ServerProcess) -> None:
 
 
 def test_served_name(sdk: openai.OpenAI) -> None:
-    for name in ("ernie", "default"):
+    for name in ("ernie", "default", None):
         answer = sdk.chat.completions.create(model=name, messages=HELLO, max_tokens=2)
         assert answer.model == "ernie"
     with pytest.raises(openai.BadRequestError) as caught:
         sdk.chat.completions.create(model="other", messages=HELLO)
     assert caught.value.body is not None
     assert caught.value.code == "model_not_support"
-    assert "support [ernie] or default" in caught.value.message
+    assert "Unsupported model: [other], support [ernie] or default" in caught.value.message
 
 
 def test_logprobs_must_be_enabled(sdk: openai.OpenAI) -> None:
@@ -258,6 +258,8 @@ def test_sigterm_under_load_drains(guarded: ServerProcess, metrics_port: int) ->
         assert result.json()["usage"]["completion_tokens"] >= 300
     assert guarded.wait(15) == 0
     assert_gone(family, guarded.port, metrics_port)
+    assert "Fatal" not in guarded.stderr  # no process ended by an accident of its own
+    assert "Traceback" not in guarded.stderr
 
 
 # Engines that die -------------------------------------------------------------------------------
@@ -354,6 +356,28 @@ def test_upstreams_start_line(tmp_path: Path) -> None:
             body = {"messages": HELLO, "max_tokens": 3}
             assert httpx.post(f"{server.url}{CHAT}", json=body).status_code == 200
             assert httpx.get(f"http://127.0.0.1:{metrics}/metrics").status_code == 200
+
+
+def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
+    """It must not hold one of the places for requests for ever."""
+    body = json.dumps({**LONG, "n": 16, "return_token_ids": True, "stream": True}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    data = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    flags = ("--max-concurrency", "1", "--max-num-seqs", "16")
+    env = {"FD_LITE_SEND_SECONDS": "1"}
+    with running_server(tmp_path / "s", flags, env=env) as server, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", server.port))
+        deaf.sendall(data)
+        wait_running(server, 16, server.url)
+        limit = time.monotonic() + 60
+        status = 429
+        while status == 429 and time.monotonic() < limit:
+            time.sleep(0.5)
+            short = {"messages": HELLO, "max_tokens": 2}
+            status = httpx.post(f"{server.url}{CHAT}", json=short, timeout=60).status_code
+        assert status == 200
+        server.wait_idle(60)
 
 
 # Starts that fail -------------------------------------------------------------------------------

@@ -17,11 +17,12 @@ from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError
 from fastdeploy_lite.entrypoints.openai.output_parser import OutputParsers
 from fastdeploy_lite.input.preprocess import Preprocessor
 from fastdeploy_lite.metrics.metrics import ServerMetrics
-from fastdeploy_lite.utils.errors import RequestError, quote
+from fastdeploy_lite.utils.errors import RequestError
 
 Result = TypeVar("Result")
 # Templates, tokenisation and grammar compilation: milliseconds each, beside the event loop.
 PREPROCESS_THREADS = 2
+_LONGEST_NAME = 120
 
 
 @dataclass(slots=True)
@@ -76,10 +77,10 @@ class Service:
             RequestError: Another model is served.
         """
         served = self.args.served_model_name
-        if served is None or name in (served, "default"):
+        if served is None or name in (None, served, "default"):
             return
         raise RequestError(
-            f"Unsupported model: [{quote(name)}], support [{served}] or default",
+            f"Unsupported model: [{str(name)[:_LONGEST_NAME]}], support [{served}] or default",
             param="model",
             code="model_not_support",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
+from fastdeploy_lite import envs
 from fastdeploy_lite.entrypoints.openai.middleware import Receive, Scope, Send
 
 Result = TypeVar("Result")
@@ -68,7 +70,8 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
 
 
 class EventStream(Response):
-    """Sends events as they come; a leaving client closes their source at once.
+    """Sends events as they come; a leaving client closes their source at once, and one that reads
+    nothing for `FD_LITE_SEND_SECONDS` is taken for gone.
 
     Args:
         events: The encoded events.
@@ -80,13 +83,19 @@ class EventStream(Response):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._sending_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         sender = asyncio.ensure_future(self._send_all(send))
         watcher = asyncio.ensure_future(_until_disconnect(receive))
+        limit = envs.FD_LITE_SEND_SECONDS
         try:
-            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            done: set[asyncio.Future[None]] = set()
+            while not done and not self._is_stuck(limit):
+                done, _ = await asyncio.wait(
+                    {sender, watcher}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
+                )
             if sender.done():
                 sender.result()
         finally:
@@ -95,11 +104,18 @@ class EventStream(Response):
                 sender.cancel()
                 await asyncio.gather(sender, return_exceptions=True)
 
+    def _is_stuck(self, seconds: float) -> bool:
+        """Whether the client has read nothing for that long."""
+        since = self._sending_since
+        return since is not None and time.monotonic() - since >= seconds
+
     async def _send_all(self, send: Send) -> None:
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
         async with aclosing(self._events) as events:
             async for data in events:
+                self._sending_since = time.monotonic()
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+                self._sending_since = None
         await send({"type": "http.response.body", "body": b""})
