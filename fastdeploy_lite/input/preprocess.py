@@ -42,6 +42,7 @@ BUILT_IN_DEFAULTS: Mapping[str, float] = {
 PENALTY_RANGE = (2.0**-60, 2.0**60)
 TEMPERATURE_RANGE = (1e-5, 1e10)
 LARGEST_BIAS = 1e9
+MAX_BAD_WORDS = 10_000  # each costs two tokenisations
 _GUIDED_KINDS: Mapping[str, GuidedKind] = {
     "json": "json_schema",
     "json_object": "json_object",
@@ -309,16 +310,30 @@ class Preprocessor:
 
     def _banned_ids(self, params: SamplingParams) -> tuple[int, ...]:
         ids = self._checked_ids(params.bad_words_token_ids or (), "bad_words_token_ids")
-        for word in params.bad_words or ():
-            stripped = word.lstrip()
-            forms = (stripped, f" {stripped}") if stripped else ()
-            for form in forms:
-                encoded = self.tokenizer.encode_text(form)
-                if len(encoded) == 1:
-                    ids += self._within_vocabulary(encoded, "bad_words")
-                else:
-                    _log.warning("bad_words: %r is not one token: skipped", form)
+        words = params.bad_words or ()
+        if len(words) > MAX_BAD_WORDS:
+            raise RequestError(
+                f"bad_words: found {len(words)} words, the limit is {MAX_BAD_WORDS}",
+                param="bad_words",
+                code="invalid_value",
+            )
+        skipped = []
+        for word in words:
+            single = self._single_tokens(word.lstrip())
+            ids += single
+            if not single:
+                skipped.append(word)
+        if skipped:
+            _log.warning("bad_words: %d of %d words are not one token and skipped: %s",
+                         len(skipped), len(words), quote(skipped[:10]))  # fmt: skip
         return tuple(dict.fromkeys(ids))
+
+    def _single_tokens(self, word: str) -> list[int]:
+        """The ids that a word is written with, at the start and after a space."""
+        if not 0 < len(word) <= self._longest_piece:
+            return []
+        encoded = (self.tokenizer.encode_text(form) for form in (word, f" {word}"))
+        return self._within_vocabulary([ids[0] for ids in encoded if len(ids) == 1], "bad_words")
 
     # Stops ---------------------------------------------------------------------------------------
 
@@ -332,6 +347,11 @@ class Preprocessor:
         most, longest = envs.FD_MAX_STOP_SEQS_NUM, envs.FD_STOP_SEQS_MAX_LEN
         if len(texts) > most:
             raise _stop_limit(f"Length of stop ({len(texts)})", "max_stop_seqs_num", most)
+        for text in texts:
+            if (least := len(text) // self._longest_piece) > longest:  # known without tokenising
+                raise _stop_limit(
+                    f"Length of stop_seqs (at least {least})", "stop_seqs_max_len", longest
+                )
         sequences = [tuple(self.tokenizer.encode_text(text)) for text in texts]
         for sequence in sequences:
             if len(sequence) > longest:

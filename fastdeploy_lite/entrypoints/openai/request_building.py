@@ -116,7 +116,8 @@ def sampling_params(
 
 
 def _named_field(message: str, values: Mapping[str, Any]) -> str | None:
-    return next((name for name in values if message.startswith(name)), None)
+    names = ("logit_bias", *values)
+    return next((name for name in names if message.startswith(name)), None)
 
 
 def _max_tokens(body: ChatCompletionRequest | CompletionRequest, service: Service) -> int | None:
@@ -156,7 +157,7 @@ def _budgets(
         if value is None:
             continue
         if value < 1:
-            raise RequestError(f"{name} must be greater than 1, got {value}", param=name)
+            raise RequestError(f"{name} must be at least 1, got {value}", param=name)
         if max_tokens is not None and value > max_tokens:
             _log.warning("%s %d is lowered to max_tokens %d", name, value, max_tokens)
             value = max_tokens

@@ -16,7 +16,7 @@ from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.messages import EngineSampling
 from fastdeploy_lite.engine.request import Request
 from fastdeploy_lite.engine.sampling_params import GuidedDecodingParams, SamplingParams
-from fastdeploy_lite.input.preprocess import Preprocessor, load_tokenizer
+from fastdeploy_lite.input.preprocess import MAX_BAD_WORDS, Preprocessor, load_tokenizer
 from fastdeploy_lite.utils.errors import RequestError
 
 RENDERED = "<|begin_of_sentence|>User: Hi\nAssistant: "
@@ -180,6 +180,30 @@ def test_bias_and_bans(pre: Preprocessor) -> None:
     banned = sampling(pre, bad_words=[" th", "no single token"], bad_words_token_ids=[77])
     assert set(banned.sampler.banned_ids) >= {77, token}
     assert refused_sampling(pre, bad_words_token_ids=[-4]).param == "bad_words_token_ids"
+
+
+def test_many_bad_words_cost_one_line_and_little_time(
+    pre: Preprocessor, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", "fastdeploy_lite.data_processor"):
+        words = [f"no single token {i}" for i in range(MAX_BAD_WORDS)]
+        assert sampling(pre, bad_words=words).sampler.banned_ids == ()
+    [record] = caplog.records
+    assert f"{MAX_BAD_WORDS} of {MAX_BAD_WORDS}" in record.getMessage()
+    assert refused_sampling(pre, bad_words=[*words, "one more"]).param == "bad_words"
+
+
+def test_long_words_and_stops_are_not_tokenised(
+    pre: Preprocessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    encode = pre.tokenizer.encode_text
+    monkeypatch.setattr(
+        pre.tokenizer, "encode_text", lambda text: lengths.append(len(text)) or encode(text)
+    )
+    sampling(pre, bad_words=["x" * 100_000])
+    assert refused_sampling(pre, stop=["x" * 100_000]).param == "stop"
+    assert max(lengths) < 1000
 
 
 def test_logprobs_need_permission_and_have_a_limit(pre: Preprocessor) -> None:
