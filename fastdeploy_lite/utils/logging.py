@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from fastdeploy_lite import envs
-from fastdeploy_lite.utils.errors import one_line
+from fastdeploy_lite.utils.errors import ConfigError, one_line, quote
 
 ROOT = "fastdeploy_lite"
 # logger -> file, upstream's names
@@ -91,11 +91,17 @@ def init_file_logging(directory: str | Path | None = None) -> Path:
         The directory.
 
     Raises:
-        OSError: The directory or a file cannot be written.
+        ConfigError: The directory cannot be written.
     """
-    folder = Path(directory or envs.FD_LOG_DIR)
-    folder.mkdir(parents=True, exist_ok=True)
     init_console_logging()
+    folder = Path(directory or envs.FD_LOG_DIR)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError("no permission")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"FD_LOG_DIR {quote(str(folder))} cannot be written: {reason}") from None
     for name, file_name in FILES.items():
         logger = get_logger(name)
         logger.setLevel(_level())
@@ -125,6 +131,15 @@ class _FileHandler(logging.handlers.TimedRotatingFileHandler):
     The server and the engine write to the same files, and both rotate them: only the first one
     moves the file away, the other one just opens the new one.
     """
+
+    complained = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (the base's name)
+        """Drop the record: a full disk is said once, and neither ends the service nor floods it."""
+        if not _FileHandler.complained:
+            _FileHandler.complained = True
+            reason = one_line(sys.exc_info()[1])
+            sys.stderr.write(f"{self.baseFilename} cannot be written, records are lost: {reason}\n")
 
     def __init__(self, path: Path) -> None:
         super().__init__(

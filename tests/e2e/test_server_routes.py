@@ -173,6 +173,7 @@ def test_start_up_lines_in_order(server: ServerProcess) -> None:
         "Worker processes are launched with ", "Detected 256 gpu blocks and 0 cpu blocks in cache "
         "(block size: 64).", "FastDeploy will be serving ", "Launching metrics service at http://",
         "Launching chat completion service at http://", "Launching completion service at http://",
+        "Application startup complete.", f"Uvicorn running on {server.url} (Press CTRL+C to quit)",
     ]  # fmt: skip
     positions = [text.index(line) for line in lines]
     assert positions == sorted(positions)

@@ -325,6 +325,9 @@ class ApiServer:
         console.info("Launching metrics service at http://%s:%d/metrics", host, metrics)
         console.info("Launching chat completion service at %s/v1/chat/completions", base)
         console.info("Launching completion service at %s/v1/completions", base)
+        # uvicorn's own words, which it keeps to itself when it is given sockets.
+        console.info("Application startup complete.")
+        console.info("Uvicorn running on %s (Press CTRL+C to quit)", base)
 
     async def _drain(self) -> None:
         """Refuse new requests, let the running ones finish for a while, abort the rest."""
@@ -452,7 +455,9 @@ def _print_failure(error: Exception) -> None:
     while (below := causes[-1].__cause__) is not None:
         causes.append(below)
     console.error("Failed to start: %s", causes[-1])
-    get_logger("api_server").error("start failed", exc_info=error)
+    log = get_logger("api_server")
+    if log.handlers:  # or the traceback would end up below the cause
+        log.error("start failed", exc_info=error)
 
 
 def main() -> None:

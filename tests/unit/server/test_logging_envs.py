@@ -14,7 +14,7 @@ import pytest
 from fastdeploy_lite import envs
 from fastdeploy_lite.entrypoints.openai.middleware import access_line
 from fastdeploy_lite.utils.errors import ConfigError
-from fastdeploy_lite.utils.logging import RecordFormatter, _FileHandler
+from fastdeploy_lite.utils.logging import RecordFormatter, _FileHandler, init_file_logging
 
 LAYOUT = re.compile(
     r"^(INFO|WARNING|ERROR) +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \d+ +\w+\.py\[line:\d+\] "
@@ -82,6 +82,24 @@ def test_files_are_opened_by_the_start_only(tmp_path: Path) -> None:
     lines = (tmp_path / "log" / "api_server.log").read_text().splitlines()
     assert [line.split("] ")[-1] for line in lines] == ["after", "again"]
     assert all(LAYOUT.match(line) for line in lines)
+
+
+def test_a_full_disk_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_FileHandler, "complained", False)
+    (tmp_path / "a.log").symlink_to("/dev/full")
+    for _ in range(3):
+        _FileHandler(tmp_path / "a.log").handle(record("lost"))
+    [line] = capsys.readouterr().err.splitlines()
+    assert "a.log" in line
+    assert "No space left" in line
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"FD_LOG_DIR .*/file/log'? cannot be written"):
+        init_file_logging(tmp_path / "file" / "log")
 
 
 def test_two_processes_rotate_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
