@@ -447,11 +447,10 @@ class EngineArgs:
         return None if sizes is None else tuple(sorted(set(sizes)))
 
     def _early_stop_config(self) -> EarlyStopConfig | None:
-        if not self.enable_early_stop:
-            return None
         given = {k: v for k, v in (self.early_stop_config or {}).items() if v is not None}
         given.pop("enable_early_stop", None)
-        return EarlyStopConfig(**given)
+        config = EarlyStopConfig(**given)  # checked also where it is off
+        return config if self.enable_early_stop else None
 
     def _tokenizer_path(self, model_folder: Path) -> Path:
         if self.tokenizer is None or self.tokenizer == self.model:

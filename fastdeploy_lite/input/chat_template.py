@@ -157,6 +157,8 @@ def _normalize(message: Any) -> dict[str, Any]:
             code="invalid_value",
         )
     result = {**message, "content": _text(message.get("content"))}
+    if message["role"] == "developer":  # OpenAI's newer name; templates would drop the message
+        result["role"] = "system"
     if message.get("tool_calls"):
         result["tool_calls"] = [_with_parsed_arguments(call) for call in message["tool_calls"]]
     return result

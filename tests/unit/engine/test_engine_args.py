@@ -211,6 +211,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"early_stop_config": {"enable_early_stop": True, "window_size": 0}}, "window_size"),
     ({"early_stop_config": {"enable_early_stop": True, "window_size": 1.5}}, "window_size"),
     ({"early_stop_config": {"enable_early_stop": True, "threshold": 2}}, "threshold"),
+    ({"early_stop_config": {"window_size": 0}}, "window_size"),
     ({"early_stop_config": {"enable_early_stop": "yes"}}, "enable_early_stop must be true or"),
     (
         {"enable_early_stop": True, "early_stop_config": {"enable_early_stop": False}},

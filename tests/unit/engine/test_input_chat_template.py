@@ -136,6 +136,12 @@ def test_an_honest_template_from_the_network_renders_the_same() -> None:
     assert render("{{ messages[0].content | length }}", trusted=False, messages=surrogate) == "1"
 
 
+def test_a_developer_speaks_as_the_system() -> None:
+    """Templates know three roles, and would drop what OpenAI's newer clients send."""
+    only_system = "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}"
+    assert render(only_system, messages=[{"role": "developer", "content": "Obey"}]) == "Obey"
+
+
 def test_template_argument_is_a_file_or_source(tmp_path: Path) -> None:
     file = tmp_path / "template.jinja"
     file.write_text("from file")
