@@ -260,11 +260,6 @@ class ModelConfig:
         return "dense" if self.quantization is None else self.quantization.linear_kind
 
     @property
-    def qkv_size(self) -> int:
-        """Output features of the fused query/key/value projection."""
-        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
-
-    @property
     def shared_intermediate_size(self) -> int:
         """Width of the fused shared-expert MLP; 0 when there is none."""
         return self.moe_num_shared_experts * self.moe_intermediate_size
