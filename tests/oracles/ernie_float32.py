@@ -54,7 +54,7 @@ class Files:
 
 
 def unpack_int8(stored: Array, scale: Array, k: int, n: int) -> Array:
-    """W [k, n] from the nominal [n, k] bytes: position formula of section 3, element by element."""
+    """W [k, n] from the nominal [n, k] bytes: position formula of "int8 linears", one by one."""
     row, col = np.arange(k)[:, None], np.arange(n)[None, :]
     position = (
         ((col // 2) * (k // 64) + row // 64) * 128
@@ -67,7 +67,7 @@ def unpack_int8(stored: Array, scale: Array, k: int, n: int) -> Array:
 
 
 def unpack_int4(stored: Array, scale: Array, k: int, n: int) -> Array:
-    """W [k, n] from the nominal [n / 2, k] bytes: nibble formula of section 4."""
+    """W [k, n] from the nominal [n / 2, k] bytes: nibble formula of "int4 experts"."""
     row, col = np.arange(k)[:, None], np.arange(n)[None, :]
     nibble = (
         ((col // 4) * (k // 64) + row // 64) * 256
@@ -84,7 +84,7 @@ def unpack_int4(stored: Array, scale: Array, k: int, n: int) -> Array:
 def unpack_ccq(
     stored: Array, local: Array, super_scale: Array, code_scale: Array, code_zp: Array
 ) -> Array:
-    """W [K, N] of section 5.2, one row of a byte at a time.
+    """W [K, N] of "2-bit experts", one row of a byte at a time.
 
     float64 holds byte * code_scale exactly (8 + 24 bits), and the sum too unless the addends'
     exponents are more than 20 apart, which no trained checkpoint has; adversarial values are the
