@@ -29,8 +29,9 @@ MAX_SPEC_BYTES = 65536
 MAX_CHOICES = 4096
 MAX_NESTING = 64
 CACHE_ENTRIES = 128
-# A small model left alone with free JSON whitespace can emit nothing else until its length limit.
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+# A blank, or a line break and its indentation: every usual layout.  A small model left alone with
+# free JSON whitespace emits nothing else until its length limit.
+WHITESPACE = r"\x20|\r?\n[\x20\t]{0,32}"
 
 _LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=2_000_000, max_lexer_states=50_000, max_grammar_size=200_000,
@@ -318,10 +319,15 @@ def _json_grammar(schema: Any, any_whitespace: bool) -> str:
     if not isinstance(schema, dict):
         raise ValueError(f"a schema is a JSON object, found {type(schema).__name__}")
     check_nesting(schema)
-    layout: Any = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
-    if not any_whitespace:
-        layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    layout = _layout(any_whitespace)
     return str(llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=layout))
+
+
+def _layout(any_whitespace: bool) -> Any:
+    """llguidance's options for where JSON may hold whitespace."""
+    if any_whitespace:
+        return {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
+    return {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def check_nesting(value: Any) -> None:
@@ -431,11 +437,12 @@ def _structural_tag(spec: GuidedSpec) -> str:
     if not isinstance(triggers, list) or not all(isinstance(t, str) and t for t in triggers):
         raise ValueError("'triggers' must be a list of non-empty strings")
     check_nesting(structures)
-    tags = [_tag(structure, triggers) for structure in structures]
+    layout = _layout(spec.any_whitespace)
+    tags = [_tag(structure, triggers, layout) for structure in structures]
     return str(llguidance.StructTag.to_grammar(tags, assume_special=False))
 
 
-def _tag(structure: Any, triggers: list[str]) -> Any:
+def _tag(structure: Any, triggers: list[str], layout: Any) -> Any:
     if not isinstance(structure, dict) or not isinstance(structure.get("begin"), str):
         raise ValueError("every structure needs the text 'begin'")
     begin, end = structure["begin"], structure.get("end", "")
@@ -445,6 +452,8 @@ def _tag(structure: Any, triggers: list[str]) -> Any:
     if not isinstance(end, str):
         raise ValueError("'end' must be text")
     schema = structure.get("schema", {})
+    if isinstance(schema, dict):
+        schema = {**schema, "x-guidance": layout}
     return llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=end)
 
 

@@ -91,6 +91,19 @@ def test_json_schema(compile_spec: Compile, tokenizer: Ernie4_5Tokenizer, seed: 
     assert isinstance(value["alive"], bool)
 
 
+TAG = {
+    "type": "structural_tag",
+    "structures": [
+        {
+            "begin": "<f>",
+            "schema": {"type": "object", "properties": {"a": {"type": "boolean"}}},
+            "end": "</f>",
+        }
+    ],
+    "triggers": ["<f>"],
+}
+
+
 def test_json_layout_is_free_unless_disabled(
     compile_spec: Compile, tokenizer: Ernie4_5Tokenizer
 ) -> None:
@@ -104,8 +117,16 @@ def test_json_layout_is_free_unless_disabled(
 
 
 def test_json_whitespace_is_bounded(compile_spec: Compile, tokenizer: Ernie4_5Tokenizer) -> None:
-    matcher = compile_spec("json_object").matcher()
-    assert not accepts(matcher, tokenizer, "{" + " " * 200 + "}")
+    grammar = compile_spec("json_object")
+    for empty in ("{  }", "{\n\n}", "{\n" + " " * 33 + "}"):
+        assert not accepts(grammar.matcher(), tokenizer, empty), empty
+    for laid_out in ('{\r\n\t\t"a": 1\n}', "{\n" + " " * 32 + '"a" : [1 , 2] }'):
+        assert accepts(grammar.matcher(), tokenizer, laid_out), laid_out
+    for whitespace, answer in ((True, True), (False, False)):
+        tag = compile_spec("structural_tag", TAG, any_whitespace=whitespace).matcher()
+        assert accepts(tag, tokenizer, '<f>{\n  "a": true}</f>') is answer
+    tag = compile_spec("structural_tag", TAG).matcher()
+    assert not accepts(tag, tokenizer, '<f>{  "a": true}</f>')
 
 
 @pytest.mark.parametrize(
