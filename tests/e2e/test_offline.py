@@ -416,6 +416,8 @@ def test_two_streams_and_a_batch_share_the_engine(llm: LLM) -> None:
 INTERRUPTED = """
 import os, signal, threading, time
 from fastdeploy_lite import LLM, SamplingParams
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and children inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 llm = LLM("demo", max_model_len=1024, num_gpu_blocks_override=100)
 threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:

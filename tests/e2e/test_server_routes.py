@@ -134,13 +134,15 @@ def test_disconnect_frees_the_blocks(server: ServerProcess, http: httpx.Client) 
 
 
 def test_health_is_quick_during_long_prefills(server: ServerProcess) -> None:
-    prompt = {"prompt": ["word " * 1900] * 4, "max_tokens": 1, "seed": 1}
+    prompts = [f"{index} " + "word " * 1900 for index in range(8)]  # no prefix in common
+    body = {"prompt": prompts, "max_tokens": 1, "seed": 1}
     thread = threading.Thread(
-        target=lambda: httpx.post(f"{server.url}/v1/completions", json=prompt, timeout=120)
+        target=lambda: httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
     )
-    thread.start()
     times = []
     with httpx.Client(base_url=server.url, timeout=5) as probe:
+        probe.get("/health")  # opens the connection
+        thread.start()
         while thread.is_alive():
             started = time.monotonic()
             assert probe.get("/health").status_code == 200
