@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from fastdeploy_lite.utils.errors import ConfigError, quote
-
-Parser = TypeVar("Parser", bound=type)
+from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.registry import Registered, registered, registering
 
 
 @dataclass(slots=True)
@@ -160,44 +159,11 @@ class ReasoningParserManager:
     @classmethod
     def register_module(
         cls, name: str | Sequence[str], force: bool = True
-    ) -> Callable[[Parser], Parser]:
-        """Class decorator that registers a parser.
-
-        Args:
-            name: One name or several.
-            force: Whether to replace a parser of that name.
-
-        Returns:
-            The decorator.
-
-        Raises:
-            ConfigError: The name is taken and `force` is false.
-        """
-        names = [name] if isinstance(name, str) else list(name)
-
-        def register(parser: Parser) -> Parser:
-            for each in names:
-                if each in cls.reasoning_parsers and not force:
-                    raise ConfigError(f"Reasoning parser {quote(each)} is already registered")
-                cls.reasoning_parsers[each] = parser
-            return parser
-
-        return register
+    ) -> Callable[[Registered], Registered]:
+        """Class decorator that registers a parser; see `registering`."""
+        return registering(cls.reasoning_parsers, "reasoning parser", name, force)
 
     @classmethod
     def get_reasoning_parser(cls, name: str) -> type[ReasoningParser]:
-        """The parser class registered under `name`.
-
-        Args:
-            name: Name given to `--reasoning-parser`.
-
-        Returns:
-            The class.
-
-        Raises:
-            ConfigError: Nothing is registered under the name.
-        """
-        if name not in cls.reasoning_parsers:
-            known = ", ".join(sorted(cls.reasoning_parsers))
-            raise ConfigError(f"Unknown reasoning parser {quote(name)}; choose from {known}")
-        return cls.reasoning_parsers[name]
+        """The class that `--reasoning-parser` names; see `registered`."""
+        return registered(cls.reasoning_parsers, "reasoning parser", name)

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from fastdeploy_lite.entrypoints.openai.protocol import (
     DeltaFunctionCall,
@@ -25,8 +25,7 @@ from fastdeploy_lite.entrypoints.openai.protocol import (
     ToolCall,
 )
 from fastdeploy_lite.utils.errors import ConfigError, quote
-
-Parser = TypeVar("Parser", bound=type)
+from fastdeploy_lite.utils.registry import Registered, registered, registering
 
 
 @dataclass(slots=True)
@@ -160,47 +159,14 @@ class ToolParserManager:
     @classmethod
     def register_module(
         cls, name: str | Sequence[str], force: bool = True
-    ) -> Callable[[Parser], Parser]:
-        """Class decorator that registers a parser.
-
-        Args:
-            name: One name or several.
-            force: Whether to replace a parser of that name.
-
-        Returns:
-            The decorator.
-
-        Raises:
-            ConfigError: The name is taken and `force` is false.
-        """
-        names = [name] if isinstance(name, str) else list(name)
-
-        def register(parser: Parser) -> Parser:
-            for each in names:
-                if each in cls.tool_parsers and not force:
-                    raise ConfigError(f"Tool parser {quote(each)} is already registered")
-                cls.tool_parsers[each] = parser
-            return parser
-
-        return register
+    ) -> Callable[[Registered], Registered]:
+        """Class decorator that registers a parser; see `registering`."""
+        return registering(cls.tool_parsers, "tool parser", name, force)
 
     @classmethod
     def get_tool_parser(cls, name: str) -> type[ToolParser]:
-        """The parser class registered under `name`.
-
-        Args:
-            name: Name given to `--tool-call-parser`.
-
-        Returns:
-            The class.
-
-        Raises:
-            ConfigError: Nothing is registered under the name.
-        """
-        if name not in cls.tool_parsers:
-            known = ", ".join(sorted(cls.tool_parsers))
-            raise ConfigError(f"Unknown tool parser {quote(name)}; choose from {known}")
-        return cls.tool_parsers[name]
+        """The class that `--tool-call-parser` names; see `registered`."""
+        return registered(cls.tool_parsers, "tool parser", name)
 
     @classmethod
     def import_tool_parser(cls, plugin_path: str) -> None:
