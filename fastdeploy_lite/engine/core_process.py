@@ -172,6 +172,7 @@ def main() -> int:
     _leave_signals_to_the_parent()
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=StartLine)
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    log = get_logger("worker")
     context = zmq.Context()
     outbox = open_socket(context, zmq.PUSH, start.directory, FROM_CORE, bind=False)
     inbox = open_socket(context, zmq.PULL, start.directory, TO_CORE, bind=False)
@@ -180,6 +181,7 @@ def main() -> int:
         config = EngineArgs(**start.args).create_runtime_config(quiet=True)
         core, ready = create_core(config, load_tokenizer(config))
         _leave_signals_to_the_parent()  # again: Paddle installs handlers of its own
+        log.info("The model is ready: %d KV blocks", ready.num_blocks)
         outbox.send(msgspec.msgpack.encode(ready))
         CoreLoop(core, inbox, outbox).run()
         core.shutdown()
@@ -188,6 +190,7 @@ def main() -> int:
         # A fault of the user's is one line; a fault of ours needs its traceback, on the console.
         if not isinstance(error, FastDeployError):
             traceback.print_exc()
+        log.error("The engine ended", exc_info=error)
         outbox.send(msgspec.msgpack.encode(Fatal(_reason(error))))
         return 1
     finally:

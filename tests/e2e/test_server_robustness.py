@@ -412,6 +412,9 @@ def test_broken_checkpoint(tmp_path: Path, demo_dir: Path) -> None:
     assert "model.safetensors" in text
     last = [line for line in text.splitlines() if "ERROR" in line][-1]
     assert "Failed to start" in last
+    worker = (tmp_path / "s" / "log" / "workerlog.0").read_text()
+    assert "The engine ended" in worker
+    assert "model.safetensors" in worker
 
 
 @pytest.mark.parametrize(
