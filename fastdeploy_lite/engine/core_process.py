@@ -109,6 +109,7 @@ class CoreLoop:
             self._stopped = True
         else:
             {"pause": core.pause, "resume": core.resume, "reset": core.reset}[action]()
+            self._send(Outputs([], core.stats()))
 
     def _report(self, outputs: list[EngineOutput]) -> None:
         """Send news; counters come along when they changed in a way that gauges show."""

@@ -194,8 +194,18 @@ class AsyncEngineClient:
         self._send(Abort(None if request_ids is None else list(request_ids)))
 
     async def control(self, action: Literal["pause", "resume", "reset"]) -> None:
-        """Pause or resume scheduling, or drop all requests and cached prefixes."""
+        """Pause or resume scheduling, or drop all requests and cached prefixes.
+
+        Returns when that is done and `stats` tell of it.
+
+        Raises:
+            EngineDeadError: The engine is dead or dies meanwhile.
+            RuntimeError: The core found its own books wrong.
+        """
         self._send(Control(action))
+        error = await self.check()  # answered after the action: the core works in order
+        if error is not None:
+            raise RuntimeError(error)
 
     async def check(self) -> str | None:
         """Ask the core to verify its own books.
