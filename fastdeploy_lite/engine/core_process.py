@@ -8,6 +8,7 @@ sockets in a directory that only this user can enter.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -160,11 +161,12 @@ def _leave_signals_to_the_parent() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _die_with_parent() -> None:
-    """Wait for the end of standard input, then end the process at once."""
+def _die_with_parent(directory: str) -> None:
+    """Wait for the end of standard input, then end the process at once, with its sockets' files."""
     # Not through `sys.stdin`, whose lock the end of the interpreter would wait for in vain.
     while os.read(sys.stdin.fileno(), 4096):
         pass
+    shutil.rmtree(directory, ignore_errors=True)
     os._exit(3)
 
 
@@ -172,7 +174,7 @@ def main() -> int:
     """Run the process; returns its exit status."""
     _leave_signals_to_the_parent()
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=StartLine)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_die_with_parent, args=(start.directory,), daemon=True).start()
     log = get_logger("worker")
     context = zmq.Context()
     outbox = open_socket(context, zmq.PUSH, start.directory, FROM_CORE, bind=False)

@@ -336,9 +336,14 @@ def test_restarted_engine_guidance_off_and_strict_statuses(tmp_path: Path) -> No
 def test_a_killed_server_leaves_no_engine(tmp_path: Path) -> None:
     with running_server(tmp_path / "s", ("--max-model-len", "512")) as server:
         family = server.family()
+        paths = [
+            c.laddr for c in family[0].net_connections("unix") if "fastdeploy-lite-" in c.laddr
+        ]
+        assert paths
         os.kill(server.process.pid, signal.SIGKILL)
         server.wait(5)
         assert_gone(family, server.port)
+        assert not any(Path(path).exists() for path in paths)
 
 
 def test_upstreams_start_line(tmp_path: Path) -> None:

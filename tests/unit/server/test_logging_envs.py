@@ -96,7 +96,10 @@ def test_a_full_disk_is_said_once(
     assert "No space left" in line
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdeploy_lite.utils.logging.init_console_logging", lambda: None)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"FD_LOG_DIR .*/file/log'? cannot be written"):
         init_file_logging(tmp_path / "file" / "log")
