@@ -30,7 +30,7 @@ class BenchRequest:
 def random_requests(
     count: int, input_len: int, output_len: int, prefix_len: int = 0, seed: int = 0
 ) -> list[BenchRequest]:
-    """Prompts of random words; a word is about one token.
+    """Prompts of random words; a word is one to three tokens, by the vocabulary (the demo: 2.2).
 
     Args:
         count: How many.
