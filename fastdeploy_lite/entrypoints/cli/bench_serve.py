@@ -52,7 +52,7 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
     add("--model", default="default", help="model name in the requests")
     add("--dataset-name", default="sharegpt", choices=("sharegpt", "random"), help="prompts")
     add("--dataset-path", default=None, help="ShareGPT JSON file")
-    add("--random-input-len", type=int, default=128, help="words of a prompt, each one to three tokens")
+    add("--random-input-len", type=int, default=128, help="words, of one to three tokens")
     add("--random-output-len", type=int, default=128, help="generated tokens")
     add("--random-prefix-len", type=int, default=0, help="words that all prompts begin with")
     add("--output-len", type=int, default=None, help="overrides the data set's length")
