@@ -152,6 +152,17 @@ def test_health_is_quick_during_long_prefills(server: ServerProcess) -> None:
     assert max(times) < 1.0
 
 
+def test_answers_do_not_wait_for_the_clients_acknowledgement(server: ServerProcess) -> None:
+    """Nagle's algorithm against delayed ACK would add 40 ms to each request of a kept connection."""
+    times = []
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        for _ in range(20):
+            started = time.monotonic()
+            client.post("/tokenize", json={"prompt": "hi"})
+            times.append(time.monotonic() - started)
+    assert min(times[1:]) < 0.03
+
+
 def test_the_http_process_does_not_load_paddle(server: ServerProcess) -> None:
     files = [m.path for m in psutil.Process(server.process.pid).memory_maps()]
     assert not [path for path in files if "libpaddle" in path]
