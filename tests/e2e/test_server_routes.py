@@ -153,7 +153,7 @@ def test_health_is_quick_during_long_prefills(server: ServerProcess) -> None:
 
 
 def test_answers_do_not_wait_for_the_clients_acknowledgement(server: ServerProcess) -> None:
-    """Nagle's algorithm against delayed ACK would add 40 ms to each request of a kept connection."""
+    """Nagle against delayed ACK would add 40 ms to each request of a kept connection."""
     times = []
     with httpx.Client(base_url=server.url, timeout=60) as client:
         for _ in range(20):
