@@ -17,7 +17,13 @@ GREEDY = SamplerParams(temperature=0.0)
 
 
 def make_runner(
-    folder: Path, *, seqs: int = 8, tokens: int = 256, length: int = 512, **runtime: Any
+    folder: Path,
+    *,
+    seqs: int = 8,
+    tokens: int = 256,
+    length: int = 512,
+    device: str | None = "cpu",
+    **runtime: Any,
 ) -> ModelRunner:
     """Load `folder` and allocate the KV cache that the limits ask for."""
     config = RuntimeConfig(
@@ -26,7 +32,7 @@ def make_runner(
         scheduler=SchedulerConfig(
             max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=length
         ),
-        device="cpu",
+        device=device,
         **runtime,
     )
     runner = ModelRunner(config)
