@@ -128,12 +128,16 @@ def dense_linear(
     workspace_bytes: int,
     stream: int,
 ) -> None: ...
+def route_plan(
+    tokens: int, hidden: int, experts: int, multiprocessors: int
+) -> tuple[int, int]: ...
 def route(
     x: int,
     gate: int,
     bias: int,
     partial: int,
-    splits: int,
+    run: int,
+    count: int,
     ids: int,
     weights: int,
     tokens: int,

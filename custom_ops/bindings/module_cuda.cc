@@ -227,13 +227,17 @@ void bind_products(py::module_& m) {
                            out_is_float, tokens, in_features, out_features, at<void>(workspace),
                            workspace_bytes, stream_of(stream));
         });
-  m.def("route",
-        [](Address x, Address gate, Address bias, Address partial, int splits, Address ids,
-           Address weights, int tokens, int hidden, int experts, int top_k, Address stream) {
-          fc::route(at<const fc::bf16>(x), at<const float>(gate), at<const float>(bias),
-                    at<float>(partial), splits, at<int>(ids), at<float>(weights), tokens, hidden,
-                    experts, top_k, stream_of(stream));
-        });
+  m.def("route_plan", [](int tokens, int hidden, int experts, int multiprocessors) {
+    const fc::RoutePlan plan = fc::route_plan(tokens, hidden, experts, multiprocessors);
+    return py::make_tuple(plan.run, plan.count);
+  });
+  m.def("route", [](Address x, Address gate, Address bias, Address partial, int run, int count,
+                    Address ids, Address weights, int tokens, int hidden, int experts, int top_k,
+                    Address stream) {
+    fc::route(at<const fc::bf16>(x), at<const float>(gate), at<const float>(bias),
+              at<float>(partial), {run, count}, at<int>(ids), at<float>(weights), tokens, hidden,
+              experts, top_k, stream_of(stream));
+  });
 }
 
 void bind_attention(py::module_& m) {

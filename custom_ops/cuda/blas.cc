@@ -21,6 +21,7 @@ struct Library {
   decltype(&cublasLtMatmulDescCreate) desc_create = nullptr;
   decltype(&cublasLtMatmulDescSetAttribute) desc_set = nullptr;
   decltype(&cublasLtMatrixLayoutCreate) layout_create = nullptr;
+  decltype(&cublasLtMatrixLayoutDestroy) layout_destroy = nullptr;
   decltype(&cublasLtMatmulPreferenceCreate) preference_create = nullptr;
   decltype(&cublasLtMatmulPreferenceDestroy) preference_destroy = nullptr;
   decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set = nullptr;
@@ -31,8 +32,9 @@ struct Plan {
   cublasLtMatmulDesc_t operation = nullptr;
   cublasLtMatrixLayout_t a = nullptr, b = nullptr, c = nullptr;
   cublasLtMatmulAlgo_t algorithm{};
-  size_t workspace = 0;
 };
+
+constexpr int kTokenStep = 16;
 
 using PlanKey = std::tuple<int, int, int, int, bool>;  // device, tokens, K, N, float out
 
@@ -60,6 +62,34 @@ cublasLtHandle_t handle_of(int device) {
   return handle;
 }
 
+/// The algorithm for a problem, chosen so that a row's result does not depend on how many rows are
+/// multiplied together. Without reduction schemes K is never split, and each sum runs through K in
+/// the order of the tensor core's steps, whatever the tile: tests/gpu/test_cuda_linear.py holds all
+/// sizes to the same bits. (Split K won nothing: docs/performance.md.) Asked for other counts than
+/// multiples of 16 the heuristic falls back to kernels that are up to three times slower, so `b`
+/// and `c` describe the count rounded up; the algorithm serves the true one.
+cublasLtMatmulAlgo_t choose_algorithm(cublasLtHandle_t handle, const Plan& plan,
+                                      cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
+                                      size_t workspace_bytes) {
+  const uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_NONE;
+  cublasLtMatmulPreference_t preference = nullptr;
+  check_blas(library.preference_create(&preference), "preference");
+  check_blas(library.preference_set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                    &workspace_bytes, sizeof(workspace_bytes)),
+             "workspace limit");
+  check_blas(library.preference_set(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                                    &reduction, sizeof(reduction)),
+             "reduction schemes");
+  cublasLtMatmulHeuristicResult_t found{};
+  int count = 0;
+  const cublasStatus_t status =
+      library.heuristic(handle, plan.operation, plan.a, b, c, c, preference, 1, &found, &count);
+  library.preference_destroy(preference);
+  check_blas(status, "heuristic");
+  if (count == 0) throw std::runtime_error("linear: cuBLASLt proposes no algorithm");
+  return found.algo;
+}
+
 /// cuBLASLt is column major: out^T [N, tokens] = rows [K, N]^T x x^T [K, tokens].
 Plan make_plan(cublasLtHandle_t handle, int tokens, int in_features, int out_features,
                bool out_is_float, size_t workspace_bytes) {
@@ -76,20 +106,15 @@ Plan make_plan(cublasLtHandle_t handle, int tokens, int in_features, int out_fea
              "layout of x");
   check_blas(library.layout_create(&plan.c, out_type, out_features, tokens, out_features),
              "layout of out");
-  cublasLtMatmulPreference_t preference = nullptr;
-  check_blas(library.preference_create(&preference), "preference");
-  check_blas(library.preference_set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                    &workspace_bytes, sizeof(workspace_bytes)),
-             "workspace limit");
-  cublasLtMatmulHeuristicResult_t found{};
-  int count = 0;
-  const cublasStatus_t status = library.heuristic(handle, plan.operation, plan.a, plan.b, plan.c,
-                                                  plan.c, preference, 1, &found, &count);
-  library.preference_destroy(preference);
-  check_blas(status, "heuristic");
-  if (count == 0) throw std::runtime_error("linear: cuBLASLt proposes no algorithm");
-  plan.algorithm = found.algo;
-  plan.workspace = found.workspaceSize;
+  cublasLtMatrixLayout_t rounded_b = nullptr, rounded_c = nullptr;
+  const int rounded = ceil_div(tokens, kTokenStep) * kTokenStep;
+  check_blas(library.layout_create(&rounded_b, CUDA_R_16BF, in_features, rounded, in_features),
+             "layout of x");
+  check_blas(library.layout_create(&rounded_c, out_type, out_features, rounded, out_features),
+             "layout of out");
+  plan.algorithm = choose_algorithm(handle, plan, rounded_b, rounded_c, workspace_bytes);
+  library.layout_destroy(rounded_b);
+  library.layout_destroy(rounded_c);
   return plan;
 }
 
@@ -106,6 +131,7 @@ void blas_open(const std::string& path) {
   resolve(handle, "cublasLtMatmulDescCreate", found.desc_create);
   resolve(handle, "cublasLtMatmulDescSetAttribute", found.desc_set);
   resolve(handle, "cublasLtMatrixLayoutCreate", found.layout_create);
+  resolve(handle, "cublasLtMatrixLayoutDestroy", found.layout_destroy);
   resolve(handle, "cublasLtMatmulPreferenceCreate", found.preference_create);
   resolve(handle, "cublasLtMatmulPreferenceDestroy", found.preference_destroy);
   resolve(handle, "cublasLtMatmulPreferenceSetAttribute", found.preference_set);
@@ -131,10 +157,10 @@ void dense_linear(const bf16* x, const bf16* rows, void* out, bool out_is_float,
   }
   const Plan& plan = found->second;
   const float one = 1.0f, zero = 0.0f;
-  check_blas(
-      library.matmul(handle, plan.operation, &one, rows, plan.a, x, plan.b, &zero, out, plan.c, out,
-                     plan.c, &plan.algorithm, workspace, plan.workspace, stream),
-      "matmul");
+  check_blas(library.matmul(handle, plan.operation, &one, rows, plan.a, x, plan.b, &zero, out,
+                            plan.c, out, plan.c, &plan.algorithm, workspace,
+                            static_cast<size_t>(workspace_bytes), stream),
+             "matmul");
 }
 
 }  // namespace fd::cuda

@@ -10,19 +10,26 @@ constexpr int kRouteExperts = 64;
 constexpr int kRouteDepth = 32;
 constexpr int kRouteThreads = 256;
 constexpr int kMaxExperts = 1024;
-constexpr int kMaxParts = 16;
+constexpr int kPieceSteps = 2;   // route depths in one piece of k
+constexpr int kGroupPieces = 8;  // pieces in one group
+constexpr int kPieceRows = kPieceSteps * kRouteDepth;
+constexpr int kSelectSums = 4096;  // group sums that route_select holds at once
 
-/// partial[split, t, e] = sum over the split's k of x[t, k] * gate[k, e], float32: the router
-/// decides, so its logits are not rounded to bf16 anywhere. 16 tokens x 64 experts a block; a
-/// thread has 4 tokens of one expert.
+/// A logit is the sum of its groups in order, a group the sum of its pieces in order, a piece the
+/// sum of 64 products in order, whichever blocks computed them: the choice of experts must not
+/// depend on how many tokens are routed together.
+///
+/// partial[i, t, e] = x[t, :] * gate[:, e] over the i-th run of `run` pieces (one piece, one group,
+/// or all), float32: the router decides, so its logits are not rounded to bf16 anywhere. 16 tokens
+/// x 64 experts a block; a thread has 4 tokens of one expert.
 __global__ void route_logits(const bf16* x, const float* gate, float* partial, int tokens,
-                             int hidden, int experts, int k_per_split) {
+                             int hidden, int experts, int run) {
   __shared__ float x_tile[kRouteTokens][kRouteDepth];
   __shared__ float gate_tile[kRouteDepth][kRouteExperts];
   const int t0 = blockIdx.x * kRouteTokens, split = blockIdx.y, e0 = blockIdx.z * kRouteExperts;
   const int e = threadIdx.x % kRouteExperts, group = threadIdx.x / kRouteExperts;
-  const int begin = split * k_per_split, end = min(begin + k_per_split, hidden);
-  float acc[4] = {};
+  const int begin = split * run * kPieceRows, end = min(begin + run * kPieceRows, hidden);
+  float acc[4] = {}, group_sum[4] = {}, total[4] = {};
   for (int k0 = begin; k0 < end; k0 += kRouteDepth) {
     for (int i = threadIdx.x; i < kRouteTokens * kRouteDepth; i += kRouteThreads) {
       const int t = t0 + i / kRouteDepth, k = k0 + i % kRouteDepth;
@@ -39,45 +46,73 @@ __global__ void route_logits(const bf16* x, const float* gate, float* partial, i
     for (int k = 0; k < kRouteDepth; ++k) {
       const float w = gate_tile[k][e];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc[i] += x_tile[group * 4 + i][k] * w;
+      for (int i = 0; i < 4; ++i) acc[i] = __fmaf_rn(x_tile[group * 4 + i][k], w, acc[i]);
     }
     __syncthreads();
+    const int done = k0 + kRouteDepth;
+    const bool piece_ends = done % kPieceRows == 0 || done >= end;
+    const bool group_ends = done % (kGroupPieces * kPieceRows) == 0 || done >= end;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (piece_ends) {
+        group_sum[i] += acc[i];
+        acc[i] = 0.0f;
+      }
+      if (group_ends) {
+        total[i] += group_sum[i];
+        group_sum[i] = 0.0f;
+      }
+    }
   }
   if (e0 + e >= experts) return;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int t = t0 + group * 4 + i;
-    if (t < tokens) partial[(int64_t{split} * tokens + t) * experts + e0 + e] = acc[i];
+    if (t < tokens) partial[(int64_t{split} * tokens + t) * experts + e0 + e] = total[i];
+  }
+}
+
+/// Logits of one token from `count` partial sums, of which `per_group` make a group: p[e].
+__device__ __forceinline__ void add_groups(const float* partial, int count, int per_group,
+                                           int tokens, int experts, float* sums, float* p) {
+  const int groups = (count + per_group - 1) / per_group;
+  const int at_once = max(1, kSelectSums / experts);
+  for (int first = 0; first < groups; first += at_once) {
+    const int here = min(at_once, groups - first);
+    for (int i = threadIdx.x; i < here * experts; i += blockDim.x) {
+      const int e = i % experts, begin = (first + i / experts) * per_group;
+      const int end = min(begin + per_group, count);
+      float sum = 0.0f;
+#pragma unroll 4
+      for (int s = begin; s < end; ++s) {
+        sum += partial[(int64_t{s} * tokens + blockIdx.x) * experts + e];
+      }
+      sums[i] = sum;
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < experts; e += blockDim.x) {
+      float logit = first == 0 ? 0.0f : p[e];
+      for (int g = 0; g < here; ++g) logit += sums[g * experts + e];
+      p[e] = logit;
+    }
+    __syncthreads();
   }
 }
 
 /// Softmax over all experts and choice of the top k by p + bias; equal scores go to the lower id.
-/// One block a token: `parts` threads per expert add the splits, the first warp does the rest.
-__global__ void route_select(const float* partial, const float* bias, int splits, int parts,
+/// One block a token: all threads add the partial sums, the first warp does the rest.
+__global__ void route_select(const float* partial, const float* bias, int count, int per_group,
                              int* ids, float* weights, int tokens, int experts, int top_k) {
   extern __shared__ float memory[];
-  float* sums = memory;                 // [parts][experts]
-  float* p = memory + parts * experts;  // [experts]
-  float* score = p + experts;           // [experts]
+  float* p = memory;           // [experts]
+  float* score = p + experts;  // [experts]
+  float* sums = score + experts;
   const int t = blockIdx.x;
-  for (int i = threadIdx.x; i < parts * experts; i += blockDim.x) {
-    const int e = i % experts, part = i / experts;
-    float sum = 0.0f;
-    for (int s = part; s < splits; s += parts) {
-      sum += partial[(int64_t{s} * tokens + t) * experts + e];
-    }
-    sums[i] = sum;
-  }
-  __syncthreads();
+  add_groups(partial, count, per_group, tokens, experts, sums, p);
   if (threadIdx.x >= kWarp) return;
   const int lane = threadIdx.x;
   float top = -INFINITY;
-  for (int e = lane; e < experts; e += kWarp) {
-    float logit = 0.0f;
-    for (int part = 0; part < parts; ++part) logit += sums[part * experts + e];
-    p[e] = logit;
-    top = fmaxf(top, logit);
-  }
+  for (int e = lane; e < experts; e += kWarp) top = fmaxf(top, p[e]);
   top = warp_max(top);
   float total = 0.0f;
   for (int e = lane; e < experts; e += kWarp) {
@@ -180,24 +215,38 @@ __global__ void combine_kernel(const bf16* y, const float* weights, bf16* out, i
 
 }  // namespace
 
-void route(const bf16* x, const float* gate, const float* bias, float* partial, int splits,
-           int* ids, float* weights, int tokens, int hidden, int experts, int top_k,
-           cudaStream_t stream) {
+RoutePlan route_plan(int tokens, int hidden, int experts, int multiprocessors) {
+  const int pieces = ceil_div(hidden, kPieceRows);
+  const int64_t blocks = int64_t{ceil_div(tokens, kRouteTokens)} * ceil_div(experts, kRouteExperts);
+  RoutePlan plan{pieces, 1};
+  for (const int run : {1, kGroupPieces}) {
+    // four blocks an SM hide each other's latencies; more would only add partial sums
+    if (blocks * ceil_div(pieces, run) <= 4 * multiprocessors) {
+      plan = {run, ceil_div(pieces, run)};
+      break;
+    }
+  }
+  return plan;
+}
+
+void route(const bf16* x, const float* gate, const float* bias, float* partial,
+           const RoutePlan& plan, int* ids, float* weights, int tokens, int hidden, int experts,
+           int top_k, cudaStream_t stream) {
   if (experts > kMaxExperts || top_k > kWarp || top_k > experts) {
     throw std::runtime_error("route: " + std::to_string(experts) + " experts and top " +
                              std::to_string(top_k) + " exceed 1024 experts or top 32");
   }
-  const int k_per_split = ceil_div(ceil_div(hidden, splits), kRouteDepth) * kRouteDepth;
-  const dim3 grid(ceil_div(tokens, kRouteTokens), splits, ceil_div(experts, kRouteExperts));
+  const dim3 grid(ceil_div(tokens, kRouteTokens), plan.count, ceil_div(experts, kRouteExperts));
   route_logits<<<grid, kRouteThreads, 0, stream>>>(x, gate, partial, tokens, hidden, experts,
-                                                   k_per_split);
+                                                   plan.run);
   check_launch("route_logits");
-  const int fit = 1024 / experts > 1 ? 1024 / experts : 1;
-  const int parts = splits < fit ? splits : fit < kMaxParts ? fit : kMaxParts;
-  const int threads = ceil_div(parts * experts < 1024 ? parts * experts : 1024, kWarp) * kWarp;
-  const int bytes = (parts + 2) * experts * 4;
-  route_select<<<tokens, threads, bytes, stream>>>(partial, bias, splits, parts, ids, weights,
-                                                   tokens, experts, top_k);
+  const int per_group = plan.run == 1 ? kGroupPieces : 1;
+  const int groups = ceil_div(plan.count, per_group);
+  const int sums = groups * experts < kSelectSums ? groups * experts : kSelectSums;
+  const int threads = ceil_div(sums < 1024 ? sums : 1024, kWarp) * kWarp;
+  const int bytes = (2 * experts + (sums > experts ? sums : experts)) * 4;
+  route_select<<<tokens, threads, bytes, stream>>>(partial, bias, plan.count, per_group, ids,
+                                                   weights, tokens, experts, top_k);
   check_launch("route_select");
 }
 

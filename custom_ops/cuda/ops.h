@@ -50,10 +50,17 @@ void randomize(int kind, void* data, int64_t bytes, uint64_t seed, float size, c
 
 // --- mixture of experts (moe.cu)
 // -----------------------------------------------------------------------------
-/// `partial`: float32 scratch [splits, tokens, experts].
-void route(const bf16* x, const float* gate, const float* bias, float* partial, int splits,
-           int* ids, float* weights, int tokens, int hidden, int experts, int top_k,
-           cudaStream_t stream);
+/// How the router's products are spread: blocks sum `run` pieces of 64 rows each and leave `count`
+/// partial sums. Chosen for speed alone, results are the same bits for every plan.
+struct RoutePlan {
+  int run;
+  int count;
+};
+RoutePlan route_plan(int tokens, int hidden, int experts, int multiprocessors);
+/// `partial`: float32 scratch [plan.count, tokens, experts].
+void route(const bf16* x, const float* gate, const float* bias, float* partial,
+           const RoutePlan& plan, int* ids, float* weights, int tokens, int hidden, int experts,
+           int top_k, cudaStream_t stream);
 /// Sorts slots by expert into `slot_of_row` [slots] and lists tiles of `tile_rows` rows; the first
 /// int4 past the last tile and all after it have count 0. max_tiles >= slots / tile_rows + experts.
 void align_experts(const int* ids, int slots, int experts, int tile_rows, int max_tiles,

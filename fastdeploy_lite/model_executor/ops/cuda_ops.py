@@ -164,14 +164,14 @@ def route(
 ) -> None:
     """See ops.route."""
     (tokens, hidden), experts, top_k = x[2], gate_weight[2][1], topk_ids[2][1]
-    blocks = -(-tokens // 16) * -(-experts // 64)
-    splits = max(1, min(2 * runtime.multiprocessors() // blocks, hidden // 64))
+    run, count = _ops_cuda.route_plan(tokens, hidden, experts, runtime.multiprocessors())
     _ops_cuda.route(
         address(x),
         address(gate_weight),
         address(bias),
-        scratch(splits * tokens * experts * 4),
-        splits,
+        scratch(count * tokens * experts * 4),
+        run,
+        count,
         address(topk_ids),
         address(topk_weights),
         tokens,
