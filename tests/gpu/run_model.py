@@ -3,7 +3,9 @@
     python run_model.py MODEL REQUEST.json RESULT.npz
 
 FD_LITE_DEVICE names the device. REQUEST: {"prompts": [[ids]], "max_tokens": n, "sampling": {...}}
-generates; {"sequences": [[ids]]} gives the logits of all positions.
+generates; {"sequences": [[ids]]} gives the logits of all positions (key "i"), and for the last one
+the experts of every layer in ascending order ("experts i") and the scores that they were chosen by
+("scores i").
 """
 
 from __future__ import annotations
@@ -39,7 +41,43 @@ def logits(model: str, request: dict) -> dict[str, np.ndarray]:
     )
     runner = ModelRunner(config)
     runner.load_model()
-    return {str(i): runner.logits(ids) for i, ids in enumerate(request["sequences"])}
+    routes = Routes()
+    found = {}
+    for i, ids in enumerate(request["sequences"]):
+        found[str(i)] = runner.logits(ids)
+        found[f"experts {i}"], found[f"scores {i}"] = routes.take()
+    return found
+
+
+class Routes:
+    """Watches the router: what it chose for the last row of the last step, layer by layer."""
+
+    def __init__(self) -> None:
+        from fastdeploy_lite.model_executor import ops
+
+        self._layers: list[tuple[np.ndarray, np.ndarray]] = []
+        self._route = ops.route
+        ops.route = self._watch
+
+    def _watch(
+        self, x: object, gate: object, bias: object, top_k: int, ids: object, weights: object
+    ) -> None:
+        from fastdeploy_lite.model_executor import ops
+
+        self._route(x, gate, bias, top_k, ids, weights)
+        row = ops.download(x)[-1]
+        if row.dtype == np.uint16:
+            row = (row.astype(np.uint32) << 16).view(np.float32)
+        logits = row.astype(np.float64) @ ops.download(gate)
+        p = np.exp(logits - logits.max())
+        score = p / p.sum() + (0 if bias is None else ops.download(bias).reshape(-1))
+        self._layers.append((np.sort(ops.download(ids)[-1]), score))
+
+    def take(self) -> tuple[np.ndarray, np.ndarray]:
+        """Experts [layers, k] and scores [layers, E] since the last call."""
+        experts, scores = zip(*self._layers, strict=True)
+        self._layers = []
+        return np.stack(experts), np.stack(scores)
 
 
 if __name__ == "__main__":

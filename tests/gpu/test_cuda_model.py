@@ -91,7 +91,7 @@ def test_greedy_tokens_equal_the_cpus_or_part_at_a_tie(
                 (i, at, [*prompt, *theirs[:at].tolist()], int(ours[at]), int(theirs[at]))
             )
     equal = sum(p[1] for p in partings) + NEW_TOKENS * (len(QUESTIONS) - len(partings))
-    print(print(f"{equal} tokens equal, {len(partings)} partings"))
+    print(f"{equal} tokens equal, {len(partings)} partings")
     if not partings:
         return
     sequences = {"sequences": [p[2] for p in partings]}
@@ -101,9 +101,22 @@ def test_greedy_tokens_equal_the_cpus_or_part_at_a_tie(
         row, near = exact[str(j)][-1], rounded[str(j)][-1]
         gap = float(row[theirs] - row[ours])
         deviation = float(np.std(row - near))
-        print(f"prompt {i} token {at}: gap {gap:.4f}, deviation of logits {deviation:.4f}")
+        print(f"prompt {i} token {at}: gap {gap:.4f}, deviation {deviation:.4f}", end="; ")
         assert 0 <= gap <= 4 * deviation
-        assert deviation <= 0.25 * row.std()  # a near tie between two experts may flip as well
+        experts = exact[f"experts {j}"]
+        rerouted = np.flatnonzero(np.any(experts != rounded[f"experts {j}"], axis=1))
+        if not len(rerouted):
+            assert deviation <= 0.1 * row.std()
+            print("same experts")
+            continue
+        # Rounding decided between two experts, which moves the logits further.
+        first = rerouted[0]
+        scores, moved = exact[f"scores {j}"][first], rounded[f"scores {j}"][first]
+        left = np.delete(scores, experts[first])
+        margin = scores[experts[first]].min() - left.max()
+        noise = np.std(scores - moved)
+        print(f"rerouted from layer {first} on: margin {margin:.5f}, noise {noise:.5f}")
+        assert margin <= 4 * noise and noise <= 0.05 * scores.std()
 
 
 @pytest.mark.timeout(300)
@@ -111,7 +124,8 @@ def test_teacher_forced_logits(tmp_path: Path, demo_dir: Path) -> None:
     text = np.random.default_rng(2).integers(300, 8000, (3, 200)).tolist()
     request = {"sequences": [*prompts(demo_dir), *text]}
     cpu, card = run(tmp_path, "cpu", demo_dir, request), run(tmp_path, "", demo_dir, request)
-    for key, row in cpu.items():
+    for key in map(str, range(len(request["sequences"]))):
+        row = cpu[key]
         difference = np.abs(card[key] - row)
         assert np.sqrt((difference**2).mean()) < 0.1 * row.std()
         assert (card[key].argmax(-1) == row.argmax(-1)).mean() > 0.9
@@ -119,17 +133,13 @@ def test_teacher_forced_logits(tmp_path: Path, demo_dir: Path) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("engine", [{"use_cudagraph": False}, {"max_num_batched_tokens": 64}])
-def test_graphs_and_chunks_change_few_tokens(
+def test_graphs_and_chunks_change_no_token(
     engine: dict, greedy: tuple[dict, dict], tmp_path: Path, demo_dir: Path
 ) -> None:
-    """Other tile heights add in another order, so a tie may fall the other way, but seldom does."""
     request = {"prompts": prompts(demo_dir), "max_tokens": NEW_TOKENS, "engine": engine}
     other = run(tmp_path, "", demo_dir, request)
-    common = []
     for key, tokens in greedy[1].items():
-        different = np.flatnonzero(other[key] != tokens)
-        common.append(int(different[0]) if len(different) else NEW_TOKENS)
-    assert np.mean(common) >= 0.5 * NEW_TOKENS, common
+        np.testing.assert_array_equal(other[key], tokens)
 
 
 @pytest.mark.timeout(300)
