@@ -60,12 +60,34 @@ def test_error_is_at_most_half_a_step(bits: int, seed: int, rows: int, columns: 
     assert (error <= found.scale * (0.5 + largest * 2.0**-8) + 1e-38).all()
 
 
-def test_many_row_blocks_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = bfloat16_matrix(np.random.default_rng(0), 130, 16)
+def test_many_column_blocks_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = bfloat16_matrix(np.random.default_rng(0), 130, 50)
     whole = weight_only.quantize_int8(weight)
-    monkeypatch.setattr(weight_only, "ELEMENTS_PER_BLOCK", 100)
+    monkeypatch.setattr(weight_only, "COLUMNS_AT_ONCE", 16)
     blocks = weight_only.quantize_int8(weight)
     np.testing.assert_array_equal(whole.quantized, blocks.quantized)
+    np.testing.assert_array_equal(whole.scale, blocks.scale)
+
+
+def test_an_element_is_named_in_whichever_block_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_only, "COLUMNS_AT_ONCE", 2)
+    weight = np.ones((4, 5))
+    weight[3, 3] = 1e39
+    with pytest.raises(ValueError, match=r"weight\[3, 3\]: found 1e\+39, expected a finite number"):
+        weight_only.quantize_int8(weight)
+
+
+@pytest.mark.parametrize(("quantize", "largest"), [f[1::2] for f in FORMATS])
+def test_every_tie_and_its_neighbours_round_exactly(quantize: Callable, largest: int) -> None:
+    """A ratio just below n + 1/2 goes down, the tie itself away from zero: float32 must not err."""
+    ties = np.arange(largest, dtype=np.float32) + np.float32(0.5)
+    below, above = np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(np.inf))
+    column = np.concatenate([[np.float32(largest)], below, ties, above])
+    found = quantize(np.stack([column, -column], axis=1))
+    n = np.arange(largest)
+    expected = np.concatenate([[largest], n, n + 1, n + 1])
+    assert found.scale.tolist() == [1.0, 1.0]
+    np.testing.assert_array_equal(found.quantized, np.stack([expected, -expected], axis=1))
 
 
 def test_rounding_is_half_away_from_zero() -> None:
