@@ -2,6 +2,7 @@
 """Perplexity of checkpoints on held-out text, and agreement with recorded log-probabilities.
 
     python entrypoints/evaluate.py --text heldout.jsonl MODEL_DIR [MODEL_DIR ...]
+    python entrypoints/evaluate.py --text heldout.jsonl --quantization wint4 BF16_DIR
     python entrypoints/evaluate.py --reference reference_logprobs.json --key bf16 MODEL_DIR
 
 Text: one JSON object a line, {"text"} or {"messages"} of user and assistant. Every document is
@@ -42,14 +43,19 @@ class Scores:
     argmax: npt.NDArray[np.int64]
 
 
-def load_runner(model: Path, context: int, device: str | None) -> ModelRunner:
-    """The product's model runner, ready for teacher-forced windows of `context` tokens."""
+def load_runner(
+    model: Path, context: int, device: str | None, quantization: str | None = None
+) -> ModelRunner:
+    """The product's model runner, ready for teacher-forced windows of `context` tokens.
+
+    quantization: what becomes of bf16 weights while they are loaded: wint8 or wint4.
+    """
     scheduler = SchedulerConfig(
         max_num_seqs=1, max_num_batched_tokens=CHUNK_TOKENS, max_model_len=context
     )
     config = RuntimeConfig(
         model_path=model,
-        model=ModelConfig.from_dir(model),
+        model=ModelConfig.from_dir(model).with_quantization(quantization),
         scheduler=scheduler,
         device=device,
         use_cudagraph=False,
@@ -116,7 +122,7 @@ def report_perplexity(runner: ModelRunner, args: argparse.Namespace, model: Path
     mean = -float(logprobs.mean())
     seconds = time.perf_counter() - started
     return (
-        f"{model}: perplexity {np.exp(mean):.3f}, {mean:.5f} nats a token, "
+        f"{_title(runner, model)}: perplexity {np.exp(mean):.3f}, {mean:.5f} nats a token, "
         f"{logprobs.size} tokens in windows of {args.context}, {seconds:.0f} s"
     )
 
@@ -131,9 +137,17 @@ def report_agreement(runner: ModelRunner, args: argparse.Namespace, model: Path)
         equal.append(found.argmax == np.asarray(document["argmax"])[: found.argmax.size])
     difference = np.abs(np.concatenate(differences))
     return (
-        f"{model}: mean |difference| {difference.mean():.4f}, largest {difference.max():.4f}, "
-        f"same argmax {np.concatenate(equal).mean():.2%}, {difference.size} tokens"
+        f"{_title(runner, model)}: mean |difference| {difference.mean():.4f}, "
+        f"largest {difference.max():.4f}, same argmax {np.concatenate(equal).mean():.2%}, "
+        f"{difference.size} tokens"
     )
+
+
+def _title(runner: ModelRunner, model: Path) -> str:
+    """The model's folder, and what was made of it while it was loaded."""
+    config = runner.config.model
+    online = config.quantizes_on_load and config.quantization
+    return f"{model} ({online.quantization})" if online else str(model)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -147,6 +161,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--context", type=int, default=1024, help="tokens a window (default 1024)")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth document only")
     parser.add_argument("--limit", type=int, metavar="TOKENS", help="only the text's first tokens")
+    parser.add_argument("--quantization", metavar="NAME", help="load bf16 models as wint8 or wint4")
     parser.add_argument("--device", help="cpu, nvidia or gpu (default: the best there is)")
     return parser.parse_args(arguments)
 
@@ -156,7 +171,7 @@ def main() -> int:
     args = parse_arguments()
     try:
         for model in args.models:
-            runner = load_runner(model, args.context, args.device)
+            runner = load_runner(model, args.context, args.device, args.quantization)
             report = report_perplexity if args.text else report_agreement
             print(report(runner, args, model), flush=True)
     except (FastDeployError, OSError) as error:

@@ -8,7 +8,7 @@ other than the two JSON ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast, get_args
 
@@ -24,6 +24,7 @@ ARCHITECTURE = "Ernie4_5_MoeForCausalLM"
 BLOCK_SIZE = 64  # tokens of one KV block; the attention kernels are compiled for it
 
 SUPPORTED_QUANTIZATION = ("wint2", "wint4", "wint8", "mix_quant")
+ONLINE_QUANTIZATION = ("wint4", "wint8", "mix_quant")  # can be made while bf16 weights are loaded
 # Names that FastDeploy knows and this project does not read; an unknown name is another error.
 _OTHER_QUANTIZATION = (
     "block_wise_fp8",
@@ -70,10 +71,36 @@ class QuantizationConfig:
     def from_dict(cls, data: Mapping[str, Any], source: str = "config.json") -> QuantizationConfig:
         """Parse the published shape; raise ConfigError for anything that cannot be read."""
         fields = JsonFields(data, source, "quantization_config.")
-        scheme = _scheme_name(fields)
+        scheme = _scheme_name(fields, SUPPORTED_QUANTIZATION)
         _refuse_kv_cache_quantization(fields)
-        if scheme == "wint2":
-            return cls._from_wint2(fields)
+        return cls._from_wint2(fields) if scheme == "wint2" else cls._from_integers(scheme, fields)
+
+    @classmethod
+    def online(cls, wanted: str | Mapping[str, Any]) -> QuantizationConfig:
+        """What `--quantization` asks to be made of bf16 weights while they are loaded.
+
+        Args:
+            wanted: wint8 (everything int8), wint4 (int8 with int4 experts), or an object as in
+                config.json; mix_quant needs its dense_quant_type and moe_quant_type.
+
+        Raises:
+            ConfigError: another scheme; for wint2 it names the converter, because the search of
+                2-bit codes takes some 400 times as long as rounding.
+        """
+        data = {"quantization": wanted} if isinstance(wanted, str) else wanted
+        fields = JsonFields(data, "--quantization")
+        if data.get("quantization") == "wint2":
+            raise ConfigError(
+                "--quantization wint2: this checkpoint is bf16, and 2-bit weights are searched "
+                "beforehand: fastdeploy-lite quantize --model DIR --output NEW_DIR; loading itself "
+                f"can make {', '.join(ONLINE_QUANTIZATION)}"
+            )
+        scheme = _scheme_name(fields, ONLINE_QUANTIZATION)
+        _refuse_kv_cache_quantization(fields)
+        return cls._from_integers(scheme, fields)
+
+    @classmethod
+    def _from_integers(cls, scheme: str, fields: JsonFields) -> QuantizationConfig:
         dense_default = "wint8" if scheme != "mix_quant" else None
         moe_default = scheme if scheme != "mix_quant" else None
         dense = _one_of(fields, "dense_quant_type", dense_default, ("wint8", "wint4"))
@@ -142,17 +169,17 @@ class QuantizationConfig:
         return _INT_KINDS[self.moe_quant_type]
 
 
-def _scheme_name(fields: JsonFields) -> str:
+def _scheme_name(fields: JsonFields, supported: tuple[str, ...]) -> str:
     name = fields.data.get("quantization")
     if name is None:
-        fields.fail("quantization", name, "the name of the scheme, such as 'wint2'")
-    known = ", ".join(SUPPORTED_QUANTIZATION)
+        fields.fail("quantization", name, f"the name of the scheme, such as {supported[0]!r}")
+    known = ", ".join(supported)
     if name in _OTHER_QUANTIZATION:
         raise ConfigError(
             f"{fields.source}: quantization {quote(name)} is a FastDeploy scheme that this program"
             f" does not read; supported: {known}"
         )
-    if name not in SUPPORTED_QUANTIZATION:
+    if name not in supported:
         raise ConfigError(
             f"{fields.source}: Invalid quantization method: {quote(name)}. "
             f"Available methods: {known}"
@@ -177,8 +204,9 @@ def _one_of(fields: JsonFields, key: str, default: str | None, allowed: tuple[st
 class ModelConfig:
     """Architecture of one ERNIE-4.5 (MoE) text model; fields are named as config.json keys.
 
-    `num_hidden_layers` already excludes a removed tail; `quantization` is None for bf16 weights.
-    `raw` is the whole parsed config.json (not to be changed).
+    `num_hidden_layers` already excludes a removed tail. `quantization` says in which formats the
+    weights are kept, None for bf16; `is_quantized` whether the files hold them so already. `raw` is
+    the whole parsed config.json (not to be changed).
     """
 
     hidden_size: int
@@ -245,6 +273,31 @@ class ModelConfig:
             source=source,
             raw=dict(data),
         )
+
+    def with_quantization(self, wanted: str | Mapping[str, Any] | None) -> ModelConfig:
+        """This model as `--quantization` wants it; the files' own quantisation wins.
+
+        Raises:
+            ConfigError: loading cannot do what is wanted (see `QuantizationConfig.online`).
+        """
+        if wanted is None or self.quantization is not None:
+            return self
+        return replace(self, quantization=QuantizationConfig.online(wanted))
+
+    @property
+    def quantizes_on_load(self) -> bool:
+        """Whether the files are bf16 and their linears are quantised while they are read."""
+        return self.quantization is not None and not self.is_quantized
+
+    def describe_weights(self) -> str:
+        """Formats for start-up lines, such as `int8 linears, int4 and ccq experts`."""
+        names: dict[WeightKind, str] = {"dense": "bf16"}
+        layers = [i for i in range(self.num_hidden_layers) if self.is_moe_layer(i)]
+        kinds = dict.fromkeys(self.expert_kind(layer) for layer in layers)
+        experts = " and ".join(names.get(kind, kind) for kind in kinds)
+        text = f"{names.get(self.linear_kind, self.linear_kind)} linears"
+        text += f", {experts} experts" if experts else ""
+        return text + (", quantised while loading" if self.quantizes_on_load else "")
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer` (0-based) has routed experts."""

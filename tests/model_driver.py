@@ -23,12 +23,13 @@ def make_runner(
     tokens: int = 256,
     length: int = 512,
     device: str | None = "cpu",
+    model: ModelConfig | None = None,
     **runtime: Any,
 ) -> ModelRunner:
     """Load `folder` and allocate the KV cache that the limits ask for."""
     config = RuntimeConfig(
         model_path=folder,
-        model=ModelConfig.from_dir(folder),
+        model=model or ModelConfig.from_dir(folder),
         scheduler=SchedulerConfig(
             max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=length
         ),

@@ -187,7 +187,16 @@ def expected_linear_tensors(
 
 def expected_nbytes(checkpoint: Checkpoint) -> int:
     """Return the bytes in files of all tensors that will be read (for progress bars)."""
-    keys = [e.key for e in expected_plain_tensors(checkpoint)]
+    return plain_nbytes(checkpoint) + _linear_nbytes(checkpoint)
+
+
+def plain_nbytes(checkpoint: Checkpoint) -> int:
+    """Return the bytes in files of what is never quantised: embedding, norms, router, head."""
+    return sum(checkpoint.info(e.key).nbytes for e in expected_plain_tensors(checkpoint))
+
+
+def _linear_nbytes(checkpoint: Checkpoint) -> int:
+    keys = []
     for linear in file_linears(checkpoint):
         kind = resolve_kind(checkpoint, linear)
         for expected in expected_linear_tensors(checkpoint, linear, kind):

@@ -6,13 +6,13 @@ halves separately, rows for o_proj and down_proj (docs/checkpoint_format.md, "Te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
 from fastdeploy_lite.config import ModelConfig, WeightKind
-from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 Role = Literal["qkv_proj", "o_proj", "up_gate_proj", "down_proj"]
 
@@ -174,6 +174,21 @@ class _Shard:
     def _split(self, width: int) -> tuple[int, int]:
         share = width // self.size
         return self.rank * share, (self.rank + 1) * share
+
+
+def check_sizes(linears: Iterable[Linear], source: str) -> None:
+    """Raise CheckpointError for the first linear whose sizes its format cannot hold.
+
+    For formats that are still to be made; `inventory.verify` checks those that files hold.
+    `source` is named in the error.
+    """
+    for linear in linears:
+        k, n, kind = linear.in_features, linear.out_features, linear.kind
+        if k % ROW_UNITS[kind] or n % COLUMN_UNITS[kind]:
+            raise CheckpointError(
+                f"{source}: {linear.module}: found K = {k}, N = {n}, expected multiples of "
+                f"{ROW_UNITS[kind]} and {COLUMN_UNITS[kind]} for {kind} weights"
+            )
 
 
 def check_tensor_parallel(config: ModelConfig, tensor_parallel_size: int) -> None:

@@ -121,7 +121,9 @@ class EngineArgs:
     )
     tensor_parallel_size: int = _flag(1, int, "ranks that share each layer", aliases=("-tp",))
     quantization: str | dict[str, Any] | None = _flag(
-        None, _quantization, "quantisation name or JSON; the checkpoint's own config wins"
+        None,
+        _quantization,
+        "quantise a bf16 checkpoint while loading: wint8, wint4 or JSON; a quantised one stays",
     )
     load_choices: str = _flag(
         "default", str, "where weights come from", choices=("default", "default_v1", "dummy")
@@ -277,12 +279,15 @@ class EngineArgs:
 
     # Checks --------------------------------------------------------------------------------------
 
+    @property
+    def _quantization_name(self) -> Any:
+        wanted = self.quantization
+        return wanted.get("quantization") if isinstance(wanted, dict) else wanted
+
     def _check_quantization(self) -> None:
-        name = self.quantization
-        if isinstance(name, dict):
-            name = name.get("quantization")
-            if name is None:
-                raise ConfigError("quantization: the JSON object needs the key 'quantization'")
+        name = self._quantization_name
+        if self.quantization is not None and name is None:
+            raise ConfigError("quantization: the JSON object needs the key 'quantization'")
         if name is not None and name not in QUANTIZATION_NAMES:
             raise ConfigError(
                 f"Invalid quantization method: {quote(name)}. "
@@ -370,6 +375,7 @@ class EngineArgs:
         """
         folder = _resolve(self.model, self.revision)
         model = ModelConfig.from_dir(folder, self.model_config_name or "config.json")
+        model = model.with_quantization(self.quantization)
         if not quiet:
             self._warn(model)
         scheduler = self._scheduler_config(model, quiet)
@@ -461,11 +467,10 @@ class EngineArgs:
         for field in dataclasses.fields(self):
             if field.metadata.get("ignored") and getattr(self, field.name) != field.default:
                 _warn_once(f"--{_flag_name(field.name)} has no effect here: ignored")
-        if self.quantization is not None and model.quantization is None:
-            _warn_once(
-                "--quantization is ignored: this checkpoint is not quantised and runs as it is; "
-                "convert it with: fastdeploy-lite quantize"
-            )
+        wanted = self._quantization_name
+        own = model.quantization.quantization if model.quantization else None
+        if model.is_quantized and wanted not in (None, own):
+            _warn_once(f"--quantization {wanted} is ignored: this checkpoint is {own} already")
 
 
 def check_block_count(num_blocks: int, max_model_len: int, block_size: int) -> None:

@@ -2,7 +2,8 @@
 
 A checkpoint is read in the order of the model, one expert at a time: each array is a view of a
 mapped file, is repacked once into the kernel's layout, and its pages are given back. So the peak
-of host memory is the weights that are kept plus what one layer maps.
+of host memory is the weights that are kept plus what one layer maps; where bf16 weights are
+quantised on the way, plus less than one of them in float32.
 """
 
 from __future__ import annotations
@@ -18,12 +19,19 @@ import numpy.typing as npt
 import paddle
 
 from fastdeploy_lite.checkpoint import Checkpoint, inventory
-from fastdeploy_lite.checkpoint.linears import Linear, check_tensor_parallel, model_linears
+from fastdeploy_lite.checkpoint.linears import (
+    Linear,
+    check_sizes,
+    check_tensor_parallel,
+    model_linears,
+)
 from fastdeploy_lite.checkpoint.progress import loading_bar
+from fastdeploy_lite.checkpoint.tensor import Array
 from fastdeploy_lite.config import ModelConfig, RuntimeConfig, WeightKind
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.parameters import ParameterSource
 from fastdeploy_lite.model_executor.ops import PackedWeight
+from fastdeploy_lite.quantization.online import BITS, OnlineQuantizer
 from fastdeploy_lite.utils.errors import CheckpointError, FastDeployError
 from fastdeploy_lite.utils.host_memory import available_bytes
 
@@ -51,7 +59,9 @@ def open_source(config: RuntimeConfig, place: Any, show_progress: bool) -> Param
     )
     inventory.verify(checkpoint)
     if place.is_cpu_place():
-        check_memory(inventory.expected_nbytes(checkpoint))
+        check_memory(_kept_nbytes(checkpoint, config.model))
+    if config.model.quantizes_on_load:
+        return QuantizingSource(checkpoint, config.model, place, show_progress)
     return CheckpointSource(checkpoint, place, show_progress)
 
 
@@ -63,6 +73,18 @@ def check_memory(needed: int) -> None:
             f"the weights need {needed / GIB:.1f} GiB of main memory, {available / GIB:.1f} GiB "
             "are available: free memory, or use a smaller or more quantised model"
         )
+
+
+def _kept_nbytes(checkpoint: Checkpoint, model: ModelConfig) -> int:
+    """Bytes of the weights as they are kept: those of the files, or of what is made of them."""
+    if not model.quantizes_on_load:
+        return inventory.expected_nbytes(checkpoint)
+    linears = model_linears(model, checkpoint.tensor_parallel_size, checkpoint.rank)
+    made = sum(
+        linear.in_features * linear.out_features * BITS[linear.kind] // 8 + 4 * linear.out_features
+        for linear in linears
+    )
+    return inventory.plain_nbytes(checkpoint) + made
 
 
 class CheckpointSource:
@@ -90,7 +112,7 @@ class CheckpointSource:
     def linear(self, module: str) -> PackedWeight:
         """See ParameterSource."""
         linear = self._linears[module]
-        kind = inventory.resolve_kind(self.checkpoint, linear)
+        kind = self._kind(linear)
         weight = ops.allocate_weight(kind, linear.in_features, linear.out_features, self.place)
         self._fill(weight, None, linear)
         return self._finish(weight, module)
@@ -100,7 +122,7 @@ class CheckpointSource:
         count = self.checkpoint.config.moe_num_experts
         prefix = f"ernie.layers.{layer}.mlp.experts"
         first = self._linears[f"{prefix}.0.{name}"]
-        kind = inventory.resolve_kind(self.checkpoint, first)
+        kind = self._kind(first)
         sizes = (first.in_features, first.out_features)
         weight = ops.allocate_weight(kind, *sizes, self.place, num_experts=count)
         for expert in range(count):
@@ -127,13 +149,21 @@ class CheckpointSource:
         gate, bias = inventory.read_router(self.checkpoint, layer)
         return self._tensor(gate), None if bias is None else self._tensor(bias)
 
+    def _kind(self, linear: Linear) -> WeightKind:
+        """Format in which a linear is kept."""
+        return inventory.resolve_kind(self.checkpoint, linear)
+
+    def _converted(self, linear: Linear, arrays: dict[str, Array]) -> dict[str, Array]:
+        """What `fill_weight` gets of a linear whose arrays in the files are `arrays`."""
+        return arrays
+
     def _fill(self, weight: PackedWeight, expert: int | None, linear: Linear) -> None:
-        found = inventory.read_linear(self.checkpoint, linear)
+        found = inventory.read_linear(self.checkpoint, linear).arrays
         try:
-            ops.fill_weight(weight, expert, **found.arrays)
+            ops.fill_weight(weight, expert, **self._converted(linear, found))
         except ValueError as error:
             raise self._blame(linear.module, error) from error
-        self._advance(sum(array.nbytes for array in found.arrays.values()))
+        self._advance(sum(array.nbytes for array in found.values()))
 
     def _dense(self, array: npt.NDArray[Any], transposed: bool, module: str) -> PackedWeight:
         """Keep a matrix [K, N], or [N, K] if `transposed`."""
@@ -166,6 +196,36 @@ class CheckpointSource:
         step = min(nbytes, self._left)
         self._left -= step
         self._bar.update(step)
+
+
+class QuantizingSource(CheckpointSource):
+    """A bf16 checkpoint whose linears become int8 or int4 while they are read."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: ModelConfig, place: Any, show_progress: bool = False
+    ) -> None:
+        """Args: model: the checkpoint's, with the quantisation that is wanted.
+
+        Raises:
+            CheckpointError: a linear has sizes that its format cannot hold.
+        """
+        ranks = checkpoint.tensor_parallel_size
+        linears = list(model_linears(model, ranks, checkpoint.rank))
+        check_sizes(linears, model.source)
+        super().__init__(checkpoint, place, show_progress)
+        self._kinds = {linear.module: linear.kind for linear in linears}
+        self._quantizer = OnlineQuantizer()
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        """End the quantiser's threads too."""
+        self._quantizer.close()
+        super().__exit__(kind, *details)
+
+    def _kind(self, linear: Linear) -> WeightKind:
+        return self._kinds[linear.module]
+
+    def _converted(self, linear: Linear, arrays: dict[str, Array]) -> dict[str, Array]:
+        return self._quantizer.quantize(self._kind(linear), arrays["weight"])
 
 
 class DummySource:

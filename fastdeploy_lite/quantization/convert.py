@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
 from fastdeploy_lite.checkpoint.inventory import expected_linear_tensors, read_linear, verify
-from fastdeploy_lite.checkpoint.linears import COLUMN_UNITS, ROW_UNITS, Linear, model_linears
+from fastdeploy_lite.checkpoint.linears import Linear, check_sizes, model_linears
 from fastdeploy_lite.checkpoint.progress import loading_bar
 from fastdeploy_lite.checkpoint.tensor import Array, bfloat16_to_float32, float32_to_bfloat16
 from fastdeploy_lite.checkpoint.weight_layout import pack_int4, pack_int8
@@ -107,7 +107,7 @@ def quantize_checkpoint(
     checkpoint = Checkpoint.open(model_dir)
     config = _target_config(checkpoint.config, scheme, w4_end_layer)
     verify(checkpoint)
-    _check_sizes(config)
+    check_sizes(model_linears(config), config.source)
     output = Path(output_dir)
     _prepare_output(Path(model_dir), output, force)
     report = ConversionReport()
@@ -204,17 +204,6 @@ def _w4_end_layer(source: ModelConfig, scheme: str, requested: int | None) -> in
         raise ConfigError(f"moe_w4_end_layer: scheme {scheme!r} fixes it; use scheme 'w4w2'")
     # Dense layers have no experts, so "2bits" may end int4 just before the first MoE layer.
     return last if scheme == "wint4" else first - 1
-
-
-def _check_sizes(config: ModelConfig) -> None:
-    """Refuse before any work what a format cannot hold."""
-    for linear in model_linears(config):
-        k, n, kind = linear.in_features, linear.out_features, linear.kind
-        if k % ROW_UNITS[kind] or n % COLUMN_UNITS[kind]:
-            raise CheckpointError(
-                f"{config.source}: {linear.module}: found K = {k}, N = {n}, expected multiples of "
-                f"{ROW_UNITS[kind]} and {COLUMN_UNITS[kind]} for {kind} weights"
-            )
 
 
 def _prepare_output(model: Path, output: Path, force: bool) -> None:

@@ -248,6 +248,12 @@ class ApiServer:
         fitting = blocks * size // length
         most = min(config.scheduler.max_num_seqs, max(fitting, 1))
         console.info("Worker processes are launched with %.1f seconds.", seconds)
+        if ready is not None:
+            weights = sum(n for name, n in ready.memory.items() if name.startswith("weights."))
+            console.info(
+                "Weights: %s; %.3f bits per expert weight, %.1f MiB",
+                config.model.describe_weights(), ready.bits_per_expert_weight, weights / (1 << 20),
+            )  # fmt: skip
         console.info(
             "Detected %d gpu blocks and 0 cpu blocks in cache (block size: %d).", blocks, size
         )

@@ -127,6 +127,75 @@ def test_weight_only_schemes(scheme: dict[str, Any], linear: str, expert: str) -
 
 
 @pytest.mark.parametrize(
+    ("wanted", "linear", "expert"),
+    [
+        ("wint8", "int8", "int8"),
+        ("wint4", "int8", "int4"),
+        ({"quantization": "wint4"}, "int8", "int4"),
+        ({"quantization": "wint4", "dense_quant_type": "wint4"}, "int4", "int4"),
+        (
+            {"quantization": "mix_quant", "dense_quant_type": "wint8", "moe_quant_type": "wint4"},
+            "int8",
+            "int4",
+        ),
+    ],
+)
+def test_a_bf16_model_takes_the_wanted_quantisation(
+    wanted: str | dict[str, Any], linear: str, expert: str
+) -> None:
+    plain = ModelConfig.from_dict(MINIMAL)
+    config = plain.with_quantization(wanted)
+    assert (config.linear_kind, config.expert_kind(0)) == (linear, expert)
+    assert config.quantizes_on_load
+    assert not config.is_quantized, "the files are not"
+    assert not plain.quantizes_on_load
+    assert plain.with_quantization(None) is plain
+
+
+def test_formats_are_described_for_people(demo_dir: Path) -> None:
+    plain = ModelConfig.from_dict({**MINIMAL, "moe_num_experts": 4, "moe_intermediate_size": 64})
+    assert plain.describe_weights() == "bf16 linears, bf16 experts"
+    wint4 = "int8 linears, int4 experts, quantised while loading"
+    assert plain.with_quantization("wint4").describe_weights() == wint4
+    assert ModelConfig.from_dict(MINIMAL).describe_weights() == "bf16 linears"
+    published = dict(plain.raw) | {"num_hidden_layers": 9, "quantization_config": PUBLISHED_300B}
+    both = ModelConfig.from_dict(published).describe_weights()
+    assert both == "int8 linears, int4 and ccq experts"
+    assert ModelConfig.from_dir(demo_dir).describe_weights() == "int8 linears, ccq experts"
+
+
+def test_a_checkpoints_own_quantisation_beats_the_wanted_one() -> None:
+    config = ModelConfig.from_dict({**MINIMAL, "quantization_config": PUBLISHED_300B})
+    for wanted in ("wint8", "wint2", "w4a8", {"quantization": "wint4"}):
+        assert config.with_quantization(wanted) is config
+    assert not config.quantizes_on_load
+
+
+@pytest.mark.parametrize(
+    ("wanted", "parts"),
+    [
+        ("wint2", ("--quantization wint2", "fastdeploy-lite quantize --model", "--output")),
+        ({"quantization": "wint2"}, ("--quantization wint2", "fastdeploy-lite quantize")),
+        ("w4a8", ("'w4a8'", "does not read", "wint4, wint8, mix_quant")),
+        ("block_wise_fp8", ("'block_wise_fp8'", "does not read")),
+        ("weight_only", ("'weight_only'", "does not read", "wint4, wint8, mix_quant")),
+        ("mix_quant", ("--quantization: dense_quant_type", "found nothing", "'wint8' or 'wint4'")),
+        ("wint3", ("Invalid quantization method: 'wint3'",)),
+        ({"quantization": "wint8", "kv_cache_quant_type": "int8"}, ("kv_cache_quant_type",)),
+    ],
+)
+def test_wanted_quantisations_that_loading_cannot_do(
+    wanted: str | dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(MINIMAL).with_quantization(wanted)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
     ("change", "parts"),
     [
         ({"architectures": ["LlamaForCausalLM"]}, ("architectures", "LlamaForCausalLM")),

@@ -191,6 +191,46 @@ def test_round_trip_through_plain_data() -> None:
     assert args.quantization == {"quantization": "wint2"}
 
 
+@pytest.fixture(scope="module")
+def bf16_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_model(tmp_path_factory.mktemp("bf16"), kind="bf16", vocab_size=64))
+
+
+@pytest.mark.parametrize(
+    ("flag", "expert"),
+    [("wint8", "int8"), ("wint4", "int4"), ('{"quantization":"wint4"}', "int4")],
+)
+def test_a_bf16_checkpoint_is_quantised_as_the_flag_says(
+    bf16_folder: str, flag: str, expert: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        model = parse(f"--model {bf16_folder} --quantization {flag}").create_runtime_config().model
+    assert model.quantizes_on_load
+    assert (model.linear_kind, model.expert_kind(1)) == ("int8", expert)
+    assert EngineArgs(model=bf16_folder, quantization=flag).create_runtime_config().model == model
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["wint2", "w4a8", "weight_only", "mix_quant"])
+def test_what_loading_cannot_make_is_refused(bf16_folder: str, name: str) -> None:
+    with pytest.raises(ConfigError, match="--quantization"):
+        EngineArgs(model=bf16_folder, quantization=name).create_runtime_config()
+
+
+def test_the_checkpoints_quantisation_wins_and_a_contradiction_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logging.getLogger("fastdeploy_lite.console").propagate = True
+    with caplog.at_level(logging.WARNING):
+        assert not config_of(quantization="wint2").model.quantizes_on_load
+        assert not caplog.records
+        for _ in range(2):
+            config = config_of(quantization={"quantization": "wint4"})
+    assert config.model == config_of().model
+    messages = {record.getMessage() for record in caplog.records}
+    assert messages == {"--quantization wint4 is ignored: this checkpoint is wint2 already"}
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"max_num_seqs": 0}, "max_num_seqs must be between 1 and 256, got 0"),
     ({"max_num_seqs": 257}, "max_num_seqs must be between 1 and 256, got 257"),

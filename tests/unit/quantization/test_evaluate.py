@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from oracles.ernie_float32 import ErnieFloat32
 from tiny_model import write_tiny_model
 
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
+from fastdeploy_lite.quantization.convert import quantize_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -75,6 +77,28 @@ def test_perplexity_equals_the_oracles(evaluate: ModuleType, tmp_path: Path, kin
     line = evaluate.report_perplexity(runner, args, model)
     assert float(line.split("perplexity ")[1].split(",")[0]) == pytest.approx(perplexity, rel=1e-3)
     assert "68 tokens in windows of 40" in line
+
+
+def test_a_bf16_model_is_scored_as_quantised(
+    evaluate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The flag gives the line of the model that was converted beforehand."""
+    model = write_tiny_model(tmp_path / "model", kind="bf16", experts=2)
+    quantize_checkpoint(model, tmp_path / "wint4", scheme="wint4", progress=False)
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "床前明月光，疑是地上霜。" * 9}) + "\n", encoding="utf-8")
+
+    def scores(*arguments: str) -> list[str]:
+        monkeypatch.setattr(
+            sys, "argv", ["evaluate", "--text", str(text), "--device", "cpu", *arguments]
+        )
+        assert evaluate.main() == 0
+        return [line.rsplit(",", 1)[0] for line in capsys.readouterr().out.splitlines()]
+
+    plain, converted = scores(str(model), str(tmp_path / "wint4"))
+    (quantised,) = scores("--quantization", "wint4", str(model))
+    assert quantised.startswith(f"{model} (wint4): perplexity ")
+    assert quantised.split(": ", 1)[1] == converted.split(": ", 1)[1] != plain.split(": ", 1)[1]
 
 
 def test_agreement_with_recorded_values(evaluate: ModuleType, demo_bf16_dir: Path) -> None:
