@@ -1,8 +1,9 @@
-"""The progress bar of loading: bytes, not tensors, because tensors differ a thousandfold."""
+"""The progress bars of loading: bytes, because tensors differ a thousandfold, and layers."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -25,5 +26,20 @@ def loading_bar(
         unit_scale=True,
         unit_divisor=1024,
         disable=not enabled,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        mininterval=_refresh_seconds(),
     )
+
+
+def count_layers(count: int, enabled: bool = True) -> Iterator[int]:
+    """Yield the numbers of `count` layers; a tqdm bar counts each when the next is asked for."""
+    yield from tqdm(
+        range(count),
+        desc="Loading Layers",
+        unit="layer",
+        disable=not enabled,
+        mininterval=_refresh_seconds(),
+    )
+
+
+def _refresh_seconds() -> float:
+    return 0.1 if sys.stderr.isatty() else 10.0

@@ -98,7 +98,7 @@ class ModelRunner:
         """Load all weights and build the step's buffers.
 
         Args:
-            show_progress: draw a bar of bytes on stderr.
+            show_progress: draw bars of bytes and of layers on stderr.
 
         Raises:
             CheckpointError, ConfigError, FastDeployError: one line naming file and key, or memory.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fastdeploy_lite.checkpoint.linears import (
     check_tensor_parallel,
     model_linears,
 )
-from fastdeploy_lite.checkpoint.progress import loading_bar
+from fastdeploy_lite.checkpoint.progress import count_layers, loading_bar
 from fastdeploy_lite.checkpoint.tensor import Array
 from fastdeploy_lite.config import ModelConfig, RuntimeConfig, WeightKind
 from fastdeploy_lite.model_executor import ops
@@ -91,9 +91,10 @@ class CheckpointSource:
     """Parameters of one rank of a checkpoint whose headers have been verified."""
 
     def __init__(self, checkpoint: Checkpoint, place: Any, show_progress: bool = False) -> None:
-        """Args: place: where weights are kept; show_progress: draw a bar of bytes on stderr."""
+        """Args: place: where weights are kept; show_progress: draw bars on stderr."""
         self.checkpoint = checkpoint
         self.place = place
+        self._show_progress = show_progress
         self._linears = {linear.module: linear for linear in inventory.rank_linears(checkpoint)}
         self._left = inventory.expected_nbytes(checkpoint)
         self._bar = loading_bar(self._left, enabled=show_progress)
@@ -108,6 +109,10 @@ class CheckpointSource:
             self._advance(self._left)
         self._bar.close()
         self.checkpoint.release()
+
+    def layers(self, count: int) -> Iterator[int]:
+        """See ParameterSource."""
+        return count_layers(count, self._show_progress)
 
     def linear(self, module: str) -> PackedWeight:
         """See ParameterSource."""
@@ -251,6 +256,10 @@ class DummySource:
 
     def __exit__(self, *_: object) -> None:
         """Nothing is open."""
+
+    def layers(self, count: int) -> Iterator[int]:
+        """See ParameterSource."""
+        return iter(range(count))
 
     def linear(self, module: str) -> PackedWeight:
         """See ParameterSource."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from fastdeploy_lite.model_executor.ops import PackedWeight
@@ -13,6 +14,9 @@ class ParameterSource(Protocol):
     Names are checkpoint keys without the suffix; sizes and forms are the supplier's knowledge. All
     methods raise CheckpointError when a parameter cannot be had.
     """
+
+    def layers(self, count: int) -> Iterator[int]:
+        """Numbers of the decoder layers, to be built one by one; shows how many are."""
 
     def linear(self, module: str) -> PackedWeight:
         """Weight of the linear `module`."""

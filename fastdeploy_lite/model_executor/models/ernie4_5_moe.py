@@ -91,7 +91,7 @@ class Ernie4_5_MoeForCausalLM:  # noqa: N801 - the architecture's name in config
         self.embedding = Embedding(table, dtype)
         self.layers = [
             DecoderLayer(config, source, layer, cos_sin)
-            for layer in range(config.num_hidden_layers)
+            for layer in source.layers(config.num_hidden_layers)
         ]
         self.norm = RMSNorm(source.vector("ernie.norm.weight"), config.rms_norm_eps)
         self.head = LogitsHead(source.head() or table)

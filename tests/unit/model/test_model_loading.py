@@ -75,6 +75,23 @@ def test_progress_bar_ends_at_all_bytes(tiny_w4w2: Path, capfd: pytest.CaptureFi
     shown = capfd.readouterr().err
     assert "Loading Weights: 100%" in shown
     assert "B/s" in shown
+    assert "Loading Layers: 100%" in shown
+    assert "3/3" in shown
+
+
+def test_a_layer_counts_when_it_is_built(
+    tiny_w4w2: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with CheckpointSource(Checkpoint.open(tiny_w4w2), CPU, show_progress=True) as source:
+        layers = iter(source.layers(3))
+        assert (next(layers), next(layers)) == (0, 1)
+        layers.close()  # as when building layer 1 fails
+    shown = capfd.readouterr().err
+    assert "1/3" in shown
+    assert "2/3" not in shown
+    with CheckpointSource(Checkpoint.open(tiny_w4w2), CPU) as source:
+        assert list(source.layers(3)) == [0, 1, 2]
+    assert capfd.readouterr().err == ""
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
