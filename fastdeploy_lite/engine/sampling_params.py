@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import random
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -217,6 +217,7 @@ class GuidedDecodingParams:
         grammar: EBNF or Lark grammar.
         json_object: Any JSON object.
         structural_tag: JSON text describing tags whose content follows schemas.
+        source: Field of the HTTP request that held it, for errors; None is that of its kind.
     """
 
     json: str | dict[str, Any] | None = None
@@ -225,9 +226,11 @@ class GuidedDecodingParams:
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | None = None
+    source: str | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        given = [f.name for f in fields(self) if getattr(self, f.name) not in (None, False)]
+        kinds = (f.name for f in fields(self) if f.name != "source")
+        given = [name for name in kinds if getattr(self, name) not in (None, False)]
         if len(given) > 1:
             raise ValueError(
                 "You can only use one kind of guided decoding "

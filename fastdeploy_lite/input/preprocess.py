@@ -411,9 +411,16 @@ class Preprocessor:
                 param="guided_decoding",
                 code="invalid_value",
             )
-        # Compiled here to refuse a bad constraint before the engine sees it.
-        guided_decoding.compile(spec, self.tokenizer, self.config.model.vocab_size)
+        self._check_compiles(spec, None if guided is None else guided.source)
         return spec
+
+    def _check_compiles(self, spec: GuidedSpec, source: str | None) -> None:
+        """Refuse a bad constraint before the engine sees it; `source` is the field to blame."""
+        try:
+            guided_decoding.compile(spec, self.tokenizer, self.config.model.vocab_size)
+        except RequestError as error:
+            param = source or error.param
+            raise RequestError(str(error), param=param, code=error.code) from None
 
     def _guided_spec(self, guided: GuidedDecodingParams, thinking: bool) -> GuidedSpec | None:
         start_after = THINK_END if thinking else None

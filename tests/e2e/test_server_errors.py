@@ -65,6 +65,15 @@ CASES: list[tuple[str, dict[str, Any], str, str | None, str]] = [
     (CHAT, {"logit_bias": {"x": 1}}, "logit_bias", "logit_bias", "invalid_value"),
     (CHAT, {"guided_json": {"type": "array", "uniqueItems": True}}, "uniqueItems", "guided_json",
      "invalid_value"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema":
+            {"type": "array", "uniqueItems": True}}}}, "uniqueItems", "response_format",
+     "invalid_value"),
+    (CHAT, {"response_format": {"type": "structural_tag", "structures": [{"begin": "<a>",
+            "schema": {"type": 3}, "end": "</a>"}], "triggers": ["<a>"]}}, "structural_tag",
+     "response_format", "invalid_value"),
+    (COMPLETION, {"prompt": "a", "response_format": {"type": "json_schema", "json_schema":
+            {"name": "x", "schema": {"type": "array", "uniqueItems": True}}}}, "uniqueItems",
+     "response_format", "invalid_value"),
     (CHAT, {"guided_regex": "("}, "unclosed group", "guided_regex", "invalid_value"),
     (CHAT, {"guided_choice": ["李"], "bad_words": ["李"],
             "bad_words_token_ids": list(range(14, 1030))}, "leave no token", None,

@@ -276,6 +276,8 @@ def test_engine_death_turns_health_bad_and_ends_the_server(tmp_path: Path) -> No
         while _is_healthy(server):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        dead = httpx.head(f"{server.url}/health")
+        assert (dead.status_code, dead.content) == (404, b"")
         for result in running.join():
             # An error body, or a connection that the dying server closed: never a hang.
             if isinstance(result, httpx.Response):

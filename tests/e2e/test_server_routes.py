@@ -8,6 +8,7 @@ import time
 import httpx
 import openai
 import psutil
+import pytest
 from server_process import ServerProcess
 
 CHAT = "/v1/chat/completions"
@@ -29,6 +30,14 @@ def test_probes(http: httpx.Client) -> None:
     for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
         answer = http.request(method, path)
         assert (answer.status_code, answer.content) == (200, b"")
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping"])
+def test_load_balancers_probe_with_head(http: httpx.Client, path: str) -> None:
+    with_body, without = http.get(path), http.head(path)
+    assert (without.status_code, without.content) == (200, b"")
+    assert without.headers["content-length"] == with_body.headers["content-length"] == "0"
+    assert "head" not in http.get("/openapi.json").json()["paths"][path]
 
 
 def test_load_lists_routes(http: httpx.Client) -> None:

@@ -172,6 +172,8 @@ def _add_probes(app: FastAPI, service: Service) -> None:
             return Response(status_code=200)
         return PlainTextResponse(NOT_HEALTHY, 404)
 
+    for path in ("/health", "/ping"):  # load balancers; the HTTP server leaves the body out
+        app.add_api_route(path, health, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/ping", health, methods=["GET"], responses=responses, tags=["probes"])
     app.add_api_route("/ping", health, methods=["POST"], responses=responses, tags=["probes"])
 

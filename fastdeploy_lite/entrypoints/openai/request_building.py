@@ -249,7 +249,7 @@ def _guided(
             param=field,
         )
     try:
-        return GuidedDecodingParams(**{kind: value})
+        return GuidedDecodingParams(**{kind: value, "source": field})
     except (ValueError, TypeError) as error:
         raise RequestError(str(error), param=field) from None
 

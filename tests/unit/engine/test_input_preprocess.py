@@ -309,6 +309,14 @@ def test_constraints_are_checked_before_the_engine_sees_them(pre: Preprocessor) 
     assert sampling(pre, guided_decoding={}).guided is None
 
 
+def test_an_error_names_the_field_that_held_the_constraint(pre: Preprocessor) -> None:
+    constraint = GuidedDecodingParams(json={"type": "array", "uniqueItems": True})
+    assert refused_sampling(pre, guided_decoding=constraint).param == "guided_json"
+    constraint.source = "response_format"
+    assert refused_sampling(pre, guided_decoding=constraint).param == "response_format"
+    assert GuidedDecodingParams(regex="a", source="x") == GuidedDecodingParams(regex="a")
+
+
 def test_processor_arguments_travel_only_when_a_processor_is_configured() -> None:
     arguments = {"amount": 2, "logit_bias": {1: 1.0}}
     assert sampling(make(), logits_processors_args=arguments).logits_processors_args == b""
