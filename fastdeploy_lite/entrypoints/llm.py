@@ -13,11 +13,13 @@ from tqdm.auto import tqdm
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine import LLMEngine
 from fastdeploy_lite.engine.messages import EngineRequest
-from fastdeploy_lite.engine.request import Request, RequestOutput
+from fastdeploy_lite.engine.request import CompletionOutput, Request, RequestOutput
 from fastdeploy_lite.engine.sampling_params import SamplingParams
 from fastdeploy_lite.entrypoints.openai.output_parser import (
     OutputParser,
     OutputParsers,
+    ParsedDelta,
+    ParsedOutput,
     prompt_leaves_thinking,
     thinking_switch,
 )
@@ -170,7 +172,8 @@ class LLM:
             chat_template_kwargs: Variables for the template, such as `enable_thinking`.
             chat_template: Jinja text that overrides the constructor's.
             tools: Tool definitions: one, or a list.
-            stream: As in `generate`; the text is then the raw output, not taken apart by parsers.
+            stream: As in `generate`; a step holds new text, new `reasoning_content` and pieces of
+                `tool_calls` (with their `index`), as in a stream of the server.
 
         Returns:
             One result per conversation, in order; or the generator.
@@ -223,12 +226,17 @@ class LLM:
         if stream and any(r.sampling_params.prompt_logprobs is not None for r in requests):
             raise ValueError("prompt_logprobs cannot be returned with stream=True")
         # All are checked before the first one runs.
-        prepared = [self._preprocessor.process(self._with_thinking(r)) for r in requests]
+        parsers = [self._parser(request) for request in requests]
+        prepared = [
+            self._preprocessor.process(self._with_thinking(request, parser))
+            for request, parser in zip(requests, parsers, strict=True)
+        ]
         if stream:
-            return self._stream(prepared, prompts)
+            return self._stream(prepared, prompts, parsers)
         results = self._collect(prepared, prompts, use_tqdm)
-        for request, prompt, result in zip(requests, prepared, results, strict=True):
-            self._parse(request, prompt, result)
+        for parser, result in zip(parsers, results, strict=True):
+            if parser is not None:
+                _take_apart(result.outputs, parser.parse(result.outputs.text))
         return results
 
     def _collect(
@@ -246,30 +254,46 @@ class LLM:
                     bar.update()
         return [results[index] for index in range(len(requests))]
 
-    def _stream(self, requests: list[EngineRequest], prompts: Sequence[Any]) -> Stream:
+    def _stream(
+        self,
+        requests: list[EngineRequest],
+        prompts: Sequence[Any],
+        parsers: Sequence[OutputParser | None],
+    ) -> Stream:
         for chunk in self.llm_engine.run(requests, prompts):
+            new, parser = chunk.outputs, parsers[chunk.outputs.index]
+            if parser is not None:
+                _take_apart(new, parser.feed(new.text, new.token_ids, chunk.finished))
             step: list[RequestOutput | None] = [None] * len(requests)
-            step[chunk.outputs.index] = chunk
+            step[new.index] = chunk
             yield step
 
     # Parsers -------------------------------------------------------------------------------------
 
-    def _with_thinking(self, request: Request) -> Request:
-        """Say whether the answer starts inside the thinking, when the template left it open."""
-        if self._parsers.reasoning is None or not request.messages:
-            return request
-        switch = thinking_switch(dict(request.chat_template_kwargs or {}), None)
-        text = self._preprocessor.render(request)
-        return replace(request, thinking=prompt_leaves_thinking(text, switch))
+    def _parser(self, request: Request) -> OutputParser | None:
+        """What takes the answer to `request` apart; None where there is nothing to do."""
+        if not request.messages or self._parsers == OutputParsers():
+            return None
+        thinking = None
+        if self._parsers.reasoning is not None:
+            switch = thinking_switch(dict(request.chat_template_kwargs or {}), None)
+            thinking = prompt_leaves_thinking(self._preprocessor.render(request), switch)
+        return OutputParser(self._parsers, thinking, request)
 
-    def _parse(self, request: Request, prepared: EngineRequest, result: RequestOutput) -> None:
-        if request.messages is None or self._parsers == OutputParsers():
-            return
-        parser = OutputParser(self._parsers, thinking=prepared.sampling.thinking, request=request)
-        parsed = parser.parse(result.outputs.text)
-        result.outputs.text = parsed.content
-        result.outputs.reasoning_content = parsed.reasoning
-        result.outputs.tool_calls = parsed.tool_calls
+    def _with_thinking(self, request: Request, parser: OutputParser | None) -> Request:
+        """Say whether constraints and budgets meet a thinking model, where the prompt does not."""
+        reasoning = self._parsers.reasoning
+        if parser is None or reasoning is None:
+            return request
+        known = parser.thinking
+        return replace(request, thinking=reasoning.assumes_thinking if known is None else known)
+
+
+def _take_apart(output: CompletionOutput, parsed: ParsedOutput | ParsedDelta) -> None:
+    """Replace the raw text of a whole answer, or of a stream step, by its parts."""
+    output.text = parsed.content
+    output.reasoning_content = parsed.reasoning
+    output.tool_calls = parsed.tool_calls
 
 
 def _as_batch(prompts: Any) -> list[Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastdeploy_lite import LLM, SamplingParams
-from fastdeploy_lite.engine.request import RequestOutput
+from fastdeploy_lite.engine.request import CompletionOutput, RequestOutput
 from fastdeploy_lite.engine.sampling_params import GuidedDecodingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -386,6 +386,68 @@ def test_streams_hold_what_is_new(llm: LLM) -> None:
     assert tokens == ids(expected)
     with pytest.raises(ValueError, match="prompt_logprobs"):
         llm.generate("a", SamplingParams(prompt_logprobs=1), stream=True)
+
+
+def test_an_unopened_thinking_is_judged_as_by_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody says that the model thinks: the marker decides, and constraints wait for it."""
+    llm = LLM("demo", max_model_len=64, num_gpu_blocks_override=8, reasoning_parser="qwen3")
+    seen = []
+
+    def run(requests: Any, _: Any) -> Iterator[RequestOutput]:
+        seen.extend(requests)
+        for text in ("思", "</th", "ink>", "答"):
+            yield RequestOutput("x", outputs=CompletionOutput(text=text), finished=text == "答")
+
+    monkeypatch.setattr(llm.llm_engine, "run", run)
+    (whole,) = llm.chat([{"role": "user", "content": "a"}], use_tqdm=False)
+    assert (whole.outputs.reasoning_content, whole.outputs.text) == ("思", "答")
+    assert seen[0].sampling.thinking
+    steps = [step[0] for step in llm.chat([{"role": "user", "content": "a"}], stream=True)]
+    parts = [(s.outputs.reasoning_content, s.outputs.text) for s in steps if s]
+    assert ["".join(part) for part in zip(*parts, strict=True)] == ["思", "答"]
+    assert len(parts) == 4, "a step without text still has its tokens"
+
+
+THOUGHTS = (
+    r"<think>想[一二三]{2,9}</think>答[一二三]{2,9}"
+    r'(<tool_call>\{"name": "f", "arguments": \{"a": "[a-z]{2,4}"\}\}</tool_call>)?'
+)
+
+
+@pytest.mark.parametrize("pattern", [THOUGHTS, THOUGHTS.removesuffix("?"), "无[一二三]{3,5}"])
+def test_a_stream_of_chats_is_taken_apart_as_the_whole_is(pattern: str) -> None:
+    """The pieces of thinking, content and calls add up to what the whole answer gives."""
+    llm = LLM(
+        "demo",
+        max_model_len=512,
+        num_gpu_blocks_override=64,
+        reasoning_parser="think",
+        tool_call_parser="hermes",
+    )
+    constraint = GuidedDecodingParams(regex=pattern)
+    params = [
+        SamplingParams(temperature=1.5, seed=seed, max_tokens=96, guided_decoding=constraint)
+        for seed in range(3)
+    ]
+    chats = [[{"role": "user", "content": "数"}]] * 3
+    expected = llm.chat(chats, params, use_tqdm=False)
+    reasoning, content, arguments = [""] * 3, [""] * 3, [""] * 3
+    for step in llm.chat(chats, params, stream=True):
+        for i, output in enumerate(step):
+            if output is not None:
+                reasoning[i] += output.outputs.reasoning_content or ""
+                content[i] += output.outputs.text
+                for call in output.outputs.tool_calls or []:
+                    arguments[i] += call.function.arguments or ""
+    for i, output in enumerate(expected):
+        whole = output.outputs
+        assert (reasoning[i], content[i]) == (whole.reasoning_content or "", whole.text)
+        calls = whole.tool_calls or []
+        assert arguments[i] == "".join(call.function.arguments for call in calls)
+        assert bool(reasoning[i]) == ("think" in pattern)
+    assert any(arguments) or "tool_call" not in pattern
+    raw = "".join(s[0].outputs.text for s in llm.generate("a", params[0], stream=True) if s[0])
+    assert ("</think>" in raw) == ("think" in pattern), "generate parses nothing"
 
 
 def test_a_stream_left_early_frees_everything(llm: LLM) -> None:
