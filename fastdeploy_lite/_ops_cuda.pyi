@@ -146,7 +146,9 @@ def route(
     top_k: int,
     stream: int,
 ) -> None: ...
-def attention_plan(sizes: tuple[int, ...], multiprocessors: int) -> tuple[int, int]: ...
+def attention_plan(
+    sizes: tuple[int, ...], multiprocessors: int, capacity: int
+) -> tuple[int, int, int]: ...
 def rope_and_cache(
     qkv: int,
     positions: int,
@@ -167,7 +169,7 @@ def paged_attention(
     cu_seqlens_q: int,
     context_lens: int,
     scale: float,
-    splits: int,
+    plan: tuple[int, int, int],
     partial: int,
     out: int,
     sizes: tuple[int, ...],

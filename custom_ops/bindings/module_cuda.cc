@@ -241,10 +241,10 @@ void bind_products(py::module_& m) {
 }
 
 void bind_attention(py::module_& m) {
-  m.def("attention_plan", [](const py::tuple& sizes, int multiprocessors) {
-    const fc::AttentionShape shape = attention_shape(sizes);
-    const int splits = fc::attention_splits(shape, multiprocessors);
-    return py::make_tuple(splits, fc::attention_partial_floats(shape, splits));
+  m.def("attention_plan", [](const py::tuple& sizes, int multiprocessors, int64_t capacity) {
+    const fc::AttentionPlan plan =
+        fc::plan_attention(attention_shape(sizes), multiprocessors, capacity);
+    return py::make_tuple(plan.sequences, plan.blocks, plan.partial_floats);
   });
   m.def("rope_and_cache", [](Address qkv, Address positions, Address cos_sin, Address slot_mapping,
                              Address key_cache, Address value_cache, Address q_out,
@@ -256,12 +256,13 @@ void bind_attention(py::module_& m) {
   });
   m.def("paged_attention",
         [](Address q, Address key_cache, Address value_cache, Address block_tables,
-           Address cu_seqlens_q, Address context_lens, float scale, int splits, Address partial,
-           Address out, const py::tuple& sizes, Address stream) {
+           Address cu_seqlens_q, Address context_lens, float scale, const py::tuple& plan,
+           Address partial, Address out, const py::tuple& sizes, Address stream) {
           fc::paged_attention(at<const fc::bf16>(q), at<const fc::bf16>(key_cache),
                               at<const fc::bf16>(value_cache), at<const int>(block_tables),
                               at<const int>(cu_seqlens_q), at<const int>(context_lens), scale,
-                              splits, at<float>(partial), at<fc::bf16>(out), attention_shape(sizes),
+                              {plan[0].cast<int>(), plan[1].cast<int>(), plan[2].cast<int64_t>()},
+                              at<float>(partial), at<fc::bf16>(out), attention_shape(sizes),
                               stream_of(stream));
         });
 }

@@ -69,7 +69,7 @@ void align_experts(const int* ids, int slots, int experts, int tile_rows, int ma
 void combine(const bf16* y, const float* weights, bf16* out, int tokens, int top_k, int hidden,
              cudaStream_t stream);
 
-// --- attention (attention.cu)
+// --- attention (rope.cu, attention.cu)
 // --------------------------------------------------------------------------------
 struct AttentionShape {
   int tokens;
@@ -83,14 +83,23 @@ struct AttentionShape {
 void rope_and_cache(const bf16* qkv, const int* positions, const float* cos_sin,
                     const int* slot_mapping, bf16* key_cache, bf16* value_cache, bf16* q_out,
                     const AttentionShape& shape, int max_positions, cudaStream_t stream);
-/// `splits`: parts into which a decoding sequence's context is cut; `partial`: float32 scratch of
-/// attention_partial_floats() values.
+/// How decoding sequences are spread: `sequences` in one launch, so that their segments' results fit
+/// `partial_floats` of scratch, on `blocks` blocks. Chosen for speed alone, results are the same bits
+/// for every plan.
+struct AttentionPlan {
+  int sequences;
+  int blocks;
+  int64_t partial_floats;
+};
+/// partial_capacity: the most floats of scratch that the plan may ask for.
+AttentionPlan plan_attention(const AttentionShape& shape, int multiprocessors,
+                             int64_t partial_capacity);
+/// A token's result depends on its query and the keys and values up to it alone, bit for bit. A step
+/// of as many tokens as sequences is taken for one token each. `out` may be `q`.
 void paged_attention(const bf16* q, const bf16* key_cache, const bf16* value_cache,
                      const int* block_tables, const int* cu_seqlens_q, const int* context_lens,
-                     float scale, int splits, float* partial, bf16* out,
+                     float scale, const AttentionPlan& plan, float* partial, bf16* out,
                      const AttentionShape& shape, cudaStream_t stream);
-int attention_splits(const AttentionShape& shape, int multiprocessors);
-int64_t attention_partial_floats(const AttentionShape& shape, int splits);
 
 // --- sampling (sampling.cu)
 // ----------------------------------------------------------------------------------

@@ -1,6 +1,12 @@
-"""Rotary embedding, cache writes and attention on ragged batches, from poisoned caches."""
+"""Rotary embedding, cache writes and attention on ragged batches, from poisoned caches.
+
+A token's attention must have the same bits however it is computed; values are compared with float64
+where they may differ by rounding.
+"""
 
 from __future__ import annotations
+
+import itertools
 
 import cards
 import numpy as np
@@ -8,6 +14,8 @@ import pytest
 from oracles import attention as oracle
 
 BLOCK = 64
+Part = tuple[int, int, int]
+"""Sequence, and the positions from which and up to which its tokens are queried."""
 
 
 class Batch:
@@ -42,12 +50,12 @@ class Batch:
         slots = self.table[b][positions // BLOCK] * BLOCK + positions % BLOCK
         return slots.astype(np.int32)
 
-    def run(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rotated queries of all tokens, and the attention of each sequence's last tokens."""
+    def fill(self) -> np.ndarray:
+        """Write the caches; returns the rotated queries of all tokens."""
         from fastdeploy_lite.model_executor import ops
 
         shape = [self.blocks, self.kv_heads, BLOCK, self.dim]
-        keys, values = cards.poisoned(shape), cards.poisoned(shape)
+        self.keys, self.values = cards.poisoned(shape), cards.poisoned(shape)
         total = sum(self.contexts)
         rotated = cards.poisoned([total, self.heads * self.dim])
         ops.rope_and_cache(
@@ -55,26 +63,39 @@ class Batch:
             cards.put(np.concatenate([np.arange(n) for n in self.contexts]).astype(np.int32)),
             cards.put(self.cos_sin),
             cards.put(np.concatenate([self.slots(b) for b in range(len(self.contexts))])),
-            keys,
-            values,
+            self.keys,
+            self.values,
             rotated,
         )
-        ends = np.cumsum(self.contexts)
-        rows = [np.arange(e - n, e) for e, n in zip(ends, self.lengths, strict=True)]
-        all_queries = cards.get(rotated)
-        query = all_queries[np.concatenate(rows)]
+        self.queries = np.split(cards.get(rotated), np.cumsum(self.contexts)[:-1])
+        return np.concatenate(self.queries)
+
+    def attend(self, parts: list[Part], wider: int = 0) -> list[np.ndarray]:
+        """Attention of each part's tokens in one step; wider: columns to add to the table."""
+        from fastdeploy_lite.model_executor import ops
+
+        query = np.concatenate([self.queries[b][start:end] for b, start, end in parts])
+        ends = np.cumsum([end - start for _, start, end in parts])
+        table = np.maximum(self.table[[b for b, _, _ in parts]], 0)
         out = cards.poisoned(list(query.shape))
         ops.paged_attention(
             cards.put(query, "bfloat16"),
-            keys,
-            values,
-            cards.put(np.maximum(self.table, 0)),
-            cards.put(np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)),
-            cards.put(np.array(self.contexts, np.int32)),
+            self.keys,
+            self.values,
+            cards.put(np.pad(table, ((0, 0), (0, wider)))),
+            cards.put(np.concatenate([[0], ends]).astype(np.int32)),
+            cards.put(np.array([end for _, _, end in parts], np.int32)),
             self.dim**-0.5,
             out,
         )
-        return all_queries, cards.get(out)
+        return np.split(cards.get(out), ends[:-1])
+
+    def run(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rotated queries of all tokens, and the attention of each sequence's last tokens."""
+        queries = self.fill()
+        sizes = zip(self.contexts, self.lengths, strict=True)
+        parts = [(b, n - length, n) for b, (n, length) in enumerate(sizes)]
+        return queries, np.concatenate(self.attend(parts))
 
     def expected(self, queries: np.ndarray) -> np.ndarray:
         results, begin = [], 0
@@ -176,3 +197,84 @@ def test_a_skipped_slot_writes_nothing() -> None:
         cards.poisoned([2, 4 * 64]),
     )
     assert np.isnan(cards.get(keys)).all() and np.isnan(cards.get(values)).all()
+
+
+# -- the same bits --------------------------------------------------------------------------------
+
+
+def filled(contexts: list[int], heads: int, kv_heads: int, dim: int, seed: int) -> Batch:
+    batch = Batch(contexts, contexts, heads, kv_heads, dim, seed)
+    batch.fill()
+    return batch
+
+
+def same(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    """Equal bits, zeros' signs included, and no NaN."""
+    one, other = np.concatenate(found), np.concatenate(expected)
+    assert not np.isnan(one).any()
+    rows = np.flatnonzero((one.view(np.uint32) != other.view(np.uint32)).any(axis=1))
+    assert rows.size == 0, f"{rows.size} of {len(one)} tokens differ, the first is {rows[0]}"
+
+
+def cut(random: np.random.Generator, b: int, length: int, most: int) -> list[Part]:
+    """One sequence in up to most + 1 chunks."""
+    places = random.integers(0, length + 1, int(random.integers(0, most + 1)))
+    edges = np.unique(np.concatenate([[0, length], places])).tolist()
+    return [(b, start, end) for start, end in itertools.pairwise(edges)]
+
+
+GROUPS = [(4, 4, 64), (8, 2, 128), (20, 4, 128), (16, 2, 64), (16, 1, 128), (32, 1, 64)]
+LENGTHS = [1, 2, 33, 63, 64, 65, 129, 255, 256, 257, 320, 500, 511, 512, 513, 700]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), GROUPS)
+def test_a_decoded_token_has_the_bits_of_its_prefill(heads: int, kv_heads: int, dim: int) -> None:
+    batch = filled(LENGTHS, heads, kv_heads, dim, heads + dim)
+    whole = batch.attend([(b, 0, n) for b, n in enumerate(LENGTHS)])
+    last = batch.attend([(b, n - 1, n) for b, n in enumerate(LENGTHS)])
+    same(last, [rows[-1:] for rows in whole])
+    every = [(len(LENGTHS) - 1, at, at + 1) for at in range(LENGTHS[-1])]
+    same(batch.attend(every), whole[-1:])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), GROUPS)
+def test_any_chunking_in_any_company_gives_the_bits_of_the_whole(
+    heads: int, kv_heads: int, dim: int
+) -> None:
+    batch = filled(LENGTHS, heads, kv_heads, dim, heads - dim + 1000)
+    whole = batch.attend([(b, 0, n) for b, n in enumerate(LENGTHS)])
+    random = np.random.default_rng(dim)
+    for wider in (0, 5, 300):
+        parts = [part for b, n in enumerate(LENGTHS) for part in cut(random, b, n, 5)]
+        random.shuffle(parts)
+        chunks = [whole[b][start:end] for b, start, end in parts]
+        same(batch.attend(parts, wider), chunks)
+        for part, chunk in list(zip(parts, chunks, strict=True))[:8]:
+            same(batch.attend([part]), [chunk])  # alone, and in a table just wide enough
+
+
+def test_longer_segments_of_long_contexts_keep_the_bits() -> None:
+    length = 16900  # segments of 256 tokens up to 8,192, then 512, and 1,024 from 16,385 on
+    batch = filled([length, 300], 10, 2, 128, 8)
+    whole = batch.attend([(0, 0, length)])[0]
+    random = np.random.default_rng(8)
+    edges = [256, 512, 4096, 8192, 8448, 8704, 16384, 16640]
+    positions = [edge + near for edge in edges for near in (-65, -2, -1, 0, 1, 63, 64)]
+    positions += random.integers(0, length, 200).tolist()
+    same(batch.attend([(0, at, at + 1) for at in positions]), [whole[positions]])
+    for at in (8191, 8192, 16383, 16384, 16899):
+        same(batch.attend([(0, at, at + 1)], wider=256), [whole[at : at + 1]])
+    for start, end in ((8100, 8300), (8191, 8193), (16300, 16500), (16383, 16900), (5000, 16800)):
+        parts = [(1, 299, 300), (0, start, end), (1, 17, 90)]
+        same(batch.attend(parts)[1:2], [whole[start:end]])
+
+
+@pytest.mark.parametrize("sequences", [63, 256, 520])
+def test_a_step_of_many_sequences_keeps_the_bits(sequences: int) -> None:
+    """So many, with so wide a table, that one launch has not the scratch for all."""
+    batch = filled([3000, 40, 700], 64, 8, 128, 9)
+    alone = [batch.attend([(b, n - 1, n)])[0] for b, n in enumerate(batch.contexts)]
+    which = [i * 7 % 3 for i in range(sequences)]
+    parts = [(b, batch.contexts[b] - 1, batch.contexts[b]) for b in which]
+    for _ in range(3):  # the merging block leaves its counters ready for the next launch
+        same(batch.attend(parts, wider=512 - 47), [alone[b] for b in which])

@@ -232,7 +232,8 @@ def paged_attention(
             f"{head_dim}"
         )
     sizes = (tokens, sequences, heads, kv_heads, head_dim, blocks, table_width)
-    splits, floats = _ops_cuda.attention_plan(sizes, runtime.multiprocessors())
+    capacity = runtime.SCRATCH_BYTES // 4
+    plan = _ops_cuda.attention_plan(sizes, runtime.multiprocessors(), capacity)
     _ops_cuda.paged_attention(
         address(q),
         address(key_cache),
@@ -241,8 +242,8 @@ def paged_attention(
         address(cu_seqlens_q),
         address(context_lens),
         scale,
-        splits,
-        scratch(floats * 4),
+        plan,
+        scratch(plan[2] * 4),
         address(out),
         sizes,
         stream(),
