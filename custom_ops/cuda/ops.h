@@ -83,9 +83,9 @@ struct AttentionShape {
 void rope_and_cache(const bf16* qkv, const int* positions, const float* cos_sin,
                     const int* slot_mapping, bf16* key_cache, bf16* value_cache, bf16* q_out,
                     const AttentionShape& shape, int max_positions, cudaStream_t stream);
-/// How decoding sequences are spread: `sequences` in one launch, so that their segments' results fit
-/// `partial_floats` of scratch, on `blocks` blocks. Chosen for speed alone, results are the same bits
-/// for every plan.
+/// How decoding sequences are spread: `sequences` in one launch, so that their segments' results
+/// fit `partial_floats` of scratch, on `blocks` blocks. Chosen for speed alone, results are the
+/// same bits for every plan.
 struct AttentionPlan {
   int sequences;
   int blocks;
@@ -94,8 +94,8 @@ struct AttentionPlan {
 /// partial_capacity: the most floats of scratch that the plan may ask for.
 AttentionPlan plan_attention(const AttentionShape& shape, int multiprocessors,
                              int64_t partial_capacity);
-/// A token's result depends on its query and the keys and values up to it alone, bit for bit. A step
-/// of as many tokens as sequences is taken for one token each. `out` may be `q`.
+/// A token's result depends on its query and the keys and values up to it alone, bit for bit. A
+/// step of as many tokens as sequences is taken for one token each. `out` may be `q`.
 void paged_attention(const bf16* q, const bf16* key_cache, const bf16* value_cache,
                      const int* block_tables, const int* cu_seqlens_q, const int* context_lens,
                      float scale, const AttentionPlan& plan, float* partial, bf16* out,
