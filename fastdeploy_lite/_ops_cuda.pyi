@@ -95,7 +95,8 @@ def linear(
     out_is_float: bool,
     tokens: int,
     tile_rows: int,
-    wide: bool,
+    partial: int,
+    partial_bytes: int,
     stream: int,
 ) -> None: ...
 def fused_moe(

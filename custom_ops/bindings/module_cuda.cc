@@ -50,8 +50,9 @@ Weight make_weight(int kind, Address tiles, Address local_scale, Address code_sc
                              out_features)};
 }
 
+/// `partial`: scratch for the sums of parts of K where few tiles have to fill the card.
 void linear(Address x, const Weight& weight, Address out, bool out_is_float, int tokens,
-            int tile_rows, bool wide, Address stream) {
+            int tile_rows, Address partial, int64_t partial_bytes, Address stream) {
   fc::GemmParams params;
   params.x = at<const fc::bf16>(x);
   if (out_is_float) {
@@ -61,8 +62,10 @@ void linear(Address x, const Weight& weight, Address out, bool out_is_float, int
   }
   params.out_columns = weight.tiled.out_features;
   params.rows.count = tokens;
+  params.partial = at<float>(partial);
+  params.partial_floats = partial_bytes / 4;
   const int row_tiles = fc::ceil_div(tokens, tile_rows);
-  fc::gemm(weight.kind, false, weight.tiled, params, wide, tile_rows, row_tiles, stream_of(stream));
+  fc::gemm(weight.kind, false, weight.tiled, params, tile_rows, row_tiles, stream_of(stream));
 }
 
 /// The experts of a MoE layer. `hidden` [slots, I] and `y` [slots, H] are scratch; `slot_of_row`
@@ -71,7 +74,6 @@ void linear(Address x, const Weight& weight, Address out, bool out_is_float, int
 void fused_moe(Address x, Address ids, Address weights, const Weight& up_gate, const Weight& down,
                int experts, Address hidden, Address y, Address slot_of_row, Address tiles,
                Address out, int tokens, int top_k, int tile_rows, int max_tiles, Address stream) {
-  const bool wide = tile_rows >= 64;
   const cudaStream_t queue = stream_of(stream);
   const int slots = tokens * top_k;
   const bool direct = tile_rows == 0;
@@ -94,7 +96,8 @@ void fused_moe(Address x, Address ids, Address weights, const Weight& up_gate, c
   up.out = at<fc::bf16>(hidden);
   up.out_columns = up_gate.tiled.out_features / 2;
   up.rows = rows;
-  fc::gemm(up_gate.kind, true, up_gate.tiled, up, wide, height, row_tiles, queue);
+  up.tiles_of_token = top_k;
+  fc::gemm(up_gate.kind, true, up_gate.tiled, up, height, row_tiles, queue);
   fc::GemmParams lower;
   lower.x = at<const fc::bf16>(hidden);
   lower.out = at<fc::bf16>(y);
@@ -102,7 +105,8 @@ void fused_moe(Address x, Address ids, Address weights, const Weight& up_gate, c
   lower.rows = rows;
   lower.rows.gather = false;
   lower.rows.scatter = true;
-  fc::gemm(down.kind, false, down.tiled, lower, wide, height, row_tiles, queue);
+  lower.tiles_of_token = top_k;
+  fc::gemm(down.kind, false, down.tiled, lower, height, row_tiles, queue);
   fc::combine(at<const fc::bf16>(y), at<const float>(weights), at<fc::bf16>(out), tokens, top_k,
               down.tiled.out_features, queue);
 }

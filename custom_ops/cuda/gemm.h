@@ -30,14 +30,22 @@ struct GemmParams {
   const __nv_bfloat16* x = nullptr;
   __nv_bfloat16* out = nullptr;  // exactly one of out, out_float
   float* out_float = nullptr;
+  float* partial =
+      nullptr;  // scratch where products of few tiles may share out K; plain linear only
+  int64_t partial_floats = 0;
   int out_columns = 0;
+  int tiles_of_token = 1;  // top_k experts; a constant of the model, see canonical_parts()
   GemmRows rows;
 };
 
-/// `kind`: value of enum Kind. `tile_rows`: rows of x per tile, 64 or 128 for the tile kernel
-/// (`wide`), 8, 16, 32 or (not gated) 64 for the one that streams weights; `row_tiles`: number of
-/// tiles.
-void gemm(int kind, bool gated, const TiledWeight& weight, const GemmParams& params, bool wide,
-          int tile_rows, int row_tiles, cudaStream_t stream);
+/// `kind`: value of enum Kind. `tile_rows`: rows of x per tile, 8 or 16 for the kernel that streams
+/// weights, 32, 64 or (not CCQ) 128 for the tile kernel; `row_tiles`: number of tiles. Neither, nor
+/// the other rows, changes a bit of a row's result.
+void gemm(int kind, bool gated, const TiledWeight& weight, const GemmParams& params, int tile_rows,
+          int row_tiles, cudaStream_t stream);
+
+/// Adds `parts` partial results in order and finishes the output.
+void finish_parts(const GemmParams& params, const float* column_scale, int parts,
+                  cudaStream_t stream);
 
 }  // namespace fd::cuda

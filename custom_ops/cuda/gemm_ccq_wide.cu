@@ -4,9 +4,9 @@
 
 namespace fd::cuda {
 
-template void run_gemm<Kind::kCcqWide, false>(const TiledWeight&, const GemmParams&, bool, int, int,
+template void run_gemm<Kind::kCcqWide, false>(const TiledWeight&, const GemmParams&, int, int,
                                               cudaStream_t);
-template void run_gemm<Kind::kCcqWide, true>(const TiledWeight&, const GemmParams&, bool, int, int,
+template void run_gemm<Kind::kCcqWide, true>(const TiledWeight&, const GemmParams&, int, int,
                                              cudaStream_t);
 
 }  // namespace fd::cuda

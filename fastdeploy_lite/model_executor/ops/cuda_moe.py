@@ -17,18 +17,19 @@ DIRECT_TOKENS = 2
 
 
 def tile_rows(tokens: int, top_k: int, experts: int) -> int:
-    """Rows of one tile of sorted slots: 8, 16, 32 (streaming kernel) or 64, 128 (tile kernel).
+    """Rows of one tile of sorted slots; 0 for a tile of its own for every slot, unsorted.
 
-    An expert has at most `tokens` rows, on average tokens * top_k / experts: the tile should hold
-    them all, so that its weights are read once.
+    For speed only: a row's result is the same in any tile. An expert has at most `tokens` rows, on
+    average tokens * top_k / experts: the tile should hold those of most experts, so that their
+    weights are decoded once.
     """
-    for rows in (8, 16, 32):
-        if tokens <= rows:
-            return rows
+    if tokens <= DIRECT_TOKENS:
+        return 0
     mean = tokens * top_k / experts
-    if mean <= 24:
-        return 32
-    return 64 if mean <= 96 else 128
+    for rows, most in ((8, 6), (16, 12), (32, 32)):
+        if tokens <= rows or mean <= most:
+            return rows
+    return 64
 
 
 def fused_moe(
@@ -52,7 +53,7 @@ def fused_moe(
             "their sizes are no multiples of 16"
         )
     slots = tokens * top_k
-    rows = 0 if tokens <= DIRECT_TOKENS else tile_rows(tokens, top_k, experts)
+    rows = tile_rows(tokens, top_k, experts)
     tiles = slots if rows == 0 else slots // rows + min(experts, slots)
     # held until the call: a workspace may hand out memory that goes with its tensor
     order = workspace.get("moe_slots", [slots], "int32")

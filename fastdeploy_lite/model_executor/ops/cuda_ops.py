@@ -20,8 +20,8 @@ from fastdeploy_lite.model_executor.ops.cuda_runtime import address, scratch, st
 from fastdeploy_lite.model_executor.ops.cuda_weights import CudaWeight
 from fastdeploy_lite.model_executor.ops.weights import PackedWeight
 
-SKINNY_ROWS = 64
-"""Up to this many tokens a linear streams its weights once; above, it works in tiles."""
+SMALL_WEIGHT = 8 << 20
+"""A weight of so many elements is not enough work for tall tiles to fill a card."""
 _HOST_DTYPES = {"bfloat16": "uint16"}
 
 
@@ -143,20 +143,32 @@ def linear(x: View, weight: CudaWeight, out: View) -> None:
             stream(),
         )
         return
-    rows = linear_tile(tokens, weight.out_features)
-    wide = tokens > SKINNY_ROWS
     _ops_cuda.linear(
-        address(x), weight.native, address(out), out_is_float, tokens, rows, wide, stream()
+        address(x),
+        weight.native,
+        address(out),
+        out_is_float,
+        tokens,
+        linear_tile(tokens, weight),
+        scratch(runtime.SCRATCH_BYTES),
+        runtime.SCRATCH_BYTES,
+        stream(),
     )
 
 
-def linear_tile(tokens: int, out_features: int) -> int:
-    """Rows of one tile of x: the whole batch when it is small, else 64 or 128."""
-    for rows in (8, 16, 32, SKINNY_ROWS):
+def linear_tile(tokens: int, weight: CudaWeight) -> int:
+    """Rows of one tile of x; for speed only, a row's result is the same in any.
+
+    The whole batch while it is small, but half of it for small weights, which take more blocks to
+    fill the card. Then 64, or 128 where that leaves three blocks for two multiprocessors.
+    """
+    small = weight.in_features * weight.out_features <= SMALL_WEIGHT
+    for rows in (8, 16, 32, 64):
         if tokens <= rows:
-            return rows
-    blocks = -(-tokens // 128) * -(-out_features // 128)
-    return 128 if blocks >= runtime.multiprocessors() else 64
+            return rows // 2 if small and rows > 16 else rows
+    blocks = -(-tokens // 128) * -(-weight.out_features // 128)
+    is_ccq = weight.kind in (cuda_weights.KIND_CODES["ccq"], cuda_weights.CCQ_WIDE)
+    return 128 if 2 * blocks >= 3 * runtime.multiprocessors() and not is_ccq else 64
 
 
 def route(
