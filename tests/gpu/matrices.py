@@ -23,8 +23,11 @@ def ccq_arrays(random: np.random.Generator, rows: int, columns: int) -> dict[str
 
 def arrays(kind: str, random: np.random.Generator, rows: int, columns: int) -> dict[str, Any]:
     """Keyword arguments of fill_weight."""
-    if kind == "ccq":
-        return ccq_arrays(random, rows, columns)
+    if kind.startswith("ccq"):
+        found = ccq_arrays(random, rows, columns)
+        if kind == "ccq_wide":  # codes past the fast decoder's range
+            found["code_scale"] *= np.float32(16)
+        return found
     if kind == "dense":
         return {"weight": cards.bf16_bits(random.standard_normal((rows, columns)) / rows**0.5)}
     low, pack = (-127, weight_layout.pack_int8) if kind == "int8" else (-7, weight_layout.pack_int4)
@@ -35,7 +38,7 @@ def arrays(kind: str, random: np.random.Generator, rows: int, columns: int) -> d
 
 def matrix(kind: str, found: dict[str, Any], rows: int, columns: int) -> np.ndarray:
     """float64 [K, N] of those arguments."""
-    if kind == "ccq":
+    if kind.startswith("ccq"):
         named = [found[n] for n in ("quant_weight", "weight_scale", "super_scales")]
         return ccq.decode(*named, found["code_scale"], found["code_zp"]).astype(np.float64)
     if kind == "dense":
@@ -48,10 +51,15 @@ def matrix(kind: str, found: dict[str, Any], rows: int, columns: int) -> np.ndar
 def make(
     kind: str, random: np.random.Generator, rows: int, columns: int, experts: int = 0
 ) -> tuple[Any, np.ndarray]:
-    """A weight on the card and float64 [K, N], or [E, K, N] with experts."""
+    """A weight on the card and float64 [K, N], or [E, K, N] with experts.
+
+    Kinds are those of allocate_weight, and "ccq_wide": CCQ that takes the slower decoder.
+    """
     from fastdeploy_lite.model_executor import ops
 
-    weight = ops.allocate_weight(kind, rows, columns, cards.place(), num_experts=experts)
+    weight = ops.allocate_weight(
+        kind.removesuffix("_wide"), rows, columns, cards.place(), num_experts=experts
+    )
     dense = []
     for expert in range(max(experts, 1)):
         found = arrays(kind, random, rows, columns)

@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 
 TOKENS = [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100, 128, 129, 256, 300]
+BATCHES = [1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 129, 300, 1000]
+HEIGHTS = ((8, 16, 32, 64, 128), (8, 16, 32, 64))
+"""Of the kernels' tiles, and of those for CCQ: 8 and 16 stream weights, the others work in shared
+memory."""
 
 
 def run(weight: object, x: np.ndarray, columns: int, dtype: str) -> np.ndarray:
@@ -26,10 +30,8 @@ def test_linear_equals_float64(kind: str, rows: int, columns: int) -> None:
     for tokens in TOKENS:
         x = cards.round_bf16(random.standard_normal((tokens, rows)))
         expected = x.astype(np.float64) @ dense
-        # sums are float32 and weights exact, but for CCQ with more than 8 tokens: code times local
-        # scale is rounded to bf16
-        exact = 3e-3 if kind == "ccq" and tokens > 8 else 3e-6
-        assert cards.error(run(weight, x, columns, "float32"), expected) < exact, tokens
+        # sums are float32 and weights exact
+        assert cards.error(run(weight, x, columns, "float32"), expected) < 3e-6, tokens
         assert cards.error(run(weight, x, columns, "bfloat16"), expected) < 4e-3, tokens
 
 
@@ -42,13 +44,65 @@ def test_k_that_is_no_multiple_of_a_tile(kind: str, rows: int) -> None:
         assert cards.error(run(weight, x, 48, "float32"), x.astype(np.float64) @ dense) < 3e-6
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    random = np.random.default_rng(5)
-    weight, _ = matrices.make("ccq", random, 1024, 256)
-    x = cards.round_bf16(random.standard_normal((40, 1024)))
-    together = run(weight, x[:8], 256, "float32")
-    for i in range(8):
-        np.testing.assert_array_equal(run(weight, x[i : i + 1], 256, "float32")[0], together[i])
+@pytest.mark.parametrize("kind", ["int8", "int4", "ccq", "ccq_wide"])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        (128, 16),
+        (384, 144),
+        (1280, 48),
+        (1536, 2560),
+        (4096, 80),
+        (2560, 1040),
+        (8192, 256),
+        (3584, 3072),
+    ],
+)
+def test_a_row_has_the_same_bits_in_any_batch_and_tile(
+    kind: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(rows * columns)
+    weight, _ = matrices.make(kind, random, rows, columns)
+    assert_rows_stand_alone(kind, weight, random, rows, columns, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "columns"), [("int8", 192, 48), ("int4", 1088, 144), ("int8", 320, 272)]
+)
+def test_bits_where_k_is_no_multiple_of_a_tile(
+    kind: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(rows)
+    weight, _ = matrices.make(kind, random, rows, columns)
+    assert_rows_stand_alone(kind, weight, random, rows, columns, monkeypatch)
+
+
+def assert_rows_stand_alone(
+    kind: str,
+    weight: object,
+    random: np.random.Generator,
+    rows: int,
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Row i of any product equals the product of row i alone, whatever the tile's height."""
+    from fastdeploy_lite.model_executor.ops import cuda_ops
+
+    x = cards.round_bf16(random.standard_normal((BATCHES[-1], rows)))
+    alone = np.concatenate([run(weight, x[i : i + 1], columns, "float32") for i in range(len(x))])
+    choose = cuda_ops.linear_tile
+    for tokens in BATCHES:
+        last = x[len(x) - tokens :]
+        for height in (0, *HEIGHTS[kind.startswith("ccq")]):
+            monkeypatch.setattr(
+                cuda_ops, "linear_tile", choose if height == 0 else lambda *_, h=height: h
+            )
+            found = run(weight, last, columns, "float32")
+            np.testing.assert_array_equal(
+                found, alone[len(x) - tokens :], err_msg=f"{tokens} tokens, tiles of {height}"
+            )
+        rounded = run(weight, last, columns, "bfloat16")
+        np.testing.assert_array_equal(rounded, cards.round_bf16(alone[len(x) - tokens :]))
 
 
 def test_tied_table_serves_as_embedding_and_head() -> None:

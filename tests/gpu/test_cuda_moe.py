@@ -49,6 +49,50 @@ def test_fused_moe(kind: str, experts: int, top_k: int, hidden: int, inner: int)
         assert cards.error(cards.get(out), expected) < 8e-3, tokens
 
 
+@pytest.mark.parametrize("kind", ["ccq", "ccq_wide", "int4", "int8", "dense"])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "hidden", "inner"),
+    [(16, 4, 384, 256), (8, 1, 256, 128), (64, 6, 640, 384), (64, 8, 2048, 896)],
+)
+def test_a_token_has_the_same_bits_in_any_batch_and_tile(
+    kind: str,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    inner: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fastdeploy_lite.model_executor import ops
+    from fastdeploy_lite.model_executor.ops import cuda_moe
+
+    random = np.random.default_rng(experts + hidden)
+    up, _ = matrices.make(kind, random, hidden, 2 * inner, experts)
+    down, _ = matrices.make(kind, random, inner, hidden, experts)
+    count = 300
+    x = cards.round_bf16(random.standard_normal((count, hidden)))
+    ids = np.argsort(random.random((count, experts)), axis=1)[:, :top_k].astype(np.int32)
+    ids[::3, 0] = 3  # a crowded expert, for some tokens twice
+    weights = random.dirichlet(np.ones(top_k), count).astype(np.float32)
+
+    def run(rows: slice) -> np.ndarray:
+        out = cards.poisoned([len(x[rows]), hidden])
+        tensors = (cards.put(x[rows], "bfloat16"), cards.put(ids[rows]), cards.put(weights[rows]))
+        ops.fused_moe(*tensors, up, down, out, cards.Workspace())
+        return cards.get(out)
+
+    alone = np.concatenate([run(slice(i, i + 1)) for i in range(count)])
+    choose = cuda_moe.tile_rows
+    for tokens in (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 100, 128, 129, count):
+        rows = slice(count - tokens, count)
+        for height in (None, 0, 8, 16, 32, 64):  # 0: a tile for each slot
+            monkeypatch.setattr(
+                cuda_moe, "tile_rows", choose if height is None else lambda *_, h=height: h
+            )
+            np.testing.assert_array_equal(
+                run(rows), alone[rows], err_msg=f"{tokens} tokens, tiles of {height}"
+            )
+
+
 @pytest.mark.parametrize(
     ("hidden", "experts", "top_k"), [(384, 16, 4), (2560, 64, 6), (8192, 64, 8)]
 )
