@@ -129,9 +129,7 @@ def dense_linear(
     workspace_bytes: int,
     stream: int,
 ) -> None: ...
-def route_plan(
-    tokens: int, hidden: int, experts: int, multiprocessors: int
-) -> tuple[int, int]: ...
+def route_plan(tokens: int, hidden: int, experts: int, multiprocessors: int) -> tuple[int, int]: ...
 def route(
     x: int,
     gate: int,

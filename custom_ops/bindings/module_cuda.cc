@@ -235,13 +235,13 @@ void bind_products(py::module_& m) {
     const fc::RoutePlan plan = fc::route_plan(tokens, hidden, experts, multiprocessors);
     return py::make_tuple(plan.run, plan.count);
   });
-  m.def("route", [](Address x, Address gate, Address bias, Address partial, int run, int count,
-                    Address ids, Address weights, int tokens, int hidden, int experts, int top_k,
-                    Address stream) {
-    fc::route(at<const fc::bf16>(x), at<const float>(gate), at<const float>(bias),
-              at<float>(partial), {run, count}, at<int>(ids), at<float>(weights), tokens, hidden,
-              experts, top_k, stream_of(stream));
-  });
+  m.def("route",
+        [](Address x, Address gate, Address bias, Address partial, int run, int count, Address ids,
+           Address weights, int tokens, int hidden, int experts, int top_k, Address stream) {
+          fc::route(at<const fc::bf16>(x), at<const float>(gate), at<const float>(bias),
+                    at<float>(partial), {run, count}, at<int>(ids), at<float>(weights), tokens,
+                    hidden, experts, top_k, stream_of(stream));
+        });
 }
 
 void bind_attention(py::module_& m) {
@@ -262,12 +262,11 @@ void bind_attention(py::module_& m) {
         [](Address q, Address key_cache, Address value_cache, Address block_tables,
            Address cu_seqlens_q, Address context_lens, float scale, const py::tuple& plan,
            Address partial, Address out, const py::tuple& sizes, Address stream) {
-          fc::paged_attention(at<const fc::bf16>(q), at<const fc::bf16>(key_cache),
-                              at<const fc::bf16>(value_cache), at<const int>(block_tables),
-                              at<const int>(cu_seqlens_q), at<const int>(context_lens), scale,
-                              {plan[0].cast<int>(), plan[1].cast<int>(), plan[2].cast<int64_t>()},
-                              at<float>(partial), at<fc::bf16>(out), attention_shape(sizes),
-                              stream_of(stream));
+          fc::paged_attention(
+              at<const fc::bf16>(q), at<const fc::bf16>(key_cache), at<const fc::bf16>(value_cache),
+              at<const int>(block_tables), at<const int>(cu_seqlens_q), at<const int>(context_lens),
+              scale, {plan[0].cast<int>(), plan[1].cast<int>(), plan[2].cast<int64_t>()},
+              at<float>(partial), at<fc::bf16>(out), attention_shape(sizes), stream_of(stream));
         });
 }
 
