@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -260,13 +261,16 @@ class LLM:
         prompts: Sequence[Any],
         parsers: Sequence[OutputParser | None],
     ) -> Stream:
-        for chunk in self.llm_engine.run(requests, prompts):
-            new, parser = chunk.outputs, parsers[chunk.outputs.index]
-            if parser is not None:
-                _take_apart(new, parser.feed(new.text, new.token_ids, chunk.finished))
-            step: list[RequestOutput | None] = [None] * len(requests)
-            step[new.index] = chunk
-            yield step
+        # Closing this generator must abort what is left at once; from Python 3.12 on the engine's
+        # own generator would otherwise live until it is collected.
+        with contextlib.closing(self.llm_engine.run(requests, prompts)) as chunks:
+            for chunk in chunks:
+                new, parser = chunk.outputs, parsers[chunk.outputs.index]
+                if parser is not None:
+                    _take_apart(new, parser.feed(new.text, new.token_ids, chunk.finished))
+                step: list[RequestOutput | None] = [None] * len(requests)
+                step[new.index] = chunk
+                yield step
 
     # Parsers -------------------------------------------------------------------------------------
 
