@@ -30,8 +30,9 @@ def test_linear_equals_float64(kind: str, rows: int, columns: int) -> None:
     for tokens in TOKENS:
         x = cards.round_bf16(random.standard_normal((tokens, rows)))
         expected = x.astype(np.float64) @ dense
-        # sums are float32 and weights exact
-        assert cards.error(run(weight, x, columns, "float32"), expected) < 3e-6, tokens
+        # weights are exact and sums float32; cuBLASLt's are one chain through K (4.1e-6 at 4,096)
+        exact = 1e-5 if kind == "dense" else 3e-6
+        assert cards.error(run(weight, x, columns, "float32"), expected) < exact, tokens
         assert cards.error(run(weight, x, columns, "bfloat16"), expected) < 4e-3, tokens
 
 

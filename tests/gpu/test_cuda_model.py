@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from model_driver import make_runner
+from tiny_model import write_tiny_model
 
 RUNNER = Path(__file__).resolve().parent / "run_model.py"
 ROOT = RUNNER.parents[2]
@@ -124,11 +126,15 @@ def test_teacher_forced_logits(tmp_path: Path, demo_dir: Path) -> None:
     text = np.random.default_rng(2).integers(300, 8000, (3, 200)).tolist()
     request = {"sequences": [*prompts(demo_dir), *text]}
     cpu, card = run(tmp_path, "cpu", demo_dir, request), run(tmp_path, "", demo_dir, request)
+    same, rows = 0, 0
     for key in map(str, range(len(request["sequences"]))):
         row = cpu[key]
         difference = np.abs(card[key] - row)
         assert np.sqrt((difference**2).mean()) < 0.1 * row.std()
-        assert (card[key].argmax(-1) == row.argmax(-1)).mean() > 0.9
+        same += int((card[key].argmax(-1) == row.argmax(-1)).sum())
+        rows += len(row)
+    print(f"{same} of {rows} tokens are the likeliest on both devices")
+    assert same > 0.95 * rows
 
 
 @pytest.mark.timeout(300)
@@ -140,6 +146,23 @@ def test_graphs_and_chunks_change_no_token(
     other = run(tmp_path, "", demo_dir, request)
     for key, tokens in greedy[1].items():
         np.testing.assert_array_equal(other[key], tokens)
+
+
+@pytest.mark.timeout(300)
+def test_quantised_while_loading_equals_converted_files(tmp_path: Path) -> None:
+    from fastdeploy_lite.config import CacheConfig, ModelConfig
+    from fastdeploy_lite.quantization.convert import quantize_checkpoint
+
+    plain = write_tiny_model(tmp_path / "bf16", kind="bf16", seed=3)
+    files = tmp_path / "wint4"
+    quantize_checkpoint(plain, files, scheme="wint4", progress=False)
+    ids = np.random.default_rng(1).integers(0, 8192, 150).tolist()
+    cache = CacheConfig(num_blocks=16)
+    model = ModelConfig.from_dir(plain).with_quantization("wint4")
+    online = make_runner(plain, device=None, model=model, cache=cache)
+    assert {weight.kind for weight in online.model.weights()["experts"]} == {"int4"}
+    converted = make_runner(files, device=None, cache=cache)
+    np.testing.assert_array_equal(online.logits(ids), converted.logits(ids))
 
 
 @pytest.mark.timeout(300)
