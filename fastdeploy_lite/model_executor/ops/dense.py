@@ -9,9 +9,10 @@ from fastdeploy_lite.model_executor.ops.weights import PackedWeight
 def linear(x: Tensor, weight: PackedWeight, out: Tensor) -> None:
     """out = x @ W.
 
-    On CPU a row's result has the same bits whatever the other rows, the number of threads and the
-    instruction set are. With quantised weights the row enters as 24-bit integers per group of 64
-    (error at most 2^-22.99 of the group's largest element); sums are float32.
+    A row's result has the same bits whatever the other rows are; on CPU whatever the number of
+    threads and the instruction set are, too. There, with quantised weights, the row enters as
+    24-bit integers per group of 64 (error at most 2^-22.99 of the group's largest element). Sums
+    are float32.
 
     Args:
         x: [T, K], float32 on CPU, bfloat16 on a card.
