@@ -12,192 +12,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast, get_args
 
+from fastdeploy_lite.quantization_config import LinearKind, QuantizationConfig, WeightKind
 from fastdeploy_lite.utils.errors import ConfigError, quote
 from fastdeploy_lite.utils.json_fields import JsonFields, read_json_object
 
-WeightKind = Literal["dense", "int8", "int4", "ccq"]
-LinearKind = Literal["dense", "int8", "int4"]
 LoadChoice = Literal["default", "default_v1", "dummy"]
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 
 ARCHITECTURE = "Ernie4_5_MoeForCausalLM"
 BLOCK_SIZE = 64  # tokens of one KV block; the attention kernels are compiled for it
 
-SUPPORTED_QUANTIZATION = ("wint2", "wint4", "wint8", "mix_quant")
-ONLINE_QUANTIZATION = ("wint4", "wint8", "mix_quant")  # can be made while bf16 weights are loaded
-# Names that FastDeploy knows and this project does not read; an unknown name is another error.
-_OTHER_QUANTIZATION = (
-    "block_wise_fp8",
-    "kvcache",
-    "modelopt_fp4",
-    "mxfp4",
-    "tensor_wise_fp8",
-    "w4a8",
-    "w4afp8",
-    "w8a8",
-    "weight_only",
-    "wfp8afp8",
-    "wint2.5",
-    "wint25",
-)
-_INT_KINDS: dict[str, LinearKind] = {"wint8": "int8", "wint4": "int4"}
-_DEFAULT_W4_END_LAYER = 6  # FastDeploy's, for a scheme that names no range
 # Bounds on what a configuration may ask for, far above any model: they keep a damaged file from
 # turning into hours of work or a failed allocation.
 _MOST_LAYERS, _MOST_EXPERTS, _LARGEST_SIZE = 2048, 4096, 1 << 24
-
-
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """The `quantization_config` object of config.json, reduced to what decides the formats.
-
-    Attributes:
-        quantization: the scheme's name: wint2, wint4, wint8 or mix_quant.
-        dense_quant_type: wint8 or wint4, for every linear that is not a routed expert.
-        moe_quant_type: w4w2 (scheme wint2), wint4 or wint8, for routed experts.
-        w4_end_layer: last decoder layer (0-based, inclusive) whose experts are wint4 under w4w2.
-        w4_start_layer, w2_start_layer, w2_end_layer: kept for writing; they decide nothing.
-    """
-
-    quantization: str = "wint2"
-    dense_quant_type: str = "wint8"
-    moe_quant_type: str = "w4w2"
-    w4_start_layer: int = 0
-    w4_end_layer: int = _DEFAULT_W4_END_LAYER
-    w2_start_layer: int = _DEFAULT_W4_END_LAYER + 1
-    w2_end_layer: int | None = None
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], source: str = "config.json") -> QuantizationConfig:
-        """Parse the published shape; raise ConfigError for anything that cannot be read."""
-        fields = JsonFields(data, source, "quantization_config.")
-        scheme = _scheme_name(fields, SUPPORTED_QUANTIZATION)
-        _refuse_kv_cache_quantization(fields)
-        return cls._from_wint2(fields) if scheme == "wint2" else cls._from_integers(scheme, fields)
-
-    @classmethod
-    def online(cls, wanted: str | Mapping[str, Any]) -> QuantizationConfig:
-        """What `--quantization` asks to be made of bf16 weights while they are loaded.
-
-        Args:
-            wanted: wint8 (everything int8), wint4 (int8 with int4 experts), or an object as in
-                config.json; mix_quant needs its dense_quant_type and moe_quant_type.
-
-        Raises:
-            ConfigError: another scheme; for wint2 it names the converter, because the search of
-                2-bit codes takes some 400 times as long as rounding.
-        """
-        data = {"quantization": wanted} if isinstance(wanted, str) else wanted
-        fields = JsonFields(data, "--quantization")
-        if data.get("quantization") == "wint2":
-            raise ConfigError(
-                "--quantization wint2: this checkpoint is bf16, and 2-bit weights are searched "
-                "beforehand: fastdeploy-lite quantize --model DIR --output NEW_DIR; loading itself "
-                f"can make {', '.join(ONLINE_QUANTIZATION)}"
-            )
-        scheme = _scheme_name(fields, ONLINE_QUANTIZATION)
-        _refuse_kv_cache_quantization(fields)
-        return cls._from_integers(scheme, fields)
-
-    @classmethod
-    def _from_integers(cls, scheme: str, fields: JsonFields) -> QuantizationConfig:
-        dense_default = "wint8" if scheme != "mix_quant" else None
-        moe_default = scheme if scheme != "mix_quant" else None
-        dense = _one_of(fields, "dense_quant_type", dense_default, ("wint8", "wint4"))
-        moe = _one_of(fields, "moe_quant_type", moe_default, ("wint8", "wint4"))
-        if not fields.boolean("is_permuted", True):
-            fields.fail("is_permuted", False, "true (weights in Paddle's kernel layout)")
-        return cls(scheme, dense, moe)
-
-    @classmethod
-    def _from_wint2(cls, fields: JsonFields) -> QuantizationConfig:
-        moe = fields.section("moe_quant_config")
-        # FastDeploy takes the key map from this inner name; the published file leaves it out.
-        _one_of(moe, "quant_type", "w4w2", ("w4w2",))
-        w4 = moe.section("moe_w4_quant_config")
-        w2 = moe.section("moe_w2_quant_config")
-        _one_of(w4, "quant_type", "wint4", ("wint4",))
-        _one_of(w2, "quant_type", "wint2", ("wint2",))
-        end = w4.integer("quant_end_layer", _DEFAULT_W4_END_LAYER, minimum=-1)
-        return cls(
-            "wint2",
-            _one_of(fields, "dense_quant_type", "wint8", ("wint8", "wint4")),
-            _one_of(fields, "moe_quant_type", "w4w2", ("w4w2",)),
-            w4_start_layer=w4.integer("quant_start_layer", 0, minimum=-1),
-            w4_end_layer=end,
-            w2_start_layer=w2.integer("quant_start_layer", end + 1, minimum=-1),
-            w2_end_layer=w2.integer("quant_end_layer", None, minimum=-1),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the object as FastDeploy's published models write it."""
-        top: dict[str, Any] = {
-            "dense_quant_type": self.dense_quant_type,
-            "moe_quant_type": self.moe_quant_type,
-            "quantization": self.quantization,
-        }
-        if self.quantization == "wint2":
-            top["moe_quant_config"] = {
-                "moe_w4_quant_config": {
-                    "quant_type": "wint4",
-                    "quant_granularity": "per_channel",
-                    "quant_start_layer": self.w4_start_layer,
-                    "quant_end_layer": self.w4_end_layer,
-                },
-                "moe_w2_quant_config": {
-                    "quant_type": "wint2",
-                    "quant_granularity": "pp_acc",
-                    "quant_group_size": 64,
-                    "quant_start_layer": self.w2_start_layer,
-                    "quant_end_layer": self.w2_end_layer,
-                },
-            }
-        return top
-
-    @property
-    def linear_kind(self) -> LinearKind:
-        """Format of attention, dense MLP and shared-expert linears."""
-        return _INT_KINDS[self.dense_quant_type]
-
-    def expert_kind(self, layer: int) -> WeightKind:
-        """Format of the routed experts of decoder layer `layer` (0-based) as configured.
-
-        A file is believed before this rule: `.super_scales` keys mean ccq on any layer.
-        """
-        if self.quantization == "wint2":
-            return "int4" if layer <= self.w4_end_layer else "ccq"
-        return _INT_KINDS[self.moe_quant_type]
-
-
-def _scheme_name(fields: JsonFields, supported: tuple[str, ...]) -> str:
-    name = fields.data.get("quantization")
-    if name is None:
-        fields.fail("quantization", name, f"the name of the scheme, such as {supported[0]!r}")
-    known = ", ".join(supported)
-    if name in _OTHER_QUANTIZATION:
-        raise ConfigError(
-            f"{fields.source}: quantization {quote(name)} is a FastDeploy scheme that this program"
-            f" does not read; supported: {known}"
-        )
-    if name not in supported:
-        raise ConfigError(
-            f"{fields.source}: Invalid quantization method: {quote(name)}. "
-            f"Available methods: {known}"
-        )
-    return str(name)
-
-
-def _refuse_kv_cache_quantization(fields: JsonFields) -> None:
-    value = fields.data.get("kv_cache_quant_type")
-    if value not in (None, "", "none"):
-        fields.fail("kv_cache_quant_type", value, "no such key (the KV cache is not quantised)")
-
-
-def _one_of(fields: JsonFields, key: str, default: str | None, allowed: tuple[str, ...]) -> str:
-    value = fields.data.get(key, default)
-    if value not in allowed:
-        fields.fail(key, value, " or ".join(map(repr, allowed)))
-    return str(value)
 
 
 @dataclass(frozen=True)
@@ -355,7 +182,7 @@ def _check_semantics(fields: JsonFields) -> None:
 
 def _weight_dtype(fields: JsonFields) -> str:
     key = "torch_dtype" if "dtype" not in fields.data and "torch_dtype" in fields.data else "dtype"
-    return _one_of(fields, key, "bfloat16", ("bfloat16", "float32"))
+    return fields.one_of(key, "bfloat16", ("bfloat16", "float32"))
 
 
 def _quantization(fields: JsonFields) -> QuantizationConfig | None:

@@ -22,7 +22,8 @@ from fastdeploy_lite.checkpoint.reader import Checkpoint
 from fastdeploy_lite.checkpoint.tensor import Array, bfloat16_to_float32, float32_to_bfloat16
 from fastdeploy_lite.checkpoint.weight_layout import pack_int4, pack_int8
 from fastdeploy_lite.checkpoint.writer import CheckpointWriter
-from fastdeploy_lite.config import ModelConfig, QuantizationConfig
+from fastdeploy_lite.config import ModelConfig
+from fastdeploy_lite.quantization_config import QuantizationConfig
 
 # wint8, wint4: int8 dense linears with int8 or int4 experts. w4w2: the first MoE layer int4, the
 # others ccq. 2bits: all experts ccq, as the demo checkpoint.

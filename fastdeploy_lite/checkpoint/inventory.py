@@ -25,7 +25,8 @@ from fastdeploy_lite.checkpoint.linears import (
 from fastdeploy_lite.checkpoint.reader import Checkpoint, Shape, check_finite, describe_expected
 from fastdeploy_lite.checkpoint.tensor import Array, HostTensor
 from fastdeploy_lite.checkpoint.weight_layout import packed_shape, slice_columns, slice_rows
-from fastdeploy_lite.config import ModelConfig, WeightKind
+from fastdeploy_lite.config import ModelConfig
+from fastdeploy_lite.quantization_config import WeightKind
 from fastdeploy_lite.utils.errors import CheckpointError
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
-from fastdeploy_lite.config import ModelConfig, WeightKind
+from fastdeploy_lite.config import ModelConfig
+from fastdeploy_lite.quantization_config import WeightKind
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 Role = Literal["qkv_proj", "o_proj", "up_gate_proj", "down_proj"]

@@ -27,11 +27,12 @@ from fastdeploy_lite.checkpoint.linears import (
 )
 from fastdeploy_lite.checkpoint.progress import count_layers, loading_bar
 from fastdeploy_lite.checkpoint.tensor import Array
-from fastdeploy_lite.config import ModelConfig, RuntimeConfig, WeightKind
+from fastdeploy_lite.config import ModelConfig, RuntimeConfig
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.parameters import ParameterSource
 from fastdeploy_lite.model_executor.ops import PackedWeight
 from fastdeploy_lite.quantization.online import BITS, OnlineQuantizer
+from fastdeploy_lite.quantization_config import WeightKind
 from fastdeploy_lite.utils.errors import CheckpointError, FastDeployError
 from fastdeploy_lite.utils.host_memory import available_bytes
 

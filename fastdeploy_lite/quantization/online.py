@@ -17,13 +17,13 @@ import numpy as np
 from fastdeploy_lite.checkpoint.linears import COLUMN_UNITS
 from fastdeploy_lite.checkpoint.tensor import Array, bfloat16_to_float32
 from fastdeploy_lite.checkpoint.weight_layout import pack_int4, pack_int8, packed_shape
-from fastdeploy_lite.config import WeightKind
 from fastdeploy_lite.quantization.weight_only import (
     COLUMNS_AT_ONCE,
     IntWeight,
     quantize_int4,
     quantize_int8,
 )
+from fastdeploy_lite.quantization_config import WeightKind
 
 BITS: dict[WeightKind, int] = {"int8": 8, "int4": 4}
 """What can be made, and its bits a weight, without the 4 bytes of scale a column."""

@@ -119,6 +119,13 @@ class JsonFields:
             self.fail(key, value, "a string")
         return value
 
+    def one_of(self, key: str, default: str | None, allowed: tuple[str, ...]) -> str:
+        """Return the value, which must be one of `allowed`; without a default it must be there."""
+        value = self.data.get(key, default)
+        if value not in allowed:
+            self.fail(key, value, " or ".join(map(repr, allowed)))
+        return str(value)
+
     def section(self, key: str) -> JsonFields:
         """Return the object under `key`; an absent or null one reads as empty."""
         value = self.data.get(key)

@@ -17,6 +17,7 @@ LAYERS: dict[str, int] = {
     "": 0,
     "assets": 0,
     "config": 0,
+    "quantization_config": 0,
     "envs": 0,
     "utils": 0,
     "_ops_cpu": 0,
@@ -44,7 +45,7 @@ LAYERS: dict[str, int] = {
     "engine": 9,
     "entrypoints": 10,
 }
-NUMPY_ONLY = ("checkpoint", "quantization", "config", "envs", "utils")
+NUMPY_ONLY = ("checkpoint", "quantization", "config", "quantization_config", "envs", "utils")
 WITHOUT_PADDLE_AT_RUN_TIME = (
     "fastdeploy_lite",
     "fastdeploy_lite.engine.sampling_params",

@@ -75,8 +75,8 @@ def paged_attention(
 
     Sequence b has the tokens cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1 of q, which are the last of
     its context_lens[b] tokens; prefill chunks and single decoded tokens mix freely. Query head h
-    reads KV head h // (q_heads / kv_heads). A token's result is the same, bit for bit, whatever else
-    is in the batch and however its prompt was chunked.
+    reads KV head h // (q_heads / kv_heads). A token's result is the same, bit for bit, whatever
+    else is in the batch and however its prompt was chunked.
 
     Args:
         q: activations [T, q_heads * head_dim], q_heads a multiple of kv_heads.
