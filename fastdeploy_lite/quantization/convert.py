@@ -30,7 +30,7 @@ from fastdeploy_lite.quantization.weight_only import quantize_int4, quantize_int
 from fastdeploy_lite.quantization_config import QuantizationConfig, WeightKind
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
-Scheme = Literal["w4w2", "wint4", "2bits"]
+Scheme = Literal["w4w2", "2bits", "wint4", "wint8"]
 Codes = Sequence[tuple[float, float]]
 FileTensor = tuple[Array, str]
 
@@ -94,9 +94,10 @@ def quantize_checkpoint(
     """Quantise the bf16 checkpoint in ``model_dir`` into the new folder ``output_dir``.
 
     scheme: "w4w2" has int4 experts in decoder layers 0..``w4_end_layer`` (inclusive) and CCQ
-    experts after; "2bits" CCQ experts in every MoE layer; "wint4" int4 experts in every layer.
-    All three are written as the published ``quantization_config``. w4_end_layer: default 6 as
-    published, or the first MoE layer of a model with at most 7 layers; for "w4w2" alone.
+    experts after; "2bits" CCQ experts in every MoE layer; "wint4" int4 experts in every layer;
+    "wint8" int8 ones. All but "wint8" are written as the published ``quantization_config``.
+    w4_end_layer: default 6 as published, or the first MoE layer of a model with at most 7 layers;
+    for "w4w2" alone.
     codes: see ``ccq.encode``. shard_bytes: size of an output file. force: replace an output
     folder that is not empty. workers: threads of the encoder (default: all CPUs).
 
@@ -174,9 +175,12 @@ def _target_config(source: ModelConfig, scheme: str, w4_end_layer: int | None) -
         raise ConfigError(f"{source.source}: moe_num_experts: found none, expected a MoE model")
     last = source.num_hidden_layers - 1
     end = _w4_end_layer(source, scheme, w4_end_layer)
-    quantization = QuantizationConfig(
-        w4_start_layer=0, w4_end_layer=end, w2_start_layer=end + 1, w2_end_layer=last
-    )
+    if scheme == "wint8":
+        quantization = QuantizationConfig.online("wint8")
+    else:
+        quantization = QuantizationConfig(
+            w4_start_layer=0, w4_end_layer=end, w2_start_layer=end + 1, w2_end_layer=last
+        )
     raw: dict[str, Any] = {
         **source.raw,
         "is_quantized": True,

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Scheme),
         default="w4w2",
         help="w4w2: int4 experts in the first layers, 2-bit after (default); 2bits: 2-bit experts "
-        "in all MoE layers; wint4: int4 experts in all layers",
+        "in all MoE layers; wint4: int4 experts in all layers; wint8: int8 experts",
     )
     parser.add_argument(
         "--moe-w4-end-layer",

@@ -76,10 +76,11 @@ def test_logits_equal_those_of_files_that_paddle_quantised(
     assert found.memory_report() == expected.memory_report()
 
 
-def test_wint4_equals_the_converters_output(tiny_bf16: Path, tmp_path: Path) -> None:
-    quantize_checkpoint(tiny_bf16, tmp_path / "files", scheme="wint4", progress=False)
+@pytest.mark.parametrize("scheme", ["wint8", "wint4"])
+def test_loading_equals_the_converters_output(tiny_bf16: Path, tmp_path: Path, scheme: Any) -> None:
+    quantize_checkpoint(tiny_bf16, tmp_path / "files", scheme=scheme, progress=False)
     expected = make_runner(tmp_path / "files").logits(IDS)
-    for wanted in ("wint4", {"quantization": "wint4"}):
+    for wanted in (scheme, {"quantization": scheme}):
         assert online(tiny_bf16, wanted).logits(IDS).tobytes() == expected.tobytes()
 
 

@@ -180,7 +180,7 @@ def test_output_folders_are_protected(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"scheme": "w3"}, "scheme: found 'w3', expected one of w4w2, wint4, 2bits"),
+        ({"scheme": "w3"}, "scheme: found 'w3', expected one of w4w2, 2bits, wint4, wint8"),
         ({"w4_end_layer": 4}, "moe_w4_end_layer: found 4, expected -1 .* to 3"),
         ({"scheme": "2bits", "w4_end_layer": 2}, "scheme '2bits' fixes it"),
     ],
