@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pytest
 from model_driver import generate, sequences
 
 from fastdeploy_lite.model_executor.model_runner import ModelRunner
@@ -99,3 +100,24 @@ class Invariance:
         whole = make(sizes[0]).logits(ids)
         for size in sizes[1:]:
             assert np.array_equal(make(size).logits(ids), whole), size
+
+
+class RunnerTests:
+    """The checks as tests of the fixture `runner`, for a subclass in a test module."""
+
+    checks = Invariance()
+
+    @pytest.mark.parametrize("chunk", [10_000, 64, 17, 1])
+    def test_batched_and_chunked_runs_equal_lone_runs(
+        self, runner: ModelRunner, chunk: int
+    ) -> None:
+        self.checks.batched_and_chunked(runner, chunk)
+
+    def test_seeded_sampling_does_not_depend_on_the_batch(self, runner: ModelRunner) -> None:
+        self.checks.seeded_sampling(runner)
+
+    def test_recomputation_after_preemption_continues_alike(self, runner: ModelRunner) -> None:
+        self.checks.preempted(runner)
+
+    def test_teacher_forcing_equals_generation_bit_for_bit(self, runner: ModelRunner) -> None:
+        self.checks.teacher_forced(runner)

@@ -8,14 +8,13 @@ import cards
 import matrices
 import numpy as np
 import pytest
-from invariance import Invariance
+from invariance import Invariance, RunnerTests
 from model_driver import make_runner
 from tiny_model import write_tiny_model
 
 from fastdeploy_lite.config import CacheConfig
 from fastdeploy_lite.model_executor.model_runner import ModelRunner
 
-CHECKS = Invariance((1, 5, 63, 64, 65, 700), longest=768)
 LIMITS = {
     "device": None,
     "tokens": 1024,
@@ -44,26 +43,13 @@ def runner(request: pytest.FixtureRequest, folder: Path) -> ModelRunner:
     return make_runner(folder, use_cudagraph=request.param, **LIMITS)
 
 
-@pytest.mark.parametrize("chunk", [10_000, 64, 17, 1])
-def test_batched_and_chunked_runs_equal_lone_runs(runner: ModelRunner, chunk: int) -> None:
-    CHECKS.batched_and_chunked(runner, chunk)
-
-
-def test_seeded_sampling_does_not_depend_on_the_batch(runner: ModelRunner) -> None:
-    CHECKS.seeded_sampling(runner)
-
-
-def test_recomputation_after_preemption_continues_alike(runner: ModelRunner) -> None:
-    CHECKS.preempted(runner)
-
-
-def test_teacher_forcing_equals_generation_bit_for_bit(runner: ModelRunner) -> None:
-    CHECKS.teacher_forced(runner)
+class TestOnTheCard(RunnerTests):
+    checks = Invariance((1, 5, 63, 64, 65, 700), longest=768)
 
 
 def test_step_size_does_not_change_teacher_forced_logits(folder: Path) -> None:
     limits = {**LIMITS, "seqs": 4}
-    CHECKS.step_sizes(
+    TestOnTheCard.checks.step_sizes(
         lambda tokens: make_runner(folder, **{**limits, "tokens": tokens}), (1024, 256, 97)
     )
 
