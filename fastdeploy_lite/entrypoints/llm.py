@@ -244,10 +244,16 @@ class LLM:
         self, requests: list[EngineRequest], prompts: Sequence[Any], use_tqdm: bool
     ) -> list[RequestOutput]:
         results: dict[int, RequestOutput] = {}
-        with tqdm(
-            total=len(requests), desc="Processed prompts", dynamic_ncols=True, disable=not use_tqdm
-        ) as bar:
-            for chunk in self.llm_engine.run(requests, prompts):
+        with (
+            contextlib.closing(self.llm_engine.run(requests, prompts)) as chunks,
+            tqdm(
+                total=len(requests),
+                desc="Processed prompts",
+                dynamic_ncols=True,
+                disable=not use_tqdm,
+            ) as bar,
+        ):
+            for chunk in chunks:
                 result = results.setdefault(chunk.outputs.index, chunk)
                 if result is not chunk:
                     result.add(chunk)
