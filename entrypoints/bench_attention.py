@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Speed of paged attention on an NVIDIA card, next to cuDNN's and FlashAttention where torch is.
+"""Speed of paged attention on an NVIDIA card, next to cuDNN's and FlashAttention, through torch.
 
     python entrypoints/bench_attention.py
 
@@ -7,8 +7,8 @@ Decode steps and prompt chunks in the head shapes of ERNIE-4.5 21B-A3B and 300B-
 a layer, and for a decode GB/s of keys and values read, for a prefill TFLOP/s of the products that
 causal attention cannot avoid. Each time is that of a CUDA graph of many launches, each over another
 part of the cache, so that no layer finds its keys in L2. The others read contiguous keys and values
-of one length, i.e. without what paging and ragged batches cost. Memory comes from torch or, without
-it, from Paddle.
+of one length, i.e. without what paging and ragged batches cost. Needs torch, which nothing else in
+this project does: for the others, and for device memory.
 """
 
 from __future__ import annotations
@@ -74,22 +74,16 @@ class Case:
 
 
 class Memory:
-    """Device memory from torch or Paddle; lives as long as this object."""
+    """Device memory from torch; lives as long as this object."""
 
     def __init__(self) -> None:
         self._held: list[Any] = []
-        self._torch = importlib.util.find_spec("torch") is not None
 
     def allocate(self, nbytes: int) -> int:
         """Address of uninitialised memory."""
-        if self._torch:
-            import torch  # noqa: PLC0415 - optional
+        import torch  # noqa: PLC0415 - optional
 
-            self._held.append(torch.empty(nbytes, dtype=torch.uint8, device="cuda"))
-        else:
-            import paddle  # noqa: PLC0415 - the other way to memory
-
-            self._held.append(paddle.empty([nbytes], dtype="uint8"))
+        self._held.append(torch.empty(nbytes, dtype=torch.uint8, device="cuda"))
         return int(self._held[-1].data_ptr())
 
     def random(self, nbytes: int, seed: int) -> int:
@@ -263,6 +257,9 @@ def main() -> int:
     parser.add_argument("--ours-only", action="store_true", help="leave torch's backends out")
     parser.add_argument("--output", help="JSON file for the results")
     args = parser.parse_args()
+    if importlib.util.find_spec("torch") is None:
+        print("torch is not installed: this benchmark takes its memory from it", file=sys.stderr)
+        return 1
     wanted = cases(args.shapes)
     most: dict[int, int] = {}
     for _, case in wanted:
@@ -270,7 +267,7 @@ def main() -> int:
         most[case.kv_heads] = max(most.get(case.kv_heads, 0), need)
     ours = Ours(most)
     columns: dict[str, Any] = {"ours": ours}
-    if not args.ours_only and importlib.util.find_spec("torch") is not None:
+    if not args.ours_only:
         columns["cuDNN"] = Theirs("CUDNN_ATTENTION")
         columns["flash"] = Theirs("FLASH_ATTENTION")
     memory = Memory()

@@ -59,13 +59,6 @@ __device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) {
   return *reinterpret_cast<const uint32_t*>(&sum);
 }
 
-__device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
-  const __nv_bfloat162 sum = __hfma2(*reinterpret_cast<const __nv_bfloat162*>(&a),
-                                     *reinterpret_cast<const __nv_bfloat162*>(&b),
-                                     *reinterpret_cast<const __nv_bfloat162*>(&c));
-  return *reinterpret_cast<const uint32_t*>(&sum);
-}
-
 /// Byte `kIndex` of `word` as float32, without the slow integer conversion: the byte becomes the
 /// low mantissa byte of `magic`, 2^23.
 template <int kIndex>
@@ -84,8 +77,7 @@ struct DecodeConstants {
 };
 
 /// Decodes one CCQ byte to its four 6-bit fields as packed bf16 pairs of 128 + field:
-/// first = rows 4r, 4r + 1; second = rows 4r + 2, 4r + 3. Exact: see design notes in
-/// docs/performance.md.
+/// first = rows 4r, 4r + 1; second = rows 4r + 2, 4r + 3. Exact.
 ///
 /// Two additions rounded down leave d + 0xb4c0 and (d >> 3) + 2^15 in low mantissa bits; one
 /// multiply-add puts d in the high and d >> 3 in the low half of a word (0xb4c0 cancels the float

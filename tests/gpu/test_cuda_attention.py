@@ -276,5 +276,5 @@ def test_a_step_of_many_sequences_keeps_the_bits(sequences: int) -> None:
     alone = [batch.attend([(b, n - 1, n)])[0] for b, n in enumerate(batch.contexts)]
     which = [i * 7 % 3 for i in range(sequences)]
     parts = [(b, batch.contexts[b] - 1, batch.contexts[b]) for b in which]
-    for _ in range(3):  # the merging block leaves its counters ready for the next launch
+    for _ in range(3):  # the counter of drawn segments is back at zero for the next launch
         same(batch.attend(parts, wider=512 - 47), [alone[b] for b in which])
