@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast, get_args
 
+from fastdeploy_lite import formats
 from fastdeploy_lite.quantization_config import LinearKind, QuantizationConfig, WeightKind
 from fastdeploy_lite.utils.errors import ConfigError, quote
 from fastdeploy_lite.utils.json_fields import JsonFields, read_json_object
@@ -118,11 +119,10 @@ class ModelConfig:
 
     def describe_weights(self) -> str:
         """Formats for start-up lines, such as `int8 linears, int4 and ccq experts`."""
-        names: dict[WeightKind, str] = {"dense": "bf16"}
         layers = [i for i in range(self.num_hidden_layers) if self.is_moe_layer(i)]
         kinds = dict.fromkeys(self.expert_kind(layer) for layer in layers)
-        experts = " and ".join(names.get(kind, kind) for kind in kinds)
-        text = f"{names.get(self.linear_kind, self.linear_kind)} linears"
+        experts = " and ".join(formats.get(kind).title for kind in kinds)
+        text = f"{formats.get(self.linear_kind).title} linears"
         text += f", {experts} experts" if experts else ""
         return text + (", quantised while loading" if self.quantizes_on_load else "")
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
+from fastdeploy_lite import formats
 from fastdeploy_lite.utils.errors import ConfigError, quote
 from fastdeploy_lite.utils.json_fields import JsonFields
 
-WeightKind = Literal["dense", "int8", "int4", "ccq"]
-LinearKind = Literal["dense", "int8", "int4"]
+WeightKind: TypeAlias = str
+"""Name of a format in `formats`: dense, int8, int4, ccq, or one that was registered."""
+LinearKind: TypeAlias = WeightKind
 
 SUPPORTED_QUANTIZATION = ("wint2", "wint4", "wint8", "mix_quant")
 ONLINE_QUANTIZATION = ("wint4", "wint8", "mix_quant")  # can be made while bf16 weights are loaded
@@ -32,7 +34,6 @@ _OTHER_QUANTIZATION = (
     "wint2.5",
     "wint25",
 )
-_INT_KINDS: dict[str, LinearKind] = {"wint8": "int8", "wint4": "int4"}
 _DEFAULT_W4_END_LAYER = 6  # FastDeploy's, for a scheme that names no range
 
 
@@ -92,8 +93,8 @@ class QuantizationConfig:
     def _from_integers(cls, scheme: str, fields: JsonFields) -> QuantizationConfig:
         dense_default = "wint8" if scheme != "mix_quant" else None
         moe_default = scheme if scheme != "mix_quant" else None
-        dense = fields.one_of("dense_quant_type", dense_default, ("wint8", "wint4"))
-        moe = fields.one_of("moe_quant_type", moe_default, ("wint8", "wint4"))
+        dense = fields.one_of("dense_quant_type", dense_default, formats.config_names())
+        moe = fields.one_of("moe_quant_type", moe_default, formats.config_names())
         if not fields.boolean("is_permuted", True):
             fields.fail("is_permuted", False, "true (weights in Paddle's kernel layout)")
         return cls(scheme, dense, moe)
@@ -110,7 +111,7 @@ class QuantizationConfig:
         end = w4.integer("quant_end_layer", _DEFAULT_W4_END_LAYER, minimum=-1)
         return cls(
             "wint2",
-            fields.one_of("dense_quant_type", "wint8", ("wint8", "wint4")),
+            fields.one_of("dense_quant_type", "wint8", formats.config_names()),
             fields.one_of("moe_quant_type", "w4w2", ("w4w2",)),
             w4_start_layer=w4.integer("quant_start_layer", 0, minimum=-1),
             w4_end_layer=end,
@@ -146,7 +147,7 @@ class QuantizationConfig:
     @property
     def linear_kind(self) -> LinearKind:
         """Format of attention, dense MLP and shared-expert linears."""
-        return _INT_KINDS[self.dense_quant_type]
+        return formats.from_config_name(self.dense_quant_type).name
 
     def expert_kind(self, layer: int) -> WeightKind:
         """Format of the routed experts of decoder layer `layer` (0-based) as configured.
@@ -155,7 +156,7 @@ class QuantizationConfig:
         """
         if self.quantization == "wint2":
             return "int4" if layer <= self.w4_end_layer else "ccq"
-        return _INT_KINDS[self.moe_quant_type]
+        return formats.from_config_name(self.moe_quant_type).name
 
 
 def _scheme_name(fields: JsonFields, supported: tuple[str, ...]) -> str:

@@ -20,9 +20,9 @@ from fastdeploy_lite.checkpoint.inventory import rank_linears, read_linear
 from fastdeploy_lite.checkpoint.linears import Linear, model_linears
 from fastdeploy_lite.checkpoint.reader import Checkpoint
 from fastdeploy_lite.checkpoint.tensor import Array, bfloat16_to_float32, float32_to_bfloat16
-from fastdeploy_lite.checkpoint.weight_layout import pack_int4, pack_int8
 from fastdeploy_lite.checkpoint.writer import CheckpointWriter
 from fastdeploy_lite.config import ModelConfig
+from fastdeploy_lite.formats.tiles import pack_int4, pack_int8
 from fastdeploy_lite.quantization_config import QuantizationConfig
 
 # wint8, wint4: int8 dense linears with int8 or int4 experts. w4w2: the first MoE layer int4, the

@@ -15,26 +15,18 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from fastdeploy_lite.checkpoint.linears import (
-    COLUMN_UNITS,
-    ROW_UNITS,
-    Linear,
-    check_tensor_parallel,
-    model_linears,
-)
+from fastdeploy_lite import formats
+from fastdeploy_lite.checkpoint.linears import Linear, check_tensor_parallel, model_linears
 from fastdeploy_lite.checkpoint.reader import Checkpoint, Shape, check_finite, describe_expected
 from fastdeploy_lite.checkpoint.tensor import Array, HostTensor
-from fastdeploy_lite.checkpoint.weight_layout import packed_shape, slice_columns, slice_rows
 from fastdeploy_lite.config import ModelConfig
+from fastdeploy_lite.formats import Arrays
 from fastdeploy_lite.quantization_config import WeightKind
 from fastdeploy_lite.utils.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
 _DENSE = ("BF16", "F32")
-_FLOATS = ("BF16", "F16", "F32", "F64")
-_BYTES = ("U8", "I8")  # one upstream note calls the 2-bit bytes int8; the bits are the same
-_LARGEST_CODE = 2.0**31
 _MOST_PROBLEMS = 1000  # counted, not shown; a damaged config.json can expect millions of tensors
 
 
@@ -55,15 +47,10 @@ class ExpectedTensor:
 
 @dataclass(frozen=True, eq=False)
 class LinearArrays:
-    """One linear's weights on the host, in file layout; `arrays` are fill_weight's keywords.
-
-    dense: weight uint16 (bf16 bits) or float32 [K, N]. int8, int4: quant_weight, weight_scale
-    float32 [N]. ccq: quant_weight uint8 [K/4, N], weight_scale uint8 [K/128, N], super_scales,
-    code_scale, code_zp float32 [N].
-    """
+    """One linear's weights on the host, in file layout; `formats` says what `arrays` are."""
 
     kind: WeightKind
-    arrays: dict[str, Array]
+    arrays: Arrays
 
 
 def verify(checkpoint: Checkpoint) -> None:
@@ -98,9 +85,9 @@ def find_problems(checkpoint: Checkpoint) -> Iterator[str]:
                 " as in the layer's first expert"
             )
             continue
-        size_problem = _size_problem(checkpoint, linear, kind)
+        size_problem = linear.size_problem(kind)
         if size_problem:
-            yield size_problem
+            yield f"{checkpoint.config.source}: {size_problem}"
             continue
         for expected in expected_linear_tensors(checkpoint, linear, kind):
             yield from _compare(checkpoint, expected)
@@ -173,17 +160,9 @@ def expected_linear_tensors(
         for part, width in linear.parts:
             yield ExpectedTensor(f"{part}.weight", _DENSE, ((k, width),))
         return
-    weight, scale = f"{module}.quant_weight", f"{module}.weight_scale"
-    if kind == "ccq":
-        yield ExpectedTensor(weight, _BYTES, ((k // 4, n),))
-        yield ExpectedTensor(scale, _BYTES, ((k // 128, n),))
-        singular = (f"{module}.super_scale",)
-        yield ExpectedTensor(f"{module}.super_scales", ("BF16", "F32"), ((n,),), singular)
-        yield ExpectedTensor(f"{module}.code_scale", ("F32",), ((n,),))
-        yield ExpectedTensor(f"{module}.code_zp", ("F32",), ((n,),))
-        return
-    yield ExpectedTensor(weight, _BYTES, (packed_shape(kind, k, n),))
-    yield ExpectedTensor(scale, _FLOATS, ((n,),))
+    for spec in formats.get(kind).tensors(k, n):
+        first, *aliases = (f"{module}.{suffix}" for suffix in spec.suffixes)
+        yield ExpectedTensor(first, spec.dtypes, spec.shapes, tuple(aliases))
 
 
 def expected_nbytes(checkpoint: Checkpoint) -> int:
@@ -216,13 +195,10 @@ def read_linear(checkpoint: Checkpoint, linear: Linear) -> LinearArrays:
     kind = resolve_kind(checkpoint, linear)
     expected = list(expected_linear_tensors(checkpoint, in_file, kind))
     if kind == "dense":
-        arrays: dict[str, Array] = {
-            "weight": _fuse([_fetch(checkpoint, e, finite=True) for e in expected])
-        }
+        arrays: Arrays = {"weight": _fuse([_fetch(checkpoint, e, finite=True) for e in expected])}
     else:
         arrays = {e.name: _quantized_array(_fetch(checkpoint, e)) for e in expected}
-    if kind == "ccq":
-        _check_code_map(checkpoint, linear.module, arrays)
+    _check_values(checkpoint, linear.module, kind, arrays)
     if in_file is not linear:
         arrays = _cut(kind, arrays, linear)
     return LinearArrays(kind, arrays)
@@ -316,21 +292,18 @@ def _quantized_array(tensor: HostTensor) -> Array:
     return tensor.float32()
 
 
-def _check_code_map(checkpoint: Checkpoint, module: str, arrays: dict[str, Array]) -> None:
-    """Refuse maps from byte to code that leave int32, where kernels could differ."""
-    reach = 255.0 * np.abs(arrays["code_scale"].astype(np.float64)) + np.abs(arrays["code_zp"])
-    if reach.size and float(reach.max()) >= _LARGEST_CODE:
-        info = checkpoint.info(f"{module}.code_scale")
-        raise CheckpointError(
-            f"{info.file}: {info.key}: found a code of {reach.max():.3g} in column"
-            f" {int(reach.argmax())}, expected less than {_LARGEST_CODE:.0f}"
-        )
+def _check_values(checkpoint: Checkpoint, module: str, kind: WeightKind, arrays: Arrays) -> None:
+    try:
+        formats.get(kind).check(arrays)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.source}: {module}.{error}") from None
 
 
-def _cut(kind: WeightKind, arrays: dict[str, Array], linear: Linear) -> dict[str, Array]:
+def _cut(kind: WeightKind, arrays: Arrays, linear: Linear) -> Arrays:
+    format_ = formats.get(kind)
     if linear.role in ("o_proj", "down_proj"):
-        return slice_rows(kind, arrays, *linear.row_range)
-    return slice_columns(kind, arrays, list(linear.column_ranges))
+        return format_.slice_rows(arrays, *linear.row_range)
+    return format_.slice_columns(arrays, linear.column_ranges)
 
 
 def _compare(checkpoint: Checkpoint, expected: ExpectedTensor) -> Iterator[str]:
@@ -354,17 +327,6 @@ def _missing_hint(checkpoint: Checkpoint, key: str) -> str:
         return ""
     verb = "has no" if name == "weight" else "has a"
     return f" (there is .{other} instead, but config.json {verb} quantization_config for it)"
-
-
-def _size_problem(checkpoint: Checkpoint, linear: Linear, kind: WeightKind) -> str | None:
-    k, n = linear.in_features, linear.out_features
-    rows, columns = ROW_UNITS[kind], COLUMN_UNITS[kind]
-    if k % rows == 0 and n % columns == 0:
-        return None
-    return (
-        f"{checkpoint.config.source}: {linear.module}: found K = {k}, N = {n}, expected multiples"
-        f" of {rows} and {columns} for {kind} weights"
-    )
 
 
 def _bias_problems(checkpoint: Checkpoint) -> Iterator[str]:

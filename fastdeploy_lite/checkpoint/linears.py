@@ -11,15 +11,12 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
+from fastdeploy_lite import formats
 from fastdeploy_lite.config import ModelConfig
 from fastdeploy_lite.quantization_config import WeightKind
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 Role = Literal["qkv_proj", "o_proj", "up_gate_proj", "down_proj"]
-
-# Rows and columns of W that a format cannot separate, hence what every size must divide by.
-ROW_UNITS: dict[WeightKind, int] = {"dense": 1, "int8": 64, "int4": 64, "ccq": 128}
-COLUMN_UNITS: dict[WeightKind, int] = {"dense": 1, "int8": 16, "int4": 16, "ccq": 8}
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,16 @@ class Linear:
         """Module and width of each fused linear where a file keeps them apart; else empty."""
         widths = (stop - start for start, stop in self.column_ranges)
         return tuple(zip(self.segment_modules, widths, strict=False))
+
+    def size_problem(self, kind: WeightKind) -> str | None:
+        """Return why a matrix of these sizes cannot be stored as `kind`, None if it can."""
+        k, n, format_ = self.in_features, self.out_features, formats.get(kind)
+        if format_.fits(k, n):
+            return None
+        return (
+            f"{self.module}: found K = {k}, N = {n}, expected multiples of {format_.row_unit} and"
+            f" {format_.column_unit} for {kind} weights"
+        )
 
     def whole(self) -> Linear:
         """The same linear, all of it."""
@@ -184,12 +191,9 @@ def check_sizes(linears: Iterable[Linear], source: str) -> None:
     `source` is named in the error.
     """
     for linear in linears:
-        k, n, kind = linear.in_features, linear.out_features, linear.kind
-        if k % ROW_UNITS[kind] or n % COLUMN_UNITS[kind]:
-            raise CheckpointError(
-                f"{source}: {linear.module}: found K = {k}, N = {n}, expected multiples of "
-                f"{ROW_UNITS[kind]} and {COLUMN_UNITS[kind]} for {kind} weights"
-            )
+        problem = linear.size_problem(linear.kind)
+        if problem:
+            raise CheckpointError(f"{source}: {problem}")
 
 
 def check_tensor_parallel(config: ModelConfig, tensor_parallel_size: int) -> None:
@@ -228,6 +232,7 @@ def _obstacle(config: ModelConfig, size: int) -> str | None:
         else:
             widths.append(("intermediate_size", config.intermediate_size, config.linear_kind))
     for name, width, kind in dict.fromkeys(widths):
-        if width % (size * ROW_UNITS[kind]):
-            return f"{name} {width} is not a multiple of {size} x {ROW_UNITS[kind]} ({kind} format)"
+        unit = formats.get(kind).row_unit
+        if width % (size * unit):
+            return f"{name} {width} is not a multiple of {size} x {unit} ({kind} format)"
     return None

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from fastdeploy_lite.utils.arrays import Array, bfloat16_to_float32, float32_to_bfloat16
+
+__all__ = [
+    "DTYPES",
+    "Array",
+    "HostTensor",
+    "TensorInfo",
+    "bfloat16_to_float32",
+    "float32_to_bfloat16",
+]
 
 # safetensors name -> numpy type that holds its bits. bfloat16 and the 8-bit floats have no numpy
 # type; their bits are held in unsigned integers. All files are little-endian.
@@ -73,19 +82,3 @@ class HostTensor:
         if self.dtype.startswith("F8"):
             raise TypeError(f"{self.key}: {self.dtype} cannot be converted to float32")
         return np.asarray(self.data, dtype=np.float32)
-
-
-def bfloat16_to_float32(bits: Array) -> npt.NDArray[np.float32]:
-    """Return the float32 values of bfloat16 bit patterns (uint16, any shape); exact."""
-    values: npt.NDArray[np.float32] = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return values
-
-
-def float32_to_bfloat16(values: Array) -> npt.NDArray[np.uint16]:
-    """Return bfloat16 bits (uint16) of float32 values, rounded to nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)  # rounding could carry a NaN into infinity
-    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    result: npt.NDArray[np.uint16] = np.where(is_nan, quiet, rounded).astype(np.uint16)
-    return result

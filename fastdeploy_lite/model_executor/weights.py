@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import paddle
 
+from fastdeploy_lite import formats
 from fastdeploy_lite.checkpoint import Checkpoint, inventory
 from fastdeploy_lite.checkpoint.linears import (
     Linear,
@@ -26,13 +27,13 @@ from fastdeploy_lite.checkpoint.linears import (
     model_linears,
 )
 from fastdeploy_lite.checkpoint.progress import count_layers, loading_bar
-from fastdeploy_lite.checkpoint.tensor import Array
 from fastdeploy_lite.config import ModelConfig, RuntimeConfig
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.parameters import ParameterSource
 from fastdeploy_lite.model_executor.ops import PackedWeight
-from fastdeploy_lite.quantization.online import BITS, OnlineQuantizer
+from fastdeploy_lite.quantization.online import OnlineQuantizer
 from fastdeploy_lite.quantization_config import WeightKind
+from fastdeploy_lite.utils.arrays import Array
 from fastdeploy_lite.utils.errors import CheckpointError, FastDeployError
 from fastdeploy_lite.utils.host_memory import available_bytes
 
@@ -82,7 +83,7 @@ def _kept_nbytes(checkpoint: Checkpoint, model: ModelConfig) -> int:
         return inventory.expected_nbytes(checkpoint)
     linears = model_linears(model, checkpoint.tensor_parallel_size, checkpoint.rank)
     made = sum(
-        linear.in_features * linear.out_features * BITS[linear.kind] // 8 + 4 * linear.out_features
+        formats.get(linear.kind).nbytes(linear.in_features, linear.out_features)
         for linear in linears
     )
     return inventory.plain_nbytes(checkpoint) + made
@@ -119,7 +120,7 @@ class CheckpointSource:
         """See ParameterSource."""
         linear = self._linears[module]
         kind = self._kind(linear)
-        weight = ops.allocate_weight(kind, linear.in_features, linear.out_features, self.place)
+        weight = self._allocate(kind, linear.in_features, linear.out_features)
         self._fill(weight, None, linear)
         return self._finish(weight, module)
 
@@ -130,7 +131,7 @@ class CheckpointSource:
         first = self._linears[f"{prefix}.0.{name}"]
         kind = self._kind(first)
         sizes = (first.in_features, first.out_features)
-        weight = ops.allocate_weight(kind, *sizes, self.place, num_experts=count)
+        weight = self._allocate(kind, *sizes, count)
         for expert in range(count):
             self._fill(weight, expert, self._linears[f"{prefix}.{expert}.{name}"])
         return self._finish(weight, f"{prefix}.*.{name}")
@@ -159,6 +160,12 @@ class CheckpointSource:
         """Format in which a linear is kept."""
         return inventory.resolve_kind(self.checkpoint, linear)
 
+    def _allocate(
+        self, kind: WeightKind, rows: int, columns: int, experts: int = 0
+    ) -> PackedWeight:
+        kernel = formats.get(kind).kernel
+        return ops.allocate_weight(kernel, rows, columns, self.place, num_experts=experts)
+
     def _converted(self, linear: Linear, arrays: dict[str, Array]) -> dict[str, Array]:
         """What `fill_weight` gets of a linear whose arrays in the files are `arrays`."""
         return arrays
@@ -166,7 +173,8 @@ class CheckpointSource:
     def _fill(self, weight: PackedWeight, expert: int | None, linear: Linear) -> None:
         found = inventory.read_linear(self.checkpoint, linear).arrays
         try:
-            ops.fill_weight(weight, expert, **self._converted(linear, found))
+            arrays = formats.get(self._kind(linear)).for_kernel(self._converted(linear, found))
+            ops.fill_weight(weight, expert, **arrays)
         except ValueError as error:
             raise self._blame(linear.module, error) from error
         self._advance(sum(array.nbytes for array in found.values()))
@@ -305,7 +313,8 @@ class DummySource:
     def _random(
         self, name: str, kind: WeightKind, rows: int, columns: int, experts: int = 0
     ) -> PackedWeight:
-        weight = ops.allocate_weight(kind, rows, columns, self.place, num_experts=experts)
+        kernel = formats.get(kind).kernel
+        weight = ops.allocate_weight(kernel, rows, columns, self.place, num_experts=experts)
         ops.randomize_weight(weight, self.seed ^ zlib.crc32(name.encode()))
         ops.finish_weight(weight)
         return weight

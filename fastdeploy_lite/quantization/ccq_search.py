@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32, float32_to_bfloat16
 from fastdeploy_lite.quantization import ccq
 from fastdeploy_lite.quantization.ccq_codes import CODES
 from fastdeploy_lite.quantization.weight_only import check_finite, check_matrix
+from fastdeploy_lite.utils.arrays import bfloat16_to_float32, float32_to_bfloat16
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -22,12 +22,12 @@ from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
 from fastdeploy_lite.checkpoint.inventory import expected_linear_tensors, read_linear, verify
 from fastdeploy_lite.checkpoint.linears import Linear, check_sizes, model_linears
 from fastdeploy_lite.checkpoint.progress import loading_bar
-from fastdeploy_lite.checkpoint.tensor import Array, bfloat16_to_float32, float32_to_bfloat16
-from fastdeploy_lite.checkpoint.weight_layout import pack_int4, pack_int8
 from fastdeploy_lite.config import ModelConfig
+from fastdeploy_lite.formats.tiles import pack_int4, pack_int8
 from fastdeploy_lite.quantization import ccq_search
 from fastdeploy_lite.quantization.weight_only import quantize_int4, quantize_int8
 from fastdeploy_lite.quantization_config import QuantizationConfig, WeightKind
+from fastdeploy_lite.utils.arrays import Array, bfloat16_to_float32, float32_to_bfloat16
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 Scheme = Literal["w4w2", "2bits", "wint4", "wint8"]

@@ -14,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fastdeploy_lite.checkpoint.linears import COLUMN_UNITS
-from fastdeploy_lite.checkpoint.tensor import Array, bfloat16_to_float32
-from fastdeploy_lite.checkpoint.weight_layout import pack_int4, pack_int8, packed_shape
+from fastdeploy_lite.formats.int8 import Int8
+from fastdeploy_lite.formats.tiles import pack_int4, pack_int8, packed_shape
 from fastdeploy_lite.quantization.weight_only import (
     COLUMNS_AT_ONCE,
     IntWeight,
@@ -24,9 +23,8 @@ from fastdeploy_lite.quantization.weight_only import (
     quantize_int8,
 )
 from fastdeploy_lite.quantization_config import WeightKind
+from fastdeploy_lite.utils.arrays import Array, bfloat16_to_float32
 
-BITS: dict[WeightKind, int] = {"int8": 8, "int4": 4}
-"""What can be made, and its bits a weight, without the 4 bytes of scale a column."""
 _FORMATS: dict[WeightKind, tuple[Callable[[Array], IntWeight], Callable[[Array], Array]]] = {
     "int8": (quantize_int8, pack_int8),
     "int4": (quantize_int4, pack_int4),
@@ -94,7 +92,7 @@ class OnlineQuantizer:
 
 def _columns_at_once(columns: int, threads: int) -> int:
     """Columns of a block: as the arithmetic likes them, fewer where threads would hold all."""
-    unit = COLUMN_UNITS["int8"]
+    unit = Int8.column_unit
     return max(unit, min(COLUMNS_AT_ONCE, columns // (4 * threads) // unit * unit))
 
 

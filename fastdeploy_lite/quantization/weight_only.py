@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32, float32_to_bfloat16
+from fastdeploy_lite.utils.arrays import bfloat16_to_float32, float32_to_bfloat16
 
 if TYPE_CHECKING:
     from fastdeploy_lite.quantization.ccq import ArrayF32

@@ -7,7 +7,7 @@ from typing import Any
 import cards
 import numpy as np
 
-from fastdeploy_lite.checkpoint import weight_layout
+from fastdeploy_lite.formats import tiles as weight_layout
 from fastdeploy_lite.quantization import ccq
 
 

@@ -18,6 +18,7 @@ LAYERS: dict[str, int] = {
     "assets": 0,
     "config": 0,
     "quantization_config": 0,
+    "formats": 0,
     "envs": 0,
     "utils": 0,
     "_ops_cpu": 0,
@@ -45,7 +46,15 @@ LAYERS: dict[str, int] = {
     "engine": 9,
     "entrypoints": 10,
 }
-NUMPY_ONLY = ("checkpoint", "quantization", "config", "quantization_config", "envs", "utils")
+NUMPY_ONLY = (
+    "checkpoint",
+    "formats",
+    "quantization",
+    "config",
+    "quantization_config",
+    "envs",
+    "utils",
+)
 WITHOUT_PADDLE_AT_RUN_TIME = (
     "fastdeploy_lite",
     "fastdeploy_lite.engine.sampling_params",

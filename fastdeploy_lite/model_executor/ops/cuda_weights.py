@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdeploy_lite import _ops_cuda
+from fastdeploy_lite import _ops_cuda, formats
 from fastdeploy_lite.model_executor.ops import cuda_runtime as runtime
 from fastdeploy_lite.model_executor.ops._view import Tensor
 from fastdeploy_lite.model_executor.ops.weights import PackedWeight
@@ -75,9 +75,8 @@ def allocate(weight: PackedWeight) -> None:
 
 
 def _check_sizes(weight: PackedWeight) -> None:
-    rows, columns = {"ccq": (128, 8), "int8": (64, 16), "int4": (64, 16), "dense": (8, 1)}[
-        weight.kind
-    ]
+    format_ = formats.get(weight.kind)
+    rows, columns = max(format_.row_unit, 8), format_.column_unit
     if weight.in_features % rows or weight.out_features % columns:
         raise ValueError(
             f"allocate_weight: a {weight.kind} weight is [{weight.in_features}, "

@@ -8,12 +8,13 @@ custom_ops/cpu/linear_kernels.h, the file layouts in docs/checkpoint_format.md.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 import paddle
 
+from fastdeploy_lite import formats
 from fastdeploy_lite.model_executor.ops._dispatch import native, place_kind
 from fastdeploy_lite.model_executor.ops._view import Tensor, View, intern_place
 
@@ -63,7 +64,7 @@ class PackedWeight:
 
 
 def allocate_weight(
-    kind: WeightKind, in_features: int, out_features: int, place: Any, num_experts: int = 0
+    kind: str, in_features: int, out_features: int, place: Any, num_experts: int = 0
 ) -> PackedWeight:
     """Allocate a weight without contents; `fill_weight` must follow for every expert.
 
@@ -77,9 +78,11 @@ def allocate_weight(
     Raises:
         ValueError: unknown kind, or sizes that the kind does not allow.
     """
-    if kind not in ("dense", "int8", "int4", "ccq"):
+    if kind not in get_args(WeightKind):
         raise ValueError(f"allocate_weight: kind is {kind!r}, expected dense, int8, int4 or ccq")
-    weight = PackedWeight(kind, in_features, out_features, num_experts, intern_place(place))
+    weight = PackedWeight(
+        cast(WeightKind, kind), in_features, out_features, num_experts, intern_place(place)
+    )
     if place_kind(place) == "cuda":
         from fastdeploy_lite.model_executor.ops import cuda_weights  # noqa: PLC0415
 
@@ -141,19 +144,12 @@ def finish_weight(weight: PackedWeight) -> None:
         raise ValueError("finish_weight: the dense weight was never filled")
 
 
-_REQUIRED: dict[str, frozenset[str]] = {
-    "dense": frozenset({"weight"}),
-    "int8": frozenset({"quant_weight", "weight_scale"}),
-    "int4": frozenset({"quant_weight", "weight_scale"}),
-    "ccq": frozenset({"quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp"}),
-}
-
-
 def _check_names(kind: str, arrays: dict[str, Any]) -> None:
     found = set(arrays) - ({"transposed"} if kind == "dense" else set())
-    if found != _REQUIRED[kind]:
+    required = {spec.suffix for spec in formats.get(kind).tensors(0, 0)}
+    if found != required:
         raise TypeError(
-            f"fill_weight: a {kind} weight takes {', '.join(sorted(_REQUIRED[kind]))}, "
+            f"fill_weight: a {kind} weight takes {', '.join(sorted(required))}, "
             f"found {', '.join(sorted(found)) or 'nothing'}"
         )
 

@@ -34,8 +34,8 @@ from fastdeploy_lite.checkpoint.inventory import (
 )
 from fastdeploy_lite.checkpoint.linears import Linear, model_linears
 from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32, float32_to_bfloat16
-from fastdeploy_lite.checkpoint.weight_layout import unpack_int4, unpack_int8
 from fastdeploy_lite.config import ModelConfig
+from fastdeploy_lite.formats.tiles import unpack_int4, unpack_int8
 from fastdeploy_lite.quantization import ccq
 
 EXPERT = "ernie.layers.1.mlp.experts.0.down_proj"

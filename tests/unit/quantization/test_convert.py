@@ -12,8 +12,8 @@ from tiny_model import tiny_config, tiny_tensors, write_tensors, write_tiny_mode
 from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import model_linears, read_linear, verify
 from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32
-from fastdeploy_lite.checkpoint.weight_layout import unpack_int4, unpack_int8
 from fastdeploy_lite.entrypoints.cli import quantize as cli
+from fastdeploy_lite.formats.tiles import unpack_int4, unpack_int8
 from fastdeploy_lite.quantization import ccq
 from fastdeploy_lite.quantization.convert import quantize_checkpoint, quantize_matrix
 from fastdeploy_lite.quantization.weight_only import dequantize

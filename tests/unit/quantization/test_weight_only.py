@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32, float32_to_bfloat16
-from fastdeploy_lite.checkpoint.weight_layout import pack_int4, pack_int8
+from fastdeploy_lite.formats.tiles import pack_int4, pack_int8
 from fastdeploy_lite.quantization import weight_only
 
 FORMATS = [

@@ -5,15 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastdeploy_lite.checkpoint.tensor import float32_to_bfloat16
-from fastdeploy_lite.checkpoint.weight_layout import (
+from fastdeploy_lite import formats
+from fastdeploy_lite.formats.tiles import (
     pack_int4,
     pack_int8,
-    slice_columns,
-    slice_rows,
     unpack_int4,
     unpack_int8,
 )
+from fastdeploy_lite.utils.arrays import float32_to_bfloat16
 
 SHAPES = [
     (64, 16),
@@ -109,11 +108,11 @@ def test_slices_of_packed_data_are_packed_slices(kind: str) -> None:
     codes = random_codes(kind, (320, 96))
     scale = np.arange(96, dtype=np.float32)
     arrays = {"quant_weight": PACK[kind](codes), "weight_scale": scale}
-    rows = slice_rows(kind, arrays, 64, 192)
+    rows = formats.get(kind).slice_rows(arrays, 64, 192)
     np.testing.assert_array_equal(rows["quant_weight"], PACK[kind](codes[64:192]))
     np.testing.assert_array_equal(rows["weight_scale"], scale)
     ranges = [(0, 16), (48, 64)]
-    columns = slice_columns(kind, arrays, ranges)
+    columns = formats.get(kind).slice_columns(arrays, ranges)
     wanted = np.concatenate([codes[:, 0:16], codes[:, 48:64]], axis=1)
     np.testing.assert_array_equal(columns["quant_weight"], PACK[kind](wanted))
     np.testing.assert_array_equal(columns["weight_scale"], np.r_[scale[:16], scale[48:64]])
@@ -126,18 +125,18 @@ def test_slices_of_two_bit_data() -> None:
         "weight_scale": random.integers(0, 256, (3, 40), np.uint8),
         "super_scales": random.standard_normal(40).astype(np.float32),
     }
-    rows = slice_rows("ccq", arrays, 128, 384)
+    rows = formats.get("ccq").slice_rows(arrays, 128, 384)
     np.testing.assert_array_equal(rows["quant_weight"], arrays["quant_weight"][32:96])
     np.testing.assert_array_equal(rows["weight_scale"], arrays["weight_scale"][1:3])
-    columns = slice_columns("ccq", arrays, [(8, 16)])
+    columns = formats.get("ccq").slice_columns(arrays, [(8, 16)])
     assert {name: a.shape[-1] for name, a in columns.items()} == dict.fromkeys(arrays, 8)
 
 
 def test_cuts_through_a_tile_are_refused() -> None:
     arrays = {"quant_weight": np.zeros((32, 128), np.int8)}
     with pytest.raises(ValueError, match="multiples of 64"):
-        slice_rows("int8", arrays, 0, 32)
+        formats.get("int8").slice_rows(arrays, 0, 32)
     with pytest.raises(ValueError, match="multiples of 4"):
-        slice_columns("int4", arrays, [(0, 6)])
+        formats.get("int4").slice_columns(arrays, [(0, 6)])
     with pytest.raises(ValueError, match="multiples of 128"):
-        slice_rows("ccq", arrays, 0, 64)
+        formats.get("ccq").slice_rows(arrays, 0, 64)
