@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdeploy_lite.engine.sampling_params import SamplingParams
     from fastdeploy_lite.entrypoints.llm import LLM
-    from fastdeploy_lite.model_executor.models.registry import ModelRegistry
+    from fastdeploy_lite.models.registry import ModelRegistry
 
 __all__ = ["LLM", "ModelRegistry", "SamplingParams", "version"]
 
 _LAZY = {
     "LLM": "fastdeploy_lite.entrypoints.llm",
-    "ModelRegistry": "fastdeploy_lite.model_executor.models.registry",
+    "ModelRegistry": "fastdeploy_lite.models.registry",
     "SamplingParams": "fastdeploy_lite.engine.sampling_params",
 }
 

@@ -1,251 +1,40 @@
-"""What a model is (config.json, generation_config.json) and how to run it.
+"""How a model is run, and what generation_config.json says; `models.family` has config.json.
 
-Keys, defaults and rules of config.json follow FastDeploy's reader; docs/checkpoint_format.md lists
-them. All classes are plain data, are checked when built, and know nothing of Paddle or of files
-other than the two JSON ones.
+All classes are plain data, are checked when built, and know nothing of Paddle or of files
+other than that one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast, get_args
+from typing import Any, Literal, NoReturn, get_args
 
-from fastdeploy_lite import formats
-from fastdeploy_lite.quantization_config import LinearKind, QuantizationConfig, WeightKind
+from fastdeploy_lite.models.family import ModelConfig
+from fastdeploy_lite.quantization_config import QuantizationConfig
 from fastdeploy_lite.utils.errors import ConfigError, quote
 from fastdeploy_lite.utils.json_fields import JsonFields, read_json_object
+
+__all__ = [
+    "BLOCK_SIZE",
+    "CacheConfig",
+    "EarlyStopConfig",
+    "GenerationDefaults",
+    "LoadChoice",
+    "LoadConfig",
+    "LogprobsMode",
+    "ModelConfig",
+    "ParallelConfig",
+    "QuantizationConfig",
+    "RuntimeConfig",
+    "SchedulerConfig",
+]
 
 LoadChoice = Literal["default", "default_v1", "dummy"]
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 
-ARCHITECTURE = "Ernie4_5_MoeForCausalLM"
 BLOCK_SIZE = 64  # tokens of one KV block; the attention kernels are compiled for it
-
-# Bounds on what a configuration may ask for, far above any model: they keep a damaged file from
-# turning into hours of work or a failed allocation.
-_MOST_LAYERS, _MOST_EXPERTS, _LARGEST_SIZE = 2048, 4096, 1 << 24
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Architecture of one ERNIE-4.5 (MoE) text model; fields are named as config.json keys.
-
-    `num_hidden_layers` already excludes a removed tail. `quantization` says in which formats the
-    weights are kept, None for bf16; `is_quantized` whether the files hold them so already. `raw` is
-    the whole parsed config.json (not to be changed).
-    """
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    max_position_embeddings: int = 512
-    tie_word_embeddings: bool = False
-    moe_num_experts: int = 0
-    moe_k: int = 0
-    moe_intermediate_size: int = 0
-    moe_num_shared_experts: int = 0
-    moe_layer_start_index: int = 0
-    moe_use_aux_free: bool = False
-    is_quantized: bool = False
-    quantization: QuantizationConfig | None = None
-    dtype: str = "bfloat16"
-    bos_token_id: int = 1
-    eos_token_id: tuple[int, ...] = (2,)
-    pad_token_id: int = 0
-    torch_format_hint: bool = False
-    source: str = "config.json"
-    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    @classmethod
-    def from_dir(cls, path: str | Path, config_name: str = "config.json") -> ModelConfig:
-        """Read `path/config_name`; raise ConfigError naming file, key, value and expectation."""
-        file = Path(path) / config_name
-        if not file.is_file():
-            raise ConfigError(f"{file}: no such file; is {path} a model folder?")
-        return cls.from_dict(read_json_object(file), str(file))
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
-        """Check and convert the keys of config.json; `source` names it in errors."""
-        fields = JsonFields(data, source)
-        _check_architecture(fields)
-        _check_semantics(fields)
-        quantization = _quantization(fields)
-        hidden = fields.integer("hidden_size", minimum=1, maximum=_LARGEST_SIZE)
-        return cls(
-            hidden_size=hidden,
-            num_hidden_layers=_layers_without_tail(fields),
-            **_attention_fields(fields, hidden),
-            intermediate_size=fields.integer("intermediate_size", minimum=1, maximum=_LARGEST_SIZE),
-            vocab_size=fields.integer("vocab_size", minimum=1, maximum=_LARGEST_SIZE),
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-5, minimum=0.0, maximum=1.0),
-            rope_theta=fields.number("rope_theta", 10000.0, minimum=1.0),
-            max_position_embeddings=fields.integer("max_position_embeddings", 512, minimum=1),
-            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-            **_moe_fields(fields),
-            is_quantized=quantization is not None,
-            quantization=quantization,
-            dtype=_weight_dtype(fields),
-            bos_token_id=_id_or(fields, "bos_token_id", 1),
-            eos_token_id=fields.token_ids("eos_token_id", (2,)),
-            pad_token_id=_id_or(fields, "pad_token_id", 0),
-            torch_format_hint="torch_dtype" in data and "dtype" not in data,
-            source=source,
-            raw=dict(data),
-        )
-
-    def with_quantization(self, wanted: str | Mapping[str, Any] | None) -> ModelConfig:
-        """This model as `--quantization` wants it; the files' own quantisation wins.
-
-        Raises:
-            ConfigError: loading cannot do what is wanted (see `QuantizationConfig.online`).
-        """
-        if wanted is None or self.quantization is not None:
-            return self
-        return replace(self, quantization=QuantizationConfig.online(wanted))
-
-    @property
-    def quantizes_on_load(self) -> bool:
-        """Whether the files are bf16 and their linears are quantised while they are read."""
-        return self.quantization is not None and not self.is_quantized
-
-    def describe_weights(self) -> str:
-        """Formats for start-up lines, such as `int8 linears, int4 and ccq experts`."""
-        layers = [i for i in range(self.num_hidden_layers) if self.is_moe_layer(i)]
-        kinds = dict.fromkeys(self.expert_kind(layer) for layer in layers)
-        experts = " and ".join(formats.get(kind).title for kind in kinds)
-        text = f"{formats.get(self.linear_kind).title} linears"
-        text += f", {experts} experts" if experts else ""
-        return text + (", quantised while loading" if self.quantizes_on_load else "")
-
-    def is_moe_layer(self, layer: int) -> bool:
-        """Whether decoder layer `layer` (0-based) has routed experts."""
-        return self.moe_num_experts > 0 and layer >= self.moe_layer_start_index
-
-    def expert_kind(self, layer: int) -> WeightKind:
-        """Configured format of the routed experts of `layer`."""
-        return "dense" if self.quantization is None else self.quantization.expert_kind(layer)
-
-    @property
-    def linear_kind(self) -> LinearKind:
-        """Format of attention, dense MLP and shared-expert linears."""
-        return "dense" if self.quantization is None else self.quantization.linear_kind
-
-    @property
-    def shared_intermediate_size(self) -> int:
-        """Width of the fused shared-expert MLP; 0 when there is none."""
-        return self.moe_num_shared_experts * self.moe_intermediate_size
-
-
-def _id_or(fields: JsonFields, key: str, default: int) -> int:
-    value: int | None = fields.integer(key, None)
-    return default if value is None else value
-
-
-def _check_architecture(fields: JsonFields) -> None:
-    names = fields.data.get("architectures")
-    if not isinstance(names, list) or ARCHITECTURE not in names:
-        fields.fail("architectures", names, f"a list with {ARCHITECTURE!r}")
-    experts = fields.data.get("moe_num_experts")
-    if isinstance(experts, list):
-        raise ConfigError(
-            f"{fields.source}: moe_num_experts: found {quote(experts)}: a list of expert counts"
-            " means a multimodal model, which is not supported; use a text-only model"
-        )
-
-
-# Keys whose other values change the arithmetic; a model that has them would run and be wrong.
-_ONLY_VALUES: dict[str, tuple[object, ...]] = {
-    "compression_ratio": (1.0, None),
-    "partial_rotary_factor": (1.0, None),
-    "rope_scaling": (None,),
-    "sliding_window": (None,),
-}
-
-
-def _check_semantics(fields: JsonFields) -> None:
-    if fields.data.get("hidden_act", "silu") != "silu":
-        fields.fail("hidden_act", fields.data["hidden_act"], "'silu'")
-    for key, allowed in _ONLY_VALUES.items():
-        value = fields.data.get(key)
-        if isinstance(value, bool) or value not in allowed:
-            fields.fail(key, value, f"{allowed[0]!r} (nothing else is implemented)")
-
-
-def _weight_dtype(fields: JsonFields) -> str:
-    key = "torch_dtype" if "dtype" not in fields.data and "torch_dtype" in fields.data else "dtype"
-    return fields.one_of(key, "bfloat16", ("bfloat16", "float32"))
-
-
-def _quantization(fields: JsonFields) -> QuantizationConfig | None:
-    data = fields.data.get("quantization_config")
-    is_quantized = fields.boolean("is_quantized", False)
-    if data is None:
-        if is_quantized:
-            fields.fail("quantization_config", None, "an object, because is_quantized is true")
-        return None
-    if not isinstance(data, Mapping):
-        fields.fail("quantization_config", data, "an object")
-    # FastDeploy's rule: a config object alone marks quantised files, unless it only speaks of the
-    # KV cache, which from_dict refuses.
-    return QuantizationConfig.from_dict(data, fields.source)
-
-
-def _layers_without_tail(fields: JsonFields) -> int:
-    layers = cast(int, fields.integer("num_hidden_layers", minimum=1, maximum=_MOST_LAYERS))
-    tail = fields.data.get("remove_tail_layer", False)
-    removed = int(tail) if isinstance(tail, bool) else tail
-    if removed is None:
-        removed = 0
-    if not isinstance(removed, int) or not 0 <= removed < layers:
-        fields.fail("remove_tail_layer", tail, f"a boolean or an integer in [0, {layers - 1}]")
-    return layers - removed
-
-
-def _attention_fields(fields: JsonFields, hidden: int) -> dict[str, Any]:
-    heads = fields.integer("num_attention_heads", minimum=1, maximum=_LARGEST_SIZE)
-    kv_heads = fields.integer("num_key_value_heads", -1, minimum=-1, maximum=heads)
-    if kv_heads == -1:  # FastDeploy's default: every query head has its own
-        kv_heads = heads
-    if kv_heads == 0 or heads % kv_heads:
-        fields.fail("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")
-    head_dim = fields.integer("head_dim", None, minimum=2, maximum=_LARGEST_SIZE)
-    head_dim = hidden // heads if head_dim is None else head_dim
-    if head_dim < 2 or head_dim % 2:
-        fields.fail("head_dim", head_dim, "an even number (RoPE turns pairs of features)")
-    return {
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-    }
-
-
-def _moe_fields(fields: JsonFields) -> dict[str, Any]:
-    experts = fields.integer("moe_num_experts", None, minimum=0, maximum=_MOST_EXPERTS)
-    if not experts:
-        return {}
-    top_k_key = "moe_topk" if "moe_k" not in fields.data and "moe_topk" in fields.data else "moe_k"
-    start = fields.data.get("moe_layer_start_index", 0)
-    if isinstance(start, list):
-        fields.fail("moe_layer_start_index", start, "an integer (a list means a multimodal model)")
-    return {
-        "moe_num_experts": experts,
-        "moe_k": fields.integer(top_k_key, min(8, experts), minimum=1, maximum=experts),
-        "moe_intermediate_size": fields.integer(
-            "moe_intermediate_size", minimum=1, maximum=_LARGEST_SIZE
-        ),
-        "moe_num_shared_experts": fields.integer("moe_num_shared_experts", 0, maximum=1024),
-        "moe_layer_start_index": fields.integer("moe_layer_start_index", 0),
-        "moe_use_aux_free": fields.boolean("moe_use_aux_free", False),
-    }
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from fastdeploy_lite import formats
 from fastdeploy_lite.checkpoint.linears import Linear, check_tensor_parallel, model_linears
 from fastdeploy_lite.checkpoint.reader import Checkpoint, Shape, check_finite, describe_expected
 from fastdeploy_lite.checkpoint.tensor import Array, HostTensor
-from fastdeploy_lite.config import ModelConfig
 from fastdeploy_lite.formats import Arrays
 from fastdeploy_lite.quantization_config import WeightKind
 from fastdeploy_lite.utils.errors import CheckpointError
@@ -127,25 +126,9 @@ def resolve_kind(checkpoint: Checkpoint, linear: Linear) -> WeightKind:
 def expected_plain_tensors(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
     """Yield the tensors that are never quantised: embedding, norms, router, head."""
     config = checkpoint.config
-    hidden, vocab = config.hidden_size, _file_vocab_size(checkpoint)
-    yield ExpectedTensor("ernie.embed_tokens.weight", _DENSE, ((vocab, hidden),))
-    yield ExpectedTensor("ernie.norm.weight", _DENSE, ((hidden,),))
-    if not config.tie_word_embeddings or "lm_head.weight" in checkpoint:
-        yield ExpectedTensor("lm_head.weight", _DENSE, ((hidden, vocab), (vocab, hidden)))
-    for layer in range(config.num_hidden_layers):
-        prefix = f"ernie.layers.{layer}"
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            yield ExpectedTensor(f"{prefix}.{name}.weight", _DENSE, ((hidden,),))
-        if config.is_moe_layer(layer):
-            yield from _router_tensors(config, f"{prefix}.mlp")
-
-
-def _router_tensors(config: ModelConfig, prefix: str) -> Iterator[ExpectedTensor]:
-    experts = config.moe_num_experts
-    yield ExpectedTensor(f"{prefix}.gate.weight", _DENSE, ((config.hidden_size, experts),))
-    if config.moe_use_aux_free:
-        key = f"{prefix}.moe_statics.e_score_correction_bias"
-        yield ExpectedTensor(key, _DENSE, ((1, experts), (experts,)))
+    for plain in config.family.plain_tensors(config, _file_vocab_size(checkpoint)):
+        if plain.key != config.family.head_key or _has_head(checkpoint):
+            yield ExpectedTensor(plain.key, _DENSE, plain.shapes)
 
 
 def expected_linear_tensors(
@@ -215,17 +198,20 @@ def read_router(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
     """Return a MoE layer's gate weight [H, E] and selection bias [E] (None without one)."""
     config = checkpoint.config
-    gate, *bias = _router_tensors(config, f"ernie.layers.{layer}.mlp")
-    weight = _fetch(checkpoint, gate, finite=True).float32()
-    if not bias:
-        return weight, None
-    return weight, _fetch(checkpoint, bias[0], finite=True).float32().reshape(-1)
+    key, bias_key = config.family.router_keys(config, layer)
+    experts = config.moe_num_experts
+    shape = (config.hidden_size, experts)
+    gate = checkpoint.expect(key, _DENSE, shape, finite=True).float32()
+    if bias_key is None:
+        return gate, None
+    return gate, read_vector(checkpoint, bias_key, experts)
 
 
 def read_embedding(checkpoint: Checkpoint) -> Array:
     """Return the embedding table [V, H], bf16 bits (uint16) or float32: this rank's rows."""
     shape = (_file_vocab_size(checkpoint), checkpoint.config.hidden_size)
-    table = checkpoint.expect("ernie.embed_tokens.weight", _DENSE, shape, finite=True)
+    key = checkpoint.config.family.embedding_key
+    table = checkpoint.expect(key, _DENSE, shape, finite=True)
     return table.data[_vocab_slice(checkpoint)]
 
 
@@ -235,8 +221,8 @@ def read_lm_head(checkpoint: Checkpoint) -> tuple[Array, bool] | None:
     The array is [H, V], or [V, H] if `transposed`; bf16 bits (uint16) or float32. A head in the
     files is used even where config.json says that it is tied.
     """
-    key, hidden = "lm_head.weight", checkpoint.config.hidden_size
-    if checkpoint.config.tie_word_embeddings and key not in checkpoint:
+    key, hidden = checkpoint.config.family.head_key, checkpoint.config.hidden_size
+    if not _has_head(checkpoint):
         return None
     vocab = _file_vocab_size(checkpoint)
     shapes = ((hidden, vocab), (vocab, hidden))
@@ -244,6 +230,12 @@ def read_lm_head(checkpoint: Checkpoint) -> tuple[Array, bool] | None:
     transposed = head.shape != (hidden, vocab)
     part = _vocab_slice(checkpoint)
     return (head[part] if transposed else head[:, part]), transposed
+
+
+def _has_head(checkpoint: Checkpoint) -> bool:
+    """Whether a head of its own is meant: config.json may say so, and files that have one do."""
+    config = checkpoint.config
+    return not config.tie_word_embeddings or config.family.head_key in checkpoint
 
 
 def _holds_ranks(checkpoint: Checkpoint) -> bool:
@@ -316,8 +308,8 @@ def _compare(checkpoint: Checkpoint, expected: ExpectedTensor) -> Iterator[str]:
     info = checkpoint.info(key)
     if info.dtype not in expected.dtypes or info.shape not in expected.shapes:
         is_transposed = info.shape[::-1] in expected.shapes and info.dtype in _DENSE
-        hint = " (transposed: a torch export? use the '-Paddle' one)" if is_transposed else ""
-        yield f"{info.file}: {key}: found {info.describe()}, expected {wanted}{hint}"
+        hint = " (transposed)" if is_transposed else ""
+        yield f"{info.file}: {info.key}: found {info.describe()}, expected {wanted}{hint}"
 
 
 def _missing_hint(checkpoint: Checkpoint, key: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from fastdeploy_lite.checkpoint.location import WeightFiles, find_weight_files
 from fastdeploy_lite.checkpoint.pdparams import PdparamsFile
 from fastdeploy_lite.checkpoint.safetensors_file import SafetensorsFile
 from fastdeploy_lite.checkpoint.tensor import Array, HostTensor, TensorInfo
-from fastdeploy_lite.config import ModelConfig
+from fastdeploy_lite.models.family import Location, ModelConfig
 from fastdeploy_lite.utils.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,9 @@ class Checkpoint:
         self._files = {path: _open_file(path) for path in location.files}
         self._owner = _merge(self._files, location)
         self._touched: set[Path] = set()
-        _refuse_torch_layout(self)
+        shapes = {key: self._files[path].infos[key].shape for key, path in self._owner.items()}
+        self.spelling = config.family.spelling(shapes)
+        self._locations = config.family.locate(shapes) or {key: Location(key) for key in shapes}
 
     @classmethod
     def open(
@@ -80,27 +83,40 @@ class Checkpoint:
         return cls(root, config, location, tensor_parallel_size, rank)
 
     def keys(self) -> Iterable[str]:
-        """Return all tensor names."""
-        return self._owner.keys()
+        """Return all tensor names, in the spelling of the model's family."""
+        return self._locations.keys()
 
     def __contains__(self, key: object) -> bool:
-        return key in self._owner
+        return key in self._locations
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._owner)
+        return iter(self._locations)
 
     def __len__(self) -> int:
-        return len(self._owner)
+        return len(self._locations)
 
     def info(self, key: str) -> TensorInfo:
-        """Return dtype, shape, size and file of `key`; CheckpointError if there is none."""
-        return self._file_of(key).infos[key]
+        """Return dtype, shape, size and file of `key`; CheckpointError if there is none.
+
+        The shape is that of `get`; the key of the result is the file's own name for the tensor.
+        """
+        location = self._location(key)
+        found = self._file(location).infos[location.key]
+        shape, nbytes = found.shape, found.nbytes
+        if location.index is not None:
+            nbytes //= max(shape[0], 1)
+            shape = shape[1:]
+        if location.transposed:
+            shape = shape[::-1]
+        return replace(found, shape=shape, nbytes=nbytes)
 
     def get(self, key: str) -> HostTensor:
         """Return tensor `key` as a read-only view; CheckpointError if there is none."""
-        file = self._file_of(key)
-        self._touched.add(self._owner[key])
-        return file.get(key)
+        location = self._location(key)
+        self._touched.add(self._owner[location.key])
+        found = self._file(location).get(location.key)
+        data = found.data if location.index is None else found.data[location.index]
+        return replace(found, data=data.T) if location.transposed else replace(found, data=data)
 
     def expect(
         self,
@@ -118,7 +134,9 @@ class Checkpoint:
         allowed_shapes = _as_shapes(shape)
         if info.dtype not in allowed_dtypes or info.shape not in allowed_shapes:
             wanted = describe_expected(allowed_dtypes, allowed_shapes)
-            raise CheckpointError(f"{info.file}: {key}: found {info.describe()}, expected {wanted}")
+            raise CheckpointError(
+                f"{info.file}: {info.key}: found {info.describe()}, expected {wanted}"
+            )
         tensor = self.get(key)
         if finite:
             check_finite(tensor)
@@ -133,13 +151,16 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Total size of all tensors in bytes."""
-        return sum(self.info(key).nbytes for key in self._owner)
+        return sum(self._files[path].infos[key].nbytes for key, path in self._owner.items())
 
-    def _file_of(self, key: str) -> _WeightFile:
-        path = self._owner.get(key)
-        if path is None:
+    def _location(self, key: str) -> Location:
+        location = self._locations.get(key)
+        if location is None:
             raise CheckpointError(f"{self.source}: {key}: found nothing, expected this tensor")
-        return self._files[path]
+        return location
+
+    def _file(self, location: Location) -> _WeightFile:
+        return self._files[self._owner[location.key]]
 
 
 def describe_expected(dtypes: tuple[str, ...], shapes: Iterable[Shape]) -> str:
@@ -158,7 +179,9 @@ def _as_shapes(shape: Shape | Iterable[Shape]) -> list[Shape]:
 
 def check_finite(tensor: HostTensor) -> None:
     """Raise CheckpointError if a floating-point tensor holds NaN or infinity, with its index."""
-    flat = tensor.data.reshape(-1)
+    data = tensor.data
+    # Elements are counted as the file has them, and a transposed view would be copied.
+    flat = (data if data.flags.c_contiguous else data.T).reshape(-1)
     count, first = 0, 0
     # Piece by piece, because the masks of a whole embedding table would be gigabytes.
     for start in range(0, flat.size, _PIECE):
@@ -203,17 +226,3 @@ def _merge(files: dict[Path, _WeightFile], location: WeightFiles) -> dict[str, P
                 raise CheckpointError(f"{path}: {key}: found twice, also in {owner[key].name}")
             owner[key] = path
     return owner
-
-
-def _refuse_torch_layout(checkpoint: Checkpoint) -> None:
-    """Explain a torch export ("-PT"): its names and the axes of its weights differ."""
-    if any(key.startswith("ernie.") for key in checkpoint):
-        return
-    first = next((key for key in checkpoint if key.startswith("model.")), None)
-    if first is None and not checkpoint.config.torch_format_hint:
-        return
-    evidence = f"key {first!r}" if first else "torch_dtype without dtype in config.json"
-    raise CheckpointError(
-        f"{checkpoint.source}: this is a checkpoint in torch format ({evidence}), with other names"
-        " and transposed weights; use the '-Paddle' repository of the model instead of '-PT'"
-    )

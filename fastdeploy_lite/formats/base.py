@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -137,9 +137,9 @@ class WeightFormat(ABC):
     def decode(self, arrays: Arrays) -> npt.NDArray[np.float32]:
         """Return the matrix float32 [K, N], rows as they are stored."""
 
-    def for_kernel(self, arrays: Arrays) -> Arrays:
+    def for_kernel(self, arrays: Arrays) -> dict[str, Any]:
         """Return what `ops.fill_weight` takes for a weight of kind `kernel`."""
-        return arrays
+        return dict(arrays)
 
     @abstractmethod
     def random(self, random: np.random.Generator, rows: int, columns: int) -> Arrays:

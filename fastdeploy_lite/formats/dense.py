@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,13 @@ class Dense(WeightFormat):
         """See WeightFormat."""
         weight = arrays["weight"]
         return bfloat16_to_float32(weight) if weight.dtype == np.uint16 else weight
+
+    def for_kernel(self, arrays: Arrays) -> dict[str, Any]:
+        """See WeightFormat: the transposed view of a file's [N, K] goes in without a copy."""
+        weight = arrays["weight"]
+        if weight.flags.f_contiguous and not weight.flags.c_contiguous:
+            return {"weight": weight.T, "transposed": True}
+        return {"weight": weight}
 
     def random(self, random: np.random.Generator, rows: int, columns: int) -> Arrays:
         """See WeightFormat."""

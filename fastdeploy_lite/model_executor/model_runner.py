@@ -23,12 +23,12 @@ from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.input_batch import BatchShape, InputBatch
 from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch, KVCache
 from fastdeploy_lite.model_executor.layers.rotary import cos_sin_table
-from fastdeploy_lite.model_executor.models.registry import ModelRegistry
 from fastdeploy_lite.model_executor.prompt_logprobs import PromptScorer
 from fastdeploy_lite.model_executor.sampling_batch import SamplingBatch
 from fastdeploy_lite.model_executor.step import SequenceSlice, SliceResult
 from fastdeploy_lite.model_executor.weights import bits_per_weight, open_source
 from fastdeploy_lite.model_executor.workspace import Workspace
+from fastdeploy_lite.models.registry import ModelRegistry
 from fastdeploy_lite.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -27,10 +27,11 @@ from fastdeploy_lite.checkpoint.linears import (
     model_linears,
 )
 from fastdeploy_lite.checkpoint.progress import count_layers, loading_bar
-from fastdeploy_lite.config import ModelConfig, RuntimeConfig
+from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.parameters import ParameterSource
 from fastdeploy_lite.model_executor.ops import PackedWeight
+from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization.online import OnlineQuantizer
 from fastdeploy_lite.quantization_config import WeightKind
 from fastdeploy_lite.utils.arrays import Array
@@ -127,24 +128,26 @@ class CheckpointSource:
     def experts(self, layer: int, name: str) -> PackedWeight:
         """See ParameterSource."""
         count = self.checkpoint.config.moe_num_experts
-        prefix = f"ernie.layers.{layer}.mlp.experts"
-        first = self._linears[f"{prefix}.0.{name}"]
+        module = self.checkpoint.config.family.expert_module
+        first = self._linears[module(layer, 0, name)]
         kind = self._kind(first)
         sizes = (first.in_features, first.out_features)
         weight = self._allocate(kind, *sizes, count)
         for expert in range(count):
-            self._fill(weight, expert, self._linears[f"{prefix}.{expert}.{name}"])
-        return self._finish(weight, f"{prefix}.*.{name}")
+            self._fill(weight, expert, self._linears[module(layer, expert, name)])
+        return self._finish(weight, first.module)
 
     def embedding(self) -> PackedWeight:
         """See ParameterSource."""
         table = inventory.read_embedding(self.checkpoint)
-        return self._dense(table, True, "ernie.embed_tokens")
+        return self._dense(table, True, self.checkpoint.config.family.embedding_key)
 
     def head(self) -> PackedWeight | None:
         """See ParameterSource."""
         found = inventory.read_lm_head(self.checkpoint)
-        return None if found is None else self._dense(*found, "lm_head")
+        return (
+            None if found is None else self._dense(*found, self.checkpoint.config.family.head_key)
+        )
 
     def vector(self, key: str) -> Any:
         """See ParameterSource."""
@@ -277,7 +280,7 @@ class DummySource:
 
     def experts(self, layer: int, name: str) -> PackedWeight:
         """See ParameterSource."""
-        first = self._linears[f"ernie.layers.{layer}.mlp.experts.0.{name}"]
+        first = self._linears[self.config.family.expert_module(layer, 0, name)]
         sizes = (first.in_features, first.out_features)
         return self._random(first.module, first.kind, *sizes, self.config.moe_num_experts)
 

@@ -7,7 +7,6 @@ mapped file, quantised on all cores (threads over column blocks) and appended to
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -22,8 +21,8 @@ from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
 from fastdeploy_lite.checkpoint.inventory import expected_linear_tensors, read_linear, verify
 from fastdeploy_lite.checkpoint.linears import Linear, check_sizes, model_linears
 from fastdeploy_lite.checkpoint.progress import loading_bar
-from fastdeploy_lite.config import ModelConfig
 from fastdeploy_lite.formats.tiles import pack_int4, pack_int8
+from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization import ccq_search
 from fastdeploy_lite.quantization.weight_only import quantize_int4, quantize_int8
 from fastdeploy_lite.quantization_config import QuantizationConfig, WeightKind
@@ -46,7 +45,6 @@ COMPANION_FILES = (
     "LICENSE*",
 )
 """What is copied beside the weights; other files may describe the unquantised weights only."""
-_LAYER = re.compile(r"ernie\.layers\.(\d+)\.")
 
 
 @dataclass
@@ -121,7 +119,7 @@ def quantize_checkpoint(
             if isinstance(item, Linear):
                 tensors, size = _quantize_linear(checkpoint, item, codes, workers, report)
             else:
-                source = checkpoint.get(item)
+                source = checkpoint.get(item)  # the writer straightens a transposed view
                 tensors, size = {item: (source.data, source.dtype)}, source.data.nbytes
             for key, (array, dtype) in tensors.items():
                 writer.add(key, array, dtype)
@@ -182,7 +180,7 @@ def _target_config(source: ModelConfig, scheme: str, w4_end_layer: int | None) -
             w4_start_layer=0, w4_end_layer=end, w2_start_layer=end + 1, w2_end_layer=last
         )
     raw: dict[str, Any] = {
-        **source.raw,
+        **source.family.convert_config(source),
         "is_quantized": True,
         "quantization_config": quantization.to_dict(),
     }
@@ -243,16 +241,11 @@ def _plan(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str | Linear]
     copied: dict[int, list[str]] = {}
     for key in checkpoint:
         if key not in consumed:
-            copied.setdefault(_layer_of(key), []).append(key)
+            layer = checkpoint.config.family.layer_of(key)
+            copied.setdefault(-1 if layer is None else layer, []).append(key)
     for layer in (-1, *range(config.num_hidden_layers)):
         yield from copied.get(layer, ())
         yield from by_layer.get(layer, ())
-
-
-def _layer_of(key: str) -> int:
-    """Decoder layer of a tensor, -1 for tensors outside the layers."""
-    match = _LAYER.match(key)
-    return int(match.group(1)) if match else -1
 
 
 def _quantize_linear(
@@ -264,6 +257,8 @@ def _quantize_linear(
 ) -> tuple[dict[str, FileTensor], int]:
     """Tensors by full key for one linear of the target, and the bytes that were read for it."""
     source = read_linear(checkpoint, _as_dense(linear)).arrays["weight"]
+    # In one order of memory whatever the file's: sums of another order differ in the last bit.
+    source = np.ascontiguousarray(source)
     weight = bfloat16_to_float32(source) if source.dtype == np.uint16 else source
     try:
         tensors, decoded = quantize_matrix(linear.kind, weight, codes=codes, workers=workers)

@@ -19,6 +19,8 @@ LAYERS: dict[str, int] = {
     "config": 0,
     "quantization_config": 0,
     "formats": 0,
+    "models": 0,  # what a family says of itself; its model is built higher up
+    "models.ernie4_5.model": 5,
     "envs": 0,
     "utils": 0,
     "_ops_cpu": 0,
@@ -51,6 +53,9 @@ NUMPY_ONLY = (
     "formats",
     "quantization",
     "config",
+    "models.family",
+    "models.ernie4_5.config",
+    "models.ernie4_5.names",
     "quantization_config",
     "envs",
     "utils",

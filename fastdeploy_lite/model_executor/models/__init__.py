@@ -1,1 +1,1 @@
-"""Whole models, built from layers; `registry` finds one by the name in config.json."""
+"""Former home of `fastdeploy_lite.models`; scripts import the registry from here."""

@@ -293,19 +293,11 @@ def test_sizes_that_a_format_cannot_hold(tmp_path: Path) -> None:
     refused(tmp_path, "config.json", "down_proj", "K = 192", "multiples of 128")
 
 
-def test_torch_checkpoint_is_explained(tmp_path: Path) -> None:
+def test_errors_speak_of_hugging_face_files_in_their_own_names(tmp_path: Path) -> None:
     data = {"model.embed_tokens.weight": entry("BF16", [1], 0, 2)}
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("bf16")), encoding="utf-8")
     raw_file(tmp_path / "model.safetensors", data, b"12")
-    refused(tmp_path, "model.safetensors", "torch format", "model.embed_tokens.weight", "-Paddle")
-
-
-def test_torch_config_without_telling_names_is_explained(tmp_path: Path) -> None:
-    config = tiny_config("bf16")
-    config["torch_dtype"] = config.pop("dtype")
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    raw_file(tmp_path / "model.safetensors", {"a": entry("BF16", [1], 0, 2)}, b"12")
-    refused(tmp_path, "torch_dtype without dtype", "-Paddle")
+    refused(tmp_path, "model.safetensors", "model.embed_tokens.weight: found BF16 [1]")
 
 
 def test_transposed_weights_are_explained(tmp_path: Path) -> None:

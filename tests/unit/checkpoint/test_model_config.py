@@ -84,7 +84,6 @@ def test_demo_config(demo_dir: Path) -> None:
     assert [config.is_moe_layer(i) for i in range(3)] == [False, True, True]
     assert config.linear_kind == "int8"
     assert {config.expert_kind(i) for i in range(1, 7)} == {"ccq"}
-    assert not config.torch_format_hint  # it has both dtype and torch_dtype
     assert config.raw["initializer_range"] == 0.02
 
 
@@ -305,10 +304,58 @@ def test_moe_topk_is_the_older_name() -> None:
     assert top_k == [8, 5, 6]
 
 
-def test_torch_dtype_alone_is_only_a_hint() -> None:
+def test_torch_dtype_names_the_type_too() -> None:
     data = {k: v for k, v in MINIMAL.items() if k != "dtype"}
-    assert ModelConfig.from_dict({**data, "torch_dtype": "bfloat16"}).torch_format_hint
-    assert not ModelConfig.from_dict(data).torch_format_hint
+    assert ModelConfig.from_dict({**data, "torch_dtype": "float32"}).dtype == "float32"
+    assert ModelConfig.from_dict(data).dtype == "bfloat16"
+
+
+def test_the_base_of_rope_is_read_wherever_it_is() -> None:
+    data = {k: v for k, v in MINIMAL.items() if k != "rope_theta"}
+    inner = {"rope_type": "default", "rope_theta": 500000.0}
+    assert ModelConfig.from_dict({**data, "rope_parameters": inner}).rope_theta == 500000.0
+    both = {**data, "rope_theta": 500000, "rope_parameters": inner, "rope_scaling": None}
+    assert ModelConfig.from_dict(both).rope_theta == 500000.0
+    assert ModelConfig.from_dict(data).rope_theta == 10000.0
+    assert ModelConfig.from_dict({**data, "transformers_version": "5"}).rope_theta == 500000.0
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ("rope_parameters.rope_type",)),
+        ({"rope_parameters": {"rope_type": "default", "factor": 4.0}}, ("factor", "4.0")),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ("rope_scaling.type", "'linear'")),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 7.0}}, ("7.0", "beside it")),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ("partial_rotary_factor", "0.5")),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, ("full_attention",)),
+        ({"rope_parameters": [1]}, ("rope_parameters", "an object")),
+        ({"moe_layer_interval": 2}, ("moe_layer_interval", "2")),
+        ({"moe_gate_act": "sigmoid"}, ("moe_gate_act",)),
+        ({"use_rmsnorm": False}, ("use_rmsnorm",)),
+        (
+            {
+                "moe_num_experts": 4,
+                "moe_intermediate_size": 64,
+                "moe_k": 2,
+                "moe_layer_end_index": 1,
+            },
+            ("moe_layer_end_index", "the last layer"),
+        ),
+    ],
+)
+def test_what_changes_the_arithmetic_is_refused(
+    extra: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict({**MINIMAL, "rope_theta": 10000.0, **extra})
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_the_end_of_the_experts_may_be_the_last_layer() -> None:
+    moe = {"moe_num_experts": 4, "moe_intermediate_size": 64, "moe_k": 2}
+    for end in (-1, 3, 7, None):
+        assert ModelConfig.from_dict({**MINIMAL, **moe, "moe_layer_end_index": end}).moe_k == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,130 @@
+"""ERNIE-4.5 text models: a pre-norm decoder with grouped-query attention and a mixture of experts.
+
+h = embed(ids); per layer h += Attention(RMSNorm(h)), h += MLP(RMSNorm(h)); logits = RMSNorm(h) Wh.
+The first `moe_layer_start_index` layers have a dense MLP, the others routed and shared experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastdeploy_lite.model_executor.layers.attention import Attention
+from fastdeploy_lite.model_executor.layers.embedding import Embedding, LogitsHead
+from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch
+from fastdeploy_lite.model_executor.layers.linear import GatedMLP
+from fastdeploy_lite.model_executor.layers.moe import MoE, Router
+from fastdeploy_lite.model_executor.layers.normalization import RMSNorm
+from fastdeploy_lite.model_executor.layers.parameters import ParameterSource
+from fastdeploy_lite.model_executor.ops import PackedWeight
+from fastdeploy_lite.model_executor.workspace import Workspace
+from fastdeploy_lite.models.ernie4_5 import FAMILY
+from fastdeploy_lite.models.family import ModelConfig
+
+
+def gated_mlp(source: ParameterSource, prefix: str) -> GatedMLP:
+    """Build the SwiGLU block whose keys begin with `prefix`."""
+    return GatedMLP(source.linear(f"{prefix}.up_gate_proj"), source.linear(f"{prefix}.down_proj"))
+
+
+def mixture(config: ModelConfig, source: ParameterSource, layer: int) -> MoE:
+    """Build the routed and shared experts of one layer."""
+    router = Router(*source.router(layer), config.moe_k)
+    up_gate = source.experts(layer, "up_gate_proj")
+    down = source.experts(layer, "down_proj")
+    shared = None
+    if config.moe_num_shared_experts:
+        shared = gated_mlp(source, f"ernie.layers.{layer}.mlp.shared_experts")
+    return MoE(router, up_gate, down, shared)
+
+
+class DecoderLayer:
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(
+        self, config: ModelConfig, source: ParameterSource, layer: int, cos_sin: Any
+    ) -> None:
+        """Load the parameters of decoder layer `layer`."""
+        prefix, eps = f"ernie.layers.{layer}", config.rms_norm_eps
+        self.input_norm = RMSNorm(source.vector(f"{prefix}.input_layernorm.weight"), eps)
+        self.attention = Attention(
+            layer,
+            config.head_dim,
+            source.linear(f"{prefix}.self_attn.qkv_proj"),
+            source.linear(f"{prefix}.self_attn.o_proj"),
+            cos_sin,
+        )
+        self.post_attention_norm = RMSNorm(
+            source.vector(f"{prefix}.post_attention_layernorm.weight"), eps
+        )
+        self.mlp: MoE | GatedMLP
+        if config.is_moe_layer(layer):
+            self.mlp = mixture(config, source, layer)
+        else:
+            self.mlp = gated_mlp(source, f"{prefix}.mlp")
+
+    def __call__(self, update: Any | None, residual: Any, batch: ForwardBatch) -> Any:
+        """Add `update` to `residual` in place, run the layer, return the next update [T, H]."""
+        workspace = batch.workspace
+        if update is None:
+            x = self.input_norm(residual, workspace)
+        else:
+            x = self.input_norm.after_adding(update, residual, workspace)
+        x = self.post_attention_norm.after_adding(self.attention(x, batch), residual, workspace)
+        return self.mlp(x, workspace)
+
+
+class Ernie4_5_MoeForCausalLM:  # noqa: N801 - the architecture's name in config.json
+    """The whole model of one tensor-parallel rank."""
+
+    family = FAMILY
+
+    def __init__(
+        self, config: ModelConfig, source: ParameterSource, cos_sin: Any, dtype: str
+    ) -> None:
+        """Load all parameters from `source`.
+
+        Args:
+            config: architecture.
+            source: parameters in model order.
+            cos_sin: float32 [max positions, head_dim], see layers.rotary.
+            dtype: Paddle dtype name of activations.
+        """
+        self.config = config
+        table = source.embedding()
+        self.embedding = Embedding(table, dtype)
+        self.layers = [
+            DecoderLayer(config, source, layer, cos_sin)
+            for layer in source.layers(config.num_hidden_layers)
+        ]
+        self.norm = RMSNorm(source.vector("ernie.norm.weight"), config.rms_norm_eps)
+        self.head = LogitsHead(source.head() or table)
+
+    def __call__(self, batch: ForwardBatch) -> Any:
+        """Return the normalised hidden states [T, H] of a step."""
+        residual = self.embedding(batch.token_ids, batch.workspace)
+        update = None
+        for layer in self.layers:
+            update = layer(update, residual, batch)
+        return self.norm.after_adding(update, residual, batch.workspace)
+
+    def logits(self, hidden: Any, workspace: Workspace) -> Any:
+        """Return float32 logits [R, V] of hidden states [R, H]."""
+        return self.head(hidden, workspace)
+
+    def weights(self) -> dict[str, list[PackedWeight]]:
+        """Return all matrices by role: embedding, head, attention, mlp, experts."""
+        found: dict[str, list[PackedWeight]] = {
+            "embedding": [self.embedding.weight],
+            "head": [] if self.head.weight is self.embedding.weight else [self.head.weight],
+            "attention": [],
+            "mlp": [],
+            "experts": [],
+        }
+        for layer in self.layers:
+            found["attention"] += [layer.attention.qkv.weight, layer.attention.output.weight]
+            dense = layer.mlp.shared if isinstance(layer.mlp, MoE) else layer.mlp
+            if dense is not None:
+                found["mlp"] += [dense.up_gate.weight, dense.down.weight]
+            if isinstance(layer.mlp, MoE):
+                found["experts"] += [layer.mlp.up_gate, layer.mlp.down]
+        return found

@@ -1,0 +1,149 @@
+"""Which part of each linear map one tensor-parallel rank holds.
+
+The rules are FastDeploy's: heads for q, k and v, gate and up halves separately, rows for o_proj and
+down_proj (docs/checkpoint_format.md, "Tensor parallelism").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastdeploy_lite import formats
+from fastdeploy_lite.models.family import ModelConfig
+from fastdeploy_lite.models.linear import Linear
+from fastdeploy_lite.quantization_config import WeightKind
+from fastdeploy_lite.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Makes the linears of one rank; families name them and put them in order.
+
+    Attributes:
+        config: sizes and formats.
+        size: number of ranks.
+        rank: which of them.
+    """
+
+    config: ModelConfig
+    size: int = 1
+    rank: int = 0
+
+    def qkv(self, prefix: str, layer: int) -> Linear:
+        """Query, key and value projections side by side: `prefix`.qkv_proj."""
+        config, dim = self.config, self.config.head_dim
+        query, key_value = config.num_attention_heads * dim, config.num_key_value_heads * dim
+        if self.size > config.num_key_value_heads:  # each KV head serves several ranks
+            head = self.rank * config.num_key_value_heads // self.size
+            local = (head * dim, (head + 1) * dim)
+        else:
+            local = self._split(key_value)
+        starts = (0, query, query + key_value)
+        ranges = zip(starts, (self._split(query), local, local), strict=True)
+        return Linear(
+            f"{prefix}.qkv_proj",
+            "qkv_proj",
+            config.linear_kind,
+            layer,
+            None,
+            whole_in=config.hidden_size,
+            segments=(query, key_value, key_value),
+            segment_modules=tuple(f"{prefix}.{name}_proj" for name in "qkv"),
+            column_ranges=tuple((at + start, at + stop) for at, (start, stop) in ranges),
+            row_range=(0, config.hidden_size),
+        )
+
+    def o_proj(self, prefix: str, layer: int) -> Linear:
+        """Output projection of attention: `prefix`.o_proj."""
+        config = self.config
+        width = config.num_attention_heads * config.head_dim
+        return Linear(
+            f"{prefix}.o_proj",
+            "o_proj",
+            config.linear_kind,
+            layer,
+            None,
+            whole_in=width,
+            segments=(config.hidden_size,),
+            segment_modules=(),
+            column_ranges=((0, config.hidden_size),),
+            row_range=self._split(width),
+        )
+
+    def mlp(
+        self, prefix: str, layer: int, width: int, kind: WeightKind, expert: int | None = None
+    ) -> tuple[Linear, Linear]:
+        """Gate and up side by side, and down, of a SwiGLU block of `width`."""
+        hidden = self.config.hidden_size
+        start, stop = self._split(width)
+        up_gate = Linear(
+            f"{prefix}.up_gate_proj",
+            "up_gate_proj",
+            kind,
+            layer,
+            expert,
+            whole_in=hidden,
+            segments=(width, width),
+            segment_modules=(f"{prefix}.gate_proj", f"{prefix}.up_proj"),
+            column_ranges=((start, stop), (width + start, width + stop)),
+            row_range=(0, hidden),
+        )
+        down = Linear(
+            f"{prefix}.down_proj",
+            "down_proj",
+            kind,
+            layer,
+            expert,
+            whole_in=width,
+            segments=(hidden,),
+            segment_modules=(),
+            column_ranges=((0, hidden),),
+            row_range=(start, stop),
+        )
+        return up_gate, down
+
+    def _split(self, width: int) -> tuple[int, int]:
+        share = width // self.size
+        return self.rank * share, (self.rank + 1) * share
+
+
+def check_tensor_parallel(config: ModelConfig, tensor_parallel_size: int) -> None:
+    """Raise ConfigError if the model cannot be split that way, naming a degree that works."""
+    reason = _obstacle(config, tensor_parallel_size)
+    if reason is None:
+        return
+    working = [str(t) for t in range(1, 129) if _obstacle(config, t) is None]
+    advice = f"; this model allows {', '.join(working)}" if working else ""
+    raise ConfigError(
+        f"{config.source}: tensor_parallel_size {tensor_parallel_size}: {reason}{advice}"
+    )
+
+
+def _obstacle(config: ModelConfig, size: int) -> str | None:
+    """Return why W matrices cannot be cut in `size` equal parts that their formats allow."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % size:
+        return f"{heads} query heads do not divide"
+    if kv_heads % size and size % kv_heads:
+        return f"{kv_heads} KV heads neither divide nor can be repeated"
+    if config.vocab_size % size:
+        return f"vocab_size {config.vocab_size} does not divide"
+    qkv = Shard(config, size).qkv("", 0)
+    if config.linear_kind != "dense" and (config.head_dim % 4 or qkv.out_features % 16):
+        return f"{qkv.out_features} rows of q, k and v are not a multiple of 16"
+    widths: list[tuple[str, int, WeightKind]] = [
+        ("attention width", heads * config.head_dim, config.linear_kind)
+    ]
+    for layer in range(config.num_hidden_layers):
+        if config.is_moe_layer(layer):
+            kind = config.expert_kind(layer)
+            widths.append(("moe_intermediate_size", config.moe_intermediate_size, kind))
+            shared = config.shared_intermediate_size
+            widths.append(("shared expert width", shared, config.linear_kind))
+        else:
+            widths.append(("intermediate_size", config.intermediate_size, config.linear_kind))
+    for name, width, kind in dict.fromkeys(widths):
+        unit = formats.get(kind).row_unit
+        if width % (size * unit):
+            return f"{name} {width} is not a multiple of {size} x {unit} ({kind} format)"
+    return None
