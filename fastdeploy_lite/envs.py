@@ -36,6 +36,34 @@ def _names(value: str | None) -> list[str]:
     return [name.strip() for name in (value or "").split(",") if name.strip()]
 
 
+def _keys(value: str | None) -> list[str]:
+    """Refuses a variable that is set and holds no key: the door would stand open unnoticed."""
+    names = _names(value)
+    if value is not None and not names:
+        raise ValueError
+    return names
+
+
+def _one_of(default: str | None, *choices: str) -> Callable[[str | None], str | None]:
+    def parse(value: str | None) -> str | None:
+        if value is None or not value.strip():
+            return default
+        found = {choice.lower(): choice for choice in choices}
+        return found[value.strip().lower()]
+
+    return parse
+
+
+def _at_least(least: int, default: int) -> Callable[[str | None], int]:
+    def parse(value: str | None) -> int:
+        number = default if value is None or not value.strip() else int(value)
+        if number < least:
+            raise ValueError
+        return number
+
+    return parse
+
+
 def _plugins(value: str | None) -> list[str] | None:
     return None if value is None else _names(value)
 
@@ -43,18 +71,31 @@ def _plugins(value: str | None) -> list[str] | None:
 VARIABLES: dict[str, Callable[[str | None], Any]] = {
     # where things lie
     "FD_LOG_DIR": _text("log"),
-    "FD_LOG_BACKUP_COUNT": _integer(7),
-    "FD_DEBUG": _boolean(False),
+    "FD_LOG_BACKUP_COUNT": _at_least(0, 7),
     "FD_MODEL_SOURCE": _text("AISTUDIO"),
     "FD_MODEL_CACHE": _text(None),
+    # what is logged; the level of requests is 0 life cycle, 1 stages, 2 content, 3 everything
+    "FD_LOG_LEVEL": _one_of(None, "DEBUG", "INFO", "WARNING", "ERROR"),
+    "FD_DEBUG": _boolean(False),
+    "FD_LOG_REQUESTS": _boolean(True),
+    "FD_LOG_REQUESTS_LEVEL": _at_least(0, 2),
+    "FD_LOG_MAX_LEN": _at_least(0, 2048),
+    # traces
+    "FD_TRACE": _one_of("off", "off", "local", "otel", "all"),
+    "TRACES_ENABLE": _boolean(False),
+    "TRACES_EXPORTER": _one_of("console", "console", "otlp"),
+    "EXPORTER_OTLP_ENDPOINT": _text(None),
+    "EXPORTER_OTLP_HEADERS": _text(None),
+    "FD_SERVICE_NAME": _text("FastDeploy"),
+    "FD_HOST_NAME": _text("localhost"),
     # limits
-    "FD_MAX_STOP_SEQS_NUM": _integer(5),
-    "FD_STOP_SEQS_MAX_LEN": _integer(8),
-    "FD_SUPPORT_MAX_CONNECTIONS": _integer(1024),
+    "FD_MAX_STOP_SEQS_NUM": _at_least(0, 5),
+    "FD_STOP_SEQS_MAX_LEN": _at_least(0, 8),
+    "FD_SUPPORT_MAX_CONNECTIONS": _at_least(1, 1024),
     "FD_USE_GET_SAVE_OUTPUT_V1": _boolean(False),
-    "FD_ENC_DEC_BLOCK_NUM": _integer(2),
+    "FD_ENC_DEC_BLOCK_NUM": _at_least(0, 2),
     # behaviour
-    "FD_API_KEY": _names,
+    "FD_API_KEY": _keys,
     "FD_DISABLE_CHUNKED_PREFILL": _boolean(False),
     "FD_DISABLED_RECOVER": _boolean(False),
     "ENABLE_V1_KVCACHE_SCHEDULER": _boolean(True),
@@ -63,12 +104,19 @@ VARIABLES: dict[str, Callable[[str | None], Any]] = {
     "FD_BUILDING_ARCS": _names,
     # this project's own
     "FD_LITE_DEVICE": _text(None),
-    "FD_LITE_NUM_THREADS": _integer(0),
+    "FD_LITE_NUM_THREADS": _at_least(0, 0),
     "FD_LITE_STRICT_STATUS": _boolean(False),
     "FD_LITE_STRIP_STOP_TEXT": _boolean(False),
-    "FD_LITE_MAX_BODY_BYTES": _integer(32 * 1024 * 1024),
-    "FD_LITE_SEND_SECONDS": _integer(60),
+    "FD_LITE_LOG_FORMAT": _one_of("text", "text", "json"),
+    "FD_LITE_OPEN_METRICS": _boolean(False),
+    "FD_LITE_MAX_BODY_BYTES": _at_least(1, 8 << 20),
+    "FD_LITE_MAX_BODY_VALUES": _at_least(1, 1 << 18),
+    "FD_LITE_HEAD_SECONDS": _at_least(1, 20),
+    "FD_LITE_SEND_SECONDS": _at_least(1, 60),
+    "FD_LITE_KEEPALIVE_SECONDS": _at_least(1, 15),
 }
+# Upstream's names for clusters, other hardware and its own kernels begin like these.
+_PREFIXES = ("FD_", "TRACES_", "EXPORTER_OTLP_")
 
 
 def __getattr__(name: str) -> Any:
@@ -94,8 +142,21 @@ def __dir__() -> list[str]:
     return sorted(VARIABLES)
 
 
+_SECRETS = ("FD_API_KEY", "EXPORTER_OTLP_HEADERS")
+
+
 def snapshot() -> dict[str, Any]:
-    """Present values of all variables, keys of the service masked; for reports and logs."""
+    """Present values of all variables, secrets masked; for reports and logs.
+
+    Raises:
+        ConfigError: A value cannot be used.
+    """
     values = {name: __getattr__(name) for name in VARIABLES}
-    values["FD_API_KEY"] = ["***"] * len(values["FD_API_KEY"])
+    for name in _SECRETS:
+        values[name] = "***" if values[name] else values[name]
     return values
+
+
+def without_meaning() -> list[str]:
+    """Variables that are set, look like one of these, and are none: misspelt or not available."""
+    return sorted(n for n in os.environ if n.startswith(_PREFIXES) and n not in VARIABLES)

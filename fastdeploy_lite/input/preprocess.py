@@ -29,6 +29,7 @@ from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.model_executor.step import SamplerParams
 from fastdeploy_lite.utils.errors import RequestError, quote
 from fastdeploy_lite.utils.logging import get_logger
+from fastdeploy_lite.utils.request_log import content
 
 BUILT_IN_DEFAULTS: Mapping[str, float] = {
     "temperature": 1.0,
@@ -325,7 +326,7 @@ class Preprocessor:
                 skipped.append(word)
         if skipped:
             _log.warning("bad_words: %d of %d words are not one token and skipped: %s",
-                         len(skipped), len(words), quote(skipped[:10]))  # fmt: skip
+                         len(skipped), len(words), content(skipped[:10]))  # fmt: skip
         return tuple(dict.fromkeys(ids))
 
     def _single_tokens(self, word: str) -> list[int]:

@@ -15,6 +15,7 @@ from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError, Se
 from fastdeploy_lite.entrypoints.openai.service import Service
 from fastdeploy_lite.utils.errors import RequestError
 from fastdeploy_lite.utils.logging import get_logger
+from fastdeploy_lite.utils.request_log import RequestLogLevel, log_request
 
 _log = get_logger("fastdeploy")
 
@@ -194,7 +195,8 @@ class _Observer:
 
     def _note_end(self, news: EngineOutput, now: float) -> None:
         metrics, sequence = self._metrics, self._sequence
-        _log.info(
+        log_request(
+            _log, RequestLogLevel.LIFECYCLE,
             "Request %s finished (%s), number of generated tokens: %d",
             sequence.request.request_id, sequence.finish_reason, sequence.num_tokens,
         )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -34,11 +33,12 @@ from fastdeploy_lite.entrypoints.openai.streams import (
     event,
     while_connected,
 )
+from fastdeploy_lite.utils import request_log
 from fastdeploy_lite.utils.logging import get_logger
+from fastdeploy_lite.utils.request_log import HIDDEN, RequestLogLevel, content, is_logged
 from fastdeploy_lite.worker.output import LogprobsLists
 
 log = get_logger("api_server")
-_LONGEST_DUMP = 4096
 
 
 @dataclass(slots=True)
@@ -151,11 +151,9 @@ async def collect(
 
 
 def log_request(kind: str, body: ChatCompletionRequest | CompletionRequest, public_id: str) -> None:
-    """Dump a request into api_server.log, cut to a few KiB."""
-    dump = json.dumps(body.model_dump(exclude_unset=True, by_alias=True), ensure_ascii=False)
-    if len(dump) > _LONGEST_DUMP:
-        dump = f"{dump[:_LONGEST_DUMP]}… ({len(dump)} characters)"
-    log.info("Create %s request %s: %s", kind, public_id, dump)
+    """Note a request in api_server.log, with as much of its content as is wanted there."""
+    level = RequestLogLevel.LIFECYCLE
+    request_log.log_request(log, level, "Create %s request %s: %s", kind, public_id, content(body))
 
 
 async def respond(http: HttpRequest, work: Any) -> Response:
@@ -207,7 +205,8 @@ async def _guarded(
         status, body = errors.describe(error)
         if completion:
             body = {"error": {"message": body["error"]["message"], "code": str(status)}}
-        log.info("Stream failed: %s", body["error"]["message"])
+        log.info("Stream failed: %s", content(body["error"]["message"]))
         yield event(body)
-    log.info("Last stream event: %s", last[:512].decode(errors="replace"))
+    text = last[:512].decode(errors="replace") if is_logged(RequestLogLevel.CONTENT) else HIDDEN
+    request_log.log_request(log, RequestLogLevel.LIFECYCLE, "Last stream event: %s", text)
     yield DONE

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
+import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastdeploy_lite import envs
 from fastdeploy_lite.entrypoints.openai.middleware import access_line
 from fastdeploy_lite.utils.errors import ConfigError
-from fastdeploy_lite.utils.logging import RecordFormatter, _FileHandler, init_file_logging
+from fastdeploy_lite.utils.log_sinks import LogFile, Sink, write_all
+from fastdeploy_lite.utils.logging import (
+    FileHandler,
+    JsonFormatter,
+    RecordFormatter,
+    current_request_id,
+    init_file_logging,
+)
+from fastdeploy_lite.utils.request_log import HIDDEN, content, shortened
 
 LAYOUT = re.compile(
     r"^(INFO|WARNING|ERROR) +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \d+ +\w+\.py\[line:\d+\] "
@@ -84,16 +96,127 @@ def test_files_are_opened_by_the_start_only(tmp_path: Path) -> None:
     assert all(LAYOUT.match(line) for line in lines)
 
 
-def test_a_full_disk_is_said_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_FileHandler, "complained", False)
-    (tmp_path / "a.log").symlink_to("/dev/full")
+def test_a_full_disk_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = FileHandler(Path("/dev/full"))
     for _ in range(3):
-        _FileHandler(tmp_path / "a.log").handle(record("lost"))
+        handler.handle(record("lost"))
+        assert handler.sink.flush(5)
     [line] = capsys.readouterr().err.splitlines()
-    assert "a.log" in line
+    assert "/dev/full" in line
     assert "No space left" in line
+
+
+def test_a_stalled_pipe_stops_nobody() -> None:
+    reader, writer = os.pipe()
+    sink = Sink(lambda data: write_all(writer, data))
+    started = time.monotonic()
+    for _ in range(100):
+        sink.put(b"x" * 99_999 + b"\n")  # ten times what the pipe and the queue hold
+    assert time.monotonic() - started < 2
+    assert not sink.flush(0.05)
+    got = b""
+    while b"records were lost" not in got:  # said once somebody reads again
+        got += os.read(reader, 1 << 20)
+    assert got.count(b"\n") < 100
+    os.close(reader)  # the thread ends its write with EPIPE, and goes on
+    sink.put(b"nobody\n")
+    assert sink.flush(5)
+    os.close(writer)
+
+
+def test_log_files_are_of_their_user_alone(tmp_path: Path) -> None:
+    previous = os.umask(0)
+    try:
+        folder = tmp_path / "log"
+        old = folder / "api_server.log"
+        folder.mkdir()
+        old.write_text("")
+        old.chmod(0o644)
+        for name in ("api_server.log", "console.log"):
+            LogFile(folder / name, 7).write(b"prompt\n")
+            assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+    finally:
+        os.umask(previous)
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    victim, link = tmp_path / "victim", tmp_path / "a.log"
+    victim.write_text("precious")
+    link.symlink_to(victim)
+    LogFile(link, 7).write(b"record\n")
+    assert victim.read_text() == "precious"
+    assert not link.is_symlink()
+    assert link.read_text() == "record\n"
+
+
+def test_a_pipe_in_place_of_a_log_file_blocks_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "a.log")
+    handler = FileHandler(tmp_path / "a.log")
+    handler.handle(record("lost"))
+    assert handler.sink.flush(5)
+    assert "records are lost" in capsys.readouterr().err
+
+
+def test_a_renamed_file_is_replaced(tmp_path: Path) -> None:
+    file = LogFile(tmp_path / "a.log", 7)
+    file.write(b"one\n")
+    (tmp_path / "a.log").rename(tmp_path / "a.log.1")
+    file.write(b"two\n")
+    (tmp_path / "a.log").unlink()
+    file.write(b"three\n")
+    assert (tmp_path / "a.log.1").read_text() == "one\n"
+    assert (tmp_path / "a.log").read_text() == "three\n"
+
+
+def test_json_lines() -> None:
+    token = current_request_id.set("abc")
+    try:
+        entry = record("a\nb \ud800 中")
+        line = JsonFormatter().format(entry)
+        assert "[abc] a\\nb" in RecordFormatter().format(entry)
+    finally:
+        current_request_id.reset(token)
+    value = json.loads(line)
+    assert line.isascii()
+    assert value["message"] == "a\nb \ud800 中"
+    assert (value["level"], value["line"], value["request_id"]) == ("INFO", 202, "abc")
+
+
+@pytest.mark.parametrize(
+    ("env", "seen"),
+    [
+        ({}, '{"prompt": "secret", "n": 2}'),
+        ({"FD_LOG_MAX_LEN": "13"}, '{"prompt": "s\u2026 (cut)'),
+        ({"FD_LOG_MAX_LEN": "13", "FD_LOG_REQUESTS_LEVEL": "3"}, '{"prompt": "secret", "n": 2}'),
+        ({"FD_LOG_REQUESTS_LEVEL": "1"}, HIDDEN),
+        ({"FD_LOG_REQUESTS_LEVEL": "0"}, HIDDEN),
+        ({"FD_LOG_REQUESTS": "0", "FD_LOG_REQUESTS_LEVEL": "3"}, HIDDEN),
+    ],
+)
+def test_prompts_stay_out_of_logs_when_told_so(
+    env: dict[str, str], seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert content({"prompt": "secret", "n": 2}) == seen
+
+
+def test_a_long_value_is_not_walked_to_its_end() -> None:
+    class Endless(list):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            yield from range(1000)
+            raise AssertionError("walked on")
+
+    assert shortened({"a": Endless()}, 100).endswith("(cut)")
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    assert len(shortened(deep, 1 << 20)) < 100
+    started = time.perf_counter()
+    shortened(["x" * 10_000_000] * 100, 2048)
+    assert time.perf_counter() - started < 0.1
 
 
 def test_a_folder_that_cannot_be_written_is_named(
@@ -105,21 +228,21 @@ def test_a_folder_that_cannot_be_written_is_named(
         init_file_logging(tmp_path / "file" / "log")
 
 
-def test_two_processes_rotate_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FD_LOG_BACKUP_COUNT", "2")
+def test_two_processes_rotate_without_loss(tmp_path: Path) -> None:
     path = tmp_path / "a.log"
     for day in ("2020-01-01", "2020-01-02"):
         (tmp_path / f"a.log.{day}").write_text("old")
-    handlers = [_FileHandler(path), _FileHandler(path)]
-    for number, handler in enumerate(handlers):
-        handler.emit(record(f"before {number}"))
-    for number, handler in enumerate(handlers):
-        handler.doRollover()
-        handler.emit(record(f"after {number}"))
-        handler.close()
+    files = [LogFile(path, 2), LogFile(path, 2)]
+    for number, file in enumerate(files):
+        file.write(b"before %d\n" % number)
+    for number, file in enumerate(files):
+        file.rotate("2999-01-01")
+        file._day = time.strftime("%Y-%m-%d")  # or the next write would see midnight again
+        file.write(b"after %d\n" % number)
+        file.close()
     [dated] = [p for p in tmp_path.iterdir() if p != path and "2020" not in p.name]
-    assert [x[-8:] for x in dated.read_text().splitlines()] == ["before 0", "before 1"]
-    assert [x[-7:] for x in path.read_text().splitlines()] == ["after 0", "after 1"]
+    assert dated.read_text().splitlines() == ["before 0", "before 1"]
+    assert path.read_text().splitlines() == ["after 0", "after 1"]
     assert len(list(tmp_path.iterdir())) == 3  # the newest two old ones, and the present one
 
 
@@ -130,6 +253,12 @@ def test_variables_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert envs.FD_MAX_STOP_SEQS_NUM == 9
     monkeypatch.setenv("FD_API_KEY", "a, b,")
     assert envs.FD_API_KEY == ["a", "b"]
+    for nothing in ("", ",", " , "):
+        monkeypatch.setenv("FD_API_KEY", nothing)
+        with pytest.raises(ConfigError, match="FD_API_KEY"):  # never a door that stands open
+            _ = envs.FD_API_KEY
+    monkeypatch.delenv("FD_API_KEY")
+    assert envs.FD_API_KEY == []
     monkeypatch.setenv("FD_DEBUG", "true")
     assert envs.FD_DEBUG is True
 
@@ -147,4 +276,12 @@ def test_unknown_variables_do_not_exist() -> None:
 
 def test_snapshot_hides_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FD_API_KEY", "secret")
+    monkeypatch.setenv("EXPORTER_OTLP_HEADERS", "Authorization=secret")
     assert "secret" not in str(envs.snapshot())
+
+
+def test_misspelt_variables_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FD_LOG_DIRECTORY", "x")
+    monkeypatch.setenv("FD_LOG_DIR", "x")
+    assert "FD_LOG_DIRECTORY" in envs.without_meaning()
+    assert "FD_LOG_DIR" not in envs.without_meaning()
