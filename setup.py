@@ -32,12 +32,13 @@ RUNTIME_DEPENDENCIES = [
     "msgspec",
     "numpy",
     "prometheus_client",
-    "pydantic>=2",
+    "pydantic>=2.8",
     "pyyaml",
     "pyzmq",
     "safetensors",
     "sentencepiece",
     "tqdm",
+    "starlette",
     "uvicorn",
 ]
 

@@ -195,7 +195,6 @@ class RuntimeConfig:
     enable_logprob: bool = False
     logprobs_mode: LogprobsMode = "raw_logprobs"
     max_logprobs: int = 20
-    lm_head_fp32: bool = False
     tokenizer_path: Path | None = None
     early_stop: EarlyStopConfig | None = None
     guided_decoding_backend: str = "off"

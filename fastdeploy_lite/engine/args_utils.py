@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,9 @@ def _quantization(text: Any) -> Any:
     if isinstance(text, str) and text.lstrip().startswith("{"):
         return _json(text)
     return text
+
+
+_json.takes_mapping = _quantization.takes_mapping = True  # type: ignore[attr-defined]  # in YAML
 
 
 def _text_or_none(text: str) -> str | None:
@@ -116,8 +120,8 @@ class EngineArgs:
     num_gpu_blocks_override: int | None = _flag(None, int, "number of KV blocks")
     enable_prefix_caching: bool = _flag(True, "switch", "reuse KV blocks of common prefixes")
     enable_output_caching: bool = _flag(True, "switch", "reuse KV blocks of generated tokens too")
-    enable_chunked_prefill: bool = _flag(
-        False, "switch", "prefill in chunks; on unless FD_DISABLE_CHUNKED_PREFILL=1"
+    enable_chunked_prefill: bool | None = _flag(
+        None, "switch", "prefill in chunks; default: unless FD_DISABLE_CHUNKED_PREFILL=1"
     )
     tensor_parallel_size: int = _flag(1, int, "ranks that share each layer", aliases=("-tp",))
     quantization: str | dict[str, Any] | None = _flag(
@@ -156,7 +160,7 @@ class EngineArgs:
     early_stop_config: dict[str, Any] | None = _flag(
         None, _json, "JSON: enable_early_stop, strategy, window_size, threshold"
     )
-    lm_head_fp32: bool = _flag(False, "flag", "compute logits in float32")
+    lm_head_fp32: bool = _ignored(False, "flag", "logits are float32 sums always")
     logits_processors: list[str] | None = _flag(
         None, "list", "class names, or module.path:Class, applied to logits"
     )
@@ -277,6 +281,10 @@ class EngineArgs:
         """The fields as plain data; `EngineArgs(**that)` is equal to this one."""
         return dataclasses.asdict(self)
 
+    def shown(self) -> dict[str, Any]:
+        """The fields for logs and reports: passwords, and those inside of URLs, are masked."""
+        return {name: _masked(name, value) for name, value in self.to_dict().items()}
+
     # Checks --------------------------------------------------------------------------------------
 
     @property
@@ -392,7 +400,6 @@ class EngineArgs:
             enable_logprob=self.enable_logprob,
             logprobs_mode=self.logprobs_mode,  # type: ignore[arg-type]  # checked there
             max_logprobs=self.max_logprobs,
-            lm_head_fp32=self.lm_head_fp32,
             tokenizer_path=self._tokenizer_path(folder),
             early_stop=self._early_stop_config(),
             guided_decoding_backend=self.guided_decoding_backend,
@@ -421,7 +428,9 @@ class EngineArgs:
                 f"max_num_batched_tokens must be at most max_num_seqs * max_model_len = {most}, "
                 f"got {tokens}"
             )
-        chunked = not envs.FD_DISABLE_CHUNKED_PREFILL
+        chunked = self.enable_chunked_prefill
+        if chunked is None:
+            chunked = not envs.FD_DISABLE_CHUNKED_PREFILL
         if not chunked and self.max_num_batched_tokens is None:
             tokens = max(tokens, length)
         return SchedulerConfig(
@@ -467,6 +476,15 @@ class EngineArgs:
         for field in dataclasses.fields(self):
             if field.metadata.get("ignored") and getattr(self, field.name) != field.default:
                 _warn_once(f"--{_flag_name(field.name)} has no effect here: ignored")
+        graph = self.graph_optimization_config or {}
+        unknown = sorted(set(graph) - set(_GRAPH_KEYS))
+        if unknown:
+            _warn_once(f"graph_optimization_config: {', '.join(unknown)} has no effect here")
+        if graph.get("graph_opt_level"):
+            _warn_once("graph_optimization_config: graph_opt_level has no effect here")
+        if isinstance(self.quantization, dict) and len(self.quantization) > 1:
+            others = sorted(set(self.quantization) - {"quantization"})
+            _warn_once(f"quantization: {', '.join(map(str, others))} has no effect here")
         wanted = self._quantization_name
         own = model.quantization.quantization if model.quantization else None
         if model.is_quantized and wanted not in (None, own):
@@ -492,6 +510,21 @@ def check_block_count(num_blocks: int, max_model_len: int, block_size: int) -> N
             f"{max_model_len} needs {least}: use a smaller max_model_len, a larger "
             "num_gpu_blocks_override or gpu_memory_utilization, or a device with more memory"
         )
+
+
+_SECRET = re.compile(r"passw|secret|token$|api_?key|credential", re.IGNORECASE)
+_USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+@")
+_GRAPH_KEYS = ("use_cudagraph", "graph_opt_level", "cudagraph_capture_sizes")
+
+
+def _masked(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _masked(str(key), inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(name, inner) for inner in value]
+    if value is not None and _SECRET.search(name):
+        return "***"
+    return _USER_OF_URL.sub("***@", value) if isinstance(value, str) else value
 
 
 _JSON_FIELDS = tuple(

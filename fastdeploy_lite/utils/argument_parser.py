@@ -6,6 +6,7 @@ Source of the rules: FastDeploy's `FlexibleArgumentParser` and its documentation
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
 
     * `--max_model_len` and `--max-model-len` are the same flag.
     * `--config FILE.yaml` supplies values under the underscore names; flags given on the command
-      line win, unknown keys are ignored.
+      line win, unknown keys are named in one warning.
     """
 
     def parse_known_args(  # type: ignore[override]
@@ -35,6 +36,7 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
             SystemExit: The command line is wrong (the message is on stderr).
         """
         arguments = [_dashed(a) for a in (sys.argv[1:] if args is None else args)]
+        self._check_encodable(arguments)
         # Every destination starts as "unset", so that afterwards a flag that was given can be told
         # from one that was not, even when it repeats the default. Appending flags start as None
         # because argparse copies what it finds there.
@@ -55,10 +57,19 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         """
         self.exit(2, f"{self.prog}: error: {one_line(message)}; see {self.prog} --help\n")
 
+    def _check_encodable(self, arguments: list[str]) -> None:
+        """Bytes that are not text would fail later, where names and paths are sent or logged."""
+        for argument in arguments:
+            try:
+                argument.encode()
+            except UnicodeEncodeError:
+                self.error(f"argument {quote(argument)} is not UTF-8 text")
+
     def _fill_unset(self, target: argparse.Namespace, actions: list[argparse.Action]) -> None:
         missing = [a for a in actions if _is_unset(getattr(target, a.dest), a)]
         path = getattr(target, "config", None)
         config = self._read_config(path) if isinstance(path, str) else {}
+        self._name_unknown(config, target)
         for action in missing:
             value = config.get(action.dest, _UNSET)
             value = self._default(action) if value is _UNSET else self._convert(action, value)
@@ -67,24 +78,59 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
             else:
                 setattr(target, action.dest, value)
 
+    def _name_unknown(self, config: dict[str, Any], target: argparse.Namespace) -> None:
+        known = [action.dest for action in self._actions if action.dest != argparse.SUPPRESS]
+        for key in config:
+            if key not in known and not hasattr(target, key):
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                text = f"warning: --config: there is no flag {quote(key)}: ignored{hint}"
+                print(f"{self.prog}: {text}", file=sys.stderr)
+
     def _default(self, action: argparse.Action) -> Any:
         value = action.default
         return self._get_value(action, value) if isinstance(value, str) and value else value
 
     def _convert(self, action: argparse.Action, value: Any) -> Any:
-        """A value from YAML as the flag would have read it; mappings and lists stay as they are."""
-        if value is None or isinstance(value, Mapping | list):
-            return value
+        """A value from YAML as the flag would have read it; mappings stay for flags of JSON."""
+        if value is None:
+            return self._default(action)
+        if isinstance(value, list):
+            return self._convert_list(action, value)
+        if isinstance(value, Mapping):
+            return self._convert_mapping(action, value)
         if action.nargs == 0:
             if not isinstance(value, bool):
                 self.error(f"--config: {action.dest}: expected true or false, got {quote(value)}")
             return value
+        converted = self._convert_text(action, value)
+        return [converted] if _appends(action) or action.nargs in ("+", "*") else converted
+
+    def _convert_text(self, action: argparse.Action, value: Any) -> Any:
+        if isinstance(value, Mapping | list):
+            self.error(f"--config: {action.dest}: expected a plain value, got {quote(value)}")
+        text = str(value).lower() if isinstance(value, bool) else str(value)
         try:
-            converted = self._get_value(action, str(value))
+            converted = self._get_value(action, text)
             self._check_value(action, converted)
         except argparse.ArgumentError as error:
             self.error(f"--config: {error}")
-        return [converted] if _appends(action) else converted
+        return converted
+
+    def _convert_list(self, action: argparse.Action, values: list[Any]) -> Any:
+        if _appends(action) or action.nargs in ("+", "*"):
+            return [self._convert_text(action, value) for value in values]
+        if getattr(action.type, "takes_list", False):
+            return [str(value) for value in values]
+        if action.type is not str:
+            self.error(f"--config: {action.dest}: expected one value, got {quote(values)}")
+        # Ports and hosts, which the command line takes with commas between.
+        return ",".join(str(self._convert_text(action, value)) for value in values)
+
+    def _convert_mapping(self, action: argparse.Action, value: Mapping[Any, Any]) -> Any:
+        if not getattr(action.type, "takes_mapping", False):
+            self.error(f"--config: {action.dest}: expected a plain value, got {quote(value)}")
+        return value
 
     def _read_config(self, path: str) -> dict[str, Any]:
         try:

@@ -48,3 +48,28 @@ class RequestError(FastDeployError, ValueError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+def explain(error: BaseException) -> str:
+    """One line that says what is wrong and, where that adds something, what lies behind it.
+
+    Args:
+        error: What ended the program.
+
+    Returns:
+        The message, which names what to do where there is something, then the causes that it does
+        not quote already.
+    """
+    text = _described(error)
+    below = error.__cause__
+    while below is not None:
+        reason = _described(below)
+        if str(below) and str(below) not in text:
+            text += f" (because of {reason})"
+        below = below.__cause__
+    return one_line(text)
+
+
+def _described(error: BaseException) -> str:
+    text = str(error)
+    return text if isinstance(error, FastDeployError) else f"{type(error).__name__}: {text}"

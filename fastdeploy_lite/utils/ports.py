@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
-from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.errors import ConfigError, quote
 
 
-def reserve(parameter: str, host: str, port: int) -> socket.socket:
+def reserve(parameter: str, host: str, port: int, probe: bool = True) -> socket.socket:
     """Bind a port; it refuses connections until somebody listens on the socket.
 
     A busy port is thus reported before minutes of loading, and nobody can take it meanwhile.
@@ -16,6 +17,7 @@ def reserve(parameter: str, host: str, port: int) -> socket.socket:
         parameter: Name for the message.
         host: Address to bind.
         port: The port; 0 takes a free one.
+        probe: Whether to ask first if somebody answers there.
 
     Returns:
         The bound socket.
@@ -23,28 +25,51 @@ def reserve(parameter: str, host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: The port is taken, or the address cannot be bound.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = _family(parameter, host, port)
     # asyncio switches Nagle's algorithm off only where the protocol is given, not the default 0;
     # with it, each answer on a kept connection waits 40 ms for the client's delayed ACK.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        if _is_listening(family, host, port):
+        if probe and _is_listening(family, host, port):
             raise ConfigError(f"The parameter `{parameter}`:{port} is already in use.")
         # A restarted server must not wait for old connections to leave TIME_WAIT.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
     except OSError as error:
         bound.close()
-        if isinstance(error, socket.gaierror):
-            raise ConfigError(f"The address {host} cannot be resolved") from None
-        if error.strerror and "in use" in error.strerror:
-            raise ConfigError(f"The parameter `{parameter}`:{port} is already in use.") from None
-        raise ConfigError(f"Cannot bind {host}:{port}: {error.strerror}") from None
+        raise ConfigError(_reason(parameter, host, port, error)) from None
     except ConfigError:
         bound.close()
         raise
     bound.set_inheritable(False)
     return bound
+
+
+def _family(parameter: str, host: str, port: int) -> socket.AddressFamily:
+    try:
+        flags = socket.AI_PASSIVE
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
+    except (OSError, UnicodeError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"The address {quote(host)} of `{parameter}` cannot be resolved: {reason}"
+        ) from None
+    families = [entry[0] for entry in found]
+    return socket.AF_INET if socket.AF_INET in families else families[0]
+
+
+def _reason(parameter: str, host: str, port: int, error: OSError) -> str:
+    """Only a busy port is called busy: another one would not help with the rest."""
+    where = f"`{parameter}`: cannot bind {host}:{port}"
+    if error.errno == errno.EADDRINUSE:
+        return f"The parameter `{parameter}`:{port} is already in use."
+    if error.errno == errno.EACCES:
+        return f"{where}: no permission; ports below 1024 need it, use another one"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{where}: this machine has no such address; use 0.0.0.0 or one of its own"
+    if error.errno == errno.EMFILE:
+        return f"{where}: too many open files; raise the limit (ulimit -n)"
+    return f"{where}: {error.strerror or error}"
 
 
 def is_port_available(host: str, port: int) -> bool:

@@ -15,7 +15,7 @@ CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
 CASES: list[tuple[str, dict[str, Any], str, str | None, str]] = [
     (CHAT, {}, "Field required", "messages", "missing_required_parameter"),
-    (CHAT, {"messages": "hi"}, "Input should be a valid list", "list[any]", "invalid_value"),
+    (CHAT, {"messages": "hi"}, "Input should be a valid list", "messages", "invalid_value"),
     (CHAT, {"top_p": 1.5}, "Input should be less than or equal to 1", "top_p", "invalid_value"),
     (CHAT, {"temperature": -1}, "greater than or equal to 0", "temperature", "invalid_value"),
     (CHAT, {"seed": -1}, "greater than or equal to 0", "seed", "invalid_value"),
@@ -127,8 +127,12 @@ def test_the_sdk_sees_a_bad_request(client: openai.OpenAI) -> None:
 
 
 def test_unknown_paths_and_methods(http: httpx.Client) -> None:
-    assert http.get("/nope").json() == {"detail": "Not Found"}
-    assert http.get(CHAT).status_code == 405
+    for answer in (http.get("/nope"), http.post("/nope", content=b"x" * 1000)):
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "not_found"
+    answer = http.get(CHAT)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+    assert answer.json()["error"]["code"] == "method_not_allowed"
 
 
 def test_errors_in_streams_come_before_the_stream(http: httpx.Client) -> None:

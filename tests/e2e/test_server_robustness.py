@@ -58,7 +58,7 @@ class Background:
 
 def wait_running(server: ServerProcess, count: int, metrics_url: str | None = None) -> None:
     deadline = time.monotonic() + 20
-    with httpx.Client(base_url=metrics_url or server.url) as client:
+    with httpx.Client(base_url=metrics_url or server.url, headers=KEY) as client:
         while time.monotonic() < deadline:
             lines = client.get("/metrics").text.splitlines()
             line = next(x for x in lines if x.startswith("fastdeploy:num_requests_running "))
@@ -97,7 +97,8 @@ def guarded(
              "--reasoning-parser", "think", "--tool-call-parser", "hermes", "--max-concurrency",
              "2", "--max-model-len", "2048", "--metrics-port", str(metrics_port),
              "--controller-port", str(controller_port),
-             "--timeout-graceful-shutdown", "30", "--num-gpu-blocks-override", "128")  # fmt: skip
+             "--timeout-graceful-shutdown", "30", "--num-gpu-blocks-override", "128",
+             "--scheduler-password", "redis-password")  # fmt: skip
     with running_server(tmp_path_factory.mktemp("guarded"), flags) as server:
         yield server
 
@@ -116,8 +117,10 @@ def test_wrong_keys_are_refused(guarded: ServerProcess, header: str | None) -> N
     for answer in (
         httpx.get(f"{guarded.url}/v1/models", headers=headers),
         httpx.post(f"{guarded.url}{CHAT}", headers=headers, json={}),
+        httpx.post(f"{guarded.url}/detokenize", headers=headers, json={"tokens": [5]}),
     ):
-        assert (answer.status_code, answer.json()) == (401, {"error": "Unauthorized"})
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
 def test_right_keys_pass_and_probes_are_open(guarded: ServerProcess) -> None:
@@ -145,24 +148,33 @@ def test_logprobs_must_be_enabled(sdk: openai.OpenAI) -> None:
 
 
 def test_metrics_have_their_own_port(guarded: ServerProcess, metrics_port: int) -> None:
-    assert httpx.get(f"{guarded.url}/metrics").status_code == 404
+    assert httpx.get(f"{guarded.url}/metrics", headers=KEY).status_code == 404
     base = f"http://127.0.0.1:{metrics_port}"
-    assert "fastdeploy:num_requests_running" in httpx.get(f"{base}/metrics").text
-    assert httpx.get(f"{base}/config-info").json()["served_model_name"] == "ernie"
+    assert "fastdeploy:num_requests_running" in httpx.get(f"{base}/metrics", headers=KEY).text
+    shown = httpx.get(f"{base}/config-info", headers=KEY)
+    assert shown.json()["served_model_name"] == "ernie"
+    for secret in ("secret-1", "redis-password"):
+        assert secret not in shown.text
+        for file in (guarded.folder / "log").glob("*.log"):
+            assert secret not in file.read_text()
+    for path in ("/metrics", "/config-info"):
+        assert httpx.get(f"{base}{path}").status_code == 401
 
 
 def test_controller(guarded: ServerProcess, controller_port: int) -> None:
     base = f"http://127.0.0.1:{controller_port}/controller"
+    assert httpx.post(f"{base}/reset_scheduler").status_code == 401
     running = Background(guarded.url, 1, LONG)
     time.sleep(0.5)
-    answer = httpx.post(f"{base}/reset_scheduler")
+    answer = httpx.post(f"{base}/reset_scheduler", headers=KEY)
     assert (answer.status_code, answer.text) == (200, "Scheduler Reset Successfully")
     [result] = running.join()
     assert isinstance(result, httpx.Response)
     assert result.json()["choices"][0]["finish_reason"] == "abort"
-    answer = httpx.post(f"{base}/scheduler", json={"reset": True})
+    answer = httpx.post(f"{base}/scheduler", json={"reset": True}, headers=KEY)
     assert answer.json()["error"]["message"] == "Scheduler updated successfully"
-    assert httpx.post(f"{base}/scheduler", json={"load_shards_num": 2}).status_code == 400
+    refused = httpx.post(f"{base}/scheduler", json={"load_shards_num": 2}, headers=KEY)
+    assert refused.status_code == 400
 
 
 def test_tools_and_reasoning(sdk: openai.OpenAI) -> None:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import fastdeploy_lite
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
-from fastdeploy_lite.utils.errors import FastDeployError
+from fastdeploy_lite.utils.errors import FastDeployError, explain
 from fastdeploy_lite.utils.logging import init_console_logging
+from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
 
 PROGRAM = "fastdeploy-lite"
 _PACKAGE = "fastdeploy_lite.entrypoints.cli"
@@ -54,6 +55,7 @@ def run(arguments: list[str]) -> int:
     Returns:
         The exit status.
     """
+    prepare_standard_streams()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview(PROGRAM, SUBCOMMANDS))
         return 0
@@ -85,14 +87,14 @@ def _run_module(name: str, module_name: str, arguments: list[str]) -> int:
     init_console_logging()
     try:
         return int(module.run(parser.parse_args(arguments)) or 0)
-    except FastDeployError as error:
-        print(f"{PROGRAM} {name}: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of a pipe had enough
         sys.stderr.close()
         return 0
+    except (FastDeployError, OSError) as error:
+        print(f"{PROGRAM} {name}: {explain(error)}", file=sys.stderr)
+        return 1
 
 
 def filtered_help(parser: argparse.ArgumentParser, keyword: str) -> str:

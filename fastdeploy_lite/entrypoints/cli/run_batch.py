@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.entrypoints.openai import api_server
 from fastdeploy_lite.entrypoints.openai.app import create_application
+from fastdeploy_lite.entrypoints.openai.server_args import ServerArgs
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError
 from fastdeploy_lite.utils.logging import init_file_logging
@@ -72,16 +73,12 @@ def _write(args: argparse.Namespace, text: str) -> None:
 
 
 async def _answer_all(args: argparse.Namespace, lines: list[str]) -> list[dict[str, Any]]:
-    http = api_server.ServerArgs(
-        max_concurrency=args.max_concurrency, max_waiting_time=args.max_waiting_time
-    )
+    http = ServerArgs(max_concurrency=args.max_concurrency, max_waiting_time=args.max_waiting_time)
     http.check()
     server = api_server.ApiServer(http, EngineArgs.from_cli_args(args))
     service = await server.start_engine()
     try:
-        app = create_application(
-            service, max_concurrency=len(lines) + 1, api_keys=(), with_metrics=False
-        )
+        app = create_application(service, max_concurrency=len(lines) + 1, with_metrics=False)
         limit = asyncio.Semaphore(args.max_concurrency)
         transport = httpx.ASGITransport(app=app.asgi)
         with tqdm(total=len(lines), desc="Processed requests") as bar:

@@ -16,8 +16,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import uvicorn
 
@@ -31,14 +31,31 @@ from fastdeploy_lite.entrypoints.openai.app import (
     create_application,
     metrics_application,
 )
+from fastdeploy_lite.entrypoints.openai.connections import (
+    BACKLOG,
+    Connections,
+    GuardedProtocol,
+    connection_limit,
+)
 from fastdeploy_lite.entrypoints.openai.output_parser import OutputParsers
+from fastdeploy_lite.entrypoints.openai.server_args import (
+    ServerArgs,
+    add_arguments,
+    server_args,
+)
 from fastdeploy_lite.entrypoints.openai.service import Service
 from fastdeploy_lite.input.preprocess import Preprocessor
 from fastdeploy_lite.metrics.metrics import ServerMetrics
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
-from fastdeploy_lite.utils.errors import ConfigError, FastDeployError
-from fastdeploy_lite.utils.logging import RecordFormatter, get_logger, init_file_logging
+from fastdeploy_lite.utils.errors import ConfigError, FastDeployError, explain
+from fastdeploy_lite.utils.logging import (
+    ConsoleHandler,
+    flush_logs,
+    get_logger,
+    init_file_logging,
+)
 from fastdeploy_lite.utils.ports import reserve
+from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
 
 console = get_logger("console")
 STATS_SECONDS = 1.0
@@ -46,96 +63,6 @@ THROUGHPUT_SECONDS = 10.0
 # After the engine died: long enough for probes and clients to be told, short enough to restart.
 LAST_WORDS_SECONDS = 3.0
 ABORT_SECONDS = 5.0  # for aborted requests to send their last event
-
-
-@dataclass
-class ServerArgs:
-    """Arguments of the HTTP side; see `add_server_arguments`."""
-
-    host: str = "0.0.0.0"
-    port: int = 8000
-    workers: int = 1
-    metrics_port: int | None = None
-    controller_port: int = -1
-    max_waiting_time: int = -1
-    max_concurrency: int = 512
-    timeout_graceful_shutdown: int = 0
-    api_key: list[str] = field(default_factory=list)
-    restart_engine: bool = False
-
-    def check(self) -> None:
-        """Refuse values that make no sense.
-
-        Raises:
-            ConfigError: A value is out of range.
-        """
-        for name, least in (("port", 0), ("max_concurrency", 1), ("timeout_graceful_shutdown", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("port", "metrics_port", "controller_port"):
-            if (getattr(self, name) or 0) > 65535:
-                raise ConfigError(f"{name} must be at most 65535, got {getattr(self, name)}")
-
-    @property
-    def shares_metrics(self) -> bool:
-        """Whether the metrics live on the API's port."""
-        return self.metrics_port is None or self.metrics_port == self.port
-
-
-def add_server_arguments(parser: FlexibleArgumentParser) -> None:
-    """Add the flags of the HTTP side.
-
-    Args:
-        parser: Where to.
-    """
-    group = parser.add_argument_group("server")
-    add = group.add_argument
-    add("--host", default="0.0.0.0", help="address to bind")
-    add("--port", type=int, default=8000, help="HTTP port")
-    add("--workers", type=int, default=1, help="API processes (one serves all; others: no effect)")
-    add("--metrics-port", type=int, default=None, help="metrics port, default: the HTTP port")
-    add("--controller-port", type=int, default=-1, help="controller port, -1 is off")
-    add("--max-waiting-time", type=int, default=-1,
-        help="seconds that a request may wait for its first token, -1 is for ever")  # fmt: skip
-    add("--max-concurrency", type=int, default=512, help="requests at the same time; beyond: 429")
-    add("--enable-mm-output", action="store_true", help="accepted, no effect")
-    add("--timeout-graceful-shutdown", type=int, default=0,
-        help="seconds that running requests get to finish after SIGTERM")  # fmt: skip
-    add("--timeout", type=int, default=0, help="accepted, no effect: the engine is always watched")
-    add("--api-key", action="append", default=None, help="accepted key, repeatable")
-    add("--restart-engine", action="store_true", help="restart a dead engine instead of exiting")
-    if not any(action.dest == "config" for action in parser._actions):
-        add("--config", default=None, metavar="FILE.yaml", help="YAML file of defaults")
-
-
-def add_arguments(parser: FlexibleArgumentParser) -> None:
-    """Add every flag of the server.
-
-    Args:
-        parser: Where to.
-    """
-    add_server_arguments(parser)
-    EngineArgs.add_cli_args(parser)
-
-
-def server_args(args: argparse.Namespace) -> ServerArgs:
-    """The HTTP side of parsed arguments.
-
-    Args:
-        args: What the parser gave.
-
-    Returns:
-        Checked arguments.
-
-    Raises:
-        ConfigError: A value is out of range.
-    """
-    names = [f.name for f in dataclasses.fields(ServerArgs)]
-    values = {name: getattr(args, name) for name in names}
-    values["api_key"] = list(values["api_key"] or envs.FD_API_KEY)
-    result = ServerArgs(**values)
-    result.check()
-    return result
 
 
 class _Server(uvicorn.Server):
@@ -159,6 +86,7 @@ class ApiServer:
         self._http = http
         self._engine = engine
         self._servers: list[tuple[_Server, socket.socket]] = []
+        self._connections = Connections(connection_limit())
         self._stopping = asyncio.Event()
         self._exit_code = 0
         self._service: Service
@@ -190,7 +118,8 @@ class ApiServer:
             wanted["metrics_port"] = http.metrics_port or 0
         if http.controller_port >= 0:
             wanted["controller_port"] = http.controller_port
-        return {name: reserve(name, http.host, port) for name, port in wanted.items()}
+        probe = not http.skip_port_check
+        return {name: reserve(name, http.host, port, probe) for name, port in wanted.items()}
 
     # Start ---------------------------------------------------------------------------------------
 
@@ -264,50 +193,51 @@ class ApiServer:
         get_logger("config").info(
             "Reset block num, the total_block_num:%d, prefill_kvcache_block_num:%d", blocks, blocks
         )
-        get_logger("config").info("engine: %s", self._engine.to_dict())
-        get_logger("api_server").info("server: %s", self._shown_arguments())
-
-    def _shown_arguments(self) -> dict[str, object]:
-        values = dataclasses.asdict(self._http)
-        return {**values, "api_key": ["***"] * len(self._http.api_key)}
+        get_logger("config").info("engine: %s", self._engine.shown())
+        get_logger("api_server").info("server: %s", self._http.shown())
 
     def _create_servers(self, sockets: dict[str, socket.socket]) -> None:
         http, service = self._http, self._service
         self._application = create_application(
             service,
             max_concurrency=min(http.max_concurrency, envs.FD_SUPPORT_MAX_CONNECTIONS),
-            api_keys=http.api_key,
             with_metrics=http.shares_metrics,
+            exposure=http.exposure,
         )
         self._add(self._application.asgi, sockets["port"])
         if "metrics_port" in sockets:
-            self._add(metrics_application(service), sockets["metrics_port"])
+            self._add(metrics_application(service, http.exposure), sockets["metrics_port"])
         if "controller_port" in sockets:
-            self._add(controller_application(service), sockets["controller_port"])
+            self._add(controller_application(service, http.exposure), sockets["controller_port"])
 
     def _add(self, app: object, bound: socket.socket) -> None:
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
+            http=partial(GuardedProtocol, connections=self._connections),  # type: ignore[arg-type]
+            ws="none",
             access_log=False,
             log_config=None,
             lifespan="off",
             timeout_keep_alive=75,
             timeout_graceful_shutdown=1,
-            backlog=2048,
+            backlog=BACKLOG,
             server_header=False,
+            proxy_headers=False,
+            **self._http.tls,
         )
         self._servers.append((_Server(config), bound))
 
     # Life ----------------------------------------------------------------------------------------
 
     async def _serve(self) -> int:
-        _adopt_uvicorn_log()
+        _adopt_other_logs()
         serving = [
             asyncio.ensure_future(server.serve(sockets=[bound])) for server, bound in self._servers
         ]
         background = [
             asyncio.ensure_future(self._watch_engine()),
             asyncio.ensure_future(self._report()),
+            asyncio.ensure_future(self._connections.watch()),
         ]
         self._announce_urls()
         stopping = asyncio.ensure_future(self._stopping.wait())
@@ -327,8 +257,9 @@ class ApiServer:
         host, port = self._http.host, self._servers[0][1].getsockname()[1]
         shared = self._http.shares_metrics
         metrics = port if shared else self._servers[1][1].getsockname()[1]
-        base = f"http://{host}:{port}"
-        console.info("Launching metrics service at http://%s:%d/metrics", host, metrics)
+        scheme = "https" if self._http.tls else "http"
+        base = f"{scheme}://{host}:{port}"
+        console.info("Launching metrics service at %s://%s:%d/metrics", scheme, host, metrics)
         console.info("Launching chat completion service at %s/v1/chat/completions", base)
         console.info("Launching completion service at %s/v1/completions", base)
         # uvicorn's own words, which it keeps to itself when it is given sockets.
@@ -419,15 +350,24 @@ def _stop_on_signals(event: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def _adopt_uvicorn_log() -> None:
-    """uvicorn's lines in this package's layout, on the console."""
-    logger = logging.getLogger("uvicorn.error")
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(RecordFormatter())
-        logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+def _adopt_other_logs() -> None:
+    """Lines of uvicorn and asyncio in this package's layout, by the way that never blocks."""
+    for name in ("uvicorn.error", "asyncio"):
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            logger.addHandler(ConsoleHandler())
+        logger.setLevel(logging.INFO if name == "uvicorn.error" else logging.WARNING)
+        logger.propagate = False
+
+
+def _check_environment() -> None:
+    """Refuse variables that cannot be used before they matter; name those without a meaning."""
+    envs.snapshot()
+    unknown = envs.without_meaning()
+    if unknown:
+        console.warning("Environment variables without a meaning here: %s", ", ".join(unknown))
+    if not envs.ENABLE_V1_KVCACHE_SCHEDULER:
+        console.warning("ENABLE_V1_KVCACHE_SCHEDULER=0 has no effect: there is one scheduler")
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -437,18 +377,34 @@ def serve(args: argparse.Namespace) -> int:
         args: What the parser gave.
 
     Returns:
-        The process's exit status; the root cause of a failed start is on the console.
+        The process's exit status; what went wrong with a failed start is on the console.
     """
+    return start(lambda: asyncio.run(_run(ApiServer(server_args(args), _engine_args(args)))))
+
+
+def start(run: Callable[[], int]) -> int:
+    """Set up logging and run; a failed start ends with its reason as the last line.
+
+    Args:
+        run: The service.
+
+    Returns:
+        The process's exit status.
+    """
+    prepare_standard_streams()
     try:
         init_file_logging()
-        http = server_args(args)
-        server = ApiServer(http, EngineArgs.from_cli_args(args))
-        return asyncio.run(_run(server))
-    except (FastDeployError, RuntimeError, OSError) as error:
-        _print_failure(error)
-        return 1
+        _check_environment()
+        return run()
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # whatever it is: one line for the user, the traceback in the log
+        _print_failure(error)
+        return 1
+
+
+def _engine_args(args: argparse.Namespace) -> EngineArgs:
+    return EngineArgs.from_cli_args(args)
 
 
 async def _run(server: ApiServer) -> int:
@@ -456,14 +412,12 @@ async def _run(server: ApiServer) -> int:
 
 
 def _print_failure(error: Exception) -> None:
-    """The root cause last, where a user looks first."""
-    causes: list[BaseException] = [error]
-    while (below := causes[-1].__cause__) is not None:
-        causes.append(below)
-    console.error("Failed to start: %s", causes[-1])
+    """The reason last, where a user looks first."""
     log = get_logger("api_server")
-    if log.handlers:  # or the traceback would end up below the cause
+    if log.handlers:  # or the traceback would end up on the console, below the reason
         log.error("start failed", exc_info=error)
+    console.error("Failed to start: %s", explain(error))
+    flush_logs()
 
 
 def main() -> None:

@@ -8,18 +8,29 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 
 from fastdeploy_lite import envs
 from fastdeploy_lite import version as package_version
 from fastdeploy_lite.engine.request import Request as EngineSideRequest
 from fastdeploy_lite.entrypoints.openai import errors
+from fastdeploy_lite.entrypoints.openai.bodies import (
+    BoundedBody,
+    body_of,
+    decode,
+    document_bodies,
+    parse,
+)
 from fastdeploy_lite.entrypoints.openai.middleware import (
+    OPEN_PATHS,
     Admission,
     ApiKeys,
     App,
-    BoundedBody,
+    Gate,
+    KnownRoutes,
     Observer,
+    RootPath,
 )
 from fastdeploy_lite.entrypoints.openai.protocol import (
     AbortRequest,
@@ -29,6 +40,7 @@ from fastdeploy_lite.entrypoints.openai.protocol import (
     CompletionResponse,
     DetokenizeRequest,
     ErrorResponse,
+    ModelInfo,
     ModelList,
     TokenizeRequest,
 )
@@ -36,7 +48,8 @@ from fastdeploy_lite.entrypoints.openai.service import Service
 from fastdeploy_lite.entrypoints.openai.serving_chat import ChatHandler
 from fastdeploy_lite.entrypoints.openai.serving_completion import CompletionHandler
 from fastdeploy_lite.entrypoints.openai.serving_models import list_models
-from fastdeploy_lite.metrics.metrics import CONTENT_TYPE
+from fastdeploy_lite.metrics.metrics import CONTENT_TYPE, ServerMetrics
+from fastdeploy_lite.utils.errors import quote
 
 NOT_HEALTHY = "Worker Service Not Healthy"
 WEIGHTS_DISABLED = "Dynamic Load Weight Disabled."
@@ -44,11 +57,16 @@ _STATUSES = {
     400: "The request is at fault",
     401: "The API key is missing or wrong",
     408: "The body arrived too slowly",
+    404: "There is no such thing here",
     413: "The body is too large",
     429: "Too many requests at the same time",
     500: "The service failed, or the request waited too long",
+    501: "This kind of model is not served",
     503: "The engine is starting, draining or gone",
 }
+_BODIES = (
+    ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, AbortRequest,
+)  # fmt: skip
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "model": ErrorResponse}
     if status == 400
@@ -70,21 +88,75 @@ class Application:
     admission: Admission
 
 
+@dataclass(frozen=True, slots=True)
+class Cors:
+    """Which pages of other origins may call the service; nobody by default.
+
+    Attributes:
+        origins: Allowed origins, or "*".
+        credentials: Whether cookies and keys may be sent along.
+        methods: Allowed methods.
+        headers: Allowed headers.
+    """
+
+    origins: Sequence[str] = ()
+    credentials: bool = False
+    methods: Sequence[str] = ("*",)
+    headers: Sequence[str] = ("*",)
+
+    def around(self, app: App) -> App:
+        """`app`, answering preflights and marking answers."""
+        if not self.origins:
+            return app
+        return CORSMiddleware(
+            app,
+            allow_origins=self.origins,
+            allow_credentials=self.credentials,
+            allow_methods=self.methods,
+            allow_headers=self.headers,
+            expose_headers=["x-request-id"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """To whom the ports of a service answer.
+
+    Attributes:
+        api_keys: Accepted keys; empty for none.
+        cors: Pages of other origins.
+        root_path: Prefix of all paths behind a proxy.
+    """
+
+    api_keys: Sequence[str] = ()
+    cors: Cors = Cors()
+    root_path: str = ""
+
+    def around(self, app: App, metrics: ServerMetrics, open_paths: frozenset[str]) -> App:
+        """`app` behind keys, cross-origin rules and the observer."""
+        guarded = ApiKeys(app, self.api_keys, open_paths)
+        return Observer(RootPath(self.cors.around(guarded), self.root_path), metrics)
+
+
 def create_application(
-    service: Service, *, max_concurrency: int, api_keys: Sequence[str], with_metrics: bool
+    service: Service,
+    *,
+    max_concurrency: int,
+    with_metrics: bool,
+    exposure: Exposure = Exposure(),
 ) -> Application:
     """Build the service's application.
 
     Args:
         service: The service.
         max_concurrency: Generation requests at the same time.
-        api_keys: Accepted keys; empty for none.
         with_metrics: Whether the metrics routes are served here too.
+        exposure: Keys, cross-origin rules, the proxy's prefix.
 
     Returns:
         The application.
     """
-    app = FastAPI(title="fastdeploy_lite", version=_version())
+    app = FastAPI(title="fastdeploy_lite", version=_version(), root_path=exposure.root_path)
     errors.install(app)
     _add_generation(app, service)
     _add_probes(app, service)
@@ -93,21 +165,37 @@ def create_application(
     _add_disabled(app)
     if with_metrics:
         add_metrics(app, service)
-    bounded = BoundedBody(app, envs.FD_LITE_MAX_BODY_BYTES)
-    admission = Admission(bounded, max_concurrency)
-    return Application(Observer(ApiKeys(admission, api_keys), service.metrics), admission)
+    document_bodies(app, *_BODIES)
+    admission = Admission(app, max_concurrency)
+    guarded = _bounded(Gate(_with_body(admission), admission), app)
+    return Application(exposure.around(guarded, service.metrics, _open_paths()), admission)
 
 
-def metrics_application(service: Service) -> FastAPI:
-    """The application of a metrics port of its own."""
+def _with_body(app: App) -> App:
+    return BoundedBody(app, envs.FD_LITE_MAX_BODY_BYTES, envs.FD_LITE_MAX_BODY_VALUES)
+
+
+def _bounded(inner: App, app: FastAPI) -> App:
+    return KnownRoutes(inner, app.routes)
+
+
+def _open_paths() -> frozenset[str]:
+    return OPEN_PATHS | {"/metrics"} if envs.FD_LITE_OPEN_METRICS else OPEN_PATHS
+
+
+def metrics_application(service: Service, exposure: Exposure = Exposure()) -> App:
+    """The application of a metrics port of its own, behind the service's keys."""
     app = FastAPI(title="fastdeploy_lite metrics", version=_version())
+    errors.install(app)
     add_metrics(app, service)
-    return app
+    guarded = _bounded(_with_body(app), app)
+    return exposure.around(guarded, service.metrics, _open_paths())
 
 
-def controller_application(service: Service) -> FastAPI:
-    """The application of the controller port."""
+def controller_application(service: Service, exposure: Exposure = Exposure()) -> App:
+    """The application of the controller port, behind the service's keys."""
     app = FastAPI(title="fastdeploy_lite controller", version=_version())
+    errors.install(app)
 
     @app.post("/controller/reset_scheduler")
     async def reset_scheduler() -> Response:
@@ -120,16 +208,18 @@ def controller_application(service: Service) -> FastAPI:
     @app.post("/controller/scheduler")
     async def scheduler(request: Request) -> Response:
         """Reset on demand; the local scheduler has nothing else to change."""
-        body = await request.json() if await request.body() else {}
+        data = await request.body()
+        body = decode(data) if data else {}
         if isinstance(body, dict) and body.get("reset"):
             await service.client.control("reset")
             message = "Scheduler updated successfully"
             return errors.json_response(errors.error_body(message))
         message = "The local scheduler cannot be reconfigured; only reset is available"
-        body = errors.error_body(message, "invalid_request_error", None, "invalid_value")
-        return errors.json_response(body, 400)
+        refusal = errors.error_body(message, "invalid_request_error", None, "invalid_value")
+        return errors.json_response(refusal, 400)
 
-    return app
+    guarded = _bounded(_with_body(app), app)
+    return exposure.around(guarded, service.metrics, frozenset())
 
 
 def _version() -> str:
@@ -143,23 +233,47 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS,
-        tags=["generation"],
+        tags=["generation"], openapi_extra=body_of(ChatCompletionRequest),
     )  # fmt: skip
-    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+    async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation."""
-        return await chat.create(body, request)
+        return await chat.create(await parse(request, ChatCompletionRequest), request)
 
     @app.post(
-        "/v1/completions", response_model=CompletionResponse, responses=ERRORS, tags=["generation"]
-    )
-    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        "/v1/completions", response_model=CompletionResponse, responses=ERRORS,
+        tags=["generation"], openapi_extra=body_of(CompletionRequest),
+    )  # fmt: skip
+    async def create_completion(request: Request) -> Response:
         """Continue a text."""
-        return await completion.create(body, request)
+        return await completion.create(await parse(request, CompletionRequest), request)
 
     @app.get("/v1/models", response_model=ModelList, tags=["models"])
     async def models() -> ModelList:
         """List the model."""
         return list_models(service)
+
+    @app.get("/v1/models/{model:path}", response_model=ModelInfo, responses={404: ERRORS[404]},
+             tags=["models"])  # fmt: skip
+    async def model(model: str) -> Any:
+        """The model, by its name."""
+        info = list_models(service).data[0]
+        if model in (info.id, "default"):
+            return info
+        text = f"The model {quote(model)} does not exist; this server has {quote(info.id)}"
+        body = errors.error_body(text, "invalid_request_error", "model", "model_not_found")
+        return errors.json_response(body, 404)
+
+    for path in ("/v1/embeddings", "/v1/reward"):
+        app.add_api_route(path, _generates_only, methods=["POST"], responses={501: ERRORS[501]},
+                          tags=["generation"])  # fmt: skip
+
+
+async def _generates_only(request: Request) -> Response:
+    """Pooling models only: this server generates text."""
+    path = request.scope["path"]
+    text = f"{path} needs a pooling model; this server generates text: use /v1/chat/completions"
+    body = errors.error_body(text, "invalid_request_error", None, "not_implemented")
+    return errors.json_response(body, 501)
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:
@@ -200,9 +314,12 @@ def _route(route: BaseRoute) -> dict[str, Any]:
 def _add_text(app: FastAPI, service: Service) -> None:
     responses: dict[int | str, dict[str, Any]] = {400: ERRORS[400]}
 
-    @app.post("/tokenize", responses=responses, tags=["text"])
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    @app.post(
+        "/tokenize", responses=responses, tags=["text"], openapi_extra=body_of(TokenizeRequest)
+    )
+    async def tokenize(http: Request) -> dict[str, Any]:
         """Token ids of a text or of a rendered conversation."""
+        body = await parse(http, TokenizeRequest)
         request = EngineSideRequest(
             prompt=body.prompt,
             messages=body.messages,
@@ -212,10 +329,13 @@ def _add_text(app: FastAPI, service: Service) -> None:
         limit = service.config.scheduler.max_model_len
         return {"count": len(ids), "max_model_len": limit, "tokens": ids}
 
-    @app.post("/detokenize", responses=responses, tags=["text"])
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    @app.post(
+        "/detokenize", responses=responses, tags=["text"], openapi_extra=body_of(DetokenizeRequest)
+    )
+    async def detokenize(http: Request) -> dict[str, str]:
         """The text of token ids."""
-        return {"prompt": service.tokenizer.decode(body.tokens)}
+        body = await parse(http, DetokenizeRequest)
+        return {"prompt": await service.in_thread(service.tokenizer.decode, body.tokens)}
 
 
 def _add_control(app: FastAPI, service: Service) -> None:
@@ -240,9 +360,13 @@ def _add_control(app: FastAPI, service: Service) -> None:
         """Whether the engine is paused."""
         return {"is_paused": service.client.stats.paused}
 
-    @app.post("/v1/abort", responses={**unavailable, 400: ERRORS[400]}, tags=["control"])
-    async def abort(body: AbortRequest) -> dict[str, list[str]]:
+    @app.post(
+        "/v1/abort", responses={**unavailable, 400: ERRORS[400]}, tags=["control"],
+        openapi_extra=body_of(AbortRequest),
+    )  # fmt: skip
+    async def abort(http: Request) -> dict[str, list[str]]:
         """End requests by their public id; they answer with `finish_reason` abort."""
+        body = await parse(http, AbortRequest)
         service.check_alive()
         wanted = [*(body.request_ids or []), *([body.request_id] if body.request_id else [])]
         if body.abort_all:
@@ -290,7 +414,7 @@ def add_metrics(app: FastAPI, service: Service) -> None:
         """The configuration and the environment variables that matter."""
         if not service.client.is_healthy:
             return PlainTextResponse("Engine not loaded", 500)
-        values = {**service.args.to_dict(), "env_config": envs.snapshot()}
+        values = {**service.args.shown(), "env_config": envs.snapshot()}
         for name, group in (("scheduler_config", service.config.scheduler),
                             ("cache_config", service.config.cache)):  # fmt: skip
             values[name] = {f: getattr(group, f) for f in group.__dataclass_fields__}

@@ -22,6 +22,7 @@ from fastdeploy_lite.utils.logging import get_logger
 
 _log = get_logger("api_server")
 _LONGEST_MESSAGE = 2000
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 class ServiceError(Exception):
@@ -121,8 +122,9 @@ def from_validation(errors: Sequence[Any]) -> Response:
         A 400.
     """
     first = errors[0] if errors else {"type": "", "msg": "Invalid request", "loc": ("body",)}
-    location = [str(part) for part in first.get("loc", ())] or ["body"]
-    param = "body" if first.get("type") == "json_invalid" else location[-1]
+    # The field comes first; the branch of a union, an index or a nested key may follow.
+    location = [str(part) for part in first.get("loc", ()) if part != "body"] or ["body"]
+    param = location[0]
     code = "missing_required_parameter" if first.get("type") == "missing" else "invalid_value"
     message = str(first.get("msg", "Invalid request"))
     return json_response(error_body(message, "invalid_request_error", param, code), 400)
@@ -145,7 +147,9 @@ def install(app: FastAPI) -> None:
             return json_response(
                 error_body(str(error.detail), "invalid_request_error", "body", "invalid_value"), 400
             )
-        return json_response({"detail": error.detail}, error.status_code, error.headers)
+        code = _HTTP_CODES.get(error.status_code, "invalid_value")
+        body = error_body(str(error.detail), "invalid_request_error", None, code)
+        return json_response(body, error.status_code, error.headers)
 
     async def on_any(_: Request, error: Exception) -> Response:
         return from_exception(error)

@@ -11,7 +11,9 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+
+from fastdeploy_lite.utils.errors import quote
 
 MAX_SEED = 922337203685477580
 MAX_CHOICES = 128  # of `n`; one request must not fill the whole queue
@@ -24,6 +26,27 @@ _LEGACY_GUIDED = (
     "guided_grammar",
     "structural_tag",
 )
+
+
+def _first_bad_bias(value: Any) -> Any:
+    """pydantic would list every bad entry of a mapping; the first one is enough."""
+    if isinstance(value, dict):
+        for key, number in value.items():
+            if not isinstance(number, int | float):
+                raise ValueError(f"logit_bias: expected numbers, found {quote({key: number})}")
+    return value
+
+
+class _FirstFault(FailFast):
+    """A list of a million faults is one fault: validation stops at the first."""
+
+    __hash__ = object.__hash__  # unions of annotated types want it
+
+
+Ids = Annotated[list[int], _FirstFault()]
+IdLists = Annotated[list[Ids], _FirstFault()]
+Texts = Annotated[list[str], _FirstFault()]
+Bias = Annotated[dict[str, float], BeforeValidator(_first_bad_bias)]
 
 
 class ErrorInfo(BaseModel):
@@ -93,8 +116,8 @@ class ResponseFormat(BaseModel):
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaResponseFormat | None = None
-    structures: list[StructuralTag] | None = None
-    triggers: list[str] | None = None
+    structures: Annotated[list[StructuralTag], _FirstFault()] | None = None
+    triggers: Texts | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> ResponseFormat:
@@ -122,17 +145,17 @@ class _GenerationRequest(BaseModel):
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     max_tokens: int | None = None
     min_tokens: int | None = Field(default=None, ge=0)
-    stop: str | list[str] | None = Field(default_factory=list)
-    stop_token_ids: list[int] | None = Field(default_factory=list)
+    stop: str | Texts | None = Field(default_factory=list)
+    stop_token_ids: Ids | None = Field(default_factory=list)
     include_stop_str_in_output: bool | None = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_streaming_response_tokens: int | None = None
     user: str | None = None
     request_id: str | None = None
-    bad_words: list[str] | None = None
-    bad_words_token_ids: list[int] | None = None
-    logit_bias: dict[str, float] | None = None
+    bad_words: Texts | None = None
+    bad_words_token_ids: Ids | None = None
+    logit_bias: Bias | None = None
     logits_processors_args: dict[str, Any] | None = None
     temp_scaled_logprobs: bool | None = False
     top_p_normalized_logprobs: bool | None = False
@@ -142,7 +165,7 @@ class _GenerationRequest(BaseModel):
     response_format: ResponseFormat | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Texts | None = None
     guided_grammar: str | None = None
     guided_json_object: bool | None = None
     guided_decoding_backend: str | None = None
@@ -167,30 +190,30 @@ class _GenerationRequest(BaseModel):
 class ChatCompletionRequest(_GenerationRequest):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[Any] | list[int]
+    messages: list[Any] | Ids
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
-    tools: list[ChatCompletionToolsParam] | None = None
+    tools: Annotated[list[ChatCompletionToolsParam], _FirstFault()] | None = None
     structural_tag: str | None = None
     metadata: dict[str, Any] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_max_tokens: int | None = None
     response_max_tokens: int | None = None
-    prompt_token_ids: list[int] | None = None
-    completion_token_ids: list[int] | None = None
+    prompt_token_ids: Ids | None = None
+    completion_token_ids: Ids | None = None
     disable_chat_template: bool | None = False
 
 
-Prompt = list[int] | list[list[int]] | str | list[str]
+Prompt = Ids | IdLists | str | Texts
 
 
 class CompletionRequest(_GenerationRequest):
     """Body of `POST /v1/completions`."""
 
     prompt: Prompt = Field(...)
-    prompt_token_ids: list[int] | list[list[int]] | None = None
+    prompt_token_ids: Ids | IdLists | None = None
     suffix: dict[str, Any] | str | None = None
     best_of: int | None = None
     echo: bool | None = False
@@ -214,14 +237,14 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """Body of `POST /detokenize`."""
 
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], _FirstFault()]
 
 
 class AbortRequest(BaseModel):
     """Body of `POST /v1/abort`."""
 
     request_id: str | None = None
-    request_ids: list[str] | None = None
+    request_ids: Texts | None = None
     abort_all: bool = False
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastdeploy_lite.entrypoints.openai import middleware
-from fastdeploy_lite.entrypoints.openai.middleware import Admission, ApiKeys, BoundedBody
+from fastdeploy_lite.entrypoints.openai.middleware import Admission, ApiKeys, Gate, RootPath
 
 CHAT = "/v1/chat/completions"
 
@@ -21,6 +21,7 @@ async def drive(
     path: str = CHAT,
     headers: Any = (),
     hang: bool = False,
+    method: str = "POST",
 ) -> tuple[int, Any]:
     """Send one request through an ASGI application; returns status and body."""
     pending = list(parts)
@@ -37,7 +38,7 @@ async def drive(
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
+    scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
     await app(scope, receive, send)
     if not sent:
         return 0, None
@@ -46,28 +47,7 @@ async def drive(
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    message = await receive()
-    await middleware.refuse(send, 200, {"length": len(message["body"])})
-
-
-def test_bodies_arrive_whole() -> None:
-    assert asyncio.run(drive(BoundedBody(echo, 10), [b"abc", b"de"])) == (200, {"length": 5})
-
-
-def test_large_bodies_are_refused_before_their_end() -> None:
-    status, body = asyncio.run(drive(BoundedBody(echo, 10), [b"x" * 6, b"x" * 6, b"never read"]))
-    assert status == 413
-    assert "10 bytes" in body["error"]["message"]
-
-
-def test_slow_bodies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.05)
-    status, _ = asyncio.run(drive(BoundedBody(echo, 10), [b"x"], hang=True))
-    assert status == 408
-
-
-def test_a_client_that_leaves_gets_nothing() -> None:
-    assert asyncio.run(drive(BoundedBody(echo, 10), [])) == (0, None)
+    await middleware.refuse(send, 200, {"path": scope["path"]})
 
 
 def test_admission_counts_and_closes() -> None:
@@ -110,16 +90,59 @@ def test_a_failing_handler_gives_its_place_back() -> None:
     assert admission.active == 0
 
 
+def test_a_full_house_is_said_before_the_body() -> None:
+    async def run() -> None:
+        async def unread(scope: Any, receive: Any, send: Any) -> None:
+            raise AssertionError("the body must not be read")
+
+        admission = Admission(unread, 1)
+        admission.active = 1
+        assert (await drive(Gate(unread, admission)))[0] == 429
+        admission.closed_reason = "The engine is starting"
+        assert (await drive(Gate(unread, admission)))[0] == 503
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
-    ("path", "header", "status"),
-    [("/v1/models", b"Bearer b", 200), ("/v1/models", b"bearer a", 200), ("/v1/models", b"", 401),
-     ("/v1/models", b"Bearer c", 401), ("/health", b"", 200), ("/v1/models", b"Bearer \xff", 401)],
-)  # fmt: skip
-def test_keys(path: str, header: bytes, status: int) -> None:
+    ("method", "path", "header", "status"),
+    [
+        ("GET", "/v1/models", b"Bearer b", 200),
+        ("GET", "/v1/models", b"bearer a", 200),
+        ("GET", "/v1/models", b"", 401),
+        ("GET", "/v1/models", b"Bearer c", 401),
+        ("GET", "/v1/models", b"Bearer \xff", 401),
+        ("GET", "/v1/models", b"Bearer ", 401),
+        ("GET", "/v1/models", b"Bearer", 401),
+        ("GET", "/health", b"", 200),
+        ("POST", "/ping", b"", 200),
+        ("POST", "/health", b"", 401),
+        ("GET", "/metrics", b"", 401),
+        ("GET", "/config-info", b"", 401),
+        ("POST", "/tokenize", b"", 401),
+        ("POST", "/detokenize", b"", 401),
+        ("POST", "/controller/reset_scheduler", b"", 401),
+        ("POST", "/nope", b"", 401),
+        ("OPTIONS", "/v1/models", b"", 200),
+    ],
+)
+def test_keys(method: str, path: str, header: bytes, status: int) -> None:
     protected = ApiKeys(echo, ["a", "b"])
     headers = [(b"authorization", header)] if header else []
-    assert asyncio.run(drive(protected, path=path, headers=headers))[0] == status
+    given = asyncio.run(drive(protected, path=path, headers=headers, method=method))
+    assert given[0] == status
+    if status == 401:
+        assert given[1]["error"]["code"] == "invalid_api_key"
 
 
 def test_no_keys_means_open() -> None:
     assert asyncio.run(drive(ApiKeys(echo, [])))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "seen"),
+    [("/fd/v1/models", "/v1/models"), ("/v1/models", "/v1/models"), ("/fd", "/fd")],
+)
+def test_a_proxys_prefix_is_taken_off(path: str, seen: str) -> None:
+    for prefix in ("/fd", "/fd/"):
+        assert asyncio.run(drive(RootPath(echo, prefix), path=path)) == (200, {"path": seen})
