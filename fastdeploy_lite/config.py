@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization_config import QuantizationConfig
+from fastdeploy_lite.speculation.config import SpeculativeConfig
 from fastdeploy_lite.utils.errors import ConfigError, quote
 from fastdeploy_lite.utils.json_fields import JsonFields, read_json_object
 
@@ -35,6 +36,8 @@ LoadChoice = Literal["default", "default_v1", "dummy"]
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 
 BLOCK_SIZE = 64  # tokens of one KV block; the attention kernels are compiled for it
+# A step whose guesses outnumber this is bound by arithmetic on any device: checking more is a loss.
+MOST_DRAFT_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,7 @@ class RuntimeConfig:
     max_logprobs: int = 20
     tokenizer_path: Path | None = None
     early_stop: EarlyStopConfig | None = None
+    speculative: SpeculativeConfig | None = None
     guided_decoding_backend: str = "off"
     guided_any_whitespace: bool = True
     reasoning_parser: str | None = None
@@ -208,3 +212,17 @@ class RuntimeConfig:
             _refuse("logprobs_mode", self.logprobs_mode, f"one of {get_args(LogprobsMode)}")
         if self.max_logprobs < -1:
             _refuse("max_logprobs", self.max_logprobs, "at least -1 (no limit)")
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """Most guessed tokens that a step checks, of all sequences together."""
+        if self.speculative is None:
+            return 0
+        limits = self.scheduler
+        wanted = min(limits.max_num_seqs * self.speculative.most_tokens, MOST_DRAFT_TOKENS)
+        return max(0, min(wanted, limits.max_num_batched_tokens - limits.max_num_seqs))
+
+    @property
+    def max_logit_rows(self) -> int:
+        """Most positions that a step samples."""
+        return self.scheduler.max_num_seqs + self.max_draft_tokens

@@ -9,6 +9,7 @@ void bind_linear(py::module_& m);
 void bind_sampling(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_rowwise(py::module_& m);
+void bind_speculation(py::module_& m);
 
 }  // namespace fd
 
@@ -21,4 +22,5 @@ PYBIND11_MODULE(_ops_cpu, m) {
   fd::bind_sampling(m);
   fd::bind_attention(m);
   fd::bind_rowwise(m);
+  fd::bind_speculation(m);
 }

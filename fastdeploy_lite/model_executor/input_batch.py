@@ -36,9 +36,16 @@ class InputBatch:
     """
 
     def __init__(
-        self, max_tokens: int, max_seqs: int, max_model_len: int, vocab_size: int, place: Any
+        self,
+        max_tokens: int,
+        max_seqs: int,
+        max_model_len: int,
+        vocab_size: int,
+        place: Any,
+        max_logit_rows: int | None = None,
     ) -> None:
-        """Args: the limits of one step and of one sequence; place: where the tensors live."""
+        """Args: the limits of one step and of one sequence; place: where the tensors live;
+        max_logit_rows: positions that are sampled, one a sequence by default."""
         self.max_tokens = max_tokens
         self.max_seqs = max_seqs
         self.vocab_size = vocab_size
@@ -50,7 +57,7 @@ class InputBatch:
             {
                 "cu_seqlens_q": ([max_seqs + 1], "int32"),
                 "context_lens": ([max_seqs], "int32"),
-                "logit_rows": ([max_seqs], "int32"),
+                "logit_rows": ([max_logit_rows or max_seqs], "int32"),
                 "token_ids": ([max_tokens], "int32"),
                 "positions": ([max_tokens], "int32"),
                 "slot_mapping": ([max_tokens], "int32"),

@@ -24,8 +24,9 @@ from fastdeploy_lite.model_executor.input_batch import BatchShape, InputBatch
 from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch, KVCache
 from fastdeploy_lite.model_executor.layers.rotary import cos_sin_table
 from fastdeploy_lite.model_executor.prompt_logprobs import PromptScorer
-from fastdeploy_lite.model_executor.sampling_batch import SamplingBatch
+from fastdeploy_lite.model_executor.sampling_batch import SampledRow, SamplingBatch
 from fastdeploy_lite.model_executor.step import SequenceSlice, SliceResult
+from fastdeploy_lite.model_executor.verification import logit_rows, sample_slices
 from fastdeploy_lite.model_executor.weights import bits_per_weight, open_source
 from fastdeploy_lite.model_executor.workspace import Workspace
 from fastdeploy_lite.models.registry import ModelRegistry
@@ -116,9 +117,14 @@ class ModelRunner:
             limits.max_model_len,
             model.vocab_size,
             self.place,
+            max_logit_rows=config.max_logit_rows,
         )
         self._sampling = SamplingBatch(
-            limits.max_num_seqs, model.vocab_size, self._scratch, config.logprobs_mode
+            limits.max_num_seqs,
+            model.vocab_size,
+            self._scratch,
+            config.logprobs_mode,
+            max_rows=config.max_logit_rows,
         )
         as_logits = config.logprobs_mode.endswith("_logits")
         self._prompts = PromptScorer(self.model.logits, self._scratch, as_logits)
@@ -182,12 +188,13 @@ class ModelRunner:
         caches = self._new_caches(blocks)  # all sequences write the same blocks: values are unused
         hidden = self.model(self._own_batch([0] * sum(lengths), lengths, 0, blocks, caches))
         self._inputs.buffer.upload()
-        self.model.logits(self._sampled_rows(hidden, limits.max_num_seqs), self.workspace)
+        rows = min(self.config.max_logit_rows, sum(lengths))
+        self.model.logits(self._sampled_rows(hidden, rows), self.workspace)
 
     def _largest_sampling_bytes(self) -> int:
         """Tables that appear when a request first asks: token counts and a copy of raw logits."""
-        rows, columns = self.config.scheduler.max_num_seqs, self.config.model.vocab_size
-        return 2 * 4 * rows * columns
+        limits, columns = self.config.scheduler, self.config.model.vocab_size
+        return 4 * (limits.max_num_seqs + self.config.max_logit_rows) * columns
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Allocate `num_blocks` blocks per layer, replacing any earlier cache."""
@@ -242,16 +249,32 @@ class ModelRunner:
         if shape.decode_only and len(sampled) == len(slices):
             logits = self._decode(shape)
         else:
-            hidden = self._prefill(shape, sampled)
+            hidden = self._prefill(shape, slices, sampled)
             self._score_prompts(hidden, slices, results)
             if not sampled:
                 return results
-            logits = self.model.logits(self._sampled_rows(hidden, len(sampled)), self.workspace)
-        rows = self._sampling.sample(logits, [slices[index] for index in sampled])
-        for index, row in zip(sampled, rows, strict=True):
-            result = results[index]
-            result.token_id, result.logprobs, result.error = row.token_id, row.logprobs, row.error
+            count = sum(slices[index].num_rows for index in sampled)
+            logits = self.model.logits(self._sampled_rows(hidden, count), self.workspace)
+        for index, result in zip(
+            sampled, self._sample(logits, [slices[index] for index in sampled]), strict=True
+        ):
+            result.prompt_logprobs = results[index].prompt_logprobs
+            results[index] = result
         return results
+
+    def _sample(self, logits: Any, slices: Sequence[SequenceSlice]) -> list[SliceResult]:
+        def rows_of(numbers: Sequence[int], parts: Sequence[SequenceSlice]) -> list[SampledRow]:
+            # All rows in their order, but for what depends on the tokens before.
+            is_whole = len(numbers) == logits.shape[0]
+            return self._sampling.sample(logits if is_whole else self._pick(logits, numbers), parts)
+
+        return sample_slices(slices, rows_of)
+
+    def _pick(self, logits: Any, numbers: Sequence[int]) -> Any:
+        rows = paddle.to_tensor(np.asarray(numbers, np.int32), place=self.place)
+        out = self._scratch.get("picked_logits", [len(numbers), logits.shape[1]], "float32")
+        ops.gather_rows(logits, rows, out)
+        return out
 
     def _decode(self, shape: BatchShape) -> Any:
         """One token per sequence, every row sampled: logits [B, V], by graph where there is one."""
@@ -271,11 +294,13 @@ class ModelRunner:
             batch = self._decode_batches[count] = self._batch(count, count)
         return self.model.logits(self.model(batch), self.workspace)
 
-    def _prefill(self, shape: BatchShape, sampled: Sequence[int]) -> Any:
+    def _prefill(
+        self, shape: BatchShape, slices: Sequence[SequenceSlice], sampled: Sequence[int]
+    ) -> Any:
         """Any mix of slices: hidden states [T, H]."""
         host = self._inputs.buffer.host
-        last = host["cu_seqlens_q"][1:][sampled] - 1
-        host["logit_rows"][: len(sampled)] = last
+        rows = logit_rows([slices[i] for i in sampled], host["cu_seqlens_q"][1:][sampled])
+        host["logit_rows"][: len(rows)] = rows
         self._inputs.buffer.upload()
         return self.model(self._batch(shape.num_tokens, shape.num_seqs))
 

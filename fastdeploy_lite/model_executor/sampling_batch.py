@@ -38,16 +38,22 @@ class SamplingBatch:
     """Runs the sampler on the logits of a step and brings the results to the host in one copy."""
 
     def __init__(
-        self, max_seqs: int, vocab_size: int, workspace: Workspace, logprobs_mode: LogprobsMode
+        self,
+        max_seqs: int,
+        vocab_size: int,
+        workspace: Workspace,
+        logprobs_mode: LogprobsMode,
+        max_rows: int | None = None,
     ) -> None:
-        """Args: max_seqs: slots; logprobs_mode: what log-probabilities are taken of."""
-        self.max_seqs = max_seqs
+        """Args: max_seqs: slots; logprobs_mode: what log-probabilities are taken of; max_rows: rows
+        of logits in a step, one a slot by default."""
+        self.max_rows = max_rows or max_seqs
         self.vocab_size = vocab_size
         self.workspace = workspace
         self.logprobs_mode = logprobs_mode
-        self.table = SamplingTable(max_seqs, vocab_size, workspace.place)
-        self._all_rows = PackedBuffer({"rows": ([max_seqs], "int32")}, workspace.place)
-        self._all_rows.host["rows"][:] = np.arange(max_seqs)
+        self.table = SamplingTable(max_seqs, vocab_size, workspace.place, self.max_rows)
+        self._all_rows = PackedBuffer({"rows": ([self.max_rows], "int32")}, workspace.place)
+        self._all_rows.host["rows"][:] = np.arange(self.max_rows)
         self._all_rows.upload()
         self._alternatives = 1
         self._outputs = self._new_outputs()
@@ -62,7 +68,8 @@ class SamplingBatch:
 
         Args:
             logits: float32 [R, V], row i belongs to slices[i]; overwritten.
-            slices: the slices that sample, their slots admitted to `table`.
+            slices: the slices that sample, their slots admitted to `table`; several of one slot
+                where guesses are checked.
 
         Returns:
             One result per slice; a row that is not numbers gives an error and leaves the others.
@@ -154,7 +161,7 @@ class SamplingBatch:
             self._outputs = self._new_outputs()
 
     def _new_outputs(self) -> PackedBuffer:
-        count, most = self.max_seqs, self.max_seqs * self._alternatives
+        count, most = self.max_rows, self.max_rows * self._alternatives
         fields = {
             "tokens": ([count], "int32"),
             "logprob": ([count], "float32"),

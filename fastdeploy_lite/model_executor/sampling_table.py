@@ -35,9 +35,13 @@ class SamplingTable:
     few array operations for any number of sequences.
     """
 
-    def __init__(self, max_seqs: int, vocab_size: int, place: Any) -> None:
-        """Args: max_seqs: slots; place: where the step's tensors live."""
+    def __init__(
+        self, max_seqs: int, vocab_size: int, place: Any, max_rows: int | None = None
+    ) -> None:
+        """Args: max_seqs: slots; place: where the step's tensors live; max_rows: rows of logits in
+        a step, one a slot by default."""
         self.max_seqs = max_seqs
+        self.max_rows = max_rows or max_seqs
         self.vocab_size = vocab_size
         self.place = place
         self._columns = {name: np.zeros(max_seqs, dtype) for name, dtype in _ROW_FIELDS.items()}
@@ -46,11 +50,11 @@ class SamplingTable:
         self._edits: dict[int, Edits] = {}
         self._inputs = PackedBuffer(
             {
-                "slots": ([max_seqs], "int32"),
-                "steps": ([max_seqs], "int64"),
-                "forced": ([max_seqs], "int32"),
-                "edit_offsets": ([max_seqs + 1], "int32"),
-                **{name: ([max_seqs], dtype) for name, dtype in _ROW_FIELDS.items()},
+                "slots": ([self.max_rows], "int32"),
+                "steps": ([self.max_rows], "int64"),
+                "forced": ([self.max_rows], "int32"),
+                "edit_offsets": ([self.max_rows + 1], "int32"),
+                **{name: ([self.max_rows], dtype) for name, dtype in _ROW_FIELDS.items()},
             },
             place,
         )
@@ -196,7 +200,7 @@ class SamplingTable:
             return None, None
         if self._guided is None:
             words = -(-self.vocab_size // 32)
-            fields = {"rows": ([self.max_seqs], "int32"), "bits": ([self.max_seqs, words], "int32")}
+            fields = {"rows": ([self.max_rows], "int32"), "bits": ([self.max_rows, words], "int32")}
             self._guided = PackedBuffer(fields, self.place)
         host, device = self._guided.host, self._guided.device
         np.stack(masks, out=host["bits"][: len(masks)])

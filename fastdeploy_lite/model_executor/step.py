@@ -80,6 +80,10 @@ class SequenceSlice:
         forced_token: id that is returned whatever the logits say; -1 samples.
         bitmask: int32 [ceil(V / 32)], bit set = token allowed; None allows all.
         logits_processors: called in order on this sequence's row before the penalties.
+        draft_token_ids: guesses, which `token_ids` ends with. Each is checked: the position before
+            it is sampled as if the guess were not known, and it counts if that gives the same.
+        draft_bitmasks: what `bitmask` becomes after each guess; None allows all everywhere.
+        num_banned_now: sampled positions that `banned_now` holds for.
     """
 
     request_id: str
@@ -97,6 +101,14 @@ class SequenceSlice:
     forced_token: int = -1
     bitmask: npt.NDArray[np.int32] | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
+    draft_token_ids: Sequence[int] = ()
+    draft_bitmasks: Sequence[npt.NDArray[np.int32] | None] | None = None
+    num_banned_now: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        """Positions whose logits are sampled."""
+        return len(self.draft_token_ids) + 1 if self.sample else 0
 
 
 @dataclass(slots=True)
@@ -130,9 +142,11 @@ class SliceResult:
             hold len(prompt) - 1 entries.
         error: one line when this sequence alone failed (its logits were not numbers, or a logits
             processor raised); the others of the step are sound.
+        verified: tokens sampled after guesses that were right, in order, with their logprobs.
     """
 
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
+    verified: Sequence[tuple[int, TokenLogprobs | None]] = ()

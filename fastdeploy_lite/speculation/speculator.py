@@ -1,0 +1,208 @@
+"""Decides which guesses of which sequences the next step checks, and keeps the accounts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fastdeploy_lite.speculation.config import SpeculativeConfig
+from fastdeploy_lite.speculation.drafters import NOTHING, Draft, Drafter, DrafterFactory
+from fastdeploy_lite.speculation.rates import HitRates, StepLine
+
+# A guess must be expected to pay this much more than it costs: estimates are noisy, and a guess
+# that just breaks even only adds jitter.
+MARGIN = 1.1
+# Before the cost of a longer step is known, guesses that are right this often are tried anyway.
+TRIED_RATE = 0.6
+TRIED_TOKENS = 3
+STEPS_TRIED = 8
+# After so many steps without a checked guess, one is tried again: costs change, too.
+STEPS_BETWEEN_TRIES = 500
+# After so many steps in which no guess paid, guesses are made, and judged, in one of so many only.
+STEPS_UNTIL_REST = 32
+REST_STEPS = 8
+
+
+class Candidate(NamedTuple):
+    """A sequence that decodes in the next step.
+
+    Attributes:
+        request_id: Of the request.
+        room: Most tokens that may be guessed for it: KV blocks, length limit, rules.
+    """
+
+    request_id: str
+    room: int
+
+
+class _Memory:
+    """One sequence: its drafter, how good it has been, and the guess that is open."""
+
+    __slots__ = ("checked", "draft", "drafter", "rates")
+
+    def __init__(self, drafter: Drafter, shared: HitRates) -> None:
+        self.drafter = drafter
+        self.rates = HitRates(shared)
+        self.draft: Draft = NOTHING
+        self.checked = 0
+
+
+class Speculator:
+    """Speculation of one engine.
+
+    Args:
+        config: Method and limits.
+    """
+
+    def __init__(self, config: SpeculativeConfig) -> None:
+        self.config = config
+        self._factory = DrafterFactory(config)
+        self._memories: dict[str, _Memory] = {}
+        self._rates = HitRates()
+        self._plain, self._checking = StepLine(), StepLine()
+        self._steps_without = 0
+
+    # A sequence's life ---------------------------------------------------------------------------
+
+    def start(self, request_id: str, prompt: Sequence[int]) -> None:
+        """A sequence begins."""
+        if self.config.most_tokens:
+            self._memories[request_id] = _Memory(self._factory.create(prompt), self._rates)
+
+    def finish(self, request_id: str) -> None:
+        """A sequence has ended, whatever ended it; unknown ids are ignored."""
+        memory = self._memories.pop(request_id, None)
+        if memory is not None:
+            memory.drafter.finish()
+
+    # A step --------------------------------------------------------------------------------------
+
+    def choose(self, candidates: Sequence[Candidate], budget: int) -> dict[str, list[int]]:
+        """Choose what to check in the next step.
+
+        Args:
+            candidates: All sequences that decode.
+            budget: Most tokens that all guesses may have together.
+
+        Returns:
+            Guessed tokens by request id; sequences without a guess are left out.
+        """
+        # While nothing pays, looking for guesses is the cost that is left.
+        resting = self._steps_without > STEPS_UNTIL_REST and self._steps_without % REST_STEPS
+        for candidate in candidates:
+            self._guess(candidate, is_resting=bool(resting))
+        if resting:
+            self._steps_without += 1
+            return {}
+        lengths = {c.request_id: self._length(c, len(candidates)) for c in candidates}
+        if self.config.adaptive and not self._pays(lengths, len(candidates)):
+            lengths = self._trial(candidates)
+        chosen: dict[str, list[int]] = {}
+        for request_id, wanted in lengths.items():
+            length = min(wanted, budget)
+            memory = self._memories.get(request_id)
+            if memory is None or length < 1:
+                continue
+            memory.checked = length
+            chosen[request_id] = memory.draft.tokens[:length]
+            budget -= length
+        self._steps_without = 0 if chosen else self._steps_without + 1
+        return chosen
+
+    def note_tokens(self, request_id: str, tokens: Sequence[int]) -> int:
+        """Record what a sequence got in this step, and judge its guess by it.
+
+        Args:
+            request_id: Of the request.
+            tokens: New tokens, in order.
+
+        Returns:
+            How many guessed tokens were right among those that were checked.
+        """
+        memory = self._memories.get(request_id)
+        if memory is None:
+            return 0
+        # A guess that was not checked is judged by its first token: the account costs nothing.
+        judged = memory.draft.tokens[: max(memory.checked, 1)]
+        pairs = zip(judged, tokens, strict=False)
+        hits = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(judged), len(tokens)))
+        if judged and tokens:
+            memory.rates.note(memory.draft.matched, hits, hits < min(len(judged), len(tokens)))
+        right = min(hits, memory.checked)
+        memory.drafter.extend(tokens)
+        memory.draft, memory.checked = NOTHING, 0
+        return right
+
+    def note_step(self, tokens: int, checked: bool, seconds: float) -> None:
+        """Record a step of decoding sequences only.
+
+        Args:
+            tokens: All tokens computed.
+            checked: Whether guesses were among them.
+            seconds: Of the model.
+        """
+        (self._checking if checked else self._plain).note(tokens, seconds)
+
+    # Decisions -----------------------------------------------------------------------------------
+
+    def _guess(self, candidate: Candidate, is_resting: bool) -> None:
+        memory = self._memories.get(candidate.request_id)
+        if memory is None:
+            return
+        most = min(self.config.most_tokens, candidate.room)
+        is_idle = is_resting or most < 1
+        memory.draft, memory.checked = NOTHING if is_idle else memory.drafter.propose(most), 0
+
+    def _rate(self, request_id: str) -> float:
+        memory = self._memories.get(request_id)
+        if memory is None or not memory.draft.tokens:
+            return 0.0
+        return memory.rates.value(memory.draft.matched)
+
+    def _length(self, candidate: Candidate, count: int) -> int:
+        """Guessed tokens of a sequence that are each worth more than they cost."""
+        memory = self._memories.get(candidate.request_id)
+        if memory is None:
+            return 0
+        available = len(memory.draft.tokens)
+        slope = self._checking.slope
+        if not self.config.adaptive:
+            return available
+        if slope is None or self._checking.count < STEPS_TRIED:
+            return 0
+        # A token is worth what it costs without guessing; the i-th guess comes true with rate^i.
+        worth = self._plain_seconds(count) / count
+        least = MARGIN * slope / worth if worth else math.inf
+        rate, chance, length = self._rate(candidate.request_id), 1.0, 0
+        while length < available and chance * rate > least:
+            chance *= rate
+            length += 1
+        return length
+
+    def _plain_seconds(self, count: int) -> float:
+        """A step of `count` sequences without guesses."""
+        return self._plain.seconds(count) or self._checking.seconds(count)
+
+    def _pays(self, lengths: dict[str, int], count: int) -> bool:
+        """Whether the whole step is expected to give more tokens a second than a plain one."""
+        checked = sum(lengths.values())
+        if not checked:
+            return False
+        won = 0.0
+        for request_id, length in lengths.items():
+            rate = self._rate(request_id)
+            won += sum(rate**i for i in range(1, length + 1))
+        seconds = self._checking.seconds(count + checked)
+        return (count + won) * self._plain_seconds(count) > MARGIN * count * seconds
+
+    def _trial(self, candidates: Sequence[Candidate]) -> dict[str, int]:
+        """Short guesses of sequences that are often right, while or when costs are not known."""
+        learning = self._checking.count < STEPS_TRIED and self._plain.count >= STEPS_TRIED
+        due = self._steps_without % STEPS_BETWEEN_TRIES >= STEPS_BETWEEN_TRIES - REST_STEPS
+        if not learning and not due:
+            return {}
+        # Different lengths, so that a line can be drawn through their costs.
+        most = 1 + self._checking.count % TRIED_TOKENS
+        tried = [c.request_id for c in candidates if self._rate(c.request_id) > TRIED_RATE]
+        return {r: min(most, len(self._memories[r].draft.tokens)) for r in tried}

@@ -1,0 +1,144 @@
+"""The controller against simulated machines: it gains where guesses pay and is quiet elsewhere."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from fastdeploy_lite.speculation.config import SpeculativeConfig
+from fastdeploy_lite.speculation.rates import HitRates, StepLine
+from fastdeploy_lite.speculation.speculator import Candidate, Speculator
+
+NextToken = Callable[[list[int]], int]
+
+
+def repetitive(length: int = 40) -> NextToken:
+    """A text that says the same again and again."""
+    return lambda text: 1000 + len(text) % length
+
+
+def noise(seed: int, words: int) -> NextToken:
+    """A text without any order."""
+    rng = random.Random(seed)
+    return lambda text: rng.randrange(words)
+
+
+def run(
+    method: str,
+    sources: list[NextToken],
+    fixed: float,
+    per_token: float,
+    *,
+    steps_of_setup: float = 0.0,
+    tokens: int = 600,
+    adaptive: bool = True,
+) -> float:
+    """Simulate a batch; return the time by plain decoding over the time with speculation."""
+    speculator = Speculator(SpeculativeConfig(method, adaptive=adaptive))
+    rng = random.Random(3)
+    texts: dict[str, list[int]] = {}
+    for i, _ in enumerate(sources):
+        texts[str(i)] = list(range(10 * i, 10 * i + 8))
+        speculator.start(str(i), texts[str(i)])
+    # What the model will say does not depend on how it is asked.
+    for text, source in zip(texts.values(), sources, strict=True):
+        for _ in range(tokens):
+            text.append(source(text))
+    known = dict.fromkeys(texts, 8)
+    spent = 0.0
+    while known:
+        chosen = speculator.choose([Candidate(r, 100) for r in known], 512)
+        size = len(known) + sum(map(len, chosen.values()))
+        seconds = fixed + per_token * size + (steps_of_setup * fixed if chosen else 0.0)
+        seconds *= rng.uniform(0.9, 1.1)
+        speculator.note_step(size, bool(chosen), seconds)
+        spent += seconds
+        for request_id in list(known):
+            text, at = texts[request_id], known[request_id]
+            guess = chosen.get(request_id, [])
+            right = next((i for i, g in enumerate(guess) if g != text[at + i]), len(guess))
+            new = text[at : at + right + 1]
+            assert speculator.note_tokens(request_id, new) == min(right, len(new))
+            known[request_id] += len(new)
+            if known[request_id] + 33 >= len(text):
+                del known[request_id]
+                speculator.finish(request_id)
+    plain = (tokens - 33) * (fixed + per_token * len(sources))
+    return plain / spent
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+def test_it_pays_where_the_text_repeats_and_steps_are_flat(method: str) -> None:
+    assert run(method, [repetitive()], 1.0, 0.01) > 3.0
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+@pytest.mark.parametrize("words", [2, 10, 1000])
+@pytest.mark.parametrize("per_token", [0.01, 0.3, 3.0])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_it_costs_nothing_where_guesses_are_wrong(
+    method: str, words: int, per_token: float, batch: int
+) -> None:
+    sources = [noise(seed, words) for seed in range(batch)]
+    assert run(method, sources, 1.0, per_token) > 0.96  # the noise of the simulated clock is 1 %
+
+
+def test_it_stays_off_where_every_token_costs_a_step() -> None:
+    assert run("ngram", [repetitive()], 0.0, 1.0) > 0.97
+
+
+def test_it_stays_off_where_checking_needs_a_slow_kind_of_step() -> None:
+    assert run("ngram", [repetitive()], 1.0, 0.01, steps_of_setup=12.0, tokens=3000) > 0.95
+
+
+def test_a_good_and_a_bad_sequence_are_told_apart() -> None:
+    speed = run("ngram", [repetitive(), noise(1, 3)], 1.0, 0.2)
+    assert speed > 1.0
+    always = run("ngram", [repetitive(), noise(1, 3)], 1.0, 0.2, adaptive=False)
+    assert speed > always * 0.95
+
+
+def test_naive_guesses_nothing() -> None:
+    speculator = Speculator(SpeculativeConfig("naive"))
+    speculator.start("a", [1, 1, 1, 1, 1, 1])
+    assert speculator.choose([Candidate("a", 5)], 10) == {}
+    assert speculator.note_tokens("a", [1]) == 0
+
+
+def test_room_and_budget_are_kept() -> None:
+    speculator = Speculator(SpeculativeConfig("ngram", adaptive=False))
+    for name in "ab":
+        speculator.start(name, [1, 2, 3, 4, 5] * 3)
+    chosen = speculator.choose([Candidate("a", 2), Candidate("b", 0)], 10)
+    assert chosen == {"a": [1, 2]}
+    assert speculator.choose([Candidate("a", 9), Candidate("b", 9)], 6) == {
+        "a": [1, 2, 3, 4, 5],
+        "b": [1],
+    }
+
+
+def test_rates_are_of_a_sequence_and_of_all() -> None:
+    shared = HitRates()
+    good, bad = HitRates(shared), HitRates(shared)
+    for _ in range(100):
+        good.note(4, 3, False)
+        bad.note(4, 0, True)
+    assert good.value(4) > 0.9
+    assert bad.value(4) < 0.15
+    assert 0.2 < shared.value(4) < 0.95
+    assert HitRates(shared).value(4) == shared.value(4)
+    assert HitRates(shared).value(1) == 0.5
+
+
+def test_the_line_is_found_through_noise_and_interruptions() -> None:
+    line, rng = StepLine(), random.Random(1)
+    assert line.slope is None
+    assert line.seconds(3) == 0.0
+    for _ in range(400):
+        tokens = rng.randint(1, 9)
+        seconds = (2.0 + 0.5 * tokens) * rng.uniform(0.95, 1.05)
+        line.note(tokens, 50.0 if rng.random() < 0.01 else seconds)
+    assert line.slope == pytest.approx(0.5, rel=0.2)
+    assert line.seconds(5) == pytest.approx(4.5, rel=0.1)
