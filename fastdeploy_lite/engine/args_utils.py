@@ -27,6 +27,7 @@ from fastdeploy_lite.config import (
     RuntimeConfig,
     SchedulerConfig,
 )
+from fastdeploy_lite.speculation.config import SpeculativeConfig
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, quote
 from fastdeploy_lite.utils.logging import get_logger
@@ -136,7 +137,9 @@ class EngineArgs:
     graph_optimization_config: dict[str, Any] | None = _flag(
         None, _json, "JSON: use_cudagraph, graph_opt_level, cudagraph_capture_sizes"
     )
-    speculative_config: dict[str, Any] | None = _flag(None, _json, "JSON; no method is available")
+    speculative_config: dict[str, Any] | None = _flag(
+        None, _json, "JSON: method (ngram, suffix, naive), num_speculative_tokens, ..."
+    )
     guided_decoding_backend: str = _flag(
         "auto", str, "structured output; any value but off uses llguidance", choices=GUIDED_BACKENDS
     )
@@ -252,6 +255,7 @@ class EngineArgs:
         self._check_choices()
         self._merge_graph_config()
         self._merge_early_stop()
+        self._speculative_config()
         self._refuse_what_would_change_results()
 
     # From and to the command line ----------------------------------------------------------------
@@ -360,11 +364,6 @@ class EngineArgs:
                 f"data_parallel_size must be 1, got {self.data_parallel_size}: start one server "
                 "per replica instead"
             )
-        if self.speculative_config:
-            method = self.speculative_config.get("method")
-            raise ConfigError(
-                f"speculative_config: method {quote(method)} is not available; remove the flag"
-            )
 
     # Result --------------------------------------------------------------------------------------
 
@@ -402,6 +401,7 @@ class EngineArgs:
             max_logprobs=self.max_logprobs,
             tokenizer_path=self._tokenizer_path(folder),
             early_stop=self._early_stop_config(),
+            speculative=self._speculative_config(),
             guided_decoding_backend=self.guided_decoding_backend,
             guided_any_whitespace=not self.guided_decoding_disable_any_whitespace,
             reasoning_parser=self.reasoning_parser,
@@ -460,6 +460,10 @@ class EngineArgs:
     def _capture_sizes(self) -> tuple[int, ...] | None:
         sizes = (self.graph_optimization_config or {}).get("cudagraph_capture_sizes")
         return None if sizes is None else tuple(sorted(set(sizes)))
+
+    def _speculative_config(self) -> SpeculativeConfig | None:
+        given = {k: v for k, v in (self.speculative_config or {}).items() if v is not None}
+        return SpeculativeConfig.from_mapping(given) if given else None
 
     def _early_stop_config(self) -> EarlyStopConfig | None:
         given = {k: v for k, v in (self.early_stop_config or {}).items() if v is not None}

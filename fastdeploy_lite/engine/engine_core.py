@@ -12,6 +12,9 @@ from collections.abc import Sequence as ReadOnlyList
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from fastdeploy_lite import envs
 from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.engine import guided_decoding
@@ -38,6 +41,7 @@ from fastdeploy_lite.model_executor.step import (
     SliceResult,
     TokenLogprobs,
 )
+from fastdeploy_lite.speculation.speculator import Candidate, Speculator
 from fastdeploy_lite.utils.errors import ConfigError, RequestError, one_line
 from fastdeploy_lite.utils.logging import get_logger
 
@@ -134,6 +138,7 @@ class EngineCore:
         self._outbox: list[EngineOutput] = []
         self._stats = EngineStats(num_blocks=num_blocks)
         self._failed_in_a_row = 0
+        self._speculator = None if config.speculative is None else Speculator(config.speculative)
 
     # Requests ------------------------------------------------------------------------------------
 
@@ -288,31 +293,52 @@ class EngineCore:
     def _run(self, plan: list[tuple[Sequence, int]], outputs: list[EngineOutput]) -> None:
         batch: list[tuple[_Active, SequenceSlice]] = []
         now = time.time()
+        guesses = {} if self._speculator is None else self._guesses(self._speculator, plan)
         for sequence, count in plan:
             active = self._active[sequence.request.request_id]
             if not active.scheduled:
                 active.scheduled = now
             try:
-                batch.append((active, self._slice(active, count)))
+                guess = guesses.get(sequence.request.request_id, ())
+                batch.append((active, self._slice(active, count, guess)))
             except Exception as error:  # one request's rules must not stop the others
                 outputs.append(self._fail(active, error))
         self._stats.last_batch_size = len(batch)
         if batch:
-            results = self._execute([part for _, part in batch])
+            results = self._execute_timed([part for _, part in batch])
             for (active, part), result in zip(batch, results, strict=True):
                 self._advance(active, part, result, outputs)
 
-    def _slice(self, active: _Active, count: int) -> SequenceSlice:
+    def _guesses(
+        self, speculator: Speculator, plan: list[tuple[Sequence, int]]
+    ) -> dict[str, list[int]]:
+        """Guessed tokens worth checking, within the step's budget and free KV blocks."""
+        most = self.config.speculative.most_tokens if self.config.speculative else 0
+        candidates = []
+        for sequence, count in plan:
+            active = self._active[sequence.request.request_id]
+            if count == 1 and sequence.output_token_ids:
+                room = min(active.generation.num_free - 1, most)
+                room = self._scheduler.room_for_guesses(sequence, room) if room > 0 else 0
+                candidates.append(Candidate(active.request.request_id, room))
+        free = self.config.scheduler.max_num_batched_tokens - sum(count for _, count in plan)
+        return speculator.choose(candidates, min(free, self.config.max_draft_tokens))
+
+    def _slice(self, active: _Active, count: int, guess: ReadOnlyList[int]) -> SequenceSlice:
         sequence = active.sequence
         generation = active.generation
         samples = count == sequence.num_to_compute
         forced = generation.forced_token if samples else -1
         free = samples and forced < 0
+        bitmask = generation.bitmask() if free else None
+        masks: ReadOnlyList[npt.NDArray[np.int32] | None] | None = None
+        if guess:
+            guess, masks = generation.guess_bitmasks(guess)
         return SequenceSlice(
             request_id=active.request.request_id,
             slot=sequence.slot,
             fresh=sequence.fresh,
-            token_ids=sequence.next_tokens(count),
+            token_ids=[*sequence.next_tokens(count), *guess],
             start=sequence.num_computed,
             block_table=sequence.block_table,
             sample=samples,
@@ -322,9 +348,23 @@ class EngineCore:
             step=len(sequence.output_token_ids),
             banned_now=generation.banned_now if free else (),
             forced_token=forced,
-            bitmask=generation.bitmask() if free else None,
+            bitmask=bitmask,
             logits_processors=active.processors,
+            draft_token_ids=guess,
+            draft_bitmasks=masks,
+            num_banned_now=generation.num_banned_now,
         )
+
+    def _execute_timed(self, slices: list[SequenceSlice]) -> list[SliceResult]:
+        """`_execute`; the speculator learns what a step of decoding costs."""
+        before = self._stats.model_seconds
+        results = self._execute(slices)
+        checked = sum(len(part.draft_token_ids) for part in slices)
+        total = sum(len(part.token_ids) for part in slices)
+        if self._speculator is not None and total == len(slices) + checked:
+            seconds = self._stats.model_seconds - before
+            self._speculator.note_step(total, checked > 0, seconds)
+        return results
 
     def _execute(self, slices: list[SequenceSlice]) -> list[SliceResult]:
         """Run the model; when a step fails, find the slices that it fails for.
@@ -375,37 +415,56 @@ class EngineCore:
         if result.error is not None:
             outputs.append(self._end(active, "error", *_blame(active.request, result.error)))
             return
-        self._scheduler.computed(active.sequence, len(part.token_ids))
+        known = len(part.token_ids) - len(part.draft_token_ids)
+        self._scheduler.computed(active.sequence, known)
         if result.prompt_logprobs is not None:
             self._collect_prompt_logprobs(active, part, result.prompt_logprobs)
         if result.token_id is None:
             return
         try:
-            self._accept(active, result.token_id, result.logprobs, outputs)
+            self._accept(active, part, result, outputs)
         except Exception as error:  # as above
             outputs.append(self._fail(active, error))
 
     def _accept(
         self,
         active: _Active,
-        token_id: int,
-        logprobs: TokenLogprobs | None,
+        part: SequenceSlice,
+        result: SliceResult,
         outputs: list[EngineOutput],
     ) -> None:
         generation = active.generation
-        logprob = None if logprobs is None else logprobs.logprob
-        token_id = generation.accept(token_id, logprob)
-        output = EngineOutput(active.request.request_id, [token_id])
-        if active.shows_logprobs and logprobs is not None:
-            output.new_logprobs = [logprobs]
+        output = EngineOutput(active.request.request_id)
+        assert result.token_id is not None
+        for token_id, logprobs in [(result.token_id, result.logprobs), *result.verified]:
+            if output.new_token_ids:  # the guess before was right: it has been computed
+                if generation.forced_token >= 0:
+                    active.sequence.fresh = True  # what was counted for the rest is stale
+                    break
+                self._scheduler.computed(active.sequence, 1)
+            logprob = None if logprobs is None else logprobs.logprob
+            output.new_token_ids.append(generation.accept(token_id, logprob))
+            if active.shows_logprobs and logprobs is not None:
+                output.new_logprobs = [*(output.new_logprobs or []), logprobs]
+            if generation.reason is not None:
+                break
         if not active.first_token:
             self._first_token(active, output)
-        self._stats.generation_tokens += 1
+        self._note_guess(active, part, output.new_token_ids)
+        self._stats.generation_tokens += len(output.new_token_ids)
         outputs.append(output)
         if generation.forced_token >= 0 and generation.reason is None:
             self._close_early(active, outputs)
         elif generation.reason is not None:
             self._complete(active, outputs[-1])
+
+    def _note_guess(self, active: _Active, part: SequenceSlice, tokens: list[int]) -> None:
+        if self._speculator is None:
+            return
+        request_id = active.request.request_id
+        if len(active.sequence.output_token_ids) == len(tokens):
+            self._speculator.start(request_id, active.request.prompt_token_ids)
+        self._speculator.note_tokens(request_id, tokens, len(part.draft_token_ids))
 
     def _close_early(self, active: _Active, outputs: list[EngineOutput]) -> None:
         """Append the closing EOS without a step: it is known, and nobody asked how likely it is."""
@@ -425,6 +484,8 @@ class EngineCore:
         output.stop_reason = generation.stop_reason
         output.num_cached_tokens = active.sequence.num_cached_tokens
         output.timing = active.timing
+        if self._speculator is not None:
+            output.draft_counts = self._speculator.counts(active.request.request_id)
         self._forget(active)
 
     def _first_token(self, active: _Active, output: EngineOutput) -> None:
@@ -462,6 +523,8 @@ class EngineCore:
 
     def _forget(self, active: _Active) -> None:
         self._scheduler.finish(active.sequence)
+        if self._speculator is not None:
+            self._speculator.finish(active.request.request_id)
         del self._active[active.request.request_id]
 
     # Reports -------------------------------------------------------------------------------------
@@ -483,6 +546,8 @@ class EngineCore:
         stats.prefix_hit_tokens = scheduler.prefix_hit_tokens
         if not scheduler.running:
             stats.last_batch_size = 0
+        if self._speculator is not None:
+            stats.drafts = self._speculator.totals
         return EngineStats(**{name: getattr(stats, name) for name in stats.__struct_fields__})
 
     def check_integrity(self) -> None:

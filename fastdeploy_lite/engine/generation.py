@@ -171,6 +171,16 @@ class Generation:
         return self._forced[0] if self._forced else -1
 
     @property
+    def num_free(self) -> int:
+        """Most tokens that the model may decide from here on."""
+        return 0 if self.forced_token >= 0 else self._last_slot - len(self.output)
+
+    @property
+    def num_banned_now(self) -> int:
+        """Tokens from here on that `banned_now` holds for."""
+        return max(self._sampling.min_tokens - len(self.output), 0)
+
+    @property
     def banned_now(self) -> tuple[int, ...]:
         """EOS ids while the answer is too short to end."""
         sampling = self._sampling
@@ -186,6 +196,22 @@ class Generation:
             return None
         self._matcher.fill_bitmask(self._mask)
         return self._mask
+
+    def guess_bitmasks(
+        self, guess: Sequence[int]
+    ) -> tuple[Sequence[int], Sequence[npt.NDArray[np.int32] | None] | None]:
+        """Cut a guess where the constraint forbids it, and look ahead.
+
+        Args:
+            guess: Tokens that may come next.
+
+        Returns:
+            The part of it that is allowed, and what `bitmask` would be after each of its tokens;
+            None without a constraint.
+        """
+        if self._matcher is None or self._mask is None:
+            return guess, None
+        return self._matcher.look_ahead(guess, len(self._mask))
 
     # After a token -------------------------------------------------------------------------------
 

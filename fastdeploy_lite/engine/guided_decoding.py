@@ -7,6 +7,7 @@ size and time, caches compiled grammars and delays the constraint until the mode
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import threading
@@ -146,6 +147,44 @@ class Matcher:
         if self._matcher.is_stopped():
             return token_id in self._eos_token_ids
         return int(self._matcher.try_consume_tokens([token_id])) == 1
+
+    def look_ahead(
+        self, guess: Sequence[int], words: int
+    ) -> tuple[list[int], list[Bitmask | None]]:
+        """The state after tokens that may come, without going there.
+
+        Args:
+            guess: Tokens, in order.
+            words: Size of a mask.
+
+        Returns:
+            Those of them before the constraint forbids one, begins or is fulfilled, and the mask
+            (None before it begins) of the token that follows each.
+        """
+        if not self.is_active:
+            before = self._before_marker(guess)
+            return before, [None] * len(before)
+        ahead = copy.copy(self)
+        ahead._matcher = self._matcher.deep_copy()
+        kept: list[int] = []
+        masks: list[Bitmask | None] = []
+        for token_id in guess:
+            if ahead.is_finished or not ahead.accept(token_id) or ahead.is_finished:
+                break
+            mask = np.empty(words, np.int32)
+            ahead.fill_bitmask(mask)
+            kept.append(token_id)
+            masks.append(mask)
+        return kept, masks
+
+    def _before_marker(self, guess: Sequence[int]) -> list[int]:
+        tail, kept = self._tail, list[int]()
+        for token_id in guess:
+            tail += self._token_bytes(token_id)
+            if self._marker in tail:
+                break
+            kept.append(token_id)
+        return kept
 
     def _wait_for_marker(self, token_id: int) -> None:
         self._tail += self._token_bytes(token_id)

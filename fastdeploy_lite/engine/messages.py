@@ -84,13 +84,41 @@ class Timing(msgspec.Struct, frozen=True, array_like=True):
     first_token: float = 0.0
 
 
+class DraftCounts(msgspec.Struct, array_like=True):
+    """How the guesses of speculative decoding did.
+
+    Attributes:
+        drafted: Guessed tokens that were checked.
+        accepted: Those of them that were right.
+        checks: Steps in which guesses were checked.
+        accepted_at: Right guesses by their place in the guess.
+        checked_at: Checked ones, too.
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    checks: int = 0
+    accepted_at: list[int] = []
+    checked_at: list[int] = []
+
+    def note(self, drafted: int, accepted: int) -> None:
+        """Record one check."""
+        self.drafted += drafted
+        self.accepted += accepted
+        self.checks += 1
+        for counts, count in ((self.checked_at, drafted), (self.accepted_at, accepted)):
+            counts.extend([0] * (count - len(counts)))
+            for place in range(count):
+                counts[place] += 1
+
+
 class EngineOutput(msgspec.Struct, omit_defaults=True):
-    """News of one request after one step: at most one token, or its end.
+    """News of one request after one step: new tokens, or its end.
 
     Attributes:
         request_id: Whose.
-        new_token_ids: The new token, if any.
-        new_logprobs: Its log-probabilities when asked for, one entry per new token.
+        new_token_ids: The new tokens: none, one, or more where guesses were right.
+        new_logprobs: Their log-probabilities when asked for, one entry per new token.
         prompt_logprobs: With the first token, when asked for: entries for prompt tokens 1, 2, ...
         finished: Whether this is the last message about the request.
         finish_reason: Why, once finished.
@@ -99,6 +127,7 @@ class EngineOutput(msgspec.Struct, omit_defaults=True):
         error_code: 200, or an HTTP-like status.
         error_msg: One line.
         timing: With the first token and with the last message.
+        draft_counts: With the last message, when speculation is on.
     """
 
     request_id: str
@@ -112,6 +141,7 @@ class EngineOutput(msgspec.Struct, omit_defaults=True):
     error_code: int = 200
     error_msg: str | None = None
     timing: Timing | None = None
+    draft_counts: DraftCounts | None = None
 
 
 class EngineStats(msgspec.Struct, omit_defaults=True):
@@ -135,6 +165,7 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
         step_seconds, model_seconds: Time in steps and in the model runner within them.
         failed_steps: Steps that the model runner failed.
         paused: Whether scheduling is stopped.
+        drafts: Guesses of all requests; None when speculation is off.
     """
 
     time: float = 0.0
@@ -158,6 +189,7 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     model_seconds: float = 0.0
     failed_steps: int = 0
     paused: bool = False
+    drafts: DraftCounts | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

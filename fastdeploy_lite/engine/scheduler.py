@@ -209,6 +209,18 @@ class Scheduler:
         most = sequence.num_computed if self._cache_outputs else len(sequence.prompt_token_ids)
         sequence.publish(self.blocks, most)
 
+    def room_for_guesses(self, sequence: Sequence, most: int) -> int:
+        """How many guessed tokens, at most `most`, a decoding sequence has KV blocks for.
+
+        Blocks are not taken from anybody: every running sequence could still get its next one.
+        """
+        size = self.blocks.block_size
+        room = len(sequence.block_table) * size - sequence.num_tokens
+        while room < most and self.blocks.num_free > len(self.running):
+            self.blocks.append(sequence.block_table)
+            room += size
+        return min(room, most)
+
     def _has_room(self, sequence: Sequence) -> bool:
         """Make sure that the next token has a block; False when `sequence` itself had to go."""
         if sequence.num_tokens <= len(sequence.block_table) * self.blocks.block_size:

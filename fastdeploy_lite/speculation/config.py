@@ -7,10 +7,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fastdeploy_lite.utils.errors import ConfigError, quote
+from fastdeploy_lite.utils.logging import get_logger
 
 METHODS = ("ngram", "suffix", "naive")
+# Keys of FastDeploy's that concern a draft model; scripts set them beside any method.
+WITHOUT_EFFECT = ("benchmark_mode", "model", "mtp_strategy", "num_model_steps", "quantization")
 DEFAULT_TOKENS = {"ngram": 5, "suffix": 8, "naive": 0}
 MOST_TOKENS = 32
+_log = get_logger("fastdeploy")
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,17 @@ class SpeculativeConfig:
         Raises:
             ConfigError: A key is unknown or a value is out of range.
         """
-        unknown = set(values) - {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls)}
+        unknown = set(values) - known - set(WITHOUT_EFFECT)
         if unknown:
             raise ConfigError(f"speculative_config: unknown keys {', '.join(sorted(unknown))}")
         if type(values.get("adaptive", True)) is not bool:
             _refuse("adaptive", values["adaptive"], "true or false")
         if "method" not in values:
             raise ConfigError(f"speculative_config: needs a method, one of {', '.join(METHODS)}")
-        return cls(**values)
+        for key in sorted(set(values) & set(WITHOUT_EFFECT)):
+            _log.warning("speculative_config.%s has no effect without a draft model", key)
+        return cls(**{key: value for key, value in values.items() if key in known})
 
     @property
     def most_tokens(self) -> int:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fastdeploy_lite.engine.messages import DraftCounts
 from fastdeploy_lite.speculation.config import SpeculativeConfig
 from fastdeploy_lite.speculation.drafters import NOTHING, Draft, Drafter, DrafterFactory
 from fastdeploy_lite.speculation.rates import HitRates, StepLine
@@ -39,13 +40,13 @@ class Candidate(NamedTuple):
 class _Memory:
     """One sequence: its drafter, how good it has been, and the guess that is open."""
 
-    __slots__ = ("checked", "draft", "drafter", "rates")
+    __slots__ = ("counts", "draft", "drafter", "rates")
 
     def __init__(self, drafter: Drafter, shared: HitRates) -> None:
         self.drafter = drafter
         self.rates = HitRates(shared)
         self.draft: Draft = NOTHING
-        self.checked = 0
+        self.counts = DraftCounts()
 
 
 class Speculator:
@@ -62,6 +63,7 @@ class Speculator:
         self._rates = HitRates()
         self._plain, self._checking = StepLine(), StepLine()
         self._steps_without = 0
+        self.totals = DraftCounts()
 
     # A sequence's life ---------------------------------------------------------------------------
 
@@ -75,6 +77,11 @@ class Speculator:
         memory = self._memories.pop(request_id, None)
         if memory is not None:
             memory.drafter.finish()
+
+    def counts(self, request_id: str) -> DraftCounts | None:
+        """How the guesses for a sequence did; None if nothing is guessed for it."""
+        memory = self._memories.get(request_id)
+        return None if memory is None else memory.counts
 
     # A step --------------------------------------------------------------------------------------
 
@@ -104,35 +111,33 @@ class Speculator:
             memory = self._memories.get(request_id)
             if memory is None or length < 1:
                 continue
-            memory.checked = length
             chosen[request_id] = memory.draft.tokens[:length]
             budget -= length
         self._steps_without = 0 if chosen else self._steps_without + 1
         return chosen
 
-    def note_tokens(self, request_id: str, tokens: Sequence[int]) -> int:
+    def note_tokens(self, request_id: str, tokens: Sequence[int], checked: int) -> None:
         """Record what a sequence got in this step, and judge its guess by it.
 
         Args:
             request_id: Of the request.
             tokens: New tokens, in order.
-
-        Returns:
-            How many guessed tokens were right among those that were checked.
+            checked: Guessed tokens that the step computed.
         """
         memory = self._memories.get(request_id)
         if memory is None:
-            return 0
+            return
+        if checked:
+            memory.counts.note(checked, len(tokens) - 1)
+            self.totals.note(checked, len(tokens) - 1)
         # A guess that was not checked is judged by its first token: the account costs nothing.
-        judged = memory.draft.tokens[: max(memory.checked, 1)]
+        judged = memory.draft.tokens[: max(checked, 1)]
         pairs = zip(judged, tokens, strict=False)
         hits = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(judged), len(tokens)))
         if judged and tokens:
             memory.rates.note(memory.draft.matched, hits, hits < min(len(judged), len(tokens)))
-        right = min(hits, memory.checked)
         memory.drafter.extend(tokens)
-        memory.draft, memory.checked = NOTHING, 0
-        return right
+        memory.draft = NOTHING
 
     def note_step(self, tokens: int, checked: bool, seconds: float) -> None:
         """Record a step of decoding sequences only.
@@ -152,7 +157,7 @@ class Speculator:
             return
         most = min(self.config.most_tokens, candidate.room)
         is_idle = is_resting or most < 1
-        memory.draft, memory.checked = NOTHING if is_idle else memory.drafter.propose(most), 0
+        memory.draft = NOTHING if is_idle else memory.drafter.propose(most)
 
     def _rate(self, request_id: str) -> float:
         memory = self._memories.get(request_id)
