@@ -147,7 +147,7 @@ class Sequences:
     def __init__(self, runner: Any, count: int, context: int, room: int) -> None:
         import numpy as np  # noqa: PLC0415
 
-        from fastdeploy_lite.model_executor.step import SamplerParams, SequenceSlice  # noqa: PLC0415
+        from fastdeploy_lite.request.step import SamplerParams, SequenceSlice  # noqa: PLC0415
 
         random = np.random.default_rng(count)
         vocab = runner.config.model.vocab_size

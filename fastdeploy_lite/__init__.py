@@ -9,16 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdeploy_lite.engine.sampling_params import SamplingParams
     from fastdeploy_lite.entrypoints.llm import LLM
     from fastdeploy_lite.models.registry import ModelRegistry
+    from fastdeploy_lite.request.params import SamplingParams
 
 __all__ = ["LLM", "ModelRegistry", "SamplingParams", "version"]
 
 _LAZY = {
     "LLM": "fastdeploy_lite.entrypoints.llm",
     "ModelRegistry": "fastdeploy_lite.models.registry",
-    "SamplingParams": "fastdeploy_lite.engine.sampling_params",
+    "SamplingParams": "fastdeploy_lite.request.params",
 }
 
 

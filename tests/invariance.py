@@ -12,7 +12,7 @@ import pytest
 from model_driver import generate, sequences
 
 from fastdeploy_lite.model_executor.model_runner import ModelRunner
-from fastdeploy_lite.model_executor.step import SamplerParams
+from fastdeploy_lite.request.step import SamplerParams
 
 LENGTHS = (1, 5, 63, 64, 65, 130)
 NEW_TOKENS = 6

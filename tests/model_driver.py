@@ -11,7 +11,7 @@ import numpy as np
 
 from fastdeploy_lite.config import ModelConfig, RuntimeConfig, SchedulerConfig
 from fastdeploy_lite.model_executor.model_runner import ModelRunner
-from fastdeploy_lite.model_executor.step import SamplerParams, SequenceSlice, SliceResult
+from fastdeploy_lite.request.step import SamplerParams, SequenceSlice, SliceResult
 
 GREEDY = SamplerParams(temperature=0.0)
 

@@ -22,7 +22,8 @@ import zmq
 
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine_core import EngineCore, create_core
-from fastdeploy_lite.engine.messages import (
+from fastdeploy_lite.input.preprocess import load_tokenizer
+from fastdeploy_lite.request.messages import (
     Abort,
     Checked,
     Control,
@@ -33,7 +34,6 @@ from fastdeploy_lite.engine.messages import (
     Outputs,
     ToCore,
 )
-from fastdeploy_lite.input.preprocess import load_tokenizer
 from fastdeploy_lite.utils.errors import FastDeployError, one_line
 from fastdeploy_lite.utils.logging import get_logger, init_file_logging
 

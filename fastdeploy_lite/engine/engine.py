@@ -12,10 +12,10 @@ from typing import Any
 
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine_core import EngineCore, create_core
-from fastdeploy_lite.engine.messages import EngineRequest, EngineStats, Ready
 from fastdeploy_lite.engine.output_processor import OutputProcessor
-from fastdeploy_lite.engine.request import RequestOutput
 from fastdeploy_lite.input.preprocess import Preprocessor
+from fastdeploy_lite.request.messages import EngineRequest, EngineStats, Ready
+from fastdeploy_lite.request.outputs import RequestOutput
 
 
 class LLMEngine:

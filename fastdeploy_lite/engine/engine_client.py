@@ -19,7 +19,7 @@ import zmq.asyncio
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.core_process import FROM_CORE, TO_CORE, StartLine, open_socket
 from fastdeploy_lite.engine.engine_core import EngineDeadError
-from fastdeploy_lite.engine.messages import (
+from fastdeploy_lite.request.messages import (
     Abort,
     Checked,
     Control,

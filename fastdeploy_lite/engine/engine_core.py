@@ -17,13 +17,15 @@ import numpy.typing as npt
 
 from fastdeploy_lite import envs
 from fastdeploy_lite.config import RuntimeConfig
-from fastdeploy_lite.engine import guided_decoding
 from fastdeploy_lite.engine.args_utils import check_block_count
 from fastdeploy_lite.engine.generation import Generation
-from fastdeploy_lite.engine.guided_decoding import Grammar
 from fastdeploy_lite.engine.kv_cache import BlockManager
 from fastdeploy_lite.engine.logits_processors import LogitsProcessors
-from fastdeploy_lite.engine.messages import (
+from fastdeploy_lite.engine.scheduler import Scheduler, Sequence
+from fastdeploy_lite.guided import compiler
+from fastdeploy_lite.guided.matcher import Grammar
+from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
+from fastdeploy_lite.request.messages import (
     EngineOutput,
     EngineRequest,
     EngineStats,
@@ -31,9 +33,7 @@ from fastdeploy_lite.engine.messages import (
     Ready,
     Timing,
 )
-from fastdeploy_lite.engine.scheduler import Scheduler, Sequence
-from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
-from fastdeploy_lite.model_executor.step import (
+from fastdeploy_lite.request.step import (
     NOT_NUMBERS,
     LogitsProcessor,
     SamplerParams,
@@ -164,7 +164,7 @@ class EngineCore:
             self._enqueue(active, None)
             return
         future = self._compiler.submit(
-            guided_decoding.compile,
+            compiler.compile,
             request.sampling.guided,
             self._tokenizer,
             self.config.model.vocab_size,

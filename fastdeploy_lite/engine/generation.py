@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite.config import EarlyStopConfig
-from fastdeploy_lite.engine.guided_decoding import Matcher
-from fastdeploy_lite.engine.messages import EngineSampling, FinishReason
+from fastdeploy_lite.guided.matcher import Matcher
+from fastdeploy_lite.request.messages import EngineSampling, FinishReason
 
 
 class TextStream(Protocol):

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite.config import RuntimeConfig
-from fastdeploy_lite.engine.messages import EngineRequest
-from fastdeploy_lite.model_executor.step import LogitsProcessor
+from fastdeploy_lite.request.messages import EngineRequest
+from fastdeploy_lite.request.step import LogitsProcessor
 from fastdeploy_lite.utils.errors import ConfigError, quote
 
 # What they do is part of sampling (logit_bias) and of generation (thinking budget) anyway.

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastdeploy_lite import envs
-from fastdeploy_lite.engine.messages import EngineOutput, EngineRequest
-from fastdeploy_lite.engine.request import CompletionOutput, RequestMetrics, RequestOutput
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
-from fastdeploy_lite.model_executor.step import TokenLogprobs
-from fastdeploy_lite.worker.output import Logprob, LogprobsLists, PromptLogprobs
+from fastdeploy_lite.request.messages import EngineOutput, EngineRequest
+from fastdeploy_lite.request.outputs import (
+    CompletionOutput,
+    Logprob,
+    LogprobsLists,
+    PromptLogprobs,
+    RequestMetrics,
+    RequestOutput,
+)
+from fastdeploy_lite.request.step import TokenLogprobs
 
 
 class OutputProcessor:

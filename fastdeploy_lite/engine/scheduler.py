@@ -14,7 +14,7 @@ from enum import Enum
 
 from fastdeploy_lite.config import SchedulerConfig
 from fastdeploy_lite.engine.kv_cache import BlockManager, DigestChain, token_range
-from fastdeploy_lite.engine.messages import EngineRequest
+from fastdeploy_lite.request.messages import EngineRequest
 
 
 class Status(Enum):

@@ -13,9 +13,6 @@ from tqdm.auto import tqdm
 
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine import LLMEngine
-from fastdeploy_lite.engine.messages import EngineRequest
-from fastdeploy_lite.engine.request import CompletionOutput, Request, RequestOutput
-from fastdeploy_lite.engine.sampling_params import SamplingParams
 from fastdeploy_lite.entrypoints.openai.output_parser import (
     OutputParser,
     OutputParsers,
@@ -25,6 +22,10 @@ from fastdeploy_lite.entrypoints.openai.output_parser import (
     thinking_switch,
 )
 from fastdeploy_lite.entrypoints.openai.protocol import ChatCompletionToolsParam
+from fastdeploy_lite.request.messages import EngineRequest
+from fastdeploy_lite.request.outputs import CompletionOutput, RequestOutput
+from fastdeploy_lite.request.params import SamplingParams
+from fastdeploy_lite.request.user_request import Request
 from fastdeploy_lite.utils.errors import RequestError, one_line
 
 Params = SamplingParams | Sequence[SamplingParams] | None

@@ -16,17 +16,17 @@ import msgspec
 
 from fastdeploy_lite import envs
 from fastdeploy_lite.config import GenerationDefaults, RuntimeConfig
-from fastdeploy_lite.engine import guided_decoding
-from fastdeploy_lite.engine.guided_decoding import GuidedKind, GuidedSpec
-from fastdeploy_lite.engine.messages import EngineRequest, EngineSampling
-from fastdeploy_lite.engine.request import Request
-from fastdeploy_lite.engine.sampling_params import GuidedDecodingParams, SamplingParams
+from fastdeploy_lite.guided import compiler
+from fastdeploy_lite.guided.spec import GuidedKind, GuidedSpec
 from fastdeploy_lite.input.chat_template import (
     load_template_argument,
     render_chat,
 )
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
-from fastdeploy_lite.model_executor.step import SamplerParams
+from fastdeploy_lite.request.messages import EngineRequest, EngineSampling
+from fastdeploy_lite.request.params import GuidedDecodingParams, SamplingParams
+from fastdeploy_lite.request.step import SamplerParams
+from fastdeploy_lite.request.user_request import Request
 from fastdeploy_lite.utils.errors import RequestError, quote
 from fastdeploy_lite.utils.logging import get_logger
 from fastdeploy_lite.utils.request_log import content
@@ -418,7 +418,7 @@ class Preprocessor:
     def _check_compiles(self, spec: GuidedSpec, source: str | None) -> None:
         """Refuse a bad constraint before the engine sees it; `source` is the field to blame."""
         try:
-            guided_decoding.compile(spec, self.tokenizer, self.config.model.vocab_size)
+            compiler.compile(spec, self.tokenizer, self.config.model.vocab_size)
         except RequestError as error:
             param = source or error.param
             raise RequestError(str(error), param=param, code=error.code) from None

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastdeploy_lite.config import BLOCK_SIZE
 from fastdeploy_lite.model_executor.static_buffers import PackedBuffer
-from fastdeploy_lite.model_executor.step import SequenceSlice
+from fastdeploy_lite.request.step import SequenceSlice
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch, KV
 from fastdeploy_lite.model_executor.layers.rotary import cos_sin_table
 from fastdeploy_lite.model_executor.prompt_logprobs import PromptScorer
 from fastdeploy_lite.model_executor.sampling_batch import SampledRow, SamplingBatch
-from fastdeploy_lite.model_executor.step import SequenceSlice, SliceResult
 from fastdeploy_lite.model_executor.verification import logit_rows, sample_slices
 from fastdeploy_lite.model_executor.weights import bits_per_weight, open_source
 from fastdeploy_lite.model_executor.workspace import Workspace
 from fastdeploy_lite.models.registry import ModelRegistry
+from fastdeploy_lite.request.step import SequenceSlice, SliceResult
 from fastdeploy_lite.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)

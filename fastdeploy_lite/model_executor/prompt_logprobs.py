@@ -14,8 +14,8 @@ import paddle
 
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.logprobs import LOWEST, select
-from fastdeploy_lite.model_executor.step import SequenceSlice, TokenLogprobs
 from fastdeploy_lite.model_executor.workspace import Workspace
+from fastdeploy_lite.request.step import SequenceSlice, TokenLogprobs
 
 ROWS_AT_ONCE = 64
 

@@ -16,13 +16,13 @@ from fastdeploy_lite.model_executor.layers.sampler import SamplingTensors
 from fastdeploy_lite.model_executor.logprobs import LOWEST, log_softmax, nucleus, select
 from fastdeploy_lite.model_executor.sampling_table import SamplingTable
 from fastdeploy_lite.model_executor.static_buffers import PackedBuffer
-from fastdeploy_lite.model_executor.step import (
+from fastdeploy_lite.model_executor.workspace import Workspace
+from fastdeploy_lite.request.step import (
     NOT_NUMBERS,
     SamplerParams,
     SequenceSlice,
     TokenLogprobs,
 )
-from fastdeploy_lite.model_executor.workspace import Workspace
 
 
 @dataclass(slots=True)

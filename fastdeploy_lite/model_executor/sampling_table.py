@@ -12,7 +12,7 @@ import paddle
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.sampler import SamplingTensors
 from fastdeploy_lite.model_executor.static_buffers import PackedBuffer
-from fastdeploy_lite.model_executor.step import SamplerParams, SequenceSlice
+from fastdeploy_lite.request.step import SamplerParams, SequenceSlice
 
 _ROW_FIELDS = {
     "temperature": "float32",

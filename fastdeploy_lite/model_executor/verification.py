@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite.model_executor.sampling_batch import SampledRow
-from fastdeploy_lite.model_executor.step import SequenceSlice, SliceResult
+from fastdeploy_lite.request.step import SequenceSlice, SliceResult
 
 SampleRows = Callable[[Sequence[int], Sequence[SequenceSlice]], list[SampledRow]]
 """`sample(rows, parts)` samples rows of the step's logits, one for each part."""

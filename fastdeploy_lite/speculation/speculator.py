@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fastdeploy_lite.engine.messages import DraftCounts
+from fastdeploy_lite.request.messages import DraftCounts
 from fastdeploy_lite.speculation.config import SpeculativeConfig
 from fastdeploy_lite.speculation.drafters import NOTHING, Draft, Drafter, DrafterFactory
 from fastdeploy_lite.speculation.rates import HitRates, StepLine

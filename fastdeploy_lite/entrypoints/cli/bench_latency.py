@@ -8,8 +8,8 @@ import time
 
 import numpy as np
 
-from fastdeploy_lite.engine.sampling_params import SamplingParams
 from fastdeploy_lite.entrypoints.cli import bench_common, offline
+from fastdeploy_lite.request.params import SamplingParams
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 
 _PERCENTILES = (10, 25, 50, 75, 90, 99)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import time
 
-from fastdeploy_lite.engine.sampling_params import SamplingParams
 from fastdeploy_lite.entrypoints.cli import bench_common, offline
+from fastdeploy_lite.request.params import SamplingParams
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 
 

@@ -9,8 +9,8 @@ from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 
 if TYPE_CHECKING:
-    from fastdeploy_lite.engine.sampling_params import SamplingParams
     from fastdeploy_lite.entrypoints.llm import LLM
+    from fastdeploy_lite.request.params import SamplingParams
 
 
 def add_engine_arguments(parser: FlexibleArgumentParser) -> None:
@@ -50,7 +50,7 @@ def sampling(args: argparse.Namespace) -> SamplingParams:
     Returns:
         The parameters.
     """
-    from fastdeploy_lite.engine.sampling_params import SamplingParams  # noqa: PLC0415 - lazily
+    from fastdeploy_lite.request.params import SamplingParams  # noqa: PLC0415 - lazily
 
     return SamplingParams(
         max_tokens=args.max_tokens,

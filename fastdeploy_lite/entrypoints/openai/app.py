@@ -13,7 +13,6 @@ from starlette.routing import BaseRoute
 
 from fastdeploy_lite import envs
 from fastdeploy_lite import version as package_version
-from fastdeploy_lite.engine.request import Request as EngineSideRequest
 from fastdeploy_lite.entrypoints.openai import errors
 from fastdeploy_lite.entrypoints.openai.bodies import (
     BoundedBody,
@@ -49,6 +48,7 @@ from fastdeploy_lite.entrypoints.openai.serving_chat import ChatHandler
 from fastdeploy_lite.entrypoints.openai.serving_completion import CompletionHandler
 from fastdeploy_lite.entrypoints.openai.serving_models import list_models
 from fastdeploy_lite.metrics.metrics import CONTENT_TYPE, ServerMetrics
+from fastdeploy_lite.request.user_request import Request as EngineSideRequest
 from fastdeploy_lite.utils.errors import quote
 
 NOT_HEALTHY = "Worker Service Not Healthy"

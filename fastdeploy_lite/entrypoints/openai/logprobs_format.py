@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdeploy_lite.worker.output import LogprobsLists
+from fastdeploy_lite.request.outputs import LogprobsLists
 
 
 def token_text(tokenizer: Any, token_id: int, decode: bool = True) -> tuple[str, list[int]]:

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from fastdeploy_lite.engine.sampling_params import GuidedDecodingParams, SamplingParams
 from fastdeploy_lite.entrypoints.openai.protocol import (
     MAX_PROMPTS,
     MAX_SEED,
@@ -17,6 +16,7 @@ from fastdeploy_lite.entrypoints.openai.protocol import (
     CompletionRequest,
 )
 from fastdeploy_lite.entrypoints.openai.service import Service
+from fastdeploy_lite.request.params import GuidedDecodingParams, SamplingParams
 from fastdeploy_lite.utils.errors import RequestError, one_line
 from fastdeploy_lite.utils.logging import get_logger
 

@@ -12,10 +12,8 @@ import msgspec
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
-from fastdeploy_lite.engine.messages import EngineRequest
-from fastdeploy_lite.engine.request import Request, RequestOutput
-from fastdeploy_lite.entrypoints.openai import errors, generation
-from fastdeploy_lite.entrypoints.openai.generation import Sequence
+from fastdeploy_lite.entrypoints.openai import errors
+from fastdeploy_lite.entrypoints.openai.choices import Choice, run
 from fastdeploy_lite.entrypoints.openai.output_parser import prompt_leaves_thinking
 from fastdeploy_lite.entrypoints.openai.protocol import (
     ChatCompletionRequest,
@@ -33,10 +31,12 @@ from fastdeploy_lite.entrypoints.openai.streams import (
     event,
     while_connected,
 )
+from fastdeploy_lite.request.messages import EngineRequest
+from fastdeploy_lite.request.outputs import LogprobsLists, RequestOutput
+from fastdeploy_lite.request.user_request import Request
 from fastdeploy_lite.utils import request_log
 from fastdeploy_lite.utils.logging import get_logger
 from fastdeploy_lite.utils.request_log import HIDDEN, RequestLogLevel, content, is_logged
-from fastdeploy_lite.worker.output import LogprobsLists
 
 log = get_logger("api_server")
 
@@ -104,7 +104,7 @@ def expand(service: Service, public_id: str, request: EngineRequest, n: int) -> 
     return copies
 
 
-def usage_of(sequences: list[Sequence], prompts: int, reasoning_tokens: int = 0) -> UsageInfo:
+def usage_of(sequences: list[Choice], prompts: int, reasoning_tokens: int = 0) -> UsageInfo:
     """Token counts; a prompt with several choices counts once.
 
     Args:
@@ -131,7 +131,7 @@ def usage_of(sequences: list[Sequence], prompts: int, reasoning_tokens: int = 0)
 
 
 async def collect(
-    service: Service, public_id: str, sequences: list[Sequence]
+    service: Service, public_id: str, sequences: list[Choice]
 ) -> dict[int, Collected]:
     """Run all sequences to their end.
 
@@ -144,7 +144,7 @@ async def collect(
         The outputs by choice index.
     """
     results = {sequence.index: Collected() for sequence in sequences}
-    async with aclosing(generation.run(service, public_id, sequences)) as outputs:
+    async with aclosing(run(service, public_id, sequences)) as outputs:
         async for sequence, output in outputs:
             results[sequence.index].add(output)
     return results

@@ -11,10 +11,9 @@ from typing import Any
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
-from fastdeploy_lite.engine.request import Request, RequestOutput
-from fastdeploy_lite.entrypoints.openai import generation, logprobs_format
+from fastdeploy_lite.entrypoints.openai import logprobs_format
+from fastdeploy_lite.entrypoints.openai.choices import Choice, run
 from fastdeploy_lite.entrypoints.openai.errors import json_response
-from fastdeploy_lite.entrypoints.openai.generation import Sequence
 from fastdeploy_lite.entrypoints.openai.output_parser import (
     OutputParser,
     ParsedDelta,
@@ -48,7 +47,8 @@ from fastdeploy_lite.entrypoints.openai.serving_base import (
     usage_of,
 )
 from fastdeploy_lite.entrypoints.openai.streams import event
-from fastdeploy_lite.worker.output import LogprobsLists
+from fastdeploy_lite.request.outputs import LogprobsLists, RequestOutput
+from fastdeploy_lite.request.user_request import Request
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class _Chat:
     id: str
     created: int
     top: int | None
-    sequences: list[Sequence] = field(default_factory=list)
+    sequences: list[Choice] = field(default_factory=list)
     parsers: list[OutputParser] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
 
@@ -110,7 +110,7 @@ class ChatHandler:
         request = self._request(chat, switch, arrival)
         prepared, text = await service.in_thread(prepare, service, request, switch)
         for i, copy in enumerate(expand(service, chat.id, prepared, body.n or 1)):
-            chat.sequences.append(Sequence(i, copy, text))
+            chat.sequences.append(Choice(i, copy, text))
             thinking = prompt_leaves_thinking(text, switch)
             chat.parsers.append(OutputParser(service.parsers, thinking, body))
             chat.reasoning.append("")
@@ -150,7 +150,7 @@ class ChatHandler:
         )
 
     def _choice(
-        self, chat: _Chat, sequence: Sequence, results: dict[int, Collected]
+        self, chat: _Chat, sequence: Choice, results: dict[int, Collected]
     ) -> ChatCompletionResponseChoice:
         result, parser = results[sequence.index], chat.parsers[sequence.index]
         parsed = parser.parse(result.text)
@@ -193,7 +193,7 @@ class ChatHandler:
         packer = _Packer(chat.body.max_streaming_response_tokens or 1)
         pending = [_Pending() for _ in chat.sequences]
         opened: set[int] = set()
-        async with aclosing(generation.run(self._service, chat.id, chat.sequences)) as outputs:
+        async with aclosing(run(self._service, chat.id, chat.sequences)) as outputs:
             async for sequence, output in outputs:
                 if sequence.index not in opened:
                     opening = self._event(chat, [self._opening(chat, sequence)], continuous)
@@ -221,7 +221,7 @@ class ChatHandler:
         return value
 
     @staticmethod
-    def _opening(chat: _Chat, sequence: Sequence) -> dict[str, Any]:
+    def _opening(chat: _Chat, sequence: Choice) -> dict[str, Any]:
         with_ids = bool(chat.body.return_token_ids)
         delta: dict[str, Any] = {
             "role": "assistant",
@@ -236,7 +236,7 @@ class ChatHandler:
         return {"index": sequence.index, "delta": delta}
 
     def _delta(
-        self, chat: _Chat, sequence: Sequence, output: RequestOutput, pending: _Pending
+        self, chat: _Chat, sequence: Choice, output: RequestOutput, pending: _Pending
     ) -> dict[str, Any] | None:
         """The choice object of one step; None when there is nothing to show yet."""
         parser = chat.parsers[sequence.index]
@@ -273,7 +273,7 @@ class ChatHandler:
         }
 
 
-def _finish_reason(sequence: Sequence, parser: OutputParser) -> str | None:
+def _finish_reason(sequence: Choice, parser: OutputParser) -> str | None:
     if sequence.finish_reason == "stop" and parser.tools_called:
         return "tool_calls"
     return sequence.finish_reason

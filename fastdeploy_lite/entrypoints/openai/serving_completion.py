@@ -11,10 +11,9 @@ from typing import Any
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
-from fastdeploy_lite.engine.request import Request, RequestOutput
-from fastdeploy_lite.entrypoints.openai import generation, logprobs_format
+from fastdeploy_lite.entrypoints.openai import logprobs_format
+from fastdeploy_lite.entrypoints.openai.choices import Choice, run
 from fastdeploy_lite.entrypoints.openai.errors import json_response
-from fastdeploy_lite.entrypoints.openai.generation import Sequence
 from fastdeploy_lite.entrypoints.openai.protocol import (
     CompletionRequest,
     CompletionResponse,
@@ -39,8 +38,9 @@ from fastdeploy_lite.entrypoints.openai.serving_base import (
     stream_response,
     usage_of,
 )
+from fastdeploy_lite.request.outputs import LogprobsLists, RequestOutput
+from fastdeploy_lite.request.user_request import Request
 from fastdeploy_lite.utils.errors import RequestError
-from fastdeploy_lite.worker.output import LogprobsLists
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class _Completion:
     created: int
     top: int | None
     num_prompts: int = 1
-    sequences: list[Sequence] = field(default_factory=list)
+    sequences: list[Choice] = field(default_factory=list)
 
 
 def split_prompts(prompt: Prompt, field_name: str = "prompt") -> list[str | list[int]]:
@@ -132,7 +132,7 @@ class CompletionHandler:
             request = self._request(work, prompt, arrival)
             prepared, text = await service.in_thread(prepare, service, request, None)
             copies = expand(service, work.id, prepared, n)
-            work.sequences += [Sequence(i * n + j, c, text) for j, c in enumerate(copies)]
+            work.sequences += [Choice(i * n + j, c, text) for j, c in enumerate(copies)]
         return work
 
     @staticmethod
@@ -155,7 +155,7 @@ class CompletionHandler:
     # Whole answers -------------------------------------------------------------------------------
 
     def _choice(
-        self, work: _Completion, sequence: Sequence, result: Collected
+        self, work: _Completion, sequence: Choice, result: Collected
     ) -> CompletionResponseChoice:
         choice = CompletionResponseChoice(
             index=sequence.index,
@@ -187,7 +187,7 @@ class CompletionHandler:
         waiting: list[dict[str, Any]] = []
         size = max(work.body.max_streaming_response_tokens or 1, 1)
         opened: set[int] = set()
-        async with aclosing(generation.run(self._service, work.id, work.sequences)) as outputs:
+        async with aclosing(run(self._service, work.id, work.sequences)) as outputs:
             async for sequence, output in outputs:
                 first = sequence.index not in opened
                 opened.add(sequence.index)
@@ -201,7 +201,7 @@ class CompletionHandler:
                     yield self._event(work, [], sequence, True)
 
     def _event(
-        self, work: _Completion, choices: list[Any], sequence: Sequence, usage: bool
+        self, work: _Completion, choices: list[Any], sequence: Choice, usage: bool
     ) -> dict[str, Any]:
         value: dict[str, Any] = {
             "id": work.id,
@@ -215,7 +215,7 @@ class CompletionHandler:
         return value
 
     @staticmethod
-    def _opening(sequence: Sequence) -> dict[str, Any]:
+    def _opening(sequence: Choice) -> dict[str, Any]:
         return {
             "index": sequence.index,
             "text": "",
@@ -225,7 +225,7 @@ class CompletionHandler:
         }
 
     def _delta(
-        self, work: _Completion, sequence: Sequence, output: RequestOutput, first: bool
+        self, work: _Completion, sequence: Choice, output: RequestOutput, first: bool
     ) -> dict[str, Any]:
         part = output.outputs
         echo = sequence.prompt_text if first and work.body.echo else ""

@@ -7,14 +7,11 @@ through `Arguments`. An op makes about five views a call, at about 2 us each.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import paddle
 
 from fastdeploy_lite.model_executor.ops._dispatch import PlaceKind, native, place_kind
-
-if TYPE_CHECKING:
-    from fastdeploy_lite.model_executor.ops.weights import PackedWeight
 
 Tensor: TypeAlias = Any
 """A `paddle.Tensor`; Paddle's own annotations are not checked here."""
@@ -32,6 +29,22 @@ DTYPE_NAMES: dict[Any, str] = {
 }
 """Dtypes that ops take; Paddle 3.2 has no unsigned types but uint8."""
 ACTIVATION_DTYPE: dict[PlaceKind, str] = {"cpu": "float32", "cuda": "bfloat16"}
+
+
+class ScratchSource(Protocol):
+    """Source of named scratch tensors, as `model_executor.workspace.Workspace`."""
+
+    def get(self, name: str, shape: list[int], dtype: str) -> Tensor:
+        """Return an uninitialised tensor."""
+        ...
+
+
+class WeightOnPlace(Protocol):
+    """What an op reads of a `PackedWeight`."""
+
+    num_experts: int
+    place: Any
+    handle: Any
 
 
 _FIXED = "fd_lite_fixed_view"
@@ -148,7 +161,7 @@ class Arguments:
             )
         return tensor.data_ptr(), found, extents, strides
 
-    def weight(self, name: str, weight: PackedWeight, experts: bool = False) -> Any:
+    def weight(self, name: str, weight: WeightOnPlace, experts: bool = False) -> Any:
         """Check a packed weight and return what the native op takes in its place.
 
         Raises:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fastdeploy_lite import _ops_cuda
 from fastdeploy_lite.model_executor.ops import cuda_runtime as runtime
-from fastdeploy_lite.model_executor.ops._view import Arguments, Tensor
+from fastdeploy_lite.model_executor.ops._view import Arguments, ScratchSource, Tensor
 from fastdeploy_lite.model_executor.ops.weights import PackedWeight
-
-if TYPE_CHECKING:
-    from fastdeploy_lite.model_executor.ops.moe import Workspace
 
 DIRECT_TOKENS = 2
 """Up to this batch experts hardly ever coincide: every slot is read as its own tile, unsorted."""
@@ -39,7 +34,7 @@ def fused_moe(
     up_gate: PackedWeight,
     down: PackedWeight,
     out: Tensor,
-    workspace: Workspace,
+    workspace: ScratchSource,
 ) -> None:
     """See ops.moe.fused_moe."""
     args = Arguments("fused_moe", x)

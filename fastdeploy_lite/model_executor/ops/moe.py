@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from fastdeploy_lite.model_executor.ops._view import Arguments, Tensor
+from fastdeploy_lite.model_executor.ops._view import Arguments, ScratchSource, Tensor
 from fastdeploy_lite.model_executor.ops.weights import PackedWeight
-
-
-class Workspace(Protocol):
-    """Source of named scratch tensors, as `model_executor.workspace.Workspace`."""
-
-    def get(self, name: str, shape: list[int], dtype: str) -> Tensor:
-        """Return an uninitialised tensor."""
-        ...
 
 
 def route(
@@ -61,7 +51,7 @@ def fused_moe(
     up_gate: PackedWeight,
     down: PackedWeight,
     out: Tensor,
-    workspace: Workspace,
+    workspace: ScratchSource,
 ) -> None:
     """out[t] = sum over slots s of topk_weights[t, s] * expert topk_ids[t, s] (x[t]).
 

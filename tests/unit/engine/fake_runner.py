@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastdeploy_lite.config import BLOCK_SIZE
-from fastdeploy_lite.model_executor.step import SequenceSlice, SliceResult, TokenLogprobs
+from fastdeploy_lite.request.step import SequenceSlice, SliceResult, TokenLogprobs
 
 VOCAB = 1000
 FIRST_PLAIN_ID = 10

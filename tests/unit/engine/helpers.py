@@ -11,9 +11,9 @@ from fake_runner import VOCAB, FakeRunner
 from fastdeploy_lite.assets import demo_path
 from fastdeploy_lite.config import CacheConfig, ModelConfig, RuntimeConfig, SchedulerConfig
 from fastdeploy_lite.engine.engine_core import EngineCore
-from fastdeploy_lite.engine.messages import EngineOutput, EngineRequest, EngineSampling
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
-from fastdeploy_lite.model_executor.step import SamplerParams
+from fastdeploy_lite.request.messages import EngineOutput, EngineRequest, EngineSampling
+from fastdeploy_lite.request.step import SamplerParams
 
 EOS = 2
 

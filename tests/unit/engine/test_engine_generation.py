@@ -23,9 +23,9 @@ from helpers import (
 
 from fastdeploy_lite.config import EarlyStopConfig, RuntimeConfig
 from fastdeploy_lite.engine.engine_core import EngineCore, EngineDeadError
-from fastdeploy_lite.engine.guided_decoding import GuidedSpec
-from fastdeploy_lite.engine.messages import EngineRequest
-from fastdeploy_lite.model_executor.step import SequenceSlice, SliceResult, TokenLogprobs
+from fastdeploy_lite.guided.spec import GuidedSpec
+from fastdeploy_lite.request.messages import EngineRequest
+from fastdeploy_lite.request.step import SequenceSlice, SliceResult, TokenLogprobs
 from fastdeploy_lite.utils.errors import ConfigError
 
 

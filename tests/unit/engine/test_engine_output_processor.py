@@ -7,10 +7,10 @@ from helpers import EOS, demo_tokenizer, make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdeploy_lite.engine.messages import EngineOutput, EngineRequest, Timing
 from fastdeploy_lite.engine.output_processor import OutputProcessor
 from fastdeploy_lite.engine.request import RequestOutput
-from fastdeploy_lite.model_executor.step import TokenLogprobs
+from fastdeploy_lite.request.messages import EngineOutput, EngineRequest, Timing
+from fastdeploy_lite.request.step import TokenLogprobs
 
 
 def chunks(request: EngineRequest, outputs: list[EngineOutput]) -> list[RequestOutput]:

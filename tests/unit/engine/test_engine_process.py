@@ -19,10 +19,10 @@ import pytest
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine_client import AsyncEngineClient
 from fastdeploy_lite.engine.engine_core import EngineDeadError
-from fastdeploy_lite.engine.messages import EngineOutput, EngineRequest
 from fastdeploy_lite.engine.request import Request
 from fastdeploy_lite.engine.sampling_params import SamplingParams
 from fastdeploy_lite.input.preprocess import Preprocessor
+from fastdeploy_lite.request.messages import EngineOutput, EngineRequest
 from fastdeploy_lite.utils.errors import RequestError
 
 ARGS = EngineArgs(model="demo", max_model_len=512, num_gpu_blocks_override=40)

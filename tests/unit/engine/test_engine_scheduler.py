@@ -19,9 +19,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from fastdeploy_lite.engine.messages import EngineRequest
 from fastdeploy_lite.engine.output_processor import OutputProcessor
-from fastdeploy_lite.model_executor.step import SequenceSlice, SliceResult
+from fastdeploy_lite.request.messages import EngineRequest
+from fastdeploy_lite.request.step import SequenceSlice, SliceResult
 
 
 def lone(request: EngineRequest, eos_every: int = 0) -> list[int]:

@@ -13,10 +13,10 @@ import pytest
 
 from fastdeploy_lite.assets import demo_path
 from fastdeploy_lite.engine.args_utils import EngineArgs
-from fastdeploy_lite.engine.messages import EngineSampling
 from fastdeploy_lite.engine.request import Request
 from fastdeploy_lite.engine.sampling_params import GuidedDecodingParams, SamplingParams
 from fastdeploy_lite.input.preprocess import MAX_BAD_WORDS, Preprocessor, load_tokenizer
+from fastdeploy_lite.request.messages import EngineSampling
 from fastdeploy_lite.utils.errors import RequestError
 
 RENDERED = "<|begin_of_sentence|>User: Hi\nAssistant: "

@@ -113,7 +113,7 @@ def test_the_plugin_must_come_before_paddle(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_deciding_does_not_import_paddle() -> None:
     code = "import sys; from fastdeploy_lite import device; device.describe(); " + (
-        "import fastdeploy_lite.model_executor.step; sys.exit('paddle' in sys.modules)"
+        "import fastdeploy_lite.request.step; sys.exit('paddle' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -15,7 +15,7 @@ from fastdeploy_lite.config import LogprobsMode
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.model_executor.logprobs import log_softmax
 from fastdeploy_lite.model_executor.model_runner import ModelRunner
-from fastdeploy_lite.model_executor.step import SamplerParams, SliceResult, TokenLogprobs
+from fastdeploy_lite.request.step import SamplerParams, SliceResult, TokenLogprobs
 
 PROMPT = [int(i) for i in np.random.default_rng(9).integers(0, 8192, 150)]
 

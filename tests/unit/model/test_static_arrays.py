@@ -11,8 +11,8 @@ import pytest
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.input_batch import InputBatch
 from fastdeploy_lite.model_executor.static_buffers import PackedBuffer
-from fastdeploy_lite.model_executor.step import SamplerParams, SequenceSlice
 from fastdeploy_lite.model_executor.workspace import MAX_VIEWS, Workspace
+from fastdeploy_lite.request.step import SamplerParams, SequenceSlice
 
 CPU = paddle.CPUPlace()
 

@@ -12,7 +12,7 @@ import pytest
 from model_driver import Running, make_runner, sequences
 
 from fastdeploy_lite.model_executor.model_runner import ModelRunner
-from fastdeploy_lite.model_executor.step import SamplerParams, SequenceSlice, SliceResult
+from fastdeploy_lite.request.step import SamplerParams, SequenceSlice, SliceResult
 from fastdeploy_lite.speculation.config import SpeculativeConfig
 
 LENGTH = 24

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdeploy_lite.engine import guided_decoding
-from fastdeploy_lite.engine.guided_decoding import GuidedSpec, Matcher, strip_anchors
+from fastdeploy_lite.guided import compiler
+from fastdeploy_lite.guided.matcher import Grammar, Matcher
+from fastdeploy_lite.guided.spec import GuidedSpec
+from fastdeploy_lite.guided.translation import strip_anchors
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.utils.errors import RequestError
 
@@ -25,14 +27,14 @@ def tokenizer(demo_dir: Path) -> Ernie4_5Tokenizer:
     return Ernie4_5Tokenizer.from_pretrained(demo_dir, eos_token_ids=[2, 7])
 
 
-Compile = Callable[..., guided_decoding.Grammar]
+Compile = Callable[..., Grammar]
 
 
 @pytest.fixture(scope="module")
 def compile_spec(tokenizer: Ernie4_5Tokenizer) -> Compile:
-    def run(kind: str, value: object = "", **options: object) -> guided_decoding.Grammar:
+    def run(kind: str, value: object = "", **options: object) -> Grammar:
         text = value if isinstance(value, str) else json.dumps(value)
-        return guided_decoding.compile(GuidedSpec(kind, text, **options), tokenizer, PADDED)
+        return compiler.compile(GuidedSpec(kind, text, **options), tokenizer, PADDED)
 
     return run
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fastdeploy_lite.engine.messages import EngineStats
 from fastdeploy_lite.metrics.metrics import ServerMetrics, TokenRates, one_two_five
+from fastdeploy_lite.request.messages import EngineStats
 
 
 def names(text: str) -> set[str]:

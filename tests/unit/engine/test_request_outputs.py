@@ -10,7 +10,7 @@ from fastdeploy_lite.engine.request import (
     RequestMetrics,
     RequestOutput,
 )
-from fastdeploy_lite.worker.output import Logprob, LogprobsLists
+from fastdeploy_lite.request.outputs import Logprob, LogprobsLists
 
 
 def chunk(tokens: list[int], text: str, **extra: object) -> RequestOutput:

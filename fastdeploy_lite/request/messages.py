@@ -9,8 +9,8 @@ from typing import Literal
 
 import msgspec
 
-from fastdeploy_lite.engine.guided_decoding import GuidedSpec
-from fastdeploy_lite.model_executor.step import SamplerParams, TokenLogprobs
+from fastdeploy_lite.guided.spec import GuidedSpec
+from fastdeploy_lite.request.step import SamplerParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 

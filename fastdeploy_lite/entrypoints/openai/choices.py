@@ -9,10 +9,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from fastdeploy_lite.engine.messages import EngineOutput, EngineRequest
-from fastdeploy_lite.engine.request import RequestOutput
 from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError, ServiceError
 from fastdeploy_lite.entrypoints.openai.service import Service
+from fastdeploy_lite.request.messages import EngineOutput, EngineRequest
+from fastdeploy_lite.request.outputs import RequestOutput
 from fastdeploy_lite.utils.errors import RequestError
 from fastdeploy_lite.utils.logging import get_logger
 from fastdeploy_lite.utils.request_log import RequestLogLevel, log_request
@@ -21,7 +21,7 @@ _log = get_logger("fastdeploy")
 
 
 @dataclass(slots=True)
-class Sequence:
+class Choice:
     """One sequence: choice `index` of an answer.
 
     Attributes:
@@ -48,8 +48,8 @@ class Sequence:
 
 
 async def run(
-    service: Service, public_id: str, sequences: list[Sequence]
-) -> AsyncGenerator[tuple[Sequence, RequestOutput], None]:
+    service: Service, public_id: str, sequences: list[Choice]
+) -> AsyncGenerator[tuple[Choice, RequestOutput], None]:
     """Generate all sequences; closing the iterator early aborts what still runs.
 
     Args:
@@ -78,7 +78,7 @@ async def run(
             service.active.pop(public_id, None)
 
 
-async def _one(service: Service, sequence: Sequence) -> AsyncGenerator[Any, None]:
+async def _one(service: Service, sequence: Choice) -> AsyncGenerator[Any, None]:
     request = sequence.request
     observer = _Observer(service, sequence)
     service.outputs.add(request, prompt=sequence.prompt_text, index=sequence.index)
@@ -120,11 +120,11 @@ def _raise_error(output: RequestOutput) -> None:
     raise ServiceError(text, 500, "server_error", "internal_error")
 
 
-async def _many(service: Service, sequences: list[Sequence]) -> AsyncGenerator[Any, None]:
+async def _many(service: Service, sequences: list[Choice]) -> AsyncGenerator[Any, None]:
     """Merge several sequences; the first failure ends all."""
     queue: asyncio.Queue[Any] = asyncio.Queue()
 
-    async def pump(sequence: Sequence) -> None:
+    async def pump(sequence: Choice) -> None:
         try:
             async with aclosing(_one(service, sequence)) as stream:
                 async for item in stream:
@@ -154,7 +154,7 @@ async def _many(service: Service, sequences: list[Sequence]) -> AsyncGenerator[A
 class _Observer:
     """Feeds one sequence's times and counts into the metrics."""
 
-    def __init__(self, service: Service, sequence: Sequence) -> None:
+    def __init__(self, service: Service, sequence: Choice) -> None:
         self._metrics = service.metrics
         self._sequence = sequence
         self._previous = 0.0

@@ -1,0 +1,1 @@
+"""Structured output: a specification, its compiler, and a matcher for each request."""
