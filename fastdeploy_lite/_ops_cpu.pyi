@@ -152,3 +152,19 @@ class SuffixIndex:
     def num_tokens(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+
+# --- the encoder: bytes of a run of blocks ------------------------------------------------------
+def code_search(
+    target: View,
+    weight: View,
+    before: View | None,
+    metric: View,
+    feedback: View | None,
+    books: View,
+    code: View,
+    scales: View,
+    error: View,
+    packed: View,
+    choice: View,
+    loss: View,
+) -> None: ...

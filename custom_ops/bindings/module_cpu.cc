@@ -10,6 +10,7 @@ void bind_sampling(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_rowwise(py::module_& m);
 void bind_speculation(py::module_& m);
+void bind_code_search(py::module_& m);
 
 }  // namespace fd
 
@@ -23,4 +24,5 @@ PYBIND11_MODULE(_ops_cpu, m) {
   fd::bind_attention(m);
   fd::bind_rowwise(m);
   fd::bind_speculation(m);
+  fd::bind_code_search(m);
 }

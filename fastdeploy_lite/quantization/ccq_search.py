@@ -90,7 +90,7 @@ def encode(
     NaN or infinity (naming its row and column) and magnitudes above 2**126, TypeError for
     something that is not a real floating-point matrix.
     """
-    matrix = _checked(weight)
+    matrix = checked_matrix(weight)
     rows, columns = matrix.shape
     table = np.asarray(_default_codes(rows) if codes is None else codes, dtype=np.float32)
     if table.ndim != 2 or table.shape[1] != 2 or len(table) == 0:
@@ -128,7 +128,7 @@ def _default_codes(rows: int) -> Sequence[tuple[float, float]]:
     return CODES[: 64 if rows <= 512 else 32 if rows <= 2048 else 16]
 
 
-def _checked(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def checked_matrix(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
     matrix = np.asarray(weight)
     check_matrix(matrix)
     if matrix.shape[0] % ccq.ROWS_PER_SCALE_BYTE:
