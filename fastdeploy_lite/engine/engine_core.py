@@ -5,6 +5,7 @@ Single-threaded; a process of its own for the server (core_process.py), in-proce
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Iterable
@@ -547,7 +548,7 @@ class EngineCore:
         if not scheduler.running:
             stats.last_batch_size = 0
         if self._speculator is not None:
-            stats.drafts = self._speculator.totals
+            stats.drafts = copy.copy(self._speculator.totals)
         return EngineStats(**{name: getattr(stats, name) for name in stats.__struct_fields__})
 
     def check_integrity(self) -> None:

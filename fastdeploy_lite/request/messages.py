@@ -90,22 +90,25 @@ class DraftCounts(msgspec.Struct, array_like=True):
     Attributes:
         drafted: Guessed tokens that were checked.
         accepted: Those of them that were right.
-        checks: Steps in which guesses were checked.
+        steps: Steps that decoded for these requests.
+        checks: Those of them in which guesses were checked.
         accepted_at: Right guesses by their place in the guess.
         checked_at: Checked ones, too.
     """
 
     drafted: int = 0
     accepted: int = 0
+    steps: int = 0
     checks: int = 0
     accepted_at: list[int] = []
     checked_at: list[int] = []
 
     def note(self, drafted: int, accepted: int) -> None:
-        """Record one check."""
+        """Record one step; `drafted` is 0 where nothing was checked."""
         self.drafted += drafted
         self.accepted += accepted
-        self.checks += 1
+        self.steps += 1
+        self.checks += drafted > 0
         for counts, count in ((self.checked_at, drafted), (self.accepted_at, accepted)):
             counts.extend([0] * (count - len(counts)))
             for place in range(count):

@@ -127,9 +127,8 @@ class Speculator:
         memory = self._memories.get(request_id)
         if memory is None:
             return
-        if checked:
-            memory.counts.note(checked, len(tokens) - 1)
-            self.totals.note(checked, len(tokens) - 1)
+        for counts in (memory.counts, self.totals):
+            counts.note(checked, len(tokens) - 1)
         # A guess that was not checked is judged by its first token: the account costs nothing.
         judged = memory.draft.tokens[: max(checked, 1)]
         pairs = zip(judged, tokens, strict=False)

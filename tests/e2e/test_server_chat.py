@@ -348,13 +348,21 @@ def test_numbers_beyond_float32(http: httpx.Client, fields: dict[str, Any]) -> N
     assert answer.status_code == 200, answer.text
 
 
-@pytest.mark.parametrize("content", ["", "  ", "\x00\x01\x7f", "\ud800", "👩‍👩‍👧‍👦" * 20])
+@pytest.mark.parametrize("content", ["", "  ", "\x00\x01\x7f", "👩‍👩‍👧‍👦" * 20])
 def test_odd_content_is_accepted(http: httpx.Client, content: str) -> None:
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 3}
     data = json.dumps(body)
     answer = http.post("/v1/chat/completions", content=data,
                        headers={"content-type": "application/json"})  # fmt: skip
     assert answer.status_code == 200, answer.text
+
+
+def test_text_that_is_no_unicode_is_refused(http: httpx.Client) -> None:
+    data = json.dumps({"messages": [{"role": "user", "content": "a\ud800"}], "max_tokens": 3})
+    answer = http.post("/v1/chat/completions", content=data,
+                       headers={"content-type": "application/json"})  # fmt: skip
+    assert answer.status_code == 400
+    assert "messages[0].content" in answer.json()["error"]["message"]
 
 
 def test_metadata_merges_and_explicit_fields_win(http: httpx.Client) -> None:

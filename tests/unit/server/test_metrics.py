@@ -6,7 +6,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastdeploy_lite.metrics.metrics import ServerMetrics, TokenRates, one_two_five
-from fastdeploy_lite.request.messages import EngineStats
+from fastdeploy_lite.request.messages import DraftCounts, EngineStats
 
 
 def names(text: str) -> set[str]:
@@ -111,3 +111,26 @@ def test_token_rates_fall_to_zero() -> None:
 def test_cache_configuration_is_a_labelled_gauge(metrics: ServerMetrics) -> None:
     labels = {"block_size": "64", "num_blocks": "None"}
     assert metrics.registry.get_sample_value("fastdeploy:cache_config_info", labels) == 1
+
+
+def test_speculation_has_metrics_only_when_it_is_on(metrics: ServerMetrics) -> None:
+    metrics.update(EngineStats())
+    assert not any("spec_decode" in name for name in families(metrics))
+    drafts = DraftCounts()
+    drafts.note(4, 2)
+    drafts.note(0, 0)
+    metrics.update(EngineStats(drafts=drafts))
+    assert sample(metrics, "spec_decode_draft_acceptance_rate") == 0.5
+    assert sample(metrics, "spec_decode_efficiency") == 2.0
+    later = DraftCounts()
+    for _ in range(3):
+        later.note(4, 4)
+    metrics.update(EngineStats(drafts=later))
+    assert sample(metrics, "spec_decode_num_draft_tokens_total") == 12
+    assert sample(metrics, "spec_decode_num_accepted_tokens_total") == 12
+    assert sample(metrics, "spec_decode_num_emitted_tokens_total") == 15
+    restarted = DraftCounts()
+    restarted.note(3, 1)
+    metrics.update(EngineStats(drafts=restarted))
+    assert sample(metrics, "spec_decode_num_draft_tokens_total") == 15
+    assert sample(metrics, "spec_decode_num_accepted_tokens_total") == 13
