@@ -184,6 +184,8 @@ class CheckpointSource:
 
     def _dense(self, array: npt.NDArray[Any], transposed: bool, module: str) -> PackedWeight:
         """Keep a matrix [K, N], or [N, K] if `transposed`."""
+        if array.flags.f_contiguous and not array.flags.c_contiguous:
+            array, transposed = array.T, not transposed
         rows, columns = array.shape[::-1] if transposed else array.shape
         weight = ops.allocate_weight("dense", rows, columns, self.place)
         try:

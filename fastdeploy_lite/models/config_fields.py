@@ -76,8 +76,13 @@ def attention_fields(fields: JsonFields, hidden: int) -> dict[str, Any]:
     }
 
 
-def moe_fields(fields: JsonFields) -> dict[str, Any]:
-    """Return what describes routed experts; empty for a dense model."""
+def moe_fields(fields: JsonFields, has_bias: bool) -> dict[str, Any]:
+    """Return what describes routed experts; empty for a dense model.
+
+    Args:
+        fields: config.json.
+        has_bias: whether routers have a selection bias where the file does not say.
+    """
     experts = fields.integer("moe_num_experts", None, minimum=0, maximum=MOST_EXPERTS)
     if not experts:
         return {}
@@ -93,7 +98,7 @@ def moe_fields(fields: JsonFields) -> dict[str, Any]:
         ),
         "moe_num_shared_experts": fields.integer("moe_num_shared_experts", 0, maximum=1024),
         "moe_layer_start_index": fields.integer("moe_layer_start_index", 0),
-        "moe_use_aux_free": fields.boolean("moe_use_aux_free", False),
+        "moe_use_aux_free": fields.boolean("moe_use_aux_free", has_bias),
     }
 
 

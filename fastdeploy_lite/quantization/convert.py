@@ -239,7 +239,7 @@ def _plan(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str | Linear]
         by_layer.setdefault(target.layer, []).append(target)
         consumed.update(e.key for e in expected_linear_tensors(checkpoint, source, "dense"))
     copied: dict[int, list[str]] = {}
-    for key in checkpoint:
+    for key in sorted(checkpoint):  # the order of files must not show in the output
         if key not in consumed:
             layer = checkpoint.config.family.layer_of(key)
             copied.setdefault(-1 if layer is None else layer, []).append(key)

@@ -28,7 +28,9 @@ def read_config(fields: JsonFields) -> ModelConfig:
     _check_semantics(fields)
     quantization = keys.quantization(fields)
     hidden = fields.integer("hidden_size", minimum=1, maximum=keys.LARGEST_SIZE)
-    theta = _TRANSFORMERS_THETA if "transformers_version" in fields.data else _THETA
+    # What transformers leaves out has its defaults, not FastDeploy's: its routers have a bias.
+    is_transformers = "transformers_version" in fields.data
+    theta = _TRANSFORMERS_THETA if is_transformers else _THETA
     layers = keys.layers_without_tail(fields)
     _check_end_index(fields, layers)
     return ModelConfig(
@@ -41,7 +43,7 @@ def read_config(fields: JsonFields) -> ModelConfig:
         rope_theta=keys.rope_theta(fields, theta),
         max_position_embeddings=fields.integer("max_position_embeddings", 512, minimum=1),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-        **keys.moe_fields(fields),
+        **keys.moe_fields(fields, has_bias=is_transformers),
         is_quantized=quantization is not None,
         quantization=quantization,
         dtype=keys.weight_dtype(fields),

@@ -87,7 +87,7 @@ class Ernie45(ModelFamily):
         found: dict[str, Location] = {}
         for key, shape in shapes.items():
             if not key.startswith(_HUGGING_FACE):
-                found[key] = Location(key)
+                found[key] = Location(key, transposed=key == self.head_key and len(shape) == 2)
                 continue
             rest = key.removeprefix(_HUGGING_FACE)
             stack = _STACKED.fullmatch(rest)
@@ -114,7 +114,11 @@ class Ernie45(ModelFamily):
         for key in ("torch_dtype", "transformers_version", "rope_parameters", "rope_scaling"):
             raw.pop(key, None)
         if raw != dict(config.raw):
-            raw |= {"dtype": config.dtype, "rope_theta": config.rope_theta}
+            raw |= {
+                "dtype": config.dtype,
+                "rope_theta": config.rope_theta,
+                "moe_use_aux_free": config.moe_use_aux_free,
+            }
         return raw
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from model_driver import make_runner
+from tiny_model import random_linear, tiny_config, tiny_tensors, write_tensors
 
 from fastdeploy_lite import formats
+from fastdeploy_lite.checkpoint.linears import model_linears
+from fastdeploy_lite.config import ModelConfig
 from fastdeploy_lite.formats import Arrays, TensorSpec, WeightFormat, ccq
 from fastdeploy_lite.formats.base import GROUP, Order, Range, spread, take
+from fastdeploy_lite.utils.arrays import bfloat16_to_float32
 
 NAMES = ("dense", "int8", "int4", "ccq")
 ROWS, COLUMNS = 384, 192
@@ -179,3 +185,49 @@ def test_a_registered_format_is_found_by_both_names(sign: Sign) -> None:
     assert formats.get("sign") is formats.from_config_name("wsign") is sign
     assert "wsign" in formats.config_names()
     assert "sign" in formats.names()
+
+
+def test_a_model_in_a_registered_format_runs(sign: Sign, tmp_path: Path) -> None:
+    """config.json names it, files hold it, the loader keeps it: one new class, no other change."""
+    config = tiny_config("bf16")
+    tensors = tiny_tensors(config)
+    quantized = {
+        "quantization": "mix_quant",
+        "dense_quant_type": "wint8",
+        "moe_quant_type": "wsign",
+    }
+    signs = config | {"is_quantized": True, "quantization_config": quantized}
+    random = np.random.default_rng(1)
+    decoded = {}
+    for linear in model_linears(ModelConfig.from_dict(signs)):
+        del tensors[f"{linear.module}.weight"]
+        if linear.kind != "sign":
+            tensors |= random_linear(linear, random)
+            continue
+        arrays = sign.random(random, linear.in_features, linear.out_features)
+        decoded[linear.module] = sign.decode(arrays)
+        tensors |= {
+            f"{linear.module}.signs": (arrays["signs"], "I8"),
+            f"{linear.module}.scale": (arrays["scale"], "F32"),
+        }
+    assert decoded
+    write_tensors(tmp_path / "signs", signs, tensors)
+    runner = make_runner(tmp_path / "signs")
+    assert runner.config.model.describe_weights() == "int8 linears, sign experts"
+    logits = runner.logits(list(range(20)))
+
+    plain = {k: v for k, v in tensors.items() if not k.endswith((".signs", ".scale"))}
+    for linear in model_linears(ModelConfig.from_dict(config)):
+        if linear.module in decoded:
+            plain[f"{linear.module}.weight"] = (decoded[linear.module], "F32")
+        else:
+            arrays_ = {
+                name: plain.pop(f"{linear.module}.{name}")[0]
+                for name in ("quant_weight", "weight_scale")
+            }
+            arrays_["weight_scale"] = bfloat16_to_float32(arrays_["weight_scale"])
+            weight = formats.get("int8").decode(arrays_)
+            plain[f"{linear.module}.weight"] = (weight, "F32")
+    write_tensors(tmp_path / "plain", config, plain)
+    wanted = make_runner(tmp_path / "plain").logits(list(range(20)))
+    np.testing.assert_allclose(logits, wanted, atol=1e-3)
