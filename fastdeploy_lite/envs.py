@@ -109,7 +109,7 @@ VARIABLES: dict[str, Callable[[str | None], Any]] = {
     "FD_LITE_STRIP_STOP_TEXT": _boolean(False),
     "FD_LITE_LOG_FORMAT": _one_of("text", "text", "json"),
     "FD_LITE_OPEN_METRICS": _boolean(False),
-    "FD_LITE_MAX_BODY_BYTES": _at_least(1, 8 << 20),
+    "FD_LITE_MAX_BODY_BYTES": _at_least(1, 4 << 20),
     "FD_LITE_MAX_BODY_VALUES": _at_least(1, 1 << 18),
     "FD_LITE_HEAD_SECONDS": _at_least(1, 20),
     "FD_LITE_SEND_SECONDS": _at_least(1, 60),

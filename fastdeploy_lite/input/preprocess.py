@@ -138,7 +138,7 @@ class Preprocessor:
 
     def _prompt(self, request: Request) -> tuple[list[int], str]:
         if request.prompt_token_ids is not None:
-            return self._checked_ids(request.prompt_token_ids, "prompt_token_ids"), "prompt"
+            return self._checked_prompt(request.prompt_token_ids, "prompt_token_ids"), "prompt"
         if request.prompt is not None:
             return self._encode(request.prompt, "prompt"), "prompt"
         messages = request.messages
@@ -149,7 +149,7 @@ class Preprocessor:
                 code="invalid_value",
             )
         if all(isinstance(m, int) for m in messages):
-            return self._checked_ids(messages, "messages"), "messages"
+            return self._checked_prompt(messages, "messages"), "messages"
         contents = (m.get("content") for m in messages if isinstance(m, Mapping))
         self._check_length(sum(len(c) for c in contents if isinstance(c, str)), "messages")
         return self._encode(self.render(request), "messages"), "messages"
@@ -194,6 +194,12 @@ class Preprocessor:
         least = characters // self._longest_piece
         if least >= self.max_model_len:
             raise self._too_long(f"at least {least}", 0, param)
+
+    def _checked_prompt(self, ids: Sequence[Any], param: str) -> list[int]:
+        """Ids of a prompt; a list that cannot fit is refused before anybody walks it."""
+        if len(ids) >= self.max_model_len:
+            raise self._too_long(len(ids), 0, param)
+        return self._checked_ids(ids, param)
 
     def _checked_ids(self, ids: Iterable[Any], param: str) -> list[int]:
         values = ids.tolist() if hasattr(ids, "tolist") else list(ids)

@@ -317,7 +317,7 @@ def _add_text(app: FastAPI, service: Service) -> None:
     @app.post(
         "/tokenize", responses=responses, tags=["text"], openapi_extra=body_of(TokenizeRequest)
     )
-    async def tokenize(http: Request) -> dict[str, Any]:
+    async def tokenize(http: Request) -> Response:
         """Token ids of a text or of a rendered conversation."""
         body = await parse(http, TokenizeRequest)
         request = EngineSideRequest(
@@ -327,15 +327,16 @@ def _add_text(app: FastAPI, service: Service) -> None:
         )
         ids = await service.in_thread(service.preprocessor.prompt_token_ids, request)
         limit = service.config.scheduler.max_model_len
-        return {"count": len(ids), "max_model_len": limit, "tokens": ids}
+        return errors.json_response({"count": len(ids), "max_model_len": limit, "tokens": ids})
 
     @app.post(
         "/detokenize", responses=responses, tags=["text"], openapi_extra=body_of(DetokenizeRequest)
     )
-    async def detokenize(http: Request) -> dict[str, str]:
+    async def detokenize(http: Request) -> Response:
         """The text of token ids."""
         body = await parse(http, DetokenizeRequest)
-        return {"prompt": await service.in_thread(service.tokenizer.decode, body.tokens)}
+        text = await service.in_thread(service.tokenizer.decode, body.tokens)
+        return errors.json_response({"prompt": text})
 
 
 def _add_control(app: FastAPI, service: Service) -> None:

@@ -39,7 +39,7 @@ Model = TypeVar("Model", bound=BaseModel)
 BODY_SECONDS = 60.0  # a client that sends slower than this holds a connection for nothing
 ARRIVING_BODIES = 4  # so many bodies of full size may be arriving together
 KEY = "fastdeploy_lite.body"
-CONTAINER_WEIGHT = 4  # an object, a list or a member costs as much as so many numbers
+CONTAINER_WEIGHT = 8  # an object, a list or a member costs as much as so many numbers
 _SECOND_LOOK_BYTES = 1 << 20  # a faulty body up to this size is read again to name its fault
 _SCAN_BYTES = 64 << 10
 _REF = "#/components/schemas/{model}"

@@ -18,6 +18,9 @@ from fastdeploy_lite.utils.errors import quote
 MAX_SEED = 922337203685477580
 MAX_CHOICES = 128  # of `n`; one request must not fill the whole queue
 MAX_PROMPTS = 1024
+# Coarse bounds, so that no list is walked for long before the exact limits are checked.
+MAX_LISTED_IDS = 16384
+MAX_CHOICE_TEXTS = 8192
 
 _LEGACY_GUIDED = (
     "guided_json",
@@ -31,6 +34,8 @@ _LEGACY_GUIDED = (
 def _first_bad_bias(value: Any) -> Any:
     """pydantic would list every bad entry of a mapping; the first one is enough."""
     if isinstance(value, dict):
+        if len(value) > MAX_LISTED_IDS:
+            raise ValueError(f"logit_bias: {len(value)} entries, the limit is {MAX_LISTED_IDS}")
         for key, number in value.items():
             if not isinstance(number, int | float):
                 raise ValueError(f"logit_bias: expected numbers, found {quote({key: number})}")
@@ -44,6 +49,8 @@ class _FirstFault(FailFast):
 
 
 Ids = Annotated[list[int], _FirstFault()]
+FewIds = Annotated[list[int], _FirstFault(), Field(max_length=MAX_LISTED_IDS)]
+FewTexts = Annotated[list[str], _FirstFault(), Field(max_length=MAX_CHOICE_TEXTS)]
 IdLists = Annotated[list[Ids], _FirstFault()]
 Texts = Annotated[list[str], _FirstFault()]
 Bias = Annotated[dict[str, float], BeforeValidator(_first_bad_bias)]
@@ -145,8 +152,8 @@ class _GenerationRequest(BaseModel):
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     max_tokens: int | None = None
     min_tokens: int | None = Field(default=None, ge=0)
-    stop: str | Texts | None = Field(default_factory=list)
-    stop_token_ids: Ids | None = Field(default_factory=list)
+    stop: str | FewTexts | None = Field(default_factory=list)
+    stop_token_ids: FewIds | None = Field(default_factory=list)
     include_stop_str_in_output: bool | None = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -154,7 +161,7 @@ class _GenerationRequest(BaseModel):
     user: str | None = None
     request_id: str | None = None
     bad_words: Texts | None = None
-    bad_words_token_ids: Ids | None = None
+    bad_words_token_ids: FewIds | None = None
     logit_bias: Bias | None = None
     logits_processors_args: dict[str, Any] | None = None
     temp_scaled_logprobs: bool | None = False
@@ -165,7 +172,7 @@ class _GenerationRequest(BaseModel):
     response_format: ResponseFormat | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: Texts | None = None
+    guided_choice: FewTexts | None = None
     guided_grammar: str | None = None
     guided_json_object: bool | None = None
     guided_decoding_backend: str | None = None
