@@ -45,18 +45,21 @@ class ServerProcess:
         model: str = "demo",
         port: int | None = None,
         env: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        stderr: int | None = None,
     ) -> None:
         self.folder = folder
         self.port = free_port() if port is None else port
         folder.mkdir(parents=True, exist_ok=True)
         self.stderr_path = folder / "stderr.txt"
         command = [
-            sys.executable, "-m", "fastdeploy_lite.entrypoints.openai.api_server",
+            *prefix, sys.executable, "-m", "fastdeploy_lite.entrypoints.openai.api_server",
             "--model", model, "--host", "127.0.0.1", "--port", str(self.port), *flags,
         ]  # fmt: skip
-        with self.stderr_path.open("wb") as stderr:
+        with self.stderr_path.open("wb") as file:
+            output = file if stderr is None else stderr
             self.process = subprocess.Popen(
-                command, cwd=folder, env=environment(env), stdout=stderr, stderr=stderr,
+                command, cwd=folder, env=environment(env), stdout=output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip
         self.started = time.monotonic()
@@ -135,9 +138,14 @@ def running_server(
     *,
     model: str = "demo",
     env: dict[str, str] | None = None,
+    prefix: Sequence[str] = (),
+    stderr: int | None = None,
 ) -> Iterator[ServerProcess]:
-    """A ready server; killed when the block ends."""
-    server = ServerProcess(folder, *flags, model=model, env=env)
+    """A ready server; killed when the block ends.
+
+    `prefix` stands before the command, `stderr` is a descriptor instead of a file.
+    """
+    server = ServerProcess(folder, *flags, model=model, env=env, prefix=prefix, stderr=stderr)
     try:
         yield server.wait_ready()
     finally:

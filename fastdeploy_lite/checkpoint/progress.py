@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from fastdeploy_lite.utils.logging import ConsoleStream
+
 if TYPE_CHECKING:
     Bar = tqdm[Any]
 
@@ -26,6 +28,7 @@ def loading_bar(
         unit_scale=True,
         unit_divisor=1024,
         disable=not enabled,
+        file=ConsoleStream(),
         mininterval=_refresh_seconds(),
     )
 
@@ -37,6 +40,7 @@ def count_layers(count: int, enabled: bool = True) -> Iterator[int]:
         desc="Loading Layers",
         unit="layer",
         disable=not enabled,
+        file=ConsoleStream(),
         mininterval=_refresh_seconds(),
     )
 

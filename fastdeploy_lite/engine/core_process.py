@@ -36,6 +36,7 @@ from fastdeploy_lite.request.messages import (
 )
 from fastdeploy_lite.utils.errors import FastDeployError, one_line
 from fastdeploy_lite.utils.logging import get_logger, init_file_logging
+from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
 
 STATS_SECONDS = 0.5  # an idle core says so this often: silence means that something is wrong
 TO_CORE, FROM_CORE = "to-core", "from-core"  # names of the sockets in the directory
@@ -172,6 +173,7 @@ def _die_with_parent(directory: str) -> None:
 
 def main() -> int:
     """Run the process; returns its exit status."""
+    prepare_standard_streams()
     _leave_signals_to_the_parent()
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=StartLine)
     threading.Thread(target=_die_with_parent, args=(start.directory,), daemon=True).start()

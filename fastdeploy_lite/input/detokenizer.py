@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Sequence
 
 _utf8 = codecs.getincrementaldecoder("utf-8")
@@ -35,6 +36,13 @@ class IncrementalDetokenizer:
             self._strip = False
             piece = piece.removeprefix(b" ")
         return self._decoder.decode(piece)
+
+    def feed_all(self, token_ids: Sequence[int]) -> str:
+        """What `feed` of every id would give, joined; without an object per token."""
+        size = len(self._table)
+        known = (i for i in token_ids if 0 <= i < size)
+        first = "".join(map(self.feed, itertools.islice(known, 1)))  # may lose a space
+        return first + self._decoder.decode(b"".join(map(self._table.__getitem__, known)))
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for bytes that never became a character."""

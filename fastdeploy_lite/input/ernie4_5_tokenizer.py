@@ -217,7 +217,7 @@ class Ernie4_5Tokenizer:  # noqa: N801 - upstream's name
         if skip_special_tokens:
             ids = [i for i in ids if self.token_bytes(i)]
         stream = self.detokenizer()
-        return "".join([*map(stream.feed, ids), stream.flush()])
+        return stream.feed_all(ids) + stream.flush()
 
     def detokenizer(self) -> IncrementalDetokenizer:
         """A fresh stream from token ids to text."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,8 +36,8 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         Raises:
             SystemExit: The command line is wrong (the message is on stderr).
         """
-        arguments = [_dashed(a) for a in (sys.argv[1:] if args is None else args)]
-        self._check_encodable(arguments)
+        given = sys.argv[1:] if args is None else args
+        arguments = [_dashed(self._as_text(argument)) for argument in given]
         # Every destination starts as "unset", so that afterwards a flag that was given can be told
         # from one that was not, even when it repeats the default. Appending flags start as None
         # because argparse copies what it finds there.
@@ -57,13 +58,12 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         """
         self.exit(2, f"{self.prog}: error: {one_line(message)}; see {self.prog} --help\n")
 
-    def _check_encodable(self, arguments: list[str]) -> None:
-        """Bytes that are not text would fail later, where names and paths are sent or logged."""
-        for argument in arguments:
-            try:
-                argument.encode()
-            except UnicodeEncodeError:
-                self.error(f"argument {quote(argument)} is not UTF-8 text")
+    def _as_text(self, argument: str) -> str:
+        """UTF-8 whatever the locale says; other bytes would fail later, where they are sent."""
+        try:
+            return os.fsencode(argument).decode()
+        except UnicodeError:
+            self.error(f"argument {quote(argument)} is not UTF-8 text")
 
     def _fill_unset(self, target: argparse.Namespace, actions: list[argparse.Action]) -> None:
         missing = [a for a in actions if _is_unset(getattr(target, a.dest), a)]

@@ -196,6 +196,25 @@ def write_console(text: str) -> None:
     _Console.write(text)
 
 
+class ConsoleStream(io.TextIOBase):
+    """The console as a stream, for progress bars: never fails, and never blocks in a server."""
+
+    def write(self, text: str) -> int:
+        """Print text."""
+        _Console.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+        if _Console.sink is None:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        """Whether a person looks on."""
+        return sys.stderr.isatty()
+
+
 def flush_logs(seconds: float = LAST_WORDS_SECONDS) -> None:
     """Wait until what was logged is written.
 

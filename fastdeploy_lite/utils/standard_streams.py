@@ -18,7 +18,8 @@ def prepare_standard_streams() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            opened = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.set_inheritable(opened, True)
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115, PTH123 - for the process
     if sys.stdout is None:

@@ -18,9 +18,10 @@ from fastdeploy_lite.entrypoints.openai import api_server
 from fastdeploy_lite.entrypoints.openai.app import create_application
 from fastdeploy_lite.entrypoints.openai.server_args import ServerArgs
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
-from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.errors import ConfigError, one_line
 from fastdeploy_lite.utils.logging import init_file_logging
 
+_JSON = {"content-type": "application/json"}
 URLS = ("/v1/chat/completions", "/v1/completions")
 
 
@@ -41,38 +42,40 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer all requests; the exit status is 0 even when some were refused."""
     init_file_logging()
-    lines = [line for line in _read(args.input_file).splitlines() if line.strip()]
+    lines = [line for line in _read(args.input_file).split(b"\n") if line.strip()]
     answers = asyncio.run(_answer_all(args, lines))
-    _write(args, "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
+    text = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
+    # A lone surrogate, which only a line's own custom_id can bring here, is JSON when escaped.
+    _write(args, text.encode("utf-8", "backslashreplace"))
     failed = sum(answer["error"] is not None for answer in answers)
     print(f"{len(answers)} requests, {failed} failed; written to {args.output_file}")
     return 0
 
 
-def _read(source: str) -> str:
+def _read(source: str) -> bytes:
     try:
         if source.startswith(("http://", "https://")):
-            return httpx.get(source, follow_redirects=True).raise_for_status().text
-        return Path(source).read_text(encoding="utf-8")
-    except (httpx.HTTPError, OSError, UnicodeDecodeError) as error:
+            return httpx.get(source, follow_redirects=True).raise_for_status().content
+        return Path(source).read_bytes()
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         raise ConfigError(f"--input-file {source}: {error}") from None
 
 
-def _write(args: argparse.Namespace, text: str) -> None:
+def _write(args: argparse.Namespace, data: bytes) -> None:
     target = args.output_file
     try:
         if not target.startswith(("http://", "https://")):
-            Path(target).write_text(text, encoding="utf-8")
+            Path(target).write_bytes(data)
             return
         with tempfile.NamedTemporaryFile("w+b", dir=args.output_tmp_dir) as file:
-            file.write(text.encode())
+            file.write(data)
             file.seek(0)
             httpx.put(target, content=file.read(), timeout=300).raise_for_status()
-    except (httpx.HTTPError, OSError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         raise ConfigError(f"--output-file {target}: {error}") from None
 
 
-async def _answer_all(args: argparse.Namespace, lines: list[str]) -> list[dict[str, Any]]:
+async def _answer_all(args: argparse.Namespace, lines: list[bytes]) -> list[dict[str, Any]]:
     http = ServerArgs(max_concurrency=args.max_concurrency, max_waiting_time=args.max_waiting_time)
     http.check()
     server = api_server.ApiServer(http, EngineArgs.from_cli_args(args))
@@ -86,7 +89,7 @@ async def _answer_all(args: argparse.Namespace, lines: list[str]) -> list[dict[s
                 transport=transport, base_url="http://batch", timeout=None
             ) as client:
 
-                async def bounded(line: str) -> dict[str, Any]:
+                async def bounded(line: bytes) -> dict[str, Any]:
                     async with limit:
                         answer = await answer_line(client, line)
                         bar.update()
@@ -98,7 +101,7 @@ async def _answer_all(args: argparse.Namespace, lines: list[str]) -> list[dict[s
         service.close()
 
 
-async def answer_line(client: httpx.AsyncClient, line: str) -> dict[str, Any]:
+async def answer_line(client: httpx.AsyncClient, line: bytes) -> dict[str, Any]:
     """Answer one line of a batch.
 
     Args:
@@ -122,15 +125,16 @@ async def answer_line(client: httpx.AsyncClient, line: str) -> dict[str, Any]:
             raise ValueError(f"only POST to {' and '.join(URLS)} is possible, got {url!r}")
         if body.get("stream"):
             raise ValueError("a batch cannot stream")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        answer["error"] = f"{type(error).__name__}: {error}"
-        return answer
-    response = await client.post(url, json=body)
-    answer["response"] = {
-        "status_code": response.status_code,
-        "request_id": f"fastdeploy-batch-{uuid.uuid4().hex}",
-        "body": response.json(),
-    }
-    if response.status_code != 200:
-        answer["error"] = response.json()
+        # Escaped: text that cannot be encoded is refused by its field, as for any request.
+        content = json.dumps(body).encode()
+        response = await client.post(url, content=content, headers=_JSON)
+        answer["response"] = {
+            "status_code": response.status_code,
+            "request_id": f"fastdeploy-batch-{uuid.uuid4().hex}",
+            "body": response.json(),
+        }
+        if response.status_code != 200:
+            answer["error"] = response.json()
+    except Exception as error:  # whatever is wrong with one line is that line's own error
+        answer["error"] = one_line(f"{type(error).__name__}: {error}")
     return answer

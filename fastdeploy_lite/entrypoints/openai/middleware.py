@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 from starlette.routing import BaseRoute, Match
 
+from fastdeploy_lite.entrypoints.openai.lanes import current_client
 from fastdeploy_lite.metrics.metrics import ServerMetrics
 from fastdeploy_lite.utils.errors import one_line
 from fastdeploy_lite.utils.logging import current_request_id, write_console
@@ -94,7 +95,14 @@ class ApiKeys:
         """Pass the request on, or answer 401."""
         free = scope["type"] != "http" or not self._digests or self._is_open(scope)
         if free or self._has_key(scope):
-            await self._app(scope, receive, send)
+            who = (
+                _authorization(scope).hex() if self._digests else (scope.get("client") or ("",))[0]
+            )
+            token = current_client.set(who)
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                current_client.reset(token)
             return
         text = "Unauthorized: send a key of this server as 'Authorization: Bearer KEY'"
         body = error(text, "invalid_request_error", "invalid_api_key")
@@ -109,12 +117,15 @@ class ApiKeys:
         return reads and (prefixed or path in self._open_paths)
 
     def _has_key(self, scope: Scope) -> bool:
-        header = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
-        scheme, _, key = header.partition(b" ")
+        scheme, _, key = _authorization(scope).partition(b" ")
         given = hashlib.sha256(key.strip()).digest()
         # Every digest is compared, so that time tells nothing about which one came close.
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return scheme.lower() == b"bearer" and any(matches)
+
+
+def _authorization(scope: Scope) -> bytes:
+    return next((value for name, value in scope["headers"] if name == b"authorization"), b"")
 
 
 class KnownRoutes:

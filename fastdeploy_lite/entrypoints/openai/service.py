@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,15 +11,18 @@ from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine_client import AsyncEngineClient
 from fastdeploy_lite.engine.output_processor import OutputProcessor
+from fastdeploy_lite.engine.request import Request
 from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError
+from fastdeploy_lite.entrypoints.openai.lanes import Lane
 from fastdeploy_lite.entrypoints.openai.output_parser import OutputParsers
 from fastdeploy_lite.input.preprocess import Preprocessor
 from fastdeploy_lite.metrics.metrics import ServerMetrics
 from fastdeploy_lite.utils.errors import RequestError
 
 Result = TypeVar("Result")
-# Templates, tokenisation and grammar compilation: milliseconds each, beside the event loop.
 PREPROCESS_THREADS = 2
+COSTLY_THREADS = 2  # for templates and constraints that requests bring along
+PLAIN_WAITING, COSTLY_WAITING = 1024, 32  # most jobs of one client that wait
 _LONGEST_NAME = 120
 
 
@@ -50,9 +51,10 @@ class Service:
     active: dict[str, set[str]] = field(default_factory=dict)
     outputs: OutputProcessor = field(init=False)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
-    _threads: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(PREPROCESS_THREADS, "preprocess")
+    _plain: Lane = field(
+        default_factory=lambda: Lane("preprocess", PREPROCESS_THREADS, PLAIN_WAITING)
     )
+    _costly: Lane = field(default_factory=lambda: Lane("costly", COSTLY_THREADS, COSTLY_WAITING))
 
     def __post_init__(self) -> None:
         self.outputs = OutputProcessor(self.tokenizer)
@@ -108,8 +110,27 @@ class Service:
         Returns:
             Its result.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        return await self._plain.run(function, *args)
+
+    async def prepare(
+        self, function: Callable[..., Result], request: Request, *args: Any
+    ) -> Result:
+        """Run blocking preparation of a request, in the lane of what it brings along.
+
+        Args:
+            function: What to run; gets the service, the request and `args`.
+            request: A template or a constraint of its own makes it costly.
+            *args: Further arguments.
+
+        Returns:
+            Its result.
+        """
+        brings_code = request.chat_template is not None and not request.trusted_template
+        guided = request.sampling_params.guided_decoding is not None
+        lane = self._costly if brings_code or guided else self._plain
+        return await lane.run(function, self, request, *args)
 
     def close(self) -> None:
         """Stop the preparation threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._plain.close()
+        self._costly.close()

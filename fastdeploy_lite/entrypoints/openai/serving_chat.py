@@ -108,7 +108,7 @@ class ChatHandler:
         log_request("chat", body, chat.id)
         switch = thinking_switch(body.chat_template_kwargs, body.metadata)
         request = self._request(chat, switch, arrival)
-        prepared, text = await service.in_thread(prepare, service, request, switch)
+        prepared, text = await service.prepare(prepare, request, switch)
         for i, copy in enumerate(expand(service, chat.id, prepared, body.n or 1)):
             chat.sequences.append(Choice(i, copy, text))
             thinking = prompt_leaves_thinking(text, switch)

@@ -130,7 +130,7 @@ class CompletionHandler:
         log_request("completion", body, work.id)
         for i, prompt in enumerate(prompts):
             request = self._request(work, prompt, arrival)
-            prepared, text = await service.in_thread(prepare, service, request, None)
+            prepared, text = await service.prepare(prepare, request, None)
             copies = expand(service, work.id, prepared, n)
             work.sequences += [Choice(i * n + j, c, text) for j, c in enumerate(copies)]
         return work

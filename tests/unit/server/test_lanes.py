@@ -1,0 +1,91 @@
+"""Preparation by turns."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from fastdeploy_lite.entrypoints.openai.errors import ServiceError
+from fastdeploy_lite.entrypoints.openai.lanes import Lane, current_client
+
+
+async def as_client(lane: Lane, client: str, function: Any, *args: Any) -> Any:
+    current_client.set(client)
+    return await lane.run(function, *args)
+
+
+def test_clients_take_turns() -> None:
+    """A queue of one client does not delay another by more than one job."""
+    order: list[str] = []
+
+    async def run() -> None:
+        lane = Lane("test", 1, 100)
+        hold = threading.Event()
+        first = asyncio.create_task(as_client(lane, "a", hold.wait, 10))
+        await asyncio.sleep(0.01)
+        names = ["a"] * 6 + ["b"] * 2 + ["c"]
+        jobs = [asyncio.create_task(as_client(lane, n, order.append, n)) for n in names]
+        await asyncio.sleep(0.01)
+        hold.set()
+        await asyncio.gather(first, *jobs)
+        lane.close()
+
+    asyncio.run(run())
+    assert order == ["a", "b", "c", "a", "b", "a", "a", "a", "a"]
+
+
+def test_a_client_has_so_many_waiting_and_no_more() -> None:
+    async def run() -> None:
+        lane = Lane("test", 1, 2)
+        hold = threading.Event()
+        jobs = [asyncio.create_task(as_client(lane, "a", hold.wait, 10)) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(ServiceError) as caught:
+            await as_client(lane, "a", int)
+        assert caught.value.status == 429
+        other = asyncio.create_task(as_client(lane, "b", int))
+        hold.set()
+        assert await other == 0
+        await asyncio.gather(*jobs)
+        lane.close()
+
+    asyncio.run(run())
+
+
+def test_leaving_clients_leave_no_hole() -> None:
+    """Cancelled waiters are skipped; a thread counts as busy until its job has ended."""
+
+    async def run() -> None:
+        lane = Lane("test", 2, 100)
+        busy = [asyncio.create_task(as_client(lane, "a", time.sleep, 0.2)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        waiting = [asyncio.create_task(as_client(lane, "a", time.sleep, 0.01)) for _ in range(9)]
+        await asyncio.sleep(0.01)
+        for task in [*busy, *waiting[::2]]:
+            task.cancel()
+        started = time.monotonic()
+        await as_client(lane, "b", int)
+        assert time.monotonic() - started > 0.1
+        await asyncio.gather(*busy, *waiting, return_exceptions=True)
+        await asyncio.sleep(0.05)
+        assert lane._free == 2
+        assert not lane._queues
+        lane.close()
+
+    asyncio.run(run())
+
+
+def test_failing_jobs_free_their_thread() -> None:
+    async def run() -> None:
+        lane = Lane("test", 1, 100)
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError):
+                await lane.run(divmod, 1, 0)
+        assert await lane.run(int) == 0
+        lane.close()
+
+    asyncio.run(run())
