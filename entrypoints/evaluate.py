@@ -26,7 +26,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdeploy_lite.config import ModelConfig, RuntimeConfig, SchedulerConfig
+from fastdeploy_lite.config import (
+    LoadConfig,
+    ModelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+    WantedOrder,
+)
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.model_executor.model_runner import ModelRunner
 from fastdeploy_lite.utils.errors import FastDeployError
@@ -44,11 +50,16 @@ class Scores:
 
 
 def load_runner(
-    model: Path, context: int, device: str | None, quantization: str | None = None
+    model: Path,
+    context: int,
+    device: str | None,
+    quantization: str | None = None,
+    row_order: WantedOrder = "auto",
 ) -> ModelRunner:
     """The product's model runner, ready for teacher-forced windows of `context` tokens.
 
     quantization: what becomes of bf16 weights while they are loaded: wint8 or wint4.
+    row_order: of 2-bit experts.
     """
     scheduler = SchedulerConfig(
         max_num_seqs=1, max_num_batched_tokens=CHUNK_TOKENS, max_model_len=context
@@ -57,6 +68,7 @@ def load_runner(
         model_path=model,
         model=ModelConfig.from_dir(model).with_quantization(quantization),
         scheduler=scheduler,
+        load=LoadConfig(row_order=row_order),
         device=device,
         use_cudagraph=False,
     )
@@ -162,6 +174,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth document only")
     parser.add_argument("--limit", type=int, metavar="TOKENS", help="only the text's first tokens")
     parser.add_argument("--quantization", metavar="NAME", help="load bf16 models as wint8 or wint4")
+    parser.add_argument(
+        "--wint2-row-order",
+        dest="row_order",
+        default="auto",
+        choices=("auto", "natural", "permuted"),
+        help="of 2-bit experts (default auto: the files tell)",
+    )
     parser.add_argument("--device", help="cpu, nvidia or gpu (default: the best there is)")
     return parser.parse_args(arguments)
 
@@ -171,7 +190,9 @@ def main() -> int:
     args = parse_arguments()
     try:
         for model in args.models:
-            runner = load_runner(model, args.context, args.device, args.quantization)
+            runner = load_runner(
+                model, args.context, args.device, args.quantization, args.row_order
+            )
             report = report_perplexity if args.text else report_agreement
             print(report(runner, args, model), flush=True)
     except (FastDeployError, OSError) as error:

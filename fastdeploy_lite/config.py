@@ -30,8 +30,10 @@ __all__ = [
     "QuantizationConfig",
     "RuntimeConfig",
     "SchedulerConfig",
+    "WantedOrder",
 ]
 
+WantedOrder = Literal["auto", "natural", "permuted"]
 LoadChoice = Literal["default", "default_v1", "dummy"]
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 
@@ -149,13 +151,19 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """Where weights come from. `default` and `default_v1` read files, `dummy` makes them up."""
+    """Where weights come from. `default` and `default_v1` read files, `dummy` makes them up.
+
+    `row_order`: in which order 2-bit experts store their rows; auto asks the files.
+    """
 
     load_choices: LoadChoice = "default"
+    row_order: WantedOrder = "auto"
 
     def __post_init__(self) -> None:
         if self.load_choices not in get_args(LoadChoice):
             _refuse("load_choices", self.load_choices, f"one of {', '.join(get_args(LoadChoice))}")
+        if self.row_order not in get_args(WantedOrder):
+            _refuse("wint2_row_order", self.row_order, f"one of {', '.join(get_args(WantedOrder))}")
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ VARIABLES: dict[str, Callable[[str | None], Any]] = {
     # this project's own
     "FD_LITE_DEVICE": _text(None),
     "FD_LITE_NUM_THREADS": _at_least(0, 0),
+    "FD_LITE_WINT2_ROW_ORDER": _one_of("auto", "auto", "natural", "permuted"),
     "FD_LITE_STRICT_STATUS": _boolean(False),
     "FD_LITE_STRIP_STOP_TEXT": _boolean(False),
     "FD_LITE_LOG_FORMAT": _one_of("text", "text", "json"),

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from fastdeploy_lite import formats
+from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder
 from fastdeploy_lite.utils.errors import ConfigError, quote
 from fastdeploy_lite.utils.json_fields import JsonFields
 
@@ -47,6 +48,8 @@ class QuantizationConfig:
         moe_quant_type: w4w2 (scheme wint2), wint4 or wint8, for routed experts.
         w4_end_layer: last decoder layer (0-based, inclusive) whose experts are wint4 under w4w2.
         w4_start_layer, w2_start_layer, w2_end_layer: kept for writing; they decide nothing.
+        row_order: how 2-bit experts store their rows, by this project's own key; None where the
+            file does not say.
     """
 
     quantization: str = "wint2"
@@ -56,6 +59,7 @@ class QuantizationConfig:
     w4_end_layer: int = _DEFAULT_W4_END_LAYER
     w2_start_layer: int = _DEFAULT_W4_END_LAYER + 1
     w2_end_layer: int | None = None
+    row_order: RowOrder | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "config.json") -> QuantizationConfig:
@@ -117,6 +121,7 @@ class QuantizationConfig:
             w4_end_layer=end,
             w2_start_layer=w2.integer("quant_start_layer", end + 1, minimum=-1),
             w2_end_layer=w2.integer("quant_end_layer", None, minimum=-1),
+            row_order=_row_order(w2),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,6 +145,7 @@ class QuantizationConfig:
                     "quant_group_size": 64,
                     "quant_start_layer": self.w2_start_layer,
                     "quant_end_layer": self.w2_end_layer,
+                    **({} if self.row_order is None else {"row_order": self.row_order}),
                 },
             }
         return top
@@ -157,6 +163,12 @@ class QuantizationConfig:
         if self.quantization == "wint2":
             return "int4" if layer <= self.w4_end_layer else "ccq"
         return formats.from_config_name(self.moe_quant_type).name
+
+
+def _row_order(fields: JsonFields) -> RowOrder | None:
+    if fields.data.get("row_order") is None:
+        return None
+    return cast(RowOrder, fields.one_of("row_order", None, ROW_ORDERS))
 
 
 def _scheme_name(fields: JsonFields, supported: tuple[str, ...]) -> str:

@@ -192,7 +192,10 @@ def _quantization(kind: Kind, config: Mapping[str, Any]) -> QuantizationConfig |
     if kind in ("wint4", "wint8"):
         return QuantizationConfig(kind, "wint8", kind)
     end = first_moe if kind == "w4w2" else first_moe - 1
-    return QuantizationConfig(w4_end_layer=end, w2_start_layer=end + 1, w2_end_layer=last)
+    # Random weights cannot tell their row order, so config.json does.
+    return QuantizationConfig(
+        w4_end_layer=end, w2_start_layer=end + 1, w2_end_layer=last, row_order="natural"
+    )
 
 
 def _random_ccq(module: str, k: int, n: int, random: np.random.Generator) -> Tensors:

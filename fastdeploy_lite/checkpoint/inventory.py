@@ -20,6 +20,7 @@ from fastdeploy_lite.checkpoint.linears import Linear, check_tensor_parallel, mo
 from fastdeploy_lite.checkpoint.reader import Checkpoint, Shape, check_finite, describe_expected
 from fastdeploy_lite.checkpoint.tensor import Array, HostTensor
 from fastdeploy_lite.formats import Arrays
+from fastdeploy_lite.models.sharding import Shard
 from fastdeploy_lite.quantization_config import WeightKind
 from fastdeploy_lite.utils.errors import CheckpointError
 
@@ -102,6 +103,17 @@ def file_linears(checkpoint: Checkpoint) -> Iterator[Linear]:
 def rank_linears(checkpoint: Checkpoint) -> Iterator[Linear]:
     """Yield the linears with the sizes that this rank computes with."""
     return model_linears(checkpoint.config, checkpoint.tensor_parallel_size, checkpoint.rank)
+
+
+def other_half(checkpoint: Checkpoint, linear: Linear) -> Linear:
+    """Return the down projection that follows an expert's gate and up projection."""
+    family, config = checkpoint.config.family, checkpoint.config
+    assert linear.expert is not None
+    module = family.expert_module(linear.layer, linear.expert, "down_proj")
+    shard = Shard(config, checkpoint.tensor_parallel_size, checkpoint.rank)
+    prefix = module.removesuffix(".down_proj")
+    width, kind = linear.segments[0], linear.kind
+    return shard.mlp(prefix, linear.layer, width, kind, linear.expert)[1]
 
 
 def resolve_kind(checkpoint: Checkpoint, linear: Linear) -> WeightKind:

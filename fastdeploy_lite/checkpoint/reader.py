@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastdeploy_lite.checkpoint.location import WeightFiles, find_weight_files
+from fastdeploy_lite.checkpoint.location import WeightFiles, find_weight_files, rank_numbers
 from fastdeploy_lite.checkpoint.pdparams import PdparamsFile
 from fastdeploy_lite.checkpoint.safetensors_file import SafetensorsFile
 from fastdeploy_lite.checkpoint.tensor import Array, HostTensor, TensorInfo
@@ -161,6 +161,26 @@ class Checkpoint:
 
     def _file(self, location: Location) -> _WeightFile:
         return self._files[self._owner[location.key]]
+
+
+def open_folders(
+    path: str | Path,
+    tensor_parallel_size: int = 1,
+    rank: int = 0,
+    config_name: str = "config.json",
+) -> list[Checkpoint]:
+    """Open model folder `path` for `rank` of `tensor_parallel_size`, also if it has more ranks.
+
+    Returns one checkpoint, or those of the rank folders that together hold what this rank needs:
+    a folder for four ranks serves one, two or four. Raises as `Checkpoint.open`.
+    """
+    root = Path(path)
+    count = len(rank_numbers(root)) if root.is_dir() else 0
+    if count < 2 or count == tensor_parallel_size or count % tensor_parallel_size:
+        return [Checkpoint.open(root, tensor_parallel_size, rank, config_name)]
+    share = count // tensor_parallel_size
+    ranks = range(rank * share, (rank + 1) * share)
+    return [Checkpoint.open(root, count, one, config_name) for one in ranks]
 
 
 def describe_expected(dtypes: tuple[str, ...], shapes: Iterable[Shape]) -> str:

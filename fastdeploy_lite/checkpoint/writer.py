@@ -152,6 +152,11 @@ class CheckpointWriter:
         self._entries = {}
 
     def _write_json(self, name: str, value: object) -> None:
-        path = self.directory / (name + _PARTIAL)
-        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        path.replace(self.directory / name)
+        write_json(self.directory / name, value)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file under its name once it is complete."""
+    partial = path.with_name(path.name + _PARTIAL)
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -133,6 +133,12 @@ class EngineArgs:
     load_choices: str = _flag(
         "default", str, "where weights come from", choices=("default", "default_v1", "dummy")
     )
+    wint2_row_order: str | None = _flag(
+        None,
+        _text_or_none,
+        "row order of 2-bit experts; default: FD_LITE_WINT2_ROW_ORDER, else auto, from the files",
+        choices=("auto", "natural", "permuted"),
+    )
     use_cudagraph: bool = _flag(True, "switch", "replay decode steps as CUDA graphs")
     graph_optimization_config: dict[str, Any] | None = _flag(
         None, _json, "JSON: use_cudagraph, graph_opt_level, cudagraph_capture_sizes"
@@ -392,7 +398,7 @@ class EngineArgs:
             cache=self._cache_config(scheduler),
             scheduler=scheduler,
             parallel=ParallelConfig(self.tensor_parallel_size),
-            load=LoadConfig(self.load_choices),  # type: ignore[arg-type]  # checked there
+            load=self._load_config(),
             use_cudagraph=self.use_cudagraph,
             cudagraph_capture_sizes=self._capture_sizes(),
             seed=self.seed,
@@ -408,6 +414,10 @@ class EngineArgs:
             chat_template=self.chat_template,
             logits_processors=tuple(self.logits_processors or ()),
         )
+
+    def _load_config(self) -> LoadConfig:
+        row_order = self.wint2_row_order or envs.FD_LITE_WINT2_ROW_ORDER or "auto"
+        return LoadConfig(self.load_choices, row_order)  # type: ignore[arg-type]  # checked there
 
     def _scheduler_config(self, model: ModelConfig, quiet: bool) -> SchedulerConfig:
         length = min(self.max_model_len, model.max_position_embeddings)

@@ -89,6 +89,10 @@ class WeightFormat(ABC):
         return int(rows * columns * self.bits + columns * self.column_bits) // 8
 
     @abstractmethod
+    def shape(self, arrays: Arrays) -> tuple[int, int]:
+        """Return K and N of a matrix in memory."""
+
+    @abstractmethod
     def tensors(self, rows: int, columns: int) -> tuple[TensorSpec, ...]:
         """What a file holds of a matrix."""
 

@@ -278,6 +278,11 @@ class CCQ(WeightFormat):
     bits = 2 + 4 / GROUP_ROWS
     column_bits = 96  # as kept; 80 in a file, whose super scales are bfloat16
 
+    def shape(self, arrays: Arrays) -> tuple[int, int]:
+        """See WeightFormat."""
+        rows, columns = arrays["quant_weight"].shape
+        return rows * WEIGHTS_PER_BYTE, columns
+
     def tensors(self, rows: int, columns: int) -> tuple[TensorSpec, ...]:
         """See WeightFormat."""
         vector = ((columns,),)

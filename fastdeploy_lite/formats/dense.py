@@ -28,6 +28,11 @@ class Dense(WeightFormat):
     kernel = "dense"
     bits = 16
 
+    def shape(self, arrays: Arrays) -> tuple[int, int]:
+        """See WeightFormat."""
+        rows, columns = arrays["weight"].shape
+        return rows, columns
+
     def tensors(self, rows: int, columns: int) -> tuple[TensorSpec, ...]:
         """See WeightFormat."""
         return (TensorSpec("weight", ("BF16", "F32"), ((rows, columns),)),)

@@ -73,6 +73,11 @@ class TiledIntegers(WeightFormat):
         """Return the nominal shape of `quant_weight`."""
         return columns // self.per_item, rows
 
+    def shape(self, arrays: Arrays) -> tuple[int, int]:
+        """See WeightFormat."""
+        rows = arrays["quant_weight"].shape[1]
+        return rows, arrays["weight_scale"].shape[0]
+
     def tensors(self, rows: int, columns: int) -> tuple[TensorSpec, ...]:
         """See WeightFormat."""
         return (

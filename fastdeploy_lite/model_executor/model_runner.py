@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,14 +19,19 @@ import paddle
 from fastdeploy_lite import device, envs
 from fastdeploy_lite.checkpoint.location import rank_numbers, sibling_repository
 from fastdeploy_lite.config import BLOCK_SIZE, RuntimeConfig
-from fastdeploy_lite.model_executor import ops
+from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder
+from fastdeploy_lite.model_executor import ops, order_probe
 from fastdeploy_lite.model_executor.input_batch import BatchShape, InputBatch
 from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch, KVCache
 from fastdeploy_lite.model_executor.layers.rotary import cos_sin_table
 from fastdeploy_lite.model_executor.prompt_logprobs import PromptScorer
 from fastdeploy_lite.model_executor.sampling_batch import SampledRow, SamplingBatch
 from fastdeploy_lite.model_executor.verification import logit_rows, sample_slices
-from fastdeploy_lite.model_executor.weights import bits_per_weight, open_source
+from fastdeploy_lite.model_executor.weights import (
+    UndecidedRowOrderError,
+    bits_per_weight,
+    open_source,
+)
 from fastdeploy_lite.model_executor.workspace import Workspace
 from fastdeploy_lite.models.registry import ModelRegistry
 from fastdeploy_lite.request.step import SequenceSlice, SliceResult
@@ -105,7 +110,14 @@ class ModelRunner:
             CheckpointError, ConfigError, FastDeployError: one line naming file and key, or memory.
         """
         started = time.perf_counter()
-        config, limits = self.config, self.config.scheduler
+        try:
+            self._load(self.config, show_progress)
+        except UndecidedRowOrderError as undecided:
+            self._load_by_text(undecided, show_progress)
+        self.load_seconds = time.perf_counter() - started
+
+    def _load(self, config: RuntimeConfig, show_progress: bool) -> None:
+        limits = config.scheduler
         model = config.model
         table = cos_sin_table(limits.max_model_len, model.head_dim, model.rope_theta)
         cos_sin = ops.fix(paddle.to_tensor(table, place=self.place))
@@ -128,7 +140,32 @@ class ModelRunner:
         )
         as_logits = config.logprobs_mode.endswith("_logits")
         self._prompts = PromptScorer(self.model.logits, self._scratch, as_logits)
-        self.load_seconds = time.perf_counter() - started
+
+    def _load_by_text(self, undecided: UndecidedRowOrderError, show_progress: bool) -> None:
+        """Load in both row orders, and keep the one that reads a text better."""
+        config = self.config
+        tokens = order_probe.encode(config.tokenizer_path or config.model_path, self.vocab_size)
+        tokens = tokens[: config.scheduler.max_model_len]
+        scores = {}
+        for order in ROW_ORDERS:
+            self._load_in(order, show_progress)
+            scores[order] = order_probe.log_probabilities(self.logits(tokens), tokens)
+        better, reason = order_probe.judge(scores, self.vocab_size)
+        if better is None:
+            raise UndecidedRowOrderError(f"{undecided}; {reason}")
+        log.info("2-bit rows: %s order, by reading: %s", better, reason)
+        if better != order:
+            self._load_in(better, show_progress)
+
+    def _load_in(self, order: RowOrder, show_progress: bool) -> None:
+        self.model = None  # its memory is needed
+        load = replace(self.config.load, row_order=order)
+        self._load(replace(self.config, load=load), show_progress)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the model's vocabulary."""
+        return self.config.model.vocab_size
 
     # -- KV cache --------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ import numpy.typing as npt
 import paddle
 
 from fastdeploy_lite import formats
-from fastdeploy_lite.checkpoint import Checkpoint, inventory
+from fastdeploy_lite.checkpoint import Checkpoint, inventory, row_order
+from fastdeploy_lite.checkpoint.host_weights import (
+    FileWeights,
+    HostWeights,
+    PermutedWeights,
+    RankFolders,
+    check_same_kinds,
+)
 from fastdeploy_lite.checkpoint.linears import (
     Linear,
     check_sizes,
@@ -27,10 +35,13 @@ from fastdeploy_lite.checkpoint.linears import (
     model_linears,
 )
 from fastdeploy_lite.checkpoint.progress import count_layers, loading_bar
+from fastdeploy_lite.checkpoint.reader import open_folders
 from fastdeploy_lite.config import RuntimeConfig
+from fastdeploy_lite.formats import Arrays
+from fastdeploy_lite.formats.ccq import RowOrder
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.parameters import ParameterSource
-from fastdeploy_lite.model_executor.ops import PackedWeight
+from fastdeploy_lite.model_executor.ops import PackedWeight, SegmentedWeight, Weight
 from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization.online import OnlineQuantizer
 from fastdeploy_lite.quantization_config import WeightKind
@@ -40,6 +51,10 @@ from fastdeploy_lite.utils.host_memory import available_bytes
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
+
+
+class UndecidedRowOrderError(CheckpointError):
+    """The weights of 2-bit experts do not say in which order their rows are stored."""
 
 
 def open_source(config: RuntimeConfig, place: Any, show_progress: bool) -> ParameterSource:
@@ -54,18 +69,46 @@ def open_source(config: RuntimeConfig, place: Any, show_progress: bool) -> Param
     if config.load.load_choices == "dummy":
         check_tensor_parallel(config.model, parallel.tensor_parallel_size)
         return DummySource(config, place)
-    checkpoint = Checkpoint.open(
+    weights, order = open_weights(config)
+    if place.is_cpu_place():
+        check_memory(_kept_nbytes(weights, config.model))
+    if order == "permuted":
+        weights = PermutedWeights(weights)
+    if config.model.quantizes_on_load:
+        return QuantizingSource(weights, config.model, place, show_progress)
+    return CheckpointSource(weights, place, show_progress)
+
+
+def open_weights(config: RuntimeConfig) -> tuple[HostWeights, RowOrder]:
+    """Open and verify the files, and say in one line how 2-bit rows are read.
+
+    Raises:
+        UndecidedRowOrderError: 2-bit experts whose order nothing tells.
+    """
+    parallel = config.parallel
+    folders = open_folders(
         config.model_path,
         parallel.tensor_parallel_size,
         parallel.rank,
         config_name=Path(config.model.source).name,
     )
-    inventory.verify(checkpoint)
-    if place.is_cpu_place():
-        check_memory(_kept_nbytes(checkpoint, config.model))
-    if config.model.quantizes_on_load:
-        return QuantizingSource(checkpoint, config.model, place, show_progress)
-    return CheckpointSource(checkpoint, place, show_progress)
+    for folder in folders:
+        inventory.verify(folder)
+    check_same_kinds(folders)
+    decision = row_order.decide(folders[0], config.load.row_order)
+    if decision.order is None:
+        raise UndecidedRowOrderError(
+            f"{folders[0].source}: the row order of the 2-bit experts cannot be told:"
+            f" {decision.reason}; say which it is: {row_order.OPTION}"
+        )
+    if decision.reason != row_order.NO_EXPERTS:
+        log.info("2-bit rows: %s order, %s", decision.order, decision.reason)
+    if decision.warning:
+        log.warning("%s: %s", folders[0].source, decision.warning)
+    if len(folders) == 1:
+        return FileWeights(folders[0]), decision.order
+    ranks = RankFolders(folders, parallel.tensor_parallel_size, parallel.rank)
+    return ranks, decision.order
 
 
 def check_memory(needed: int) -> None:
@@ -78,28 +121,37 @@ def check_memory(needed: int) -> None:
         )
 
 
-def _kept_nbytes(checkpoint: Checkpoint, model: ModelConfig) -> int:
+def _kept_nbytes(weights: HostWeights, model: ModelConfig) -> int:
     """Bytes of the weights as they are kept: those of the files, or of what is made of them."""
     if not model.quantizes_on_load:
-        return inventory.expected_nbytes(checkpoint)
-    linears = model_linears(model, checkpoint.tensor_parallel_size, checkpoint.rank)
-    made = sum(
-        formats.get(linear.kind).nbytes(linear.in_features, linear.out_features)
-        for linear in linears
-    )
-    return inventory.plain_nbytes(checkpoint) + made
+        return weights.nbytes
+    wanted = {linear.module: linear.kind for linear in model_linears(model)}
+    made = bf16 = 0
+    for linear in weights.linears.values():
+        rows, columns = linear.in_features, linear.out_features
+        made += formats.get(wanted[linear.module]).nbytes(rows, columns)
+        bf16 += formats.get("dense").nbytes(rows, columns)
+    return max(weights.nbytes - bf16, 0) + made
 
 
 class CheckpointSource:
     """Parameters of one rank of a checkpoint whose headers have been verified."""
 
-    def __init__(self, checkpoint: Checkpoint, place: Any, show_progress: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint | HostWeights, place: Any, show_progress: bool = False
+    ) -> None:
         """Args: place: where weights are kept; show_progress: draw bars on stderr."""
-        self.checkpoint = checkpoint
+        self.weights: HostWeights = (
+            FileWeights(checkpoint) if isinstance(checkpoint, Checkpoint) else checkpoint
+        )
+        self.config = self.weights.config
         self.place = place
         self._show_progress = show_progress
-        self._linears = {linear.module: linear for linear in inventory.rank_linears(checkpoint)}
-        self._left = inventory.expected_nbytes(checkpoint)
+        self._linears = self.weights.linears
+        # Layers whose experts stay in parts, among those that were looked at.
+        self._apart: set[int] = set()
+        self._known: set[int] = set()
+        self._left = self.weights.nbytes
         self._bar = loading_bar(self._left, enabled=show_progress)
 
     def __enter__(self) -> CheckpointSource:
@@ -111,57 +163,91 @@ class CheckpointSource:
         if kind is None:
             self._advance(self._left)
         self._bar.close()
-        self.checkpoint.release()
+        self.weights.release()
 
     def layers(self, count: int) -> Iterator[int]:
         """See ParameterSource."""
         return count_layers(count, self._show_progress)
 
-    def linear(self, module: str) -> PackedWeight:
+    def linear(self, module: str) -> Weight:
         """See ParameterSource."""
         linear = self._linears[module]
-        kind = self._kind(linear)
-        weight = self._allocate(kind, linear.in_features, linear.out_features)
-        self._fill(weight, None, linear)
-        return self._finish(weight, module)
+        parts = self.weights.parts(linear)
+        packed = [self._pack(linear, [(None, arrays)]) for arrays in parts]
+        return packed[0] if len(packed) == 1 else SegmentedWeight(tuple(packed))
 
-    def experts(self, layer: int, name: str) -> PackedWeight:
-        """See ParameterSource."""
-        count = self.checkpoint.config.moe_num_experts
-        module = self.checkpoint.config.family.expert_module
-        first = self._linears[module(layer, 0, name)]
-        kind = self._kind(first)
-        sizes = (first.in_features, first.out_features)
-        weight = self._allocate(kind, *sizes, count)
-        for expert in range(count):
-            self._fill(weight, expert, self._linears[module(layer, expert, name)])
-        return self._finish(weight, first.module)
+    def experts(self, layer: int, name: str) -> Weight:
+        """See ParameterSource.
+
+        A down projection that ranks keep apart needs gate and up in the same parts.
+        """
+        linears = [self._linears[module] for module in self._expert_modules(layer, name)]
+        if self._stays_apart(layer):
+            return self._segments(linears)
+        stream = ((i, self._only_part(linear)) for i, linear in enumerate(linears))
+        return self._pack(linears[0], stream, len(linears))
+
+    def _expert_modules(self, layer: int, name: str) -> list[str]:
+        module = self.config.family.expert_module
+        return [module(layer, expert, name) for expert in range(self.config.moe_num_experts)]
+
+    def _stays_apart(self, layer: int) -> bool:
+        """Whether some expert's down projection has parts with scales of their own."""
+        if not isinstance(self.weights, FileWeights) and layer not in self._known:
+            self._known.add(layer)
+            for module in self._expert_modules(layer, "down_proj"):
+                if len(self.weights.parts(self._linears[module])) > 1:
+                    self._apart.add(layer)
+                    break
+            self.weights.release()
+        return layer in self._apart
+
+    def _segments(self, linears: list[Linear]) -> Weight:
+        first = self.weights.stretches(linears[0])
+        packed = []
+        for part in range(len(first)):
+            stream = ((i, self.weights.stretches(linear)[part]) for i, linear in enumerate(linears))
+            packed.append(self._pack(linears[0], stream, len(linears)))
+        return SegmentedWeight(tuple(packed))
+
+    def _only_part(self, linear: Linear) -> Arrays:
+        (arrays,) = self.weights.parts(linear)
+        return arrays
+
+    def _pack(
+        self, linear: Linear, stream: Iterable[tuple[int | None, Arrays]], experts: int = 0
+    ) -> PackedWeight:
+        """Keep one matrix, or one for each expert; sizes are those of the arrays."""
+        weight: PackedWeight | None = None
+        for expert, arrays in stream:
+            if weight is None:
+                rows, columns = formats.get(self.weights.kind(linear)).shape(arrays)
+                weight = self._allocate(self._kind(linear), rows, columns, experts)
+            self._fill(weight, expert, linear, arrays)
+        assert weight is not None
+        return self._finish(weight, linear.module)
 
     def embedding(self) -> PackedWeight:
         """See ParameterSource."""
-        table = inventory.read_embedding(self.checkpoint)
-        return self._dense(table, True, self.checkpoint.config.family.embedding_key)
+        return self._dense(self.weights.embedding(), True, self.config.family.embedding_key)
 
     def head(self) -> PackedWeight | None:
         """See ParameterSource."""
-        found = inventory.read_lm_head(self.checkpoint)
-        return (
-            None if found is None else self._dense(*found, self.checkpoint.config.family.head_key)
-        )
+        found = self.weights.head()
+        return None if found is None else self._dense(*found, self.config.family.head_key)
 
     def vector(self, key: str) -> Any:
         """See ParameterSource."""
-        values = inventory.read_vector(self.checkpoint, key, self.checkpoint.config.hidden_size)
-        return self._tensor(values)
+        return self._tensor(self.weights.vector(key, self.config.hidden_size))
 
     def router(self, layer: int) -> tuple[Any, Any | None]:
         """See ParameterSource."""
-        gate, bias = inventory.read_router(self.checkpoint, layer)
+        gate, bias = self.weights.router(layer)
         return self._tensor(gate), None if bias is None else self._tensor(bias)
 
     def _kind(self, linear: Linear) -> WeightKind:
         """Format in which a linear is kept."""
-        return inventory.resolve_kind(self.checkpoint, linear)
+        return self.weights.kind(linear)
 
     def _allocate(
         self, kind: WeightKind, rows: int, columns: int, experts: int = 0
@@ -173,8 +259,9 @@ class CheckpointSource:
         """What `fill_weight` gets of a linear whose arrays in the files are `arrays`."""
         return arrays
 
-    def _fill(self, weight: PackedWeight, expert: int | None, linear: Linear) -> None:
-        found = inventory.read_linear(self.checkpoint, linear).arrays
+    def _fill(
+        self, weight: PackedWeight, expert: int | None, linear: Linear, found: Arrays
+    ) -> None:
         try:
             arrays = formats.get(self._kind(linear)).for_kernel(self._converted(linear, found))
             ops.fill_weight(weight, expert, **arrays)
@@ -200,7 +287,7 @@ class CheckpointSource:
             ops.finish_weight(weight)
         except ValueError as error:
             raise self._blame(module, error) from error
-        self.checkpoint.release()
+        self.weights.release()
         return weight
 
     def _tensor(self, values: npt.NDArray[np.float32]) -> Any:
@@ -208,7 +295,7 @@ class CheckpointSource:
         return ops.fix(paddle.to_tensor(np.ascontiguousarray(values), place=self.place))
 
     def _blame(self, module: str, error: Exception) -> CheckpointError:
-        return CheckpointError(f"{self.checkpoint.source}: {module}: {error}")
+        return CheckpointError(f"{self.weights.source}: {module}: {error}")
 
     def _advance(self, nbytes: int) -> None:
         """Move the bar, never beyond its end: scales that became float32 count double."""
@@ -221,17 +308,21 @@ class QuantizingSource(CheckpointSource):
     """A bf16 checkpoint whose linears become int8 or int4 while they are read."""
 
     def __init__(
-        self, checkpoint: Checkpoint, model: ModelConfig, place: Any, show_progress: bool = False
+        self,
+        checkpoint: Checkpoint | HostWeights,
+        model: ModelConfig,
+        place: Any,
+        show_progress: bool = False,
     ) -> None:
         """Args: model: the checkpoint's, with the quantisation that is wanted.
 
         Raises:
             CheckpointError: a linear has sizes that its format cannot hold.
         """
-        ranks = checkpoint.tensor_parallel_size
-        linears = list(model_linears(model, ranks, checkpoint.rank))
-        check_sizes(linears, model.source)
         super().__init__(checkpoint, place, show_progress)
+        wanted = {linear.module: linear for linear in model_linears(model)}
+        linears = [replace(one, kind=wanted[one.module].kind) for one in self._linears.values()]
+        check_sizes(linears, model.source)
         self._kinds = {linear.module: linear.kind for linear in linears}
         self._quantizer = OnlineQuantizer()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,9 +19,22 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
-from fastdeploy_lite.checkpoint.inventory import expected_linear_tensors, read_linear, verify
-from fastdeploy_lite.checkpoint.linears import Linear, check_sizes, model_linears
+from fastdeploy_lite.checkpoint.inventory import (
+    expected_linear_tensors,
+    read_embedding,
+    read_linear,
+    read_lm_head,
+    verify,
+)
+from fastdeploy_lite.checkpoint.linears import (
+    Linear,
+    check_sizes,
+    check_tensor_parallel,
+    model_linears,
+)
 from fastdeploy_lite.checkpoint.progress import loading_bar
+from fastdeploy_lite.checkpoint.writer import write_json
+from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder, to_stored_order, to_true_order
 from fastdeploy_lite.formats.tiles import pack_int4, pack_int8
 from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization import ccq_search
@@ -84,6 +98,8 @@ def quantize_checkpoint(
     scheme: Scheme = "w4w2",
     w4_end_layer: int | None = None,
     codes: Codes | None = None,
+    row_order: RowOrder = "permuted",
+    tensor_parallel_size: int = 1,
     shard_bytes: int = 4 << 30,
     force: bool = False,
     workers: int | None = None,
@@ -96,40 +112,66 @@ def quantize_checkpoint(
     "wint8" int8 ones. All but "wint8" are written as the published ``quantization_config``.
     w4_end_layer: default 6 as published, or the first MoE layer of a model with at most 7 layers;
     for "w4w2" alone.
-    codes: see ``ccq.encode``. shard_bytes: size of an output file. force: replace an output
-    folder that is not empty. workers: threads of the encoder (default: all CPUs).
+    codes: see ``ccq.encode``.
+    row_order: of the rows of CCQ experts inside every 64; "permuted" is what FastDeploy 2.1 and
+    later read, "natural" what its first release does. It is noted in config.json.
+    tensor_parallel_size: above 1, folders ``rank0/`` ... are written, each quantised from its own
+    part of the matrices, as the published TP models are.
+    shard_bytes: size of an output file. force: replace an output folder that is not empty.
+    workers: threads of the encoder (default: all CPUs).
 
     The result depends on the input alone, not on threads or memory. Raises ConfigError
     (arguments, an input that is quantised already) and CheckpointError (damaged input, a linear
     whose sizes the format cannot hold, an output folder in use); a failed run leaves no model.
     """
     started = time.perf_counter()
-    checkpoint = Checkpoint.open(model_dir)
-    config = _target_config(checkpoint.config, scheme, w4_end_layer)
-    verify(checkpoint)
+    ranks = [
+        Checkpoint.open(model_dir, tensor_parallel_size, rank)
+        for rank in range(tensor_parallel_size)
+    ]
+    config = _target_config(ranks[0].config, scheme, w4_end_layer, row_order)
+    verify(ranks[0])
+    if tensor_parallel_size > 1:
+        check_tensor_parallel(config, tensor_parallel_size)
     check_sizes(model_linears(config), config.source)
     output = Path(output_dir)
     _prepare_output(Path(model_dir), output, force)
     report = ConversionReport()
-    with (
-        CheckpointWriter(output, dict(config.raw), shard_bytes) as writer,
-        loading_bar(checkpoint.nbytes, progress, "Quantizing Weights") as bar,
-    ):
-        for item in _plan(checkpoint, config):
-            if isinstance(item, Linear):
-                tensors, size = _quantize_linear(checkpoint, item, codes, workers, report)
-            else:
-                source = checkpoint.get(item)  # the writer straightens a transposed view
-                tensors, size = {item: (source.data, source.dtype)}, source.data.nbytes
-            for key, (array, dtype) in tensors.items():
-                writer.add(key, array, dtype)
-                report.output_bytes += array.nbytes
-            report.input_bytes += size
-            bar.update(size)
-            checkpoint.release()
+    with ExitStack() as stack:
+        bar = stack.enter_context(loading_bar(ranks[0].nbytes, progress, "Quantizing Weights"))
+        folders = [output] if len(ranks) == 1 else [output / f"rank{i}" for i in range(len(ranks))]
+        for checkpoint, folder in zip(ranks, folders, strict=True):
+            own_config = dict(config.raw) if folder == output else None
+            writer = stack.enter_context(CheckpointWriter(folder, own_config, shard_bytes))
+            for item in _plan(checkpoint, config):
+                if isinstance(item, Linear):
+                    tensors, size = _quantize_linear(
+                        checkpoint, item, codes, workers, row_order, report
+                    )
+                else:
+                    tensors, size = _copied(checkpoint, item)
+                for key, (array, dtype) in tensors.items():
+                    writer.add(key, array, dtype)
+                    report.output_bytes += array.nbytes
+                report.input_bytes += size
+                bar.update(size)
+                checkpoint.release()
     _copy_companions(Path(model_dir), output)
+    if len(ranks) > 1:  # last: a folder without it is not taken for a model
+        write_json(output / "config.json", dict(config.raw))
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _copied(checkpoint: Checkpoint, key: str) -> tuple[dict[str, FileTensor], int]:
+    """What an output file holds of a tensor that stays as it is, and its bytes."""
+    source, family = checkpoint.get(key), checkpoint.config.family
+    data = source.data  # the writer straightens a transposed view
+    if key == family.embedding_key:
+        data = read_embedding(checkpoint)
+    elif key == family.head_key and (found := read_lm_head(checkpoint)) is not None:
+        data = found[0]
+    return {key: (data, source.dtype)}, data.nbytes
 
 
 def quantize_matrix(
@@ -138,13 +180,15 @@ def quantize_matrix(
     *,
     codes: Codes | None = None,
     workers: int | None = None,
+    row_order: RowOrder = "natural",
 ) -> tuple[dict[str, FileTensor], npt.NDArray[np.float32]]:
     """One matrix [K, N] as the tensors of a file (suffix -> bits, dtype), and what they decode to.
 
     kind is int8, int4 or ccq. The suffixes are those of docs/checkpoint_format.md.
     """
     if kind == "ccq":
-        encoded = ccq_search.encode(weight, codes=codes, workers=workers)
+        stored = to_stored_order(weight, row_order)
+        encoded = ccq_search.encode(stored, codes=codes, workers=workers)
         tensors: dict[str, FileTensor] = {
             "quant_weight": (encoded.packed, "U8"),
             "weight_scale": (encoded.local_scale, "U8"),
@@ -152,7 +196,7 @@ def quantize_matrix(
             "code_scale": (encoded.code_scale, "F32"),
             "code_zp": (encoded.code_zp, "F32"),
         }
-        return tensors, encoded.decode()
+        return tensors, to_true_order(encoded.decode(), row_order)
     quantize, pack = (quantize_int8, pack_int8) if kind == "int8" else (quantize_int4, pack_int4)
     result = quantize(weight)
     tensors = {
@@ -162,8 +206,12 @@ def quantize_matrix(
     return tensors, result.dequantize()
 
 
-def _target_config(source: ModelConfig, scheme: str, w4_end_layer: int | None) -> ModelConfig:
+def _target_config(
+    source: ModelConfig, scheme: str, w4_end_layer: int | None, row_order: RowOrder
+) -> ModelConfig:
     """The output's configuration: the input's keys, `is_quantized` and `quantization_config`."""
+    if row_order not in ROW_ORDERS:
+        raise ConfigError(f"row_order: found {row_order!r}, expected natural or permuted")
     if source.quantization is not None:
         raise ConfigError(
             f"{source.source}: quantization_config: found "
@@ -177,7 +225,11 @@ def _target_config(source: ModelConfig, scheme: str, w4_end_layer: int | None) -
         quantization = QuantizationConfig.online("wint8")
     else:
         quantization = QuantizationConfig(
-            w4_start_layer=0, w4_end_layer=end, w2_start_layer=end + 1, w2_end_layer=last
+            w4_start_layer=0,
+            w4_end_layer=end,
+            w2_start_layer=end + 1,
+            w2_end_layer=last,
+            row_order=row_order if end < last else None,
         )
     raw: dict[str, Any] = {
         **source.family.convert_config(source),
@@ -222,7 +274,7 @@ def _prepare_output(model: Path, output: Path, force: bool) -> None:
             )
         # config.json first: a folder without it is not taken for a model.
         (output / "config.json").unlink(missing_ok=True)
-        for old in output.glob("*.safetensors*"):
+        for old in (*output.glob("*.safetensors*"), *output.glob("rank*/*.safetensors*")):
             old.unlink()
 
 
@@ -234,8 +286,9 @@ def _plan(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str | Linear]
     """
     by_layer: dict[int, list[Linear]] = {}
     consumed: set[str] = set()
+    size, rank = checkpoint.tensor_parallel_size, checkpoint.rank
     sources = model_linears(checkpoint.config)
-    for target, source in zip(model_linears(config), sources, strict=True):
+    for target, source in zip(model_linears(config, size, rank), sources, strict=True):
         by_layer.setdefault(target.layer, []).append(target)
         consumed.update(e.key for e in expected_linear_tensors(checkpoint, source, "dense"))
     copied: dict[int, list[str]] = {}
@@ -253,6 +306,7 @@ def _quantize_linear(
     linear: Linear,
     codes: Codes | None,
     workers: int | None,
+    row_order: RowOrder,
     report: ConversionReport,
 ) -> tuple[dict[str, FileTensor], int]:
     """Tensors by full key for one linear of the target, and the bytes that were read for it."""
@@ -261,7 +315,9 @@ def _quantize_linear(
     source = np.ascontiguousarray(source)
     weight = bfloat16_to_float32(source) if source.dtype == np.uint16 else source
     try:
-        tensors, decoded = quantize_matrix(linear.kind, weight, codes=codes, workers=workers)
+        tensors, decoded = quantize_matrix(
+            linear.kind, weight, codes=codes, workers=workers, row_order=row_order
+        )
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.source}: {linear.module}: {error}") from error
     kind = report.kinds.setdefault(linear.kind, KindReport())

@@ -7,6 +7,7 @@ import re
 import sys
 from typing import get_args
 
+from fastdeploy_lite.formats.ccq import ROW_ORDERS
 from fastdeploy_lite.quantization.convert import (
     DEFAULT_W4_END_LAYER,
     ConversionReport,
@@ -54,6 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SCALE,ZP",
         help="one fixed code_scale and code_zp for all columns instead of the search",
     )
+    parser.add_argument(
+        "--row-order",
+        choices=ROW_ORDERS,
+        default="permuted",
+        help="rows of 2-bit experts: permuted, as FastDeploy 2.1 and later read them (default), "
+        "or natural, as its first release does",
+    )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="write folders rank0 ... for N ranks, each part quantised on its own (default 1)",
+    )
     parser.add_argument("--num-threads", type=int, metavar="N", help="default: all CPUs")
     parser.add_argument("--force", action="store_true", help="replace a model in --output")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
@@ -68,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
             scheme=args.scheme,
             w4_end_layer=args.moe_w4_end_layer,
             codes=None if args.code is None else [args.code],
+            row_order=args.row_order,
+            tensor_parallel_size=args.tensor_parallel_size,
             shard_bytes=args.shard_size,
             force=args.force,
             workers=args.num_threads,

@@ -7,14 +7,14 @@ from typing import Any
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch
 from fastdeploy_lite.model_executor.layers.linear import Linear
-from fastdeploy_lite.model_executor.ops import PackedWeight
+from fastdeploy_lite.model_executor.ops import Weight
 
 
 class Attention:
     """Fused QKV projection, RoPE, causal attention, output projection."""
 
     def __init__(
-        self, layer: int, head_dim: int, qkv: PackedWeight, output: PackedWeight, cos_sin: Any
+        self, layer: int, head_dim: int, qkv: Weight, output: Weight, cos_sin: Any
     ) -> None:
         """Args: layer: index of its KV cache; cos_sin: float32 [max positions, head_dim]."""
         self.layer = layer

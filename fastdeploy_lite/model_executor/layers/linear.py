@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from fastdeploy_lite.model_executor import ops
-from fastdeploy_lite.model_executor.ops import PackedWeight
+from fastdeploy_lite.model_executor.ops import SegmentedWeight, Weight
 from fastdeploy_lite.model_executor.workspace import Workspace
 
 
 class Linear:
     """y = x W for a weight in any form; the result lies in the workspace buffer `name`."""
 
-    def __init__(self, weight: PackedWeight, name: str) -> None:
+    def __init__(self, weight: Weight, name: str) -> None:
         """Args: weight: [K, N]; name: role of the output, unique among buffers in use at once."""
         self.weight = weight
         self.name = name
@@ -20,14 +20,17 @@ class Linear:
     def __call__(self, x: Any, workspace: Workspace) -> Any:
         """Return [T, N] for x [T, K]."""
         out = workspace.get(self.name, [x.shape[0], self.weight.out_features], x.dtype)
-        ops.linear(x, self.weight, out)
+        if isinstance(self.weight, SegmentedWeight):
+            ops.segmented_linear(x, self.weight, out, workspace, self.name)
+        else:
+            ops.linear(x, self.weight, out)
         return out
 
 
 class GatedMLP:
     """(silu(x Wg) * (x Wu)) Wd, gate and up fused in one matrix, gate first."""
 
-    def __init__(self, up_gate: PackedWeight, down: PackedWeight) -> None:
+    def __init__(self, up_gate: Weight, down: Weight) -> None:
         """Args: up_gate: [H, 2I]; down: [I, H]."""
         self.up_gate = Linear(up_gate, "up_gate")
         self.down = Linear(down, "mlp")

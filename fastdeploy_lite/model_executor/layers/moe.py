@@ -6,7 +6,7 @@ from typing import Any
 
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.linear import GatedMLP
-from fastdeploy_lite.model_executor.ops import PackedWeight
+from fastdeploy_lite.model_executor.ops import PackedWeight, Weight
 from fastdeploy_lite.model_executor.workspace import Workspace
 
 
@@ -32,7 +32,7 @@ class MoE:
     """Sum of the chosen experts' SwiGLU outputs and of the shared experts."""
 
     def __init__(
-        self, router: Router, up_gate: PackedWeight, down: PackedWeight, shared: GatedMLP | None
+        self, router: Router, up_gate: Weight, down: Weight, shared: GatedMLP | None
     ) -> None:
         """Args: up_gate: E x [H, 2I]; down: E x [I, H]; shared: one fused MLP or None."""
         self.router = router
@@ -44,7 +44,10 @@ class MoE:
         """Return [T, H] for x [T, H]."""
         ids, weights = self.router(x, workspace)
         out = workspace.get("moe", x.shape, x.dtype)
-        ops.fused_moe(x, ids, weights, self.up_gate, self.down, out, workspace)
+        if isinstance(self.up_gate, PackedWeight) and isinstance(self.down, PackedWeight):
+            ops.fused_moe(x, ids, weights, self.up_gate, self.down, out, workspace)
+        else:
+            ops.segmented_moe(x, ids, weights, self.up_gate, self.down, out, workspace)
         if self.shared is not None:
             ops.add_inplace(out, self.shared(x, workspace))
         return out

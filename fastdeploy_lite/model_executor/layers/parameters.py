@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from fastdeploy_lite.model_executor.ops import PackedWeight
+from fastdeploy_lite.model_executor.ops import PackedWeight, Weight
 
 
 class ParameterSource(Protocol):
@@ -18,10 +18,10 @@ class ParameterSource(Protocol):
     def layers(self, count: int) -> Iterator[int]:
         """Numbers of the decoder layers, to be built one by one; shows how many are."""
 
-    def linear(self, module: str) -> PackedWeight:
+    def linear(self, module: str) -> Weight:
         """Weight of the linear `module`."""
 
-    def experts(self, layer: int, name: str) -> PackedWeight:
+    def experts(self, layer: int, name: str) -> Weight:
         """Linear `name` of all routed experts of decoder layer `layer`."""
 
     def embedding(self) -> PackedWeight:

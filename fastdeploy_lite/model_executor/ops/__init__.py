@@ -18,9 +18,12 @@ from fastdeploy_lite.model_executor.ops.sampling import (
     token_logprobs,
     update_occurrences,
 )
+from fastdeploy_lite.model_executor.ops.segments import segmented_linear, segmented_moe
 from fastdeploy_lite.model_executor.ops.transfer import download, host_array, memory_info, upload
 from fastdeploy_lite.model_executor.ops.weights import (
     PackedWeight,
+    SegmentedWeight,
+    Weight,
     allocate_weight,
     fill_weight,
     finish_weight,
@@ -28,6 +31,8 @@ from fastdeploy_lite.model_executor.ops.weights import (
 
 __all__ = [
     "PackedWeight",
+    "SegmentedWeight",
+    "Weight",
     "add_inplace",
     "add_rms_norm",
     "allocate_weight",
@@ -49,6 +54,8 @@ __all__ = [
     "rope_and_cache",
     "route",
     "sample",
+    "segmented_linear",
+    "segmented_moe",
     "silu_and_mul",
     "token_logprobs",
     "update_occurrences",

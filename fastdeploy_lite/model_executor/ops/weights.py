@@ -63,6 +63,45 @@ class PackedWeight:
         return 8.0 * self.nbytes / weights
 
 
+@dataclass(slots=True, eq=False)
+class SegmentedWeight:
+    """A linear map in parts whose scales differ: x @ W is the sum of x's stretches times parts.
+
+    Parts are stretches of K; those of an expert's gate and up projection are the columns that feed
+    the down projection's part of the same number.
+    """
+
+    parts: tuple[PackedWeight, ...]
+
+    @property
+    def kind(self) -> WeightKind:
+        """How the numbers are stored."""
+        return self.parts[0].kind
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return sum(part.in_features for part in self.parts)
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.parts[0].out_features
+
+    @property
+    def num_experts(self) -> int:
+        """0 for a plain linear map."""
+        return self.parts[0].num_experts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return sum(part.nbytes for part in self.parts)
+
+
+Weight: TypeAlias = PackedWeight | SegmentedWeight
+
+
 def allocate_weight(
     kind: str, in_features: int, out_features: int, place: Any, num_experts: int = 0
 ) -> PackedWeight:

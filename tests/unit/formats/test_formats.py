@@ -32,6 +32,10 @@ class Sign(WeightFormat):
     column_bits = 32
     vectors = ("scale",)
 
+    def shape(self, arrays: Arrays) -> tuple[int, int]:
+        rows, columns = arrays["signs"].shape
+        return rows, columns
+
     def tensors(self, rows: int, columns: int) -> tuple[TensorSpec, ...]:
         return (
             TensorSpec("signs", ("I8",), ((rows, columns),)),
@@ -97,7 +101,7 @@ def test_tensors_are_those_of_the_file(name: str, sign: Sign) -> None:
     assert [spec.suffix for spec in specs] == list(arrays)
     for spec in specs:
         assert arrays[spec.suffix].shape in spec.shapes
-    assert matrix.shape == (ROWS, COLUMNS)
+    assert matrix.shape == formats.get(name).shape(arrays) == (ROWS, COLUMNS)
     assert abs(matrix).max() > 0
     kept = sum(array.nbytes for array in arrays.values())
     assert formats.get(name).nbytes(ROWS, COLUMNS) == kept

@@ -214,12 +214,6 @@ def product(x: npt.NDArray[np.float32], weight: ops.PackedWeight) -> npt.NDArray
     return result
 
 
-def test_a_presharded_checkpoint_needs_its_degree(tmp_path: Path) -> None:
-    folder = write_tiny_model(tmp_path, kind="w4w2", tensor_parallel_size=2)
-    with pytest.raises((CheckpointError, ConfigError), match="2"):
-        make_runner(folder)
-
-
 def test_tensor_parallelism_over_processes_is_refused(tiny_2bits: Path) -> None:
     with pytest.raises(ConfigError, match=r"size 2 is not supported .*: set it to 1$"):
         make_runner(tiny_2bits, parallel=ParallelConfig(2, 0))

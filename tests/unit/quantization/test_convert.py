@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from tiny_model import tiny_config, tiny_tensors, write_tensors, write_tiny_model
 
+from fastdeploy_lite import formats
 from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import model_linears, read_linear, verify
 from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32
 from fastdeploy_lite.entrypoints.cli import quantize as cli
+from fastdeploy_lite.formats.ccq import to_true_order
 from fastdeploy_lite.formats.tiles import unpack_int4, unpack_int8
-from fastdeploy_lite.quantization import ccq
 from fastdeploy_lite.quantization.convert import quantize_checkpoint, quantize_matrix
 from fastdeploy_lite.quantization.weight_only import dequantize
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
@@ -37,13 +38,8 @@ def decoded(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         read = read_linear(checkpoint, linear)
         a = read.arrays
         if read.kind == "ccq":
-            result[linear.module] = ccq.decode(
-                a["quant_weight"],
-                a["weight_scale"],
-                a["super_scales"],
-                a["code_scale"],
-                a["code_zp"],
-            )
+            order = checkpoint.config.quantization.row_order or "natural"
+            result[linear.module] = to_true_order(formats.get("ccq").decode(a), order)
         elif read.kind == "dense":
             result[linear.module] = bfloat16_to_float32(a["weight"])
         else:
@@ -91,6 +87,7 @@ def test_config_has_the_published_shape(source: Path, demo_dir: Path, tmp_path: 
     original = json.loads((source / "config.json").read_text())
     published = json.loads((demo_dir / "config.json").read_text())["quantization_config"]
     published["moe_quant_config"]["moe_w2_quant_config"]["quant_end_layer"] = 3
+    published["moe_quant_config"]["moe_w2_quant_config"]["row_order"] = "permuted"
     assert found.pop("quantization_config") == published
     assert found.pop("is_quantized") is True
     assert found == {k: v for k, v in original.items() if k not in ("is_quantized",)}
