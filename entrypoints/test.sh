@@ -3,4 +3,11 @@
 #   bash entrypoints/test.sh [pytest arguments]      e.g. bash entrypoints/test.sh tests/unit -k scheduler
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" test
+# The page is tested in a real browser; where it cannot be installed those tests say so and skip.
+if ! command -v chromedriver >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  echo "setup: installing Chromium for the tests of the page"
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+      --no-install-recommends chromium chromium-driver; } >.venv/chromium.log 2>&1 ||
+    echo "setup: Chromium could not be installed; the output is in .venv/chromium.log" >&2
+fi
 exec python -m pytest "$@"

@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute
 
 from fastdeploy_lite import envs
 from fastdeploy_lite import version as package_version
-from fastdeploy_lite.entrypoints.openai import errors
+from fastdeploy_lite.entrypoints.openai import errors, web
 from fastdeploy_lite.entrypoints.openai.bodies import (
     BoundedBody,
     body_of,
@@ -156,8 +156,12 @@ def create_application(
     Returns:
         The application.
     """
-    app = FastAPI(title="fastdeploy_lite", version=_version(), root_path=exposure.root_path)
+    app = FastAPI(
+        title="fastdeploy_lite", version=_version(), root_path=exposure.root_path,
+        docs_url=None, redoc_url=None,  # FastAPI's own load from elsewhere
+    )  # fmt: skip
     errors.install(app)
+    web.add_pages(app)
     _add_generation(app, service)
     _add_probes(app, service)
     _add_text(app, service)

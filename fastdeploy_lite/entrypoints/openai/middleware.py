@@ -32,8 +32,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 # Readable without a key: what load balancers probe, and pages that show nothing of the service.
-OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/load", "/docs", "/openapi.json"})
-OPEN_PREFIXES: tuple[str, ...] = ()
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/version", "/load", "/docs", "/openapi.json"})
+OPEN_PREFIXES: tuple[str, ...] = ("/web/",)
 REQUEST_ID = b"x-request-id"
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
