@@ -100,6 +100,7 @@ VARIABLES: dict[str, Callable[[str | None], Any]] = {
     "FD_DISABLED_RECOVER": _boolean(False),
     "ENABLE_V1_KVCACHE_SCHEDULER": _boolean(True),
     "FD_LIMIT_THINKING_CONTENT_TRUNCATE_STR": _text("</think>"),
+    "FD_GUIDANCE_DISABLE_ADDITIONAL": _boolean(True),
     "FD_PLUGINS": _plugins,
     "FD_BUILDING_ARCS": _names,
     # this project's own

@@ -88,20 +88,44 @@ class CoreLoop:
     def _receive(self) -> None:
         wait_ms = 0 if self._core.has_work else int(STATS_SECONDS * 1000)
         while not self._stopped and self._inbox.poll(wait_ms):
-            self._handle(self._decoder.decode(self._inbox.recv()))
+            self._take(self._inbox.recv())
             wait_ms = 0
+
+    def _take(self, raw: bytes) -> None:
+        """Handle one message; what is wrong with it ends the request that it is about."""
+        try:
+            message = self._decoder.decode(raw)
+        except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors
+            self._refuse(raw, one_line(error))
+            return
+        self._handle(message)
+
+    def _refuse(self, raw: bytes, reason: str) -> None:
+        get_logger().error("A message to the engine cannot be read: %s", reason)
+        request_id = _request_id_in(raw)
+        if request_id is not None and not self._core.has_request(request_id):
+            text = f"The engine cannot read this request: {reason}"
+            self._send(Outputs([_failed(request_id, 400, text)]))
 
     def _handle(self, message: ToCore) -> None:
         match message:
             case EngineRequest():
-                try:
-                    self._core.add(message)
-                except ValueError as error:
-                    get_logger().error("A request was dropped: %s", error)
+                self._add(message)
             case Abort():
                 self._core.abort(message.request_ids)
             case Control():
                 self._control(message.action)
+
+    def _add(self, request: EngineRequest) -> None:
+        if self._core.has_request(request.request_id):
+            get_logger().error("A request was dropped: its id %r is in use", request.request_id)
+            return
+        try:
+            self._core.add(request)
+        except Exception as error:  # a request that the core's checks do not understand
+            get_logger().error("A request cannot be added", exc_info=error)
+            text = f"{type(error).__name__}: {error}"
+            self._send(Outputs([_failed(request.request_id, 500, text)]))
 
     def _control(self, action: str) -> None:
         core = self._core
@@ -125,7 +149,40 @@ class CoreLoop:
             self._send(Outputs(outputs))
 
     def _send(self, message: FromCore) -> None:
-        self._outbox.send(self._encoder.encode(message))
+        try:
+            raw = self._encoder.encode(message)
+        except (ValueError, TypeError, OverflowError):
+            if not isinstance(message, Outputs):
+                raise
+            message = Outputs([self._sendable(o) for o in message.outputs], message.stats)
+            raw = self._encoder.encode(message)
+        self._outbox.send(raw)
+
+    def _sendable(self, output: EngineOutput) -> EngineOutput:
+        """The output, or the end of its request in its place."""
+        try:
+            self._encoder.encode(output)
+        except (ValueError, TypeError, OverflowError) as error:
+            self._core.abort([output.request_id])
+            return _failed(output.request_id, 500, f"The answer cannot be sent: {error}")
+        return output
+
+
+def _request_id_in(raw: bytes) -> str | None:
+    """The id in a request that is not one in all of its fields."""
+    try:
+        fields = msgspec.msgpack.decode(raw)
+    except (ValueError, RecursionError):
+        return None
+    name = fields.get("request_id") if isinstance(fields, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _failed(request_id: str, code: int, message: str) -> EngineOutput:
+    return EngineOutput(
+        request_id, finished=True, finish_reason="error", error_code=code,
+        error_msg=one_line(message),
+    )  # fmt: skip
 
 
 def _integrity_error(core: EngineCore) -> str | None:

@@ -32,7 +32,7 @@ from fastdeploy_lite.request.messages import (
     Ready,
     ToCore,
 )
-from fastdeploy_lite.utils.errors import RequestError
+from fastdeploy_lite.utils.errors import RequestError, one_line
 
 IDLE_SILENCE_SECONDS = 5.0  # ten times the interval at which an idle core reports
 STEP_SILENCE_SECONDS = 300.0  # the longest step that is believed: a full prefill on a slow CPU
@@ -176,7 +176,7 @@ class AsyncEngineClient:
         self._queues[name] = queue
         finished = False
         try:
-            self._send(request)
+            self._send_request(request)
             while not finished:
                 news = await queue.get()
                 if isinstance(news, EngineDeadError):
@@ -228,21 +228,40 @@ class AsyncEngineClient:
             raise EngineDeadError(self._dead)
         self._to_core.send(self._encoder.encode(message), zmq.NOBLOCK)
 
+    def _send_request(self, request: EngineRequest) -> None:
+        try:
+            self._send(request)
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise RequestError(f"The request cannot be sent to the engine: {error}") from None
+
     async def _read(self) -> None:
-        while True:
-            message = self._decoder.decode(await self._from_core.recv())
-            self._last_news = time.monotonic()
-            match message:
-                case Outputs():
-                    self._dispatch(message)
-                case Ready():
-                    self.ready = message
-                    self.stats.num_blocks = self.stats.num_free_blocks = message.num_blocks
-                    self._ready_event.set()
-                case Checked():
-                    self._checks.pop(0).set_result(message.error)
-                case Fatal():
-                    self._die(message.error)
+        """Take the core's messages; whatever goes wrong here must be seen, or all would wait."""
+        try:
+            while True:
+                self._take(await self._from_core.recv())
+        except Exception as error:
+            self._die(f"reading the engine's messages failed: {type(error).__name__}: {error}")
+
+    def _take(self, raw: bytes) -> None:
+        self._last_news = time.monotonic()
+        try:
+            message = self._decoder.decode(raw)
+        except (ValueError, RecursionError) as error:
+            self._end_those_in(raw, one_line(error))
+            return
+        match message:
+            case Outputs():
+                self._dispatch(message)
+            case Ready():
+                self.ready = message
+                self.stats.num_blocks = self.stats.num_free_blocks = message.num_blocks
+                self._ready_event.set()
+            case Checked():
+                answer = self._checks.pop(0)
+                if not answer.done():  # who asked may have left
+                    answer.set_result(message.error)
+            case Fatal():
+                self._die(message.error)
 
     def _dispatch(self, message: Outputs) -> None:
         if message.stats is not None:
@@ -251,6 +270,23 @@ class AsyncEngineClient:
             queue = self._queues.get(output.request_id)
             if queue is not None:  # its client may have left
                 queue.put_nowait(output)
+
+    def _end_those_in(self, raw: bytes, reason: str) -> None:
+        """End the requests that an unreadable message is about; nobody will tell of them again.
+
+        Raises:
+            ValueError: It does not even say which.
+        """
+        for name in _request_ids_in(raw):
+            queue = self._queues.get(name)
+            if queue is not None:
+                text = f"The engine's answer cannot be read: {reason}"
+                queue.put_nowait(
+                    EngineOutput(
+                        name, finished=True, finish_reason="error", error_code=500, error_msg=text
+                    )
+                )
+                self._send(Abort([name]))
 
     async def _watch(self) -> None:
         assert self._process is not None
@@ -271,6 +307,11 @@ class AsyncEngineClient:
                 check.set_exception(error)
         self._death.set()
         self._ready_event.set()
+
+
+def _request_ids_in(raw: bytes) -> list[str]:
+    outputs = msgspec.msgpack.decode(raw)["outputs"]
+    return [output["request_id"] for output in outputs]
 
 
 def _private_directory() -> str:

@@ -172,6 +172,10 @@ class EngineCore:
         )
         self._compiling[future] = active
 
+    def has_request(self, request_id: str) -> bool:
+        """Whether a request of that id is alive."""
+        return request_id in self._active
+
     def _problem(self, request: EngineRequest) -> tuple[int, str] | None:
         """Why the core cannot run a request: it does not trust its clients to have checked."""
         sampling, count = request.sampling, len(request.prompt_token_ids)
@@ -182,6 +186,11 @@ class EngineCore:
             return 400, (
                 f"Input text is too long, input_ids_len ({count}) + max_tokens "
                 f"({sampling.max_tokens}) > max_model_len ({limits.max_model_len})"
+            )
+        if not _fits_the_runner(request, self.config.model.vocab_size):
+            return (
+                400,
+                "A number of the request is outside the range that the sampler takes",
             )
         if len(self._scheduler.waiting) + len(self._compiling) >= limits.max_waiting_requests:
             return 429, f"Too many requests wait: the limit is {limits.max_waiting_requests}"
@@ -374,7 +383,8 @@ class EngineCore:
         one gets a second chance alone.
 
         Raises:
-            EngineDeadError: Every slice failed, several steps in a row.
+            EngineDeadError: Every slice failed, and so did plain ones in their place, several steps
+                in a row.
         """
         started = time.perf_counter()
         try:
@@ -388,6 +398,8 @@ class EngineCore:
             else:
                 results = [self._execute_alone(part) for part in slices]
             broken = all(result.error is not None for result in results)
+            # An error that belongs to a request says nothing about the runner.
+            broken = broken and not self._can_still_run(slices[0])
             self._failed_in_a_row = self._failed_in_a_row + 1 if broken else 0
             if self._failed_in_a_row >= MOST_FAILED_STEPS:
                 raise EngineDeadError(
@@ -403,6 +415,20 @@ class EngineCore:
             return self._runner.execute([part])[0]
         except Exception as error:
             return SliceResult(error=_describe(error))
+
+    def _can_still_run(self, part: SequenceSlice) -> bool:
+        """Whether the runner computes a slice of plain numbers where this one has failed.
+
+        It writes where the failed one would have written: into blocks that nobody else reads.
+        """
+        known = len(part.token_ids) - len(part.draft_token_ids)
+        plain = dataclasses.replace(
+            part, fresh=True, token_ids=list(part.token_ids)[:known], sampling=SamplerParams(),
+            banned_now=(), forced_token=-1, bitmask=None, logits_processors=None,
+            draft_token_ids=(), draft_bitmasks=None,
+        )  # fmt: skip
+        shortest = dataclasses.replace(plain, token_ids=plain.token_ids[:1], sample=False)
+        return any(self._execute_alone(each).error is None for each in (plain, shortest))
 
     # After a step --------------------------------------------------------------------------------
 
@@ -596,6 +622,20 @@ def create_core(config: RuntimeConfig, tokenizer: Ernie4_5Tokenizer) -> tuple[En
         device=str(runner.place),
         memory=memory,
         bits_per_expert_weight=report.bits_per_expert_weight,
+    )
+
+
+def _fits_the_runner(request: EngineRequest, vocab_size: int) -> bool:
+    """Whether every number fits the store that the runner keeps it in."""
+    prompt, sampler = request.prompt_token_ids, request.sampling.sampler
+    ids = (*sampler.banned_ids, *(sampler.logit_bias or ()))
+    counts = [c for c in (sampler.logprobs, sampler.prompt_logprobs) if c is not None]
+    return (
+        0 <= min(prompt) <= max(prompt) < vocab_size
+        and all(0 <= i < vocab_size for i in ids)
+        and all(-1 <= count <= vocab_size for count in counts)
+        and -1 <= sampler.top_k < 1 << 31
+        and 0 <= sampler.seed < 1 << 63
     )
 
 

@@ -178,13 +178,17 @@ class Generation:
     @property
     def num_banned_now(self) -> int:
         """Tokens from here on that `banned_now` holds for."""
-        return max(self._sampling.min_tokens - len(self.output), 0)
+        least = (
+            self._sampling.max_tokens if self._sampling.ignore_eos else self._sampling.min_tokens
+        )
+        return max(least - len(self.output), 0)
 
     @property
     def banned_now(self) -> tuple[int, ...]:
-        """EOS ids while the answer is too short to end."""
+        """EOS ids while the answer is too short to end, or never ends by itself."""
         sampling = self._sampling
-        return sampling.eos_token_ids if len(self.output) < sampling.min_tokens else ()
+        too_short = sampling.ignore_eos or len(self.output) < sampling.min_tokens
+        return sampling.eos_token_ids if too_short else ()
 
     def bitmask(self) -> npt.NDArray[np.int32] | None:
         """Tokens that the constraint allows; None allows all.

@@ -18,7 +18,6 @@ from fastdeploy_lite.entrypoints.openai.output_parser import (
     OutputParsers,
     ParsedDelta,
     ParsedOutput,
-    prompt_leaves_thinking,
     thinking_switch,
 )
 from fastdeploy_lite.entrypoints.openai.protocol import ChatCompletionToolsParam
@@ -228,11 +227,8 @@ class LLM:
         if stream and any(r.sampling_params.prompt_logprobs is not None for r in requests):
             raise ValueError("prompt_logprobs cannot be returned with stream=True")
         # All are checked before the first one runs.
-        parsers = [self._parser(request) for request in requests]
-        prepared = [
-            self._preprocessor.process(self._with_thinking(request, parser))
-            for request, parser in zip(requests, parsers, strict=True)
-        ]
+        prepared = [self._preprocessor.process(self._with_switch(r)) for r in requests]
+        parsers = [self._parser(*pair) for pair in zip(requests, prepared, strict=True)]
         if stream:
             return self._stream(prepared, prompts, parsers)
         results = self._collect(prepared, prompts, use_tqdm)
@@ -281,23 +277,19 @@ class LLM:
 
     # Parsers -------------------------------------------------------------------------------------
 
-    def _parser(self, request: Request) -> OutputParser | None:
+    def _parser(self, request: Request, prepared: EngineRequest) -> OutputParser | None:
         """What takes the answer to `request` apart; None where there is nothing to do."""
         if not request.messages or self._parsers == OutputParsers():
             return None
-        thinking = None
-        if self._parsers.reasoning is not None:
-            switch = thinking_switch(dict(request.chat_template_kwargs or {}), None)
-            thinking = prompt_leaves_thinking(self._preprocessor.render(request), switch)
-        return OutputParser(self._parsers, thinking, request)
+        return OutputParser(self._parsers, prepared.thinking, request)
 
-    def _with_thinking(self, request: Request, parser: OutputParser | None) -> Request:
-        """Say whether constraints and budgets meet a thinking model, where the prompt does not."""
+    def _with_switch(self, request: Request) -> Request:
+        """Say whether the model thinks where the prompt does not."""
         reasoning = self._parsers.reasoning
-        if parser is None or reasoning is None:
+        if reasoning is None or not request.messages:
             return request
-        known = parser.thinking
-        return replace(request, thinking=reasoning.assumes_thinking if known is None else known)
+        switch = thinking_switch(dict(request.chat_template_kwargs or {}), None)
+        return replace(request, thinking_switch=switch, assumes_thinking=reasoning.assumes_thinking)
 
 
 def _take_apart(output: CompletionOutput, parsed: ParsedOutput | ParsedDelta) -> None:

@@ -22,6 +22,8 @@ from fastdeploy_lite.guided.translation import grammar_text
 CACHE_ENTRIES = 128
 _LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=2_000_000, max_lexer_states=50_000, max_grammar_size=200_000,
+    # 800 optional properties are 3,200 items: what compiles must not fail at its first token.
+    max_items_in_row=20_000,
     verbose_errors=False,
 )  # fmt: skip
 
@@ -40,7 +42,7 @@ class _LLVocabulary:
         self.tokens = [*names, *(b"\xff<%d>" % i for i in range(known, vocab_size))]
         self.eos_token_id = source.eos_token_ids[0]
         self.bos_token_id = None
-        self._encode = source.encode_text
+        self._encode = source.encode_as_text
 
     def __call__(self, text: str) -> list[int]:
         """Tokenise text that the grammar forces, as the model would have written it."""

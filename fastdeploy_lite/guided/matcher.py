@@ -29,8 +29,8 @@ class VocabularySource(Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token contributes to the text; empty for a token that is not text."""
 
-    def encode_text(self, text: str) -> list[int]:
-        """The canonical tokenisation of plain text, without BOS."""
+    def encode_as_text(self, text: str) -> list[int]:
+        """Tokens that spell a text, no control token among them."""
 
 
 class Matcher:

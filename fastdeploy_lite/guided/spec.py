@@ -30,12 +30,15 @@ class GuidedSpec(msgspec.Struct, frozen=True):
             expression, or a Lark/EBNF grammar; empty for `json_object`.
         any_whitespace: Whether JSON may be laid out freely; otherwise `", "` and `": "` separate.
         start_after: Text after which the constraint starts (`</think>`), or None for at once.
+        closes_objects: Whether a schema's objects have no other properties than the declared ones
+            where it does not say (`additionalProperties`).
     """
 
     kind: GuidedKind
     value: str = ""
     any_whitespace: bool = True
     start_after: str | None = None
+    closes_objects: bool = True
 
 
 def invalid(spec: GuidedSpec, reason: str) -> RequestError:

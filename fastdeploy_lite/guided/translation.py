@@ -9,6 +9,7 @@ from typing import Any
 
 import llguidance
 
+from fastdeploy_lite.guided.closed_objects import close_objects
 from fastdeploy_lite.guided.spec import GuidedSpec, invalid, short_reason
 from fastdeploy_lite.utils.errors import RequestError
 
@@ -46,14 +47,21 @@ def grammar_text(spec: GuidedSpec) -> str:
         raise invalid(spec, short_reason(str(error))) from None
 
 
-def _json_grammar(schema: Any, any_whitespace: bool) -> str:
+def _json_grammar(schema: Any, spec: GuidedSpec) -> str:
+    schema = _checked_schema(schema, spec)
+    layout = _layout(spec.any_whitespace)
+    return str(llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=layout))
+
+
+def _checked_schema(schema: Any, spec: GuidedSpec) -> dict[str, Any]:
+    if schema is False:
+        raise ValueError("the schema false allows no value")
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
-        raise ValueError(f"a schema is a JSON object, found {type(schema).__name__}")
+        raise ValueError(f"a schema is a JSON object or a bool, found {type(schema).__name__}")
     check_nesting(schema)
-    layout = _layout(any_whitespace)
-    return str(llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=layout))
+    return close_objects(schema) if spec.closes_objects else schema
 
 
 def _layout(any_whitespace: bool) -> Any:
@@ -86,11 +94,11 @@ def check_nesting(value: Any) -> None:
 
 
 def _json_schema(spec: GuidedSpec) -> str:
-    return _json_grammar(json.loads(spec.value), spec.any_whitespace)
+    return _json_grammar(json.loads(spec.value), spec)
 
 
 def _json_object(spec: GuidedSpec) -> str:
-    return _json_grammar({"type": "object"}, spec.any_whitespace)
+    return _json_grammar({"type": "object"}, spec)
 
 
 def _regex(spec: GuidedSpec) -> str:
@@ -100,8 +108,9 @@ def _regex(spec: GuidedSpec) -> str:
 def strip_anchors(pattern: str) -> str:
     r"""Remove the anchors that say what a full match says anyway.
 
-    `^`, `\A` count at the start of an alternative and `$`, `\Z`, `\z` at its end, at top level or
-    in groups that stand there themselves.  Others stay, for the compiler to refuse.
+    `^`, `\A` count at the start of an alternative and `$`, `\Z`, `\z` at its end or before its last
+    line break, at top level or in groups that stand there themselves.  Others stay, for the
+    compiler to refuse.
 
     Args:
         pattern: A regular expression.
@@ -109,10 +118,35 @@ def strip_anchors(pattern: str) -> str:
     Returns:
         The pattern without redundant anchors.
     """
-    tokens = re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?[^:)(]*:|.", pattern, re.DOTALL)
+    tokens = _regex_tokens(pattern)
     forward = _drop_edge(tokens, {"^", r"\A"}, opens="(", closes=")")
     backward = _drop_edge(forward[::-1], {"$", r"\Z", r"\z"}, opens=")", closes="(")
     return "".join(backward[::-1])
+
+
+_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+_GROUP = re.compile(r"\(\?[^:)(]*:")
+
+
+def _regex_tokens(pattern: str) -> list[str]:
+    """Escapes, classes, openings of groups, single characters.  Linear: a class that never closes
+    is looked for once."""
+    tokens: list[str] = []
+    at, can_close = 0, True
+    while at < len(pattern):
+        char, found = pattern[at], None
+        if char == "[" and can_close:
+            found = _CLASS.match(pattern, at)
+            can_close = found is not None
+        elif char == "(":
+            found = _GROUP.match(pattern, at)
+        text = pattern[at : at + 2] if char == "\\" else found[0] if found else char
+        tokens.append(text)
+        at += len(text)
+    return tokens
+
+
+_LINE_BREAKS = ("\n", r"\n")
 
 
 def _drop_edge(tokens: list[str], anchors: set[str], opens: str, closes: str) -> list[str]:
@@ -124,6 +158,8 @@ def _drop_edge(tokens: list[str], anchors: set[str], opens: str, closes: str) ->
         if edge and token in anchors:
             continue
         kept.append(token)
+        if edge and token in _LINE_BREAKS and "$" in anchors:
+            continue  # `$` also stands before a last line break
         if kind == opens:
             stack.append(edge)
         elif kind == closes:
@@ -145,8 +181,15 @@ def _choice(spec: GuidedSpec) -> str:
         raise ValueError(f"it has {len(choices)} entries, the limit is {MAX_CHOICES}")
     if not all(isinstance(choice, str) and choice for choice in choices):
         raise ValueError("every choice must be a non-empty string")
-    alternatives = " | ".join(json.dumps(c, ensure_ascii=False) for c in dict.fromkeys(choices))
-    return str(llguidance.LLMatcher.grammar_from_lark("start: " + alternatives))
+    # One automaton: as rules of a grammar, 2000 choices are 2000 items of the parser's row.
+    alternatives = "|".join(map(_literal, dict.fromkeys(choices)))
+    return str(llguidance.LLMatcher.grammar_from_lark(f"start: /{alternatives}/"))
+
+
+def _literal(text: str) -> str:
+    """A regular expression for a text."""
+    plain = (c if c.isalnum() or c == " " else rf"\x{{{ord(c):x}}}" for c in text)
+    return "".join(plain)
 
 
 def _grammar(spec: GuidedSpec) -> str:
@@ -171,11 +214,11 @@ def _structural_tag(spec: GuidedSpec) -> str:
         raise ValueError("'triggers' must be a list of non-empty strings")
     check_nesting(structures)
     layout = _layout(spec.any_whitespace)
-    tags = [_tag(structure, triggers, layout) for structure in structures]
+    tags = [_tag(structure, triggers, layout, spec) for structure in structures]
     return str(llguidance.StructTag.to_grammar(tags, assume_special=False))
 
 
-def _tag(structure: Any, triggers: list[str], layout: Any) -> Any:
+def _tag(structure: Any, triggers: list[str], layout: Any, spec: GuidedSpec) -> Any:
     if not isinstance(structure, dict) or not isinstance(structure.get("begin"), str):
         raise ValueError("every structure needs the text 'begin'")
     begin, end = structure["begin"], structure.get("end", "")
@@ -184,9 +227,9 @@ def _tag(structure: Any, triggers: list[str], layout: Any) -> Any:
         raise ValueError(f"no trigger is a prefix of begin {begin!r}")
     if not isinstance(end, str):
         raise ValueError("'end' must be text")
-    schema = structure.get("schema", {})
-    if isinstance(schema, dict):
-        schema = {**schema, "x-guidance": layout}
+    schema = structure.get("schema")
+    schema = _checked_schema({} if schema is None else schema, spec)
+    schema = {**schema, "x-guidance": layout}
     return llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=end)
 
 

@@ -171,7 +171,14 @@ def _text(content: Any) -> str:
         return content
     if isinstance(content, list):
         return "".join(_part_text(part) for part in content)
-    return json.dumps(content, ensure_ascii=False)  # a tool's result as an object
+    try:
+        return json.dumps(content, ensure_ascii=False)  # a tool's result as an object
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(
+            f"messages: content cannot be written as JSON: {error}",
+            param="messages",
+            code="invalid_value",
+        ) from None
 
 
 def _part_text(part: Any) -> str:
@@ -195,6 +202,6 @@ def _with_parsed_arguments(call: Any) -> Any:
         return call
     try:
         arguments = json.loads(function["arguments"])
-    except ValueError:
+    except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}}

@@ -6,6 +6,7 @@ text, because it would spell some of them in pieces. Nothing is added at the end
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -155,17 +156,61 @@ class Ernie4_5Tokenizer:  # noqa: N801 - upstream's name
     def encode_text(self, text: str) -> list[int]:
         """Token ids of `text`; special strings become their ids, nothing is added."""
         if self._splitter is None:
-            return self._encode_plain(text)
+            return self.encode_plain(text)
         ids: list[int] = []
         for part in self._splitter.split(text):
             special = self._special_ids.get(part)
             if special is not None:
                 ids.append(special)
             elif part:
-                ids.extend(self._encode_plain(part))
+                ids.extend(self.encode_plain(part))
         return ids
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def encode_as_text(self, text: str) -> list[int]:
+        """Token ids that spell `text`; special strings in it are letters like any others.
+
+        Args:
+            text: What a user wrote, for a place where no control token may come from it.
+
+        Returns:
+            Ids whose bytes together are the text.
+        """
+        ids: list[int] = []
+        for part in self._control_splitter.split(text):
+            # Its first character alone, so that the rest is no special string either.
+            pieces = (part[:1], part[1:]) if self._control_splitter.fullmatch(part) else (part,)
+            for piece in filter(None, pieces):
+                ids.extend(self._spell(piece))
+        return ids
+
+    def _spell(self, text: str) -> list[int]:
+        ids = self.encode_plain(text)
+        if b"".join(map(self.token_bytes, ids)) == text.encode("utf-8", "replace"):
+            return ids
+        # Pieces that the model's normalizer changes, or a space put before the text.
+        spelled = [self._letters.get(char.encode("utf-8", "replace")) for char in text]
+        if None in spelled:
+            letters = (bytes([b]) for b in text.encode("utf-8", "replace"))
+            spelled = [self._letters.get(letter) for letter in letters]
+        return ids if None in spelled else [i for i in spelled if i is not None]
+
+    @functools.cached_property
+    def _letters(self) -> dict[bytes, int]:
+        """Tokens of single characters and bytes."""
+        texts = ((self.token_bytes(i), i) for i in reversed(range(self.vocab_size)))
+        return {text: i for text, i in texts if 0 < len(text) <= 4 and _is_letter(text)}
+
+    @functools.cached_property
+    def _control_splitter(self) -> re.Pattern[str]:
+        """Splits out whatever names a token that is not plain text."""
+        pieces = [self._pieces.id_to_piece(i) for i in range(self._pieces.vocab_size())]
+        names = {piece for piece in pieces if _STRUCTURE.fullmatch(piece)}
+        pattern = _alternation({*names, *self._special_ids, *_MARKERS})
+        assert pattern is not None
+        return pattern
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of `text` as SentencePiece reads it: no string is special."""
         try:
             return list(self._pieces.encode(text))
         except (UnicodeEncodeError, RuntimeError):  # lone surrogates: JSON has them, UTF-8 not
@@ -338,6 +383,10 @@ def _alternation(texts: Iterable[str]) -> re.Pattern[str] | None:
     """A pattern whose `split` keeps the special strings; longer ones first."""
     ordered = sorted(texts, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None
+
+
+def _is_letter(text: bytes) -> bool:
+    return len(text) == 1 or len(text.decode("utf-8", "replace")) == 1
 
 
 def _without_surrogates(text: str) -> str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -23,8 +25,9 @@ from fastdeploy_lite.input.chat_template import (
     render_chat,
 )
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
+from fastdeploy_lite.input.thinking import THINK_END, ThinkingMarkers
 from fastdeploy_lite.request.messages import EngineRequest, EngineSampling
-from fastdeploy_lite.request.params import GuidedDecodingParams, SamplingParams
+from fastdeploy_lite.request.params import MAX_SEED, GuidedDecodingParams, SamplingParams
 from fastdeploy_lite.request.step import SamplerParams
 from fastdeploy_lite.request.user_request import Request
 from fastdeploy_lite.utils.errors import RequestError, quote
@@ -52,7 +55,7 @@ _GUIDED_KINDS: Mapping[str, GuidedKind] = {
     "grammar": "grammar",
     "structural_tag": "structural_tag",
 }
-THINK_START, THINK_END = "<think>", "</think>"
+_UNPACKABLE = (TypeError, ValueError, OverflowError, RecursionError)
 _log = get_logger("data_processor")
 
 
@@ -92,8 +95,7 @@ class Preprocessor:
         self.chat_template = load_template_argument(config.chat_template)
         self.max_model_len = config.scheduler.max_model_len
         self._longest_piece = max(map(len, self.tokenizer.get_vocab()))
-        self._think_start = self._marker_id(THINK_START)
-        self._think_end = self._marker_id(THINK_END)
+        self._thinking = ThinkingMarkers(self.tokenizer)
 
     def process(self, request: Request) -> EngineRequest:
         """Check a request and turn it into tokens and numbers.
@@ -107,15 +109,19 @@ class Preprocessor:
         Raises:
             RequestError: The request is at fault; `param` and `code` say where and why.
         """
-        prompt = self.prompt_token_ids(request)
-        sampling = self._sampling(request, prompt)
+        _check_params(request.sampling_params)
+        prompt = self._prompt(request)
+        thinking = prompt.thinking if request.thinking is None else request.thinking
+        if thinking is None:
+            thinking = request.thinking_switch
         return EngineRequest(
-            request_id=request.request_id,
-            prompt_token_ids=prompt,
-            sampling=sampling,
+            request_id=encodable(request.request_id, "request_id"),
+            prompt_token_ids=prompt.token_ids,
+            sampling=self._sampling(request, prompt.token_ids, thinking),
             arrival_time=request.arrival_time,
             preprocess_end_time=time.time(),
             include_stop_str_in_output=request.include_stop_str_in_output,
+            thinking=thinking,
         )
 
     # Prompt --------------------------------------------------------------------------------------
@@ -126,21 +132,29 @@ class Preprocessor:
         Raises:
             RequestError: There is none, or an id is not in the vocabulary.
         """
-        ids, param = self._prompt(request)
-        ids = ids + self._checked_ids(request.completion_token_ids or (), "completion_token_ids")
+        return self._prompt(request).token_ids
+
+    def _prompt(self, request: Request) -> _Prompt:
+        start = self._checked_ids(request.completion_token_ids or (), "completion_token_ids")
+        prompt, param = self._stated_prompt(request)
+        ids = prompt.token_ids + start
         if not ids:
             raise RequestError(
                 "The prompt is empty: at least one token is needed",
                 param=param,
                 code="invalid_value",
             )
-        return ids
+        answered = self._thinking.last_marker(start)
+        return _Prompt(ids, prompt.thinking if answered is None else answered)
 
-    def _prompt(self, request: Request) -> tuple[list[int], str]:
+    def _stated_prompt(self, request: Request) -> tuple[_Prompt, str]:
+        """The prompt without the start of the answer, and the field that states it."""
         if request.prompt_token_ids is not None:
-            return self._checked_prompt(request.prompt_token_ids, "prompt_token_ids"), "prompt"
+            return self._raw(
+                self._checked_prompt(request.prompt_token_ids, "prompt_token_ids")
+            ), "prompt"
         if request.prompt is not None:
-            return self._encode(request.prompt, "prompt"), "prompt"
+            return self._raw(self._encode(request.prompt, "prompt")), "prompt"
         messages = request.messages
         if not messages:
             raise RequestError(
@@ -149,10 +163,30 @@ class Preprocessor:
                 code="invalid_value",
             )
         if all(isinstance(m, int) for m in messages):
-            return self._checked_prompt(messages, "messages"), "messages"
+            return self._raw(self._checked_prompt(messages, "messages")), "messages"
         contents = (m.get("content") for m in messages if isinstance(m, Mapping))
         self._check_length(sum(len(c) for c in contents if isinstance(c, str)), "messages")
-        return self._encode(self.render(request), "messages"), "messages"
+        text = self.render(request)
+        return _Prompt(self._encode(text, "messages"), self._opening(request, text)), "messages"
+
+    def _raw(self, ids: list[int]) -> _Prompt:
+        return _Prompt(ids, self._thinking.at_end(ids))
+
+    def _opening(self, request: Request, text: str) -> bool | None:
+        """What the generation prompt, the part after the last message, says about thinking."""
+        if not self._thinking.may_be_in(text):
+            return None
+        ids = self.tokenizer.encode_text(text)
+        if not request.add_generation_prompt or request.disable_chat_template:
+            return self._thinking.at_end(ids)
+        try:
+            without = self.render(replace(request, add_generation_prompt=False))
+        except RequestError:  # a template that insists on it
+            return self._thinking.at_end(ids)
+        common = _common_length(text, without)
+        if common == len(text):  # a template without the switch
+            return self._thinking.at_end(ids)
+        return self._thinking.last_marker(self.tokenizer.encode_text(text[common:]))
 
     def render(self, request: Request) -> str:
         """The text of a request's conversation.
@@ -166,7 +200,8 @@ class Preprocessor:
                 messages[:1], template="{{ messages[0].content }}", special_tokens={}
             )
         own = request.chat_template
-        template = own or self.chat_template or self.tokenizer.chat_template
+        given = (own, self.chat_template, self.tokenizer.chat_template)
+        template = next((text for text in given if text is not None), None)
         kwargs = request.chat_template_kwargs
         if kwargs is not None and not isinstance(kwargs, Mapping):
             raise RequestError(
@@ -218,7 +253,7 @@ class Preprocessor:
         if ids and not (min(ids) >= 0 and max(ids) < size):
             bad = next(i for i in ids if not 0 <= i < size)
             raise RequestError(
-                f"{param}: token id {bad} is outside the model's vocabulary of {size}",
+                f"{param}: token id {quote(bad)} is outside the model's vocabulary of {size}",
                 param=param,
                 code="invalid_value",
             )
@@ -234,14 +269,15 @@ class Preprocessor:
 
     # Sampling ------------------------------------------------------------------------------------
 
-    def _sampling(self, request: Request, prompt: list[int]) -> EngineSampling:
+    def _sampling(self, request: Request, prompt: list[int], state: bool | None) -> EngineSampling:
         params = request.sampling_params
         room = self.max_model_len - len(prompt)
         if params.min_tokens >= room:
             param = "messages" if request.messages else "prompt"
             raise self._too_long(len(prompt), params.min_tokens, param)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        thinking = self._is_thinking(request, prompt)
+        thinking = request.assumes_thinking if state is None else state
+        thinking = thinking and self._thinking.end_id >= 0
         arguments = dict(params.logits_processors_args or {})
         budget, truncation = self._thinking_budget(params, arguments, max_tokens)
         return EngineSampling(
@@ -253,11 +289,12 @@ class Preprocessor:
             stop_token_seqs=self._stop_sequences(params),
             guided=self._guided(params.guided_decoding, thinking),
             thinking=thinking,
-            think_start_id=self._think_start,
-            think_end_id=self._think_end,
+            think_start_id=self._thinking.start_id,
+            think_end_id=self._thinking.end_id,
             think_truncate_ids=truncation,
             reasoning_max_tokens=budget,
-            response_max_tokens=params.response_max_tokens,
+            response_max_tokens=_at_most(params.response_max_tokens, max_tokens),
+            ignore_eos=params.ignore_eos,
             logits_processors_args=self._processor_arguments(arguments),
         )
 
@@ -266,19 +303,23 @@ class Preprocessor:
         resolved["repetition_penalty"] = _clamp(resolved["repetition_penalty"], *PENALTY_RANGE)
         if resolved["temperature"] > 0.0:
             resolved["temperature"] = _clamp(resolved["temperature"], *TEMPERATURE_RANGE)
-        assert params.seed is not None  # drawn by SamplingParams
+        seed = random.randint(0, MAX_SEED) if params.seed is None else int(params.seed)
         return SamplerParams(
             **resolved,
-            top_k=max(int(params.top_k), 0),
-            min_p=float(params.min_p),
-            seed=int(params.seed),
+            top_k=self._top_k(params.top_k),
+            min_p=float(params.min_p or 0.0),
+            seed=seed,
             logit_bias=self._logit_bias(arguments.pop("logit_bias", None)),
             banned_ids=self._banned_ids(params),
             logprobs=self._logprobs(params.logprobs, "logprobs"),
             prompt_logprobs=self._logprobs(params.prompt_logprobs, "prompt_logprobs"),
-            temp_scaled_logprobs=params.temp_scaled_logprobs,
-            top_p_normalized_logprobs=params.top_p_normalized_logprobs,
+            temp_scaled_logprobs=bool(params.temp_scaled_logprobs),
+            top_p_normalized_logprobs=bool(params.top_p_normalized_logprobs),
         )
+
+    def _top_k(self, value: int) -> int:
+        """Candidates kept; as many as the vocabulary has are all."""
+        return 0 if value <= 0 or value >= self.config.model.vocab_size else int(value)
 
     def _resolve(self, params: SamplingParams, name: str) -> float:
         candidates = (getattr(params, name), getattr(self.generation, name))
@@ -339,15 +380,18 @@ class Preprocessor:
         """The ids that a word is written with, at the start and after a space."""
         if not 0 < len(word) <= self._longest_piece:
             return []
-        encoded = (self.tokenizer.encode_text(form) for form in (word, f" {word}"))
-        return self._within_vocabulary([ids[0] for ids in encoded if len(ids) == 1], "bad_words")
+        encodable(word, "bad_words")
+        encoded = (self.tokenizer.encode_plain(form) for form in (word, f" {word}"))
+        singles = [ids[0] for ids in encoded if len(ids) == 1]
+        text = [i for i in singles if self.tokenizer.token_bytes(i)]  # `</s>` is not banned so
+        return self._within_vocabulary(text, "bad_words")
 
     # Stops ---------------------------------------------------------------------------------------
 
     @staticmethod
     def _stop_texts(stop: str | list[str] | None) -> tuple[str, ...]:
         texts = [stop] if isinstance(stop, str) else stop or ()
-        return tuple(dict.fromkeys(filter(None, texts)))
+        return tuple(dict.fromkeys(encodable(text, "stop") for text in texts if text))
 
     def _stop_sequences(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         texts = self._stop_texts(params.stop)
@@ -370,38 +414,28 @@ class Preprocessor:
 
     # Thinking, guidance, processors --------------------------------------------------------------
 
-    def _marker_id(self, text: str) -> int:
-        token_id = self.tokenizer.token_id(text)
-        return -1 if token_id is None else token_id
-
-    def _is_thinking(self, request: Request, prompt: Sequence[int]) -> bool:
-        """Whether the answer starts inside the thinking: the prompt opened it and did not close."""
-        if self._think_end < 0:
-            return False
-        if request.thinking is not None:
-            return request.thinking
-        for token_id in reversed(prompt):
-            if token_id in (self._think_start, self._think_end):
-                return token_id == self._think_start
-        return False
-
     def _thinking_budget(
         self, params: SamplingParams, arguments: dict[str, Any], max_tokens: int
     ) -> tuple[int | None, tuple[int, ...]]:
         """The budget and what is forced when it is spent."""
         budget = params.reasoning_max_tokens
-        sentence = arguments.pop("think_stop_sentence", "")
+        sentence = arguments.pop("think_stop_sentence", None)
         other = arguments.pop("thinking_budget", None)
-        if budget is None and isinstance(other, int) and other >= 0:
-            budget = other
-        if budget is None or self._think_end < 0:
+        if not isinstance(sentence, str | None):
+            raise _bad_argument("think_stop_sentence", "text", sentence)
+        sentence = encodable(sentence or "", "think_stop_sentence")
+        if other is not None and (type(other) is not int or other < 0):
+            raise _bad_argument("thinking_budget", "an integer of at least 0", other)
+        budget = other if budget is None else int(budget)
+        if budget is None or self._thinking.end_id < 0:
             return None, ()
-        text = f"{sentence}{envs.FD_LIMIT_THINKING_CONTENT_TRUNCATE_STR}"
-        ids = self.tokenizer.encode_text(text)
-        if self._think_end not in ids:  # or thinking would never end
-            ids.append(self._think_end)
+        ids = self.tokenizer.encode_as_text(sentence)
+        ids += self.tokenizer.encode_text(envs.FD_LIMIT_THINKING_CONTENT_TRUNCATE_STR)
+        if self._thinking.end_id not in ids:  # or thinking would never end
+            ids.append(self._thinking.end_id)
         if budget > max_tokens:
-            _log.warning("reasoning_max_tokens %d lowered to max_tokens %d", budget, max_tokens)
+            _log.warning("reasoning_max_tokens %s lowered to max_tokens %d",
+                         quote(budget), max_tokens)  # fmt: skip
         return min(budget, max_tokens), tuple(ids)
 
     def _guided(
@@ -431,24 +465,94 @@ class Preprocessor:
 
     def _guided_spec(self, guided: GuidedDecodingParams, thinking: bool) -> GuidedSpec | None:
         start_after = THINK_END if thinking else None
-        for name, kind in _GUIDED_KINDS.items():
-            value = getattr(guided, name)
-            if value is not None and value is not False:
-                text = "" if value is True else _json_text(value)
-                return GuidedSpec(kind, text, self.config.guided_any_whitespace, start_after)
-        return None
+        names = guided.given()
+        if not names:
+            return None
+        kind, value = _GUIDED_KINDS[names[0]], getattr(guided, names[0])
+        text = "" if kind == "json_object" else _json_text(value)
+        return GuidedSpec(
+            kind,
+            encodable(text, guided.source or f"guided_{names[0]}"),
+            self.config.guided_any_whitespace,
+            start_after,
+            closes_objects=envs.FD_GUIDANCE_DISABLE_ADDITIONAL,
+        )
 
     def _processor_arguments(self, arguments: dict[str, Any]) -> bytes:
-        if not arguments or not self.config.logits_processors:
-            return b""
         try:
-            return msgspec.msgpack.encode(arguments)
-        except TypeError as error:
+            packed = msgspec.msgpack.encode(arguments)
+            msgspec.msgpack.decode(packed)  # nesting that only the decoder refuses
+        except (
+            TypeError,
+            ValueError,
+            OverflowError,
+            RecursionError,
+            msgspec.MsgspecError,
+        ) as error:
             raise RequestError(
                 f"logits_processors_args: only plain values can be passed: {error}",
                 param="logits_processors_args",
                 code="invalid_value",
             ) from None
+        return packed if arguments and self.config.logits_processors else b""
+
+
+class _Prompt(NamedTuple):
+    """A prompt's tokens, and whether it leaves the model thinking; None when it does not say."""
+
+    token_ids: list[int]
+    thinking: bool | None
+
+
+def _common_length(text: str, other: str) -> int:
+    if text.startswith(other):
+        return len(other)
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
+
+
+def encodable(text: str, param: str) -> str:
+    """Refuse text that UTF-8 cannot hold.
+
+    Args:
+        text: From a request.
+        param: Its field.
+
+    Returns:
+        The same text.
+
+    Raises:
+        RequestError: It holds half of a surrogate pair, as JSON's escapes can.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{param}: the character at {error.start} is half of a surrogate pair, not text",
+            param=param,
+            code="invalid_value",
+        ) from None
+    return text
+
+
+def _check_params(params: SamplingParams) -> None:
+    """Fields of a checked object may have been changed since."""
+    try:
+        params.check()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(str(error), code="invalid_value") from None
+
+
+def _bad_argument(name: str, expected: str, value: object) -> RequestError:
+    return RequestError(
+        f"logits_processors_args: {name} must be {expected}, got {quote(value)}",
+        param="logits_processors_args",
+        code="invalid_value",
+    )
+
+
+def _at_most(value: int | None, most: int) -> int | None:
+    return None if value is None else min(int(value), most)
 
 
 def _stop_limit(what: str, name: str, limit: int) -> RequestError:

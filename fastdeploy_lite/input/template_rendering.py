@@ -69,7 +69,10 @@ def render_untrusted(source: str, variables: dict[str, Any]) -> str:
 
     Args, Returns, Raises: See `render`; variables must be JSON.
     """
-    request = json.dumps({"source": source, "variables": variables})
+    try:
+        request = json.dumps({"source": source, "variables": variables})
+    except (TypeError, ValueError, RecursionError) as error:  # numbers of 5000 digits, nesting
+        raise TemplateError(f"its variables are not JSON: {error}") from None
     try:
         done = subprocess.run(
             [sys.executable, __file__],

@@ -24,7 +24,7 @@ from fastdeploy_lite.model_executor import ops, order_probe
 from fastdeploy_lite.model_executor.input_batch import BatchShape, InputBatch
 from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch, KVCache
 from fastdeploy_lite.model_executor.layers.rotary import cos_sin_table
-from fastdeploy_lite.model_executor.prompt_logprobs import PromptScorer
+from fastdeploy_lite.model_executor.prompt_logprobs import ROWS_AT_ONCE, PromptScorer
 from fastdeploy_lite.model_executor.sampling_batch import SampledRow, SamplingBatch
 from fastdeploy_lite.model_executor.verification import logit_rows, sample_slices
 from fastdeploy_lite.model_executor.weights import (
@@ -229,9 +229,14 @@ class ModelRunner:
         self.model.logits(self._sampled_rows(hidden, rows), self.workspace)
 
     def _largest_sampling_bytes(self) -> int:
-        """Tables that appear when a request first asks: token counts and a copy of raw logits."""
+        """Tables that appear when a request first asks: token counts, a copy of raw logits, and as
+        many alternatives (an id and a number each) as a request may ask for."""
         limits, columns = self.config.scheduler, self.config.model.vocab_size
-        return 4 * (limits.max_num_seqs + self.config.max_logit_rows) * columns
+        most = self.config.max_logprobs if self.config.enable_logprob else 0
+        alternatives = columns if most < 0 else min(most, columns)
+        rows = self.config.max_logit_rows
+        prompt_rows = min(ROWS_AT_ONCE, limits.max_num_batched_tokens)
+        return 4 * (limits.max_num_seqs + rows) * columns + 8 * (rows + prompt_rows) * alternatives
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Allocate `num_blocks` blocks per layer, replacing any earlier cache."""

@@ -56,7 +56,7 @@ class SamplingBatch:
         self._all_rows.host["rows"][:] = np.arange(self.max_rows)
         self._all_rows.upload()
         self._alternatives = 1
-        self._outputs = self._new_outputs()
+        self._outputs = self._new_outputs(self._alternatives)
 
     @property
     def nbytes(self) -> int:
@@ -157,11 +157,11 @@ class SamplingBatch:
 
     def _reserve(self, width: int) -> None:
         if width > self._alternatives:
+            self._outputs = self._new_outputs(width)  # first: there may be no memory for it
             self._alternatives = width
-            self._outputs = self._new_outputs()
 
-    def _new_outputs(self) -> PackedBuffer:
-        count, most = self.max_rows, self.max_rows * self._alternatives
+    def _new_outputs(self, alternatives: int) -> PackedBuffer:
+        count, most = self.max_rows, self.max_rows * alternatives
         fields = {
             "tokens": ([count], "int32"),
             "logprob": ([count], "float32"),

@@ -31,6 +31,7 @@ class EngineSampling(msgspec.Struct, frozen=True, omit_defaults=True):
         think_truncate_ids: What is forced when the budget is spent.
         reasoning_max_tokens: The budget of thinking tokens; None is unlimited.
         response_max_tokens: Tokens after thinking, closing EOS included; None is unlimited.
+        ignore_eos: Whether only lengths and stops end the answer; EOS cannot come before.
         logits_processors_args: msgpack of the arguments for configured logits processors.
     """
 
@@ -47,6 +48,7 @@ class EngineSampling(msgspec.Struct, frozen=True, omit_defaults=True):
     think_truncate_ids: tuple[int, ...] = ()
     reasoning_max_tokens: int | None = None
     response_max_tokens: int | None = None
+    ignore_eos: bool = False
     logits_processors_args: bytes = b""
 
 
@@ -60,6 +62,8 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True, tag="reques
         arrival_time: Seconds since the epoch, when the request reached the program.
         preprocess_end_time: When it had become tokens.
         include_stop_str_in_output: For the output processor: the closing EOS shows in the text.
+        thinking: For the output parser: whether the prompt, or else the request, says that the
+            answer starts inside the thinking; None when neither does.
     """
 
     request_id: str
@@ -68,6 +72,7 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True, tag="reques
     arrival_time: float = 0.0
     preprocess_end_time: float = 0.0
     include_stop_str_in_output: bool = False
+    thinking: bool | None = None
 
 
 class Timing(msgspec.Struct, frozen=True, array_like=True):

@@ -10,9 +10,13 @@ from enum import Enum
 from typing import Any
 
 from fastdeploy_lite import envs
+from fastdeploy_lite.utils.errors import quote
 
 MAX_SEED = 922337203685477580
 MAX_LOGPROBS = 20
+# Each entry is looked at in every step.
+MAX_LOGIT_BIAS = 4096
+MAX_TOKEN_IDS = 10_000
 # What `from_optional` puts in place of None; other fields keep their own default.
 _OPTIONAL_DEFAULTS: Mapping[str, Any] = {
     "presence_penalty": 0.0,
@@ -64,6 +68,7 @@ class SamplingParams:
         logits_processors_args: Arguments for logits processors; `logit_bias` maps token ids to an
             additive bias.
         response_max_tokens: Tokens after the end of thinking.
+        ignore_eos: EOS is not chosen before the length limit or a stop.
     """
 
     n: int = 1
@@ -91,16 +96,26 @@ class SamplingParams:
     bad_words_token_ids: list[int] | None = None
     logits_processors_args: dict[str, Any] | None = None
     response_max_tokens: int | None = None
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        self.check()
+        if self.seed is None:
+            self.seed = random.randint(0, MAX_SEED)
+
+    def check(self) -> None:
+        """Verify ranges and types; for an object whose fields were changed after construction.
+
+        Raises:
+            ValueError: A value is out of its range.
+            TypeError: A value is of another type.
+        """
         self._check_counts()
         self._check_numbers()
         self._check_lengths()
         self._check_logprobs()
         self._check_lists()
         self._check_logit_bias()
-        if self.seed is None:
-            self.seed = random.randint(0, MAX_SEED)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -119,15 +134,17 @@ class SamplingParams:
         if not _is_int(self.n):
             raise ValueError(f"n must be an int, but is of type {type(self.n)}")
         if self.n < 1:
-            raise ValueError(f"n must be at least 1, got {self.n}.")
+            raise ValueError(f"n must be at least 1, got {quote(self.n)}.")
         if not _is_int(self.top_k):
             raise TypeError(f"top_k must be an integer, got {type(self.top_k).__name__}")
         if self.top_k < -1:
-            raise ValueError(f"top_k must be 0 or -1 (disable), or at least 1, got {self.top_k}.")
+            raise ValueError(
+                f"top_k must be 0 or -1 (disable), or at least 1, got {quote(self.top_k)}."
+            )
         if self.seed is not None:
             _require_int("seed", self.seed)
             if not 0 <= self.seed <= MAX_SEED:
-                raise ValueError(f"seed must be in [0, {MAX_SEED}], got {self.seed}.")
+                raise ValueError(f"seed must be in [0, {MAX_SEED}], got {quote(self.seed)}.")
 
     def _check_numbers(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
@@ -182,7 +199,10 @@ class SamplingParams:
             _require_list("stop", self.stop, str, "text or a list of texts")
         _require_list("bad_words", self.bad_words, str, "a list of words")
         for name in ("stop_token_ids", "bad_words_token_ids"):
-            _require_list(name, getattr(self, name), numbers.Integral, "a list of token ids")
+            ids = getattr(self, name)
+            _require_list(name, ids, numbers.Integral, "a list of token ids")
+            if ids is not None and len(ids) > MAX_TOKEN_IDS:
+                raise ValueError(f"{name} must have at most {MAX_TOKEN_IDS} ids, got {len(ids)}.")
         constraint, arguments = self.guided_decoding, self.logits_processors_args
         if not isinstance(constraint, GuidedDecodingParams | Mapping | None):
             raise TypeError(
@@ -199,11 +219,16 @@ class SamplingParams:
             return
         if not isinstance(bias, dict):
             raise TypeError(f"logit_bias must be a dict, but got {type(bias)}")
-        try:
-            for token_id, value in bias.items():
-                int(token_id), float(value)
-        except (TypeError, ValueError):
-            raise TypeError("logit_bias must be a dict of token id (int) to bias (float)") from None
+        if len(bias) > MAX_LOGIT_BIAS:
+            raise ValueError(
+                f"logit_bias must have at most {MAX_LOGIT_BIAS} entries, got {len(bias)}."
+            )
+        for token_id, value in bias.items():
+            if not _is_bias(token_id, value):
+                raise TypeError(
+                    "logit_bias must be a dict of token id (int) to bias (float), found "
+                    f"{quote(token_id)}: {quote(value)}"
+                )
 
 
 @dataclass
@@ -211,7 +236,7 @@ class GuidedDecodingParams:
     """A constraint on the output; at most one field may be set.
 
     Attributes:
-        json: JSON schema, as text or as an object.
+        json: JSON schema, as text, an object, or a bool.
         regex: Regular expression that the whole output matches.
         choice: Texts of which the output is one.
         grammar: EBNF or Lark grammar.
@@ -220,7 +245,7 @@ class GuidedDecodingParams:
         source: Field of the HTTP request that held it, for errors; None is that of its kind.
     """
 
-    json: str | dict[str, Any] | None = None
+    json: str | dict[str, Any] | bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
@@ -229,14 +254,24 @@ class GuidedDecodingParams:
     source: str | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        kinds = (f.name for f in fields(self) if f.name != "source")
-        given = [name for name in kinds if getattr(self, name) not in (None, False)]
+        given = self.given()
         if len(given) > 1:
             raise ValueError(
                 "You can only use one kind of guided decoding "
                 f"('json', 'json_object', 'regex', 'choice', 'grammar', 'structural_tag'), "
                 f"but {len(given)} are set: {', '.join(given)}."
             )
+
+    def given(self) -> list[str]:
+        """Names of the fields that hold a constraint; only `json_object` is a switch, while false
+        and {} are JSON schemas and "" is a regular expression."""
+        kinds = (f.name for f in fields(self) if f.name != "source")
+        values = {name: getattr(self, name) for name in kinds}
+        return [
+            name
+            for name, value in values.items()
+            if value is not None and not (name == "json_object" and value is False)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The request fields of the HTTP interface that say the same."""
@@ -248,8 +283,7 @@ class GuidedDecodingParams:
             "structural_tag": "structural_tag",
             "json_object": "guided_json_object",
         }
-        pairs = ((key, getattr(self, name)) for name, key in names.items())
-        return {key: value for key, value in pairs if value not in (None, False)}
+        return {names[name]: getattr(self, name) for name in self.given()}
 
 
 @dataclass
@@ -298,7 +332,21 @@ def _number(name: str, value: Any, default: float) -> float:
         return default
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a finite number, got {quote(value)}.") from None
+
+
+def _is_bias(token_id: Any, value: Any) -> bool:
+    """Whether an entry of `logit_bias` is an id, maybe as JSON's text, and a number."""
+    if isinstance(value, bool) or isinstance(token_id, bool | float):
+        return False
+    try:
+        int(token_id), float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def _in_range(name: str, value: Any, low: float, high: float) -> bool:

@@ -32,7 +32,10 @@ class Request:
         add_generation_prompt: Whether the template opens the assistant's turn.
         completion_token_ids: Start of the answer, to be continued.
         include_stop_str_in_output: Whether the closing EOS shows in the text.
-        thinking: Whether the answer starts inside the thinking; None looks at the prompt's markers.
+        thinking: Whether the answer starts inside the thinking; None asks the generation prompt.
+        thinking_switch: What the request says where the generation prompt does not; None for
+            nothing.
+        assumes_thinking: What holds where neither does.
         arrival_time: Seconds since the epoch.
     """
 
@@ -50,6 +53,8 @@ class Request:
     completion_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     thinking: bool | None = None
+    thinking_switch: bool | None = None
+    assumes_thinking: bool = False
     arrival_time: float = field(default_factory=time.time)
 
     @classmethod

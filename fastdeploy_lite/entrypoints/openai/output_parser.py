@@ -72,25 +72,6 @@ class OutputParsers:
         return cls(reasoning, tool)
 
 
-def prompt_leaves_thinking(prompt_text: str, switch: bool | None) -> bool | None:
-    """Whether the model starts its answer inside its thinking.
-
-    Args:
-        prompt_text: The rendered prompt.
-        switch: What the request says (`enable_thinking`), None when it says nothing.
-
-    Returns:
-        What the prompt's last marker says, else what the request says; None when neither does.
-    """
-    opened, closed = prompt_text.rfind("<think>"), prompt_text.rfind("</think>")
-    if opened < 0 and closed < 0:
-        return switch
-    # Markers of earlier turns say nothing: only one that ends the prompt belongs to this answer.
-    if closed > opened:
-        return switch if prompt_text[closed + len("</think>") :].strip() else False
-    return True
-
-
 def thinking_switch(
     chat_template_kwargs: dict[str, Any] | None, metadata: dict[str, Any] | None
 ) -> bool | None:

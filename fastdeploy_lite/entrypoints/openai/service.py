@@ -11,12 +11,12 @@ from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine_client import AsyncEngineClient
 from fastdeploy_lite.engine.output_processor import OutputProcessor
-from fastdeploy_lite.engine.request import Request
 from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError
 from fastdeploy_lite.entrypoints.openai.lanes import Lane
 from fastdeploy_lite.entrypoints.openai.output_parser import OutputParsers
 from fastdeploy_lite.input.preprocess import Preprocessor
 from fastdeploy_lite.metrics.metrics import ServerMetrics
+from fastdeploy_lite.request.user_request import Request
 from fastdeploy_lite.utils.errors import RequestError
 
 Result = TypeVar("Result")

@@ -14,7 +14,6 @@ from fastapi.responses import Response
 
 from fastdeploy_lite.entrypoints.openai import errors
 from fastdeploy_lite.entrypoints.openai.choices import Choice, run
-from fastdeploy_lite.entrypoints.openai.output_parser import prompt_leaves_thinking
 from fastdeploy_lite.entrypoints.openai.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -72,14 +71,11 @@ def prepare(service: Service, request: Request, switch: bool | None) -> tuple[En
     Raises:
         RequestError: The request is at fault.
     """
-    preprocessor, parser = service.preprocessor, service.parsers.reasoning
-    ids = preprocessor.prompt_token_ids(request)
-    text = service.tokenizer.decode(ids)
-    request = dataclasses.replace(request, prompt_token_ids=ids, completion_token_ids=None)
+    parser = service.parsers.reasoning
     if parser is not None and request.messages:
-        thinking = prompt_leaves_thinking(text, switch)
-        request.thinking = parser.assumes_thinking if thinking is None else thinking
-    return preprocessor.process(request), text
+        request.thinking_switch, request.assumes_thinking = switch, parser.assumes_thinking
+    prepared = service.preprocessor.process(request)
+    return prepared, service.tokenizer.decode(prepared.prompt_token_ids)
 
 
 def expand(service: Service, public_id: str, request: EngineRequest, n: int) -> list[EngineRequest]:

@@ -17,7 +17,6 @@ from fastdeploy_lite.entrypoints.openai.errors import json_response
 from fastdeploy_lite.entrypoints.openai.output_parser import (
     OutputParser,
     ParsedDelta,
-    prompt_leaves_thinking,
     thinking_switch,
 )
 from fastdeploy_lite.entrypoints.openai.protocol import (
@@ -111,8 +110,7 @@ class ChatHandler:
         prepared, text = await service.prepare(prepare, request, switch)
         for i, copy in enumerate(expand(service, chat.id, prepared, body.n or 1)):
             chat.sequences.append(Choice(i, copy, text))
-            thinking = prompt_leaves_thinking(text, switch)
-            chat.parsers.append(OutputParser(service.parsers, thinking, body))
+            chat.parsers.append(OutputParser(service.parsers, prepared.thinking, body))
             chat.reasoning.append("")
         return chat
 

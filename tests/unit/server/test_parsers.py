@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from fastdeploy_lite.entrypoints.openai.output_parser import (
     OutputParser,
     OutputParsers,
-    prompt_leaves_thinking,
     thinking_switch,
 )
 from fastdeploy_lite.entrypoints.openai.tool_parsers import ToolParserManager
@@ -290,10 +289,3 @@ def test_plugin_that_fails_is_named(tmp_path: Path) -> None:
 )
 def test_thinking_switch(kwargs: dict, metadata: dict, expected: bool | None) -> None:
     assert thinking_switch(kwargs, metadata) is expected
-
-
-def test_the_prompt_says_whether_the_model_thinks() -> None:
-    assert prompt_leaves_thinking("User: hi\n<think>\n", False) is True
-    assert prompt_leaves_thinking("User: hi\n<think>\n\n</think>\n\n", True) is False
-    assert prompt_leaves_thinking("<think>old</think>answer\nUser: hi\n", None) is None
-    assert prompt_leaves_thinking("User: hi", True) is True
