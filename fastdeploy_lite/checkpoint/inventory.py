@@ -70,6 +70,7 @@ def verify(checkpoint: Checkpoint) -> None:
 
 def find_problems(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield one line per missing, mis-shaped, mis-typed or contradictory tensor."""
+    yield from _layer_problems(checkpoint)
     yield from _bias_problems(checkpoint)
     for expected in expected_plain_tensors(checkpoint):
         yield from _compare(checkpoint, expected)
@@ -256,12 +257,20 @@ def _holds_ranks(checkpoint: Checkpoint) -> bool:
 
 
 def _file_vocab_size(checkpoint: Checkpoint) -> int:
-    degree = checkpoint.tensor_parallel_size if checkpoint.is_presharded else 1
-    return checkpoint.config.vocab_size // degree
+    """Rows of the tables in the files: a rank's share, but some ranks have them whole."""
+    config = checkpoint.config
+    key = config.family.embedding_key
+    share = config.vocab_size // checkpoint.tensor_parallel_size
+    if not checkpoint.is_presharded:
+        return config.vocab_size
+    if key in checkpoint and checkpoint.info(key).shape[:1] == (config.vocab_size,):
+        return config.vocab_size
+    return share
 
 
 def _vocab_slice(checkpoint: Checkpoint) -> slice:
-    if _holds_ranks(checkpoint):
+    size = checkpoint.config.vocab_size
+    if checkpoint.tensor_parallel_size == 1 or _file_vocab_size(checkpoint) != size:
         return slice(None)
     share = checkpoint.config.vocab_size // checkpoint.tensor_parallel_size
     return slice(checkpoint.rank * share, (checkpoint.rank + 1) * share)
@@ -331,6 +340,18 @@ def _missing_hint(checkpoint: Checkpoint, key: str) -> str:
         return ""
     verb = "has no" if name == "weight" else "has a"
     return f" (there is .{other} instead, but config.json {verb} quantization_config for it)"
+
+
+def _layer_problems(checkpoint: Checkpoint) -> Iterator[str]:
+    """Files with more layers than config.json runs would load, and answer with noise."""
+    config = checkpoint.config
+    held = {config.family.layer_of(key) for key in checkpoint} - {None}
+    last = max((layer for layer in held if layer is not None), default=-1)
+    if last >= config.layers_in_files:
+        yield (
+            f"{config.source}: num_hidden_layers: found {config.layers_in_files}, but"
+            f" {checkpoint.source} holds layer {last}: expected {last + 1}"
+        )
 
 
 def _bias_problems(checkpoint: Checkpoint) -> Iterator[str]:

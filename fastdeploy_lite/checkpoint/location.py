@@ -63,9 +63,26 @@ def _find_in(folder: Path) -> WeightFiles:
     for name in _INDEX_NAMES:
         if (folder / name).is_file():
             return _from_index(folder / name)
+    _explain_missing(folder)
     raise CheckpointError(
         f"{folder}: no weights: expected model.safetensors, {_INDEX_NAMES[0]} or *.pdparams"
     )
+
+
+def _explain_missing(folder: Path) -> None:
+    """Raise CheckpointError for what may stand where weights should be."""
+    ranks = rank_numbers(folder)
+    if ranks:
+        raise CheckpointError(
+            f"{folder}: found rank{ranks[0]} alone of a pre-sharded model, expected rank0, rank1"
+            " and so on; download the others"
+        )
+    shards = sorted(p.name for p in folder.glob("*.safetensors"))
+    if shards:
+        raise CheckpointError(
+            f"{folder}: found {len(shards)} files such as {shards[0]}, but no {_INDEX_NAMES[0]},"
+            " which says what is in them; download it too"
+        )
 
 
 def _pdparams_files(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from fastdeploy_lite.checkpoint.pdparams import PdparamsFile
 from fastdeploy_lite.checkpoint.safetensors_file import SafetensorsFile
 from fastdeploy_lite.checkpoint.tensor import Array, HostTensor, TensorInfo
 from fastdeploy_lite.models.family import Location, ModelConfig
+from fastdeploy_lite.models.sharding import obstacle
 from fastdeploy_lite.utils.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -180,7 +181,47 @@ def open_folders(
         return [Checkpoint.open(root, tensor_parallel_size, rank, config_name)]
     share = count // tensor_parallel_size
     ranks = range(rank * share, (rank + 1) * share)
-    return [Checkpoint.open(root, count, one, config_name) for one in ranks]
+    folders = [Checkpoint.open(root, count, one, config_name) for one in ranks]
+    _check_number(root, folders[0], count)
+    _check_layers(folders)
+    return folders
+
+
+def _check_number(root: Path, folder: Checkpoint, count: int) -> None:
+    """Refuse some of a model's rank folders: the vocabulary's share tells how many there are."""
+    config = folder.config
+    key = config.family.embedding_key
+    rows = folder.info(key).shape[0] if key in folder and folder.info(key).shape else 0
+    made_for = config.vocab_size // rows if rows and config.vocab_size % rows == 0 else count
+    if made_for not in (1, count):  # 1: a table that every rank has whole
+        raise CheckpointError(
+            f"{root}: found {count} rank folders of a model for {made_for} ranks (rank0 has {rows}"
+            f" of {config.vocab_size} embeddings), expected rank0 to rank{made_for - 1}; download"
+            " the others"
+        )
+    reason = obstacle(config, count)
+    if reason is not None:
+        raise CheckpointError(
+            f"{root}: found {count} rank folders, which a model of these sizes cannot have:"
+            f" {reason}"
+        )
+
+
+def _check_layers(folders: list[Checkpoint]) -> None:
+    """Refuse folders that hold different decoder layers."""
+    held = [
+        {layer for key in folder if (layer := folder.config.family.layer_of(key)) is not None}
+        for folder in folders
+    ]
+    for folder, layers in zip(folders, held, strict=True):
+        other = sorted(layers ^ held[0])
+        if other:
+            has, lacks = (folder, folders[0]) if other[0] in layers else (folders[0], folder)
+            raise CheckpointError(
+                f"{folder.source}: found {len(layers)} decoder layers, expected {len(held[0])} as"
+                f" in {folders[0].source}: layer {other[0]} is in {has.source} but not in"
+                f" {lacks.source}"
+            )
 
 
 def describe_expected(dtypes: tuple[str, ...], shapes: Iterable[Shape]) -> str:

@@ -45,8 +45,8 @@ def quantization(fields: JsonFields) -> QuantizationConfig | None:
     return QuantizationConfig.from_dict(data, fields.source)
 
 
-def layers_without_tail(fields: JsonFields) -> int:
-    """Return the number of layers that run."""
+def layers_without_tail(fields: JsonFields) -> tuple[int, int]:
+    """Return the numbers of layers that run, and of those behind them that do not."""
     layers = cast(int, fields.integer("num_hidden_layers", minimum=1, maximum=MOST_LAYERS))
     tail = fields.data.get("remove_tail_layer", False)
     removed = int(tail) if isinstance(tail, bool) else tail
@@ -54,7 +54,7 @@ def layers_without_tail(fields: JsonFields) -> int:
         removed = 0
     if not isinstance(removed, int) or not 0 <= removed < layers:
         fields.fail("remove_tail_layer", tail, f"a boolean or an integer in [0, {layers - 1}]")
-    return layers - removed
+    return layers - removed, removed
 
 
 def attention_fields(fields: JsonFields, hidden: int) -> dict[str, Any]:

@@ -26,9 +26,9 @@ Shape: TypeAlias = tuple[int, ...]
 class ModelConfig:
     """Architecture of one decoder-only text model; fields are named as config.json keys.
 
-    `num_hidden_layers` already excludes a removed tail. `quantization` says in which formats the
-    weights are kept, None for bf16; `is_quantized` whether the files hold them so already. `raw` is
-    the whole parsed config.json (not to be changed).
+    `num_hidden_layers` already excludes a removed tail (`removed_layers`). `quantization` says in
+    which formats the weights are kept, None for bf16; `is_quantized` whether the files hold them so
+    already. `raw` is the whole parsed config.json (not to be changed).
     """
 
     hidden_size: int
@@ -48,6 +48,7 @@ class ModelConfig:
     moe_num_shared_experts: int = 0
     moe_layer_start_index: int = 0
     moe_use_aux_free: bool = False
+    removed_layers: int = 0
     is_quantized: bool = False
     quantization: QuantizationConfig | None = None
     dtype: str = "bfloat16"
@@ -90,6 +91,11 @@ class ModelConfig:
     def quantizes_on_load(self) -> bool:
         """Whether the files are bf16 and their linears are quantised while they are read."""
         return self.quantization is not None and not self.is_quantized
+
+    @property
+    def layers_in_files(self) -> int:
+        """Decoder layers that files may hold: those that run, and a tail that is not run."""
+        return self.num_hidden_layers + self.removed_layers
 
     def describe_weights(self) -> str:
         """Formats for start-up lines, such as `int8 linears, int4 and ccq experts`."""

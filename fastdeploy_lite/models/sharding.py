@@ -109,17 +109,17 @@ class Shard:
 
 def check_tensor_parallel(config: ModelConfig, tensor_parallel_size: int) -> None:
     """Raise ConfigError if the model cannot be split that way, naming a degree that works."""
-    reason = _obstacle(config, tensor_parallel_size)
+    reason = obstacle(config, tensor_parallel_size)
     if reason is None:
         return
-    working = [str(t) for t in range(1, 129) if _obstacle(config, t) is None]
+    working = [str(t) for t in range(1, 129) if obstacle(config, t) is None]
     advice = f"; this model allows {', '.join(working)}" if working else ""
     raise ConfigError(
         f"{config.source}: tensor_parallel_size {tensor_parallel_size}: {reason}{advice}"
     )
 
 
-def _obstacle(config: ModelConfig, size: int) -> str | None:
+def obstacle(config: ModelConfig, size: int) -> str | None:
     """Return why W matrices cannot be cut in `size` equal parts that their formats allow."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % size:

@@ -31,11 +31,12 @@ def read_config(fields: JsonFields) -> ModelConfig:
     # What transformers leaves out has its defaults, not FastDeploy's: its routers have a bias.
     is_transformers = "transformers_version" in fields.data
     theta = _TRANSFORMERS_THETA if is_transformers else _THETA
-    layers = keys.layers_without_tail(fields)
+    layers, removed = keys.layers_without_tail(fields)
     _check_end_index(fields, layers)
     return ModelConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
+        removed_layers=removed,
         **keys.attention_fields(fields, hidden),
         intermediate_size=fields.integer("intermediate_size", minimum=1, maximum=keys.LARGEST_SIZE),
         vocab_size=fields.integer("vocab_size", minimum=1, maximum=keys.LARGEST_SIZE),

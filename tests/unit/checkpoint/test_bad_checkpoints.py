@@ -329,7 +329,7 @@ def test_a_rank_of_another_size(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, layers=2, vocab_size=64, tensor_parallel_size=2)
     whole = write_tiny_model(tmp_path / "whole", layers=2, vocab_size=64)
     shutil.copy(whole / "model.safetensors", tmp_path / "rank0" / "model.safetensors")
-    refused(tmp_path, "rank0/model.safetensors", "expected BF16/F32 [32, 128]", size=2)
+    refused(tmp_path, "rank0/model.safetensors", "found I8 [512, 128], expected U8/I8 [256", size=2)
 
 
 @pytest.mark.parametrize("size", [3, 8])
