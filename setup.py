@@ -37,6 +37,7 @@ RUNTIME_DEPENDENCIES = [
     "pyzmq",
     "safetensors",
     "sentencepiece",
+    "tokenizers",
     "tqdm",
     "starlette",
     "uvicorn",

@@ -63,7 +63,7 @@ class GenerationDefaults:
     ) -> GenerationDefaults:
         """Read `path/config_name`; an absent file gives no defaults, an unreadable one raises."""
         file = Path(path) / config_name
-        if not file.exists():
+        if not file.exists() and not file.is_symlink():
             return cls()
         return cls.from_dict(read_json_object(file), str(file))
 

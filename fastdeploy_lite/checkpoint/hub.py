@@ -113,8 +113,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds config.json, tokenizer.model and every weight file it speaks of."""
-    if not (folder / "config.json").is_file() or not (folder / "tokenizer.model").is_file():
+    """Whether `folder` holds config.json, a tokenizer and every weight file it speaks of."""
+    tokenizers = (folder / name for name in ("tokenizer.model", "tokenizer.json"))
+    if not (folder / "config.json").is_file() or not any(file.is_file() for file in tokenizers):
         return False
     ranks = rank_numbers(folder)
     size = len(ranks) if len(ranks) > 1 else 1

@@ -65,6 +65,8 @@ def verify(checkpoint: Checkpoint) -> None:
         rest = len(problems) - 1
         more = f" (and {rest}{'+' if len(problems) == _MOST_PROBLEMS else ''} more problems)"
         raise CheckpointError(problems[0] + (more if rest else ""))
+    for line in contradictions(checkpoint):
+        log.warning(line)
     _log_unknown_keys(checkpoint)
 
 
@@ -246,9 +248,24 @@ def read_lm_head(checkpoint: Checkpoint) -> tuple[Array, bool] | None:
 
 
 def _has_head(checkpoint: Checkpoint) -> bool:
-    """Whether a head of its own is meant: config.json may say so, and files that have one do."""
-    config = checkpoint.config
-    return not config.tie_word_embeddings or config.family.head_key in checkpoint
+    """Whether there is a head of its own: what files have decides, config.json is often wrong."""
+    return checkpoint.config.family.head_key in checkpoint
+
+
+def contradictions(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield one line for each key of config.json that the files prove wrong, harmlessly."""
+    config, key = checkpoint.config, checkpoint.config.family.head_key
+    said = config.raw.get("tie_word_embeddings")
+    if said is True and key in checkpoint:
+        yield (
+            f"{config.source}: tie_word_embeddings is true, but {checkpoint.source} has {key}:"
+            " it is used"
+        )
+    if said is False and key not in checkpoint:
+        yield (
+            f"{config.source}: tie_word_embeddings is false, but {checkpoint.source} has no {key}:"
+            " the embedding table is used in its place"
+        )
 
 
 def _holds_ranks(checkpoint: Checkpoint) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 
 from fastdeploy_lite.checkpoint.tensor import Array, HostTensor, TensorInfo
 from fastdeploy_lite.utils.errors import CheckpointError, one_line, quote
+from fastdeploy_lite.utils.files import check_regular, refuse_pointer
 
 # numpy type -> name as safetensors has it. Paddle stores bfloat16 as uint16 and has no uint16.
 _NAMES = {
@@ -47,6 +48,7 @@ class PdparamsFile:
         """Read the structure of `path`; raise CheckpointError if it is not plain arrays."""
         self.path = path
         self._map = _map_file(path)
+        refuse_pointer(path, self._map[:64])
         try:
             state = _Unpickler(cast(Any, _MappedReader(self._map))).load()
             self._arrays = _arrays_of(state)
@@ -76,6 +78,7 @@ class PdparamsFile:
 
 
 def _map_file(path: Path) -> mmap.mmap:
+    check_regular(path, 1 << 62)  # opening a named pipe would wait for ever
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
@@ -139,7 +142,8 @@ class _Array:
         if (
             not isinstance(shape, tuple)
             or len(shape) > 32
-            or not all(type(size) is int and 0 <= size < 1 << 62 for size in shape)
+            or not all(type(size) is int and 0 <= size < 1 << 48 for size in shape)
+            or math.prod(max(size, 1) for size in shape) > 1 << 48
         ):
             raise ValueError("an array with an impossible shape")
         expected = math.prod(shape) * dtype.dtype.itemsize

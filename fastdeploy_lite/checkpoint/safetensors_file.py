@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 
 from fastdeploy_lite.checkpoint.tensor import DTYPES, HostTensor, TensorInfo
 from fastdeploy_lite.utils.errors import CheckpointError, quote
+from fastdeploy_lite.utils.files import check_regular, refuse_pointer
 from fastdeploy_lite.utils.json_fields import unique_keys
 
+_MOST_ELEMENTS = 1 << 48
 _LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 
@@ -60,6 +62,7 @@ class SafetensorsFile:
     def _read_header(self) -> tuple[int, dict[str, Any]]:
         if self._size < 8:
             raise self._error(f"found {self._size} bytes, expected at least 8: the file is empty")
+        refuse_pointer(self.path, self._map[:64])
         length = int.from_bytes(self._map[:8], "little")
         if length > _LARGEST_HEADER:
             raise self._error(
@@ -95,6 +98,8 @@ class SafetensorsFile:
             raise self._error(
                 f"{key}: found {end - begin} bytes of data, expected {nbytes} for {dtype} {shape}"
             )
+        if math.prod(max(size, 1) for size in shape) > _MOST_ELEMENTS:  # numpy has no such shape
+            raise self._error(f"{key}: found shape {quote(shape)}, expected fewer elements")
         if self._data_start + end > self._size:
             raise self._error(
                 f"{key}: data end at byte {self._data_start + end}, but the file has {self._size}:"
@@ -128,6 +133,7 @@ class SafetensorsFile:
 
 def _map_file(path: Path) -> tuple[mmap.mmap, int]:
     """Map `path` read-only; an empty file gives one anonymous zero page and size 0."""
+    check_regular(path, 1 << 62)  # opening a named pipe would wait for ever
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastdeploy_lite.input.template_rendering import TemplateError, render, render_untrusted
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError, RequestError, quote
+from fastdeploy_lite.utils.files import read_small
 
 MAX_UNTRUSTED_CHARACTERS = 64 << 10
 TEMPLATE_FILE = "chat_template.jinja"
@@ -44,10 +45,10 @@ def load_model_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> st
         CheckpointError: The file cannot be read, or the key is not a template.
     """
     file = folder / TEMPLATE_FILE
-    if file.is_file():
+    if file.exists():
         try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return read_small(file).decode("utf-8")
+        except UnicodeDecodeError as error:
             raise CheckpointError(f"{file}: cannot be read as UTF-8 text: {error}") from None
     value = tokenizer_config.get("chat_template")
     if isinstance(value, list):  # several named templates

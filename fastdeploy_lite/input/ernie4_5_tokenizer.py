@@ -16,10 +16,13 @@ import sentencepiece
 
 from fastdeploy_lite.input.chat_template import load_model_template, render_chat
 from fastdeploy_lite.input.detokenizer import IncrementalDetokenizer
+from fastdeploy_lite.input.tokenizer_json import TokenizerJson
 from fastdeploy_lite.utils.errors import CheckpointError
+from fastdeploy_lite.utils.files import check_regular, refuse_pointer
 from fastdeploy_lite.utils.json_fields import read_json_object
 
-VOCABULARY_FILE = "tokenizer.model"
+VOCABULARY_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
+_LARGEST_MODEL = 256 << 20  # bytes; ERNIE's has 1.6 MB
 _SPACE = "\u2581"  # SentencePiece's mark for a space
 _NAMED_TOKENS = (
     "bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token",
@@ -37,7 +40,7 @@ class Ernie4_5Tokenizer:  # noqa: N801 - upstream's name
     """Text to token ids and back.
 
     Args:
-        model_file: SentencePiece model.
+        model_file: SentencePiece model, or a `tokenizer.json`.
         config: Content of tokenizer_config.json: named special tokens, chat template.
         added_tokens: Special strings that are not pieces of the model, with their ids.
         eos_token_ids: Further ids that end a sequence, beyond the tokenizer's own.
@@ -89,8 +92,12 @@ class Ernie4_5Tokenizer:  # noqa: N801 - upstream's name
         """
         folder = Path(path)
         file = folder / VOCABULARY_FILE
+        if not file.exists() and (folder / JSON_FILE).exists():
+            file = folder / JSON_FILE
         if not file.is_file():
-            raise CheckpointError(f"{file}: no such file; the folder needs a SentencePiece model")
+            raise CheckpointError(
+                f"{file}: no such file; the folder needs a SentencePiece model, or {JSON_FILE}"
+            )
         config = _read_optional(folder / "tokenizer_config.json")
         config = {**_read_optional(folder / "special_tokens_map.json"), **config}
         added = _added_tokens(_read_optional(folder / "added_tokens.json"), config)
@@ -346,20 +353,31 @@ class Ernie4_5Tokenizer:  # noqa: N801 - upstream's name
 
     def _piece_bytes(self, token_id: int) -> bytes:
         piece = self._pieces.id_to_piece(token_id)
+        spelled = getattr(self._pieces, "spelled_bytes", lambda _: None)(token_id)
+        if spelled is not None:
+            return bytes(spelled)
         if self._pieces.is_byte(token_id):
             return bytes([int(piece[3:5], 16)])
         return str(piece).replace(_SPACE, " ").encode()
 
 
 def _load_model(path: Path) -> Any:
+    if path.name.endswith(".json"):
+        return TokenizerJson(path)
+    check_regular(path, _LARGEST_MODEL)
+    with path.open("rb") as file:
+        refuse_pointer(path, file.read(64))
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
+        found = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        for token_id in range(found.vocab_size()):
+            found.id_to_piece(token_id)  # a damaged piece is not UTF-8
+        return found
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not a readable SentencePiece model: {error}") from None
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    return dict(read_json_object(path)) if path.is_file() else {}
+    return dict(read_json_object(path)) if path.exists() else {}
 
 
 def _token_text(value: Any) -> str | None:

@@ -92,6 +92,7 @@ class Preprocessor:
         self.config = config
         self.tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer
         self.generation = GenerationDefaults.from_dir(config.model_path)
+        _warn_of_unused(self.generation)
         self.chat_template = load_template_argument(config.chat_template)
         self.max_model_len = config.scheduler.max_model_len
         self._longest_piece = max(map(len, self.tokenizer.get_vocab()))
@@ -562,6 +563,16 @@ def _stop_limit(what: str, name: str, limit: int) -> RequestError:
         param="stop",
         code="invalid_value",
     )
+
+
+def _warn_of_unused(generation: GenerationDefaults) -> None:
+    """Requests cannot tell "no top_k" from "the default", so the file's are not applied."""
+    for name in ("top_k", "min_p"):
+        value = getattr(generation, name)
+        if value:
+            _log.warning(
+                "generation_config.json: %s %s is not applied: send it with requests", name, value
+            )
 
 
 def _clamp(value: float, least: float, most: float) -> float:

@@ -68,7 +68,10 @@ def open_source(config: RuntimeConfig, place: Any, show_progress: bool) -> Param
     parallel = config.parallel
     if config.load.load_choices == "dummy":
         check_tensor_parallel(config.model, parallel.tensor_parallel_size)
-        return DummySource(config, place)
+        source = DummySource(config, place)
+        if place.is_cpu_place():
+            check_memory(source.nbytes)
+        return source
     weights, order = open_weights(config)
     if place.is_cpu_place():
         check_memory(_kept_nbytes(weights, config.model))
@@ -354,6 +357,16 @@ class DummySource:
         self._ranks = parallel.tensor_parallel_size
         linears = model_linears(config.model, parallel.tensor_parallel_size, parallel.rank)
         self._linears = {linear.module: linear for linear in linears}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what will be made."""
+        tables = formats.get("dense").nbytes(*self._table_sizes())
+        experts = sum(
+            formats.get(linear.kind).nbytes(linear.in_features, linear.out_features)
+            for linear in self._linears.values()
+        )
+        return tables * (1 if self.config.tie_word_embeddings else 2) + experts
 
     def __enter__(self) -> DummySource:
         """Begin loading."""

@@ -52,6 +52,7 @@ DEFAULT_W4_END_LAYER = 6
 COMPANION_FILES = (
     "generation_config.json",
     "tokenizer.model",
+    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastdeploy_lite.utils.errors import ConfigError, quote
+from fastdeploy_lite.utils.errors import CheckpointError, ConfigError, quote
+from fastdeploy_lite.utils.files import read_small
 
 _MISSING = object()
 # The largest real configuration is a few kilobytes and an index of 300B a few megabytes.
@@ -41,11 +42,9 @@ def parse_json(text: bytes | str, source: str, refuse_duplicates: bool = False) 
 def read_json_object(path: Path, refuse_duplicates: bool = False) -> dict[str, Any]:
     """Read the JSON object in file `path`; raise ConfigError naming the file."""
     try:
-        if path.stat().st_size > _LARGEST_JSON_BYTES:
-            raise ConfigError(f"{path}: larger than {_LARGEST_JSON_BYTES >> 20} MiB")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
+        data = read_small(path, _LARGEST_JSON_BYTES)
+    except CheckpointError as error:
+        raise ConfigError(error) from None
     value = parse_json(data, str(path), refuse_duplicates)
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {quote(value)}")

@@ -1,0 +1,49 @@
+"""Small files of a model folder, which may come from anywhere: regular, of a sane size, no pointer.
+
+A folder may hold a named pipe that never ends, a sparse file of terabytes or the pointer that Git
+LFS leaves in place of a large file; each is one line that says so.
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+from fastdeploy_lite.utils.errors import CheckpointError
+
+LARGEST_TEXT = 16 << 20
+"""Bytes of a chat template or a configuration; real ones have a few thousand."""
+_LFS = b"version https://git-lfs.github.com/"
+
+
+def check_regular(path: Path, largest: int) -> None:
+    """Raise CheckpointError unless `path` is a regular file of at most `largest` bytes."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: {reason}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path}: found something that is not a regular file")
+    if found.st_size > largest:
+        raise CheckpointError(f"{path}: found {found.st_size} bytes, expected at most {largest}")
+
+
+def read_small(path: Path, largest: int = LARGEST_TEXT) -> bytes:
+    """Return the bytes of a small file; CheckpointError if it is something else."""
+    check_regular(path, largest)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    refuse_pointer(path, data)
+    return data
+
+
+def refuse_pointer(path: Path, head: bytes) -> None:
+    """Raise CheckpointError if a file that begins with `head` is only a Git LFS pointer."""
+    if head.startswith(_LFS):
+        raise CheckpointError(
+            f"{path}: this is a Git LFS pointer, not the file: run `git lfs pull` in the folder,"
+            " or download the file again"
+        )
