@@ -378,13 +378,16 @@ def _bias_problems(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _log_unknown_keys(checkpoint: Checkpoint) -> None:
-    if not log.isEnabledFor(logging.DEBUG):
-        return
+    if log.isEnabledFor(logging.DEBUG):
+        for key in unknown_keys(checkpoint):
+            log.debug("%s: %s is not used", checkpoint.source, key)
+
+
+def unknown_keys(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield the tensors that loading does not use."""
     known = {e.key for e in expected_plain_tensors(checkpoint)}
     for linear in file_linears(checkpoint):
         kind = resolve_kind(checkpoint, linear)
         for expected in expected_linear_tensors(checkpoint, linear, kind):
             known.add(_actual_key(checkpoint, expected) or expected.key)
-    for key in checkpoint:
-        if key not in known:
-            log.debug("%s: %s is not used", checkpoint.source, key)
+    yield from (key for key in checkpoint if key not in known)

@@ -27,6 +27,7 @@ SUBCOMMANDS = {
     "bench": "measure: bench latency | throughput | serve",
     "run-batch": "answer an OpenAI batch file",
     "tokenizer": "encode, decode, inspect a vocabulary",
+    "inspect": "say what is in a model folder, without loading it",
     "quantize": "turn a bf16 checkpoint into a 2-bit one",
     "collect-env": "print what a bug report needs",
 }
