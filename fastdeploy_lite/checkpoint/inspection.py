@@ -203,7 +203,11 @@ def _sample(found: Inspection, checkpoint: Checkpoint, stack: Stack) -> None:
     rows, columns = format_.shape(arrays)
     arrays = format_.slice_columns(arrays, [(0, min(columns, _SAMPLED_COLUMNS))])
     arrays = format_.slice_rows(arrays, 0, min(rows, _SAMPLED_ROWS))
-    stack.deviation = float(format_.decode(arrays).std())
+    with np.errstate(all="ignore"):  # scales may be finite and still too large for float32
+        deviation = float(format_.decode(arrays).std())
+    stack.deviation = deviation if np.isfinite(deviation) else None
+    if stack.deviation is None:
+        found.remarks.append(f"{linear.module}: values beyond float32")
     if stack.deviation == 0:
         found.remarks.append(f"{linear.module}: the first columns are all zero")
     if read.kind == "int8" and (arrays["quant_weight"].view(np.uint8) == 0).any():
