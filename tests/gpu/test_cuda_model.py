@@ -165,6 +165,57 @@ def test_quantised_while_loading_equals_converted_files(tmp_path: Path) -> None:
     np.testing.assert_array_equal(online.logits(ids), converted.logits(ids))
 
 
+def near(card: np.ndarray, cpu: np.ndarray) -> bool:
+    """Whether two runs differ as bf16 and float32 do, not as two models do."""
+    return bool(np.abs(card - cpu).max() < 0.05 * np.abs(cpu).max())
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["2bits", "w4w2"])
+def test_permuted_rows(tmp_path: Path, kind: str) -> None:
+    from fastdeploy_lite.config import CacheConfig, LoadConfig
+
+    folder = write_tiny_model(tmp_path, kind=kind, seed=3)
+    ids = np.random.default_rng(1).integers(0, 8192, 150).tolist()
+    logits = {
+        (device, order): make_runner(
+            folder,
+            device=device,
+            cache=CacheConfig(num_blocks=16),
+            load=LoadConfig(row_order=order),
+        ).logits(ids)
+        for device in (None, "cpu")
+        for order in ("natural", "permuted")
+    }
+    for order in ("natural", "permuted"):
+        assert near(logits[None, order], logits["cpu", order])
+    assert not near(logits[None, "permuted"], logits["cpu", "natural"])
+
+
+@pytest.mark.timeout(300)
+def test_folders_of_two_ranks(tmp_path: Path) -> None:
+    """Cut from a whole model: the same bits. Quantised rank by rank: parts, summed."""
+    from fastdeploy_lite.config import CacheConfig
+    from fastdeploy_lite.model_executor.ops import SegmentedWeight
+    from fastdeploy_lite.quantization.convert import quantize_checkpoint
+
+    ids = np.random.default_rng(1).integers(0, 8192, 150).tolist()
+    cache = CacheConfig(num_blocks=16)
+    cut = write_tiny_model(tmp_path / "cut", kind="w4w2", tensor_parallel_size=2, seed=3)
+    whole = write_tiny_model(tmp_path / "whole", kind="w4w2", seed=3)
+    found, wanted = (make_runner(f, device=None, cache=cache).logits(ids) for f in (cut, whole))
+    np.testing.assert_array_equal(found, wanted)
+
+    plain = write_tiny_model(tmp_path / "bf16", kind="bf16", seed=3)
+    quantize_checkpoint(
+        plain, tmp_path / "tp2", scheme="2bits", tensor_parallel_size=2, progress=False
+    )
+    card = make_runner(tmp_path / "tp2", device=None, cache=cache)
+    assert isinstance(card.model.layers[1].mlp.down, SegmentedWeight)
+    cpu = make_runner(tmp_path / "tp2", device="cpu", cache=cache)
+    assert near(card.logits(ids), cpu.logits(ids))
+
+
 @pytest.mark.timeout(300)
 def test_seeds_reproduce(tmp_path: Path, demo_dir: Path) -> None:
     sampling = {"temperature": 0.9, "top_p": 0.8, "top_k": 50, "seed": 5, "repetition_penalty": 1.1}

@@ -13,8 +13,9 @@ from fastdeploy_lite.model_executor.ops.dense import linear
 from fastdeploy_lite.model_executor.ops.moe import fused_moe
 from fastdeploy_lite.model_executor.ops.weights import SegmentedWeight, Weight
 
-_rows: dict[tuple[str, int], list[Tensor]] = {}
 _SMALLEST = 256
+_rows: dict[tuple[str, int, int], list[Tensor]] = {}
+"""Never dropped: a captured graph keeps their addresses."""
 
 
 def segmented_linear(
@@ -74,10 +75,10 @@ def _name(x: Tensor) -> str:
 
 def _stretch_rows(place: Any, count: int, tokens: int) -> list[Tensor]:
     """Row numbers of each stretch where [T, K] is seen as [T * count, K / count]."""
-    key = (str(place), count)
+    size = max(_SMALLEST, 1 << (tokens - 1).bit_length())
+    key = (str(place), count, size)
     found = _rows.get(key)
-    if found is None or found[0].shape[0] < tokens:
-        size = max(_SMALLEST, 1 << (tokens - 1).bit_length())
+    if found is None:
         numbers = np.arange(size, dtype=np.int32) * count
         found = [paddle.to_tensor(numbers + np.int32(i), place=place) for i in range(count)]
         _rows[key] = found
