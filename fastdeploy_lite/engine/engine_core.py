@@ -25,6 +25,7 @@ from fastdeploy_lite.engine.logits_processors import LogitsProcessors
 from fastdeploy_lite.engine.scheduler import Scheduler, Sequence
 from fastdeploy_lite.guided import compiler
 from fastdeploy_lite.guided.matcher import Grammar
+from fastdeploy_lite.guided.paced import PacedMatcher
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.request.messages import (
     EngineOutput,
@@ -48,6 +49,9 @@ from fastdeploy_lite.utils.logging import get_logger
 
 # A runner that fails this many steps in a row for every request is taken for broken.
 MOST_FAILED_STEPS = 3
+# Constraints are followed in threads. A step waits so many seconds for all of them together and
+# goes on without those that take longer.
+MASK_THREADS, MASK_PATIENCE = 4, 0.005
 _log = get_logger("fastdeploy")
 
 
@@ -135,7 +139,9 @@ class EngineCore:
         )
         self._active: dict[str, _Active] = {}
         self._compiling: dict[Future[Grammar], _Active] = {}
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="guided-compiler")
+        self._compiler = ThreadPoolExecutor(2, thread_name_prefix="guided-compiler")
+        self._masks = ThreadPoolExecutor(MASK_THREADS, thread_name_prefix="guided-masks")
+        self._patience = MASK_PATIENCE
         self._outbox: list[EngineOutput] = []
         self._stats = EngineStats(num_blocks=num_blocks)
         self._failed_in_a_row = 0
@@ -211,7 +217,7 @@ class EngineCore:
                 active.sequence.output_token_ids,
                 vocab_size=self.config.model.vocab_size,
                 stream=self._tokenizer.detokenizer() if sampling.stop else None,
-                matcher=None if grammar is None else grammar.matcher(),
+                matcher=None if grammar is None else self._paced(grammar),
                 early_stop=self.config.early_stop,
             )
             active.processors = self._processors.for_request(active.request)
@@ -219,6 +225,18 @@ class EngineCore:
             self._outbox.append(self._fail(active, error))
             return
         self._scheduler.add(active.sequence)
+
+    def _paced(self, grammar: Grammar) -> PacedMatcher:
+        words = -(-self.config.model.vocab_size // 32)
+        return PacedMatcher(grammar.matcher(), words, self._masks.submit)
+
+    def _settle(self, active: _Active) -> bool:
+        """Whether the constraint of an answer knows what may come next, within the step's
+        patience."""
+        started = time.perf_counter()
+        settled = active.generation.settle(self._patience)
+        self._patience = max(self._patience - (time.perf_counter() - started), 0.0)
+        return settled
 
     def abort(self, request_ids: Iterable[str] | None = None) -> None:
         """End requests now and free their blocks; unknown ids are ignored, None means all."""
@@ -241,8 +259,9 @@ class EngineCore:
         self._blocks.forget_prefixes()
 
     def shutdown(self) -> None:
-        """Stop the helper thread."""
+        """Stop the helper threads."""
         self._compiler.shutdown(wait=False, cancel_futures=True)
+        self._masks.shutdown(wait=False, cancel_futures=True)
 
     # Steps ---------------------------------------------------------------------------------------
 
@@ -273,6 +292,7 @@ class EngineCore:
             EngineDeadError: The model runner fails whatever it is given.
         """
         started = time.perf_counter()
+        self._patience = MASK_PATIENCE
         self._collect_compiled()
         plan = [] if self._stats.paused else self._scheduler.schedule()
         outputs, self._outbox = self._outbox, []
@@ -309,10 +329,14 @@ class EngineCore:
             if not active.scheduled:
                 active.scheduled = now
             try:
+                if not self._is_ready(active, count, outputs):
+                    continue
                 guess = guesses.get(sequence.request.request_id, ())
                 batch.append((active, self._slice(active, count, guess)))
             except Exception as error:  # one request's rules must not stop the others
                 outputs.append(self._fail(active, error))
+        if not batch and self._patience > 0 and plan:
+            time.sleep(self._patience)  # all wait for their constraints: no need to spin
         self._stats.last_batch_size = len(batch)
         if batch:
             results = self._execute_timed([part for _, part in batch])
@@ -334,6 +358,15 @@ class EngineCore:
         free = self.config.scheduler.max_num_batched_tokens - sum(count for _, count in plan)
         return speculator.choose(candidates, min(free, self.config.max_draft_tokens))
 
+    def _is_ready(self, active: _Active, count: int, outputs: list[EngineOutput]) -> bool:
+        """Whether an answer takes part in this step; a fulfilled constraint ends one here."""
+        if count != active.sequence.num_to_compute:  # not at its last token yet
+            return True
+        if not self._settle(active):
+            return False
+        generation = active.generation
+        return not (generation.ending and generation.output and self._close_early(active, outputs))
+
     def _slice(self, active: _Active, count: int, guess: ReadOnlyList[int]) -> SequenceSlice:
         sequence = active.sequence
         generation = active.generation
@@ -342,6 +375,7 @@ class EngineCore:
         free = samples and forced < 0
         bitmask = generation.bitmask() if free else None
         masks: ReadOnlyList[npt.NDArray[np.int32] | None] | None = None
+        guess = guess if free else ()
         if guess:
             guess, masks = generation.guess_bitmasks(guess)
         return SequenceSlice(
@@ -465,6 +499,7 @@ class EngineCore:
         assert result.token_id is not None
         for token_id, logprobs in [(result.token_id, result.logprobs), *result.verified]:
             if output.new_token_ids:  # the guess before was right: it has been computed
+                generation.settle()
                 if generation.forced_token >= 0:
                     active.sequence.fresh = True  # what was counted for the rest is stale
                     break
@@ -480,6 +515,8 @@ class EngineCore:
         self._note_guess(active, part, output.new_token_ids)
         self._stats.generation_tokens += len(output.new_token_ids)
         outputs.append(output)
+        if generation.reason is None and not self._settle(active):
+            return  # the next step asks again
         if generation.forced_token >= 0 and generation.reason is None:
             self._close_early(active, outputs)
         elif generation.reason is not None:
@@ -493,16 +530,21 @@ class EngineCore:
             self._speculator.start(request_id, active.request.prompt_token_ids)
         self._speculator.note_tokens(request_id, tokens, len(part.draft_token_ids))
 
-    def _close_early(self, active: _Active, outputs: list[EngineOutput]) -> None:
-        """Append the closing EOS without a step: it is known, and nobody asked how likely it is."""
+    def _close_early(self, active: _Active, outputs: list[EngineOutput]) -> bool:
+        """Append the closing EOS without a step: it is known, and nobody asked how likely it is.
+
+        Returns:
+            Whether that could be done.
+        """
         generation = active.generation
         eos = active.request.sampling.eos_token_ids[0]
         if active.shows_logprobs or generation.forced_token != eos:
-            return
+            return False
         generation.accept(eos)
         self._stats.generation_tokens += 1
         outputs.append(EngineOutput(active.request.request_id, [eos]))
         self._complete(active, outputs[-1])
+        return True
 
     def _complete(self, active: _Active, output: EngineOutput) -> None:
         generation = active.generation

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite.config import EarlyStopConfig
-from fastdeploy_lite.guided.matcher import Matcher
+from fastdeploy_lite.guided.paced import LONGEST_SECONDS, PacedMatcher
 from fastdeploy_lite.request.messages import EngineSampling, FinishReason
 
 
@@ -115,9 +115,9 @@ class Generation:
         "_forced",
         "_is_plain",
         "_last_slot",
-        "_mask",
         "_matcher",
         "_sampling",
+        "_settled",
         "_stops",
         "_thinking",
         "_thinking_tokens",
@@ -134,7 +134,7 @@ class Generation:
         *,
         vocab_size: int,
         stream: TextStream | None = None,
-        matcher: Matcher | None = None,
+        matcher: PacedMatcher | None = None,
         early_stop: EarlyStopConfig | None = None,
     ) -> None:
         self.output = output
@@ -151,7 +151,7 @@ class Generation:
         )
         self._early = RepetitionFinder(early_stop) if early_stop is not None else None
         self._matcher = matcher
-        self._mask = np.empty(-(-vocab_size // 32), np.int32) if matcher is not None else None
+        self._settled = matcher is None
         self._forced: deque[int] = deque()
         self._thinking = sampling.thinking
         self._thinking_tokens = self._answer_tokens = 0
@@ -191,15 +191,30 @@ class Generation:
         return sampling.eos_token_ids if too_short else ()
 
     def bitmask(self) -> npt.NDArray[np.int32] | None:
-        """Tokens that the constraint allows; None allows all.
+        """Tokens that the constraint allows; None allows all."""
+        return None if self._matcher is None else self._matcher.mask
+
+    def settle(self, patience: float = math.inf) -> bool:
+        """Wait until the constraint has followed the newest token, which happens in a thread.
+
+        Args:
+            patience: Seconds.
+
+        Returns:
+            Whether it has; False says to go on without this answer for now.
 
         Raises:
-            RequestError: The constraint became too complex.
+            RequestError: It cannot be followed, or takes more than its share of time.
+            RuntimeError: The sampler gave a token that it forbids.
         """
-        if self._matcher is None or self._mask is None or not self._matcher.is_active:
-            return None
-        self._matcher.fill_bitmask(self._mask)
-        return self._mask
+        if self._matcher is None or self._settled:
+            return True
+        if not self._matcher.settle(min(patience, LONGEST_SECONDS)):
+            return False
+        self._settled = True
+        if self._matcher.is_finished:
+            self.ending = True
+        return True
 
     def guess_bitmasks(
         self, guess: Sequence[int]
@@ -213,9 +228,7 @@ class Generation:
             The part of it that is allowed, and what `bitmask` would be after each of its tokens;
             None without a constraint.
         """
-        if self._matcher is None or self._mask is None:
-            return guess, None
-        return self._matcher.look_ahead(guess, len(self._mask))
+        return (guess, None) if self._matcher is None else self._matcher.look_ahead(guess)
 
     # After a token -------------------------------------------------------------------------------
 
@@ -245,8 +258,9 @@ class Generation:
     def _apply_rules(self, token_id: int, logprob: float | None) -> None:
         if self._forced:
             self._forced.popleft()
-        if self._matcher is not None and not self._matcher.accept(token_id):
-            raise RuntimeError(f"the sampler gave token {token_id}, which the constraint forbids")
+        if self._matcher is not None:
+            self._matcher.advance(token_id)
+            self._settled = False
         self._count_thinking(token_id)
         stop = None if self._stops is None else self._stops.feed(self.output)
         if stop is not None and len(self.output) + 1 >= self._sampling.min_tokens:
@@ -269,8 +283,6 @@ class Generation:
     def _look_ahead(self) -> None:
         """Decide whether something is forced from here on."""
         sampling = self._sampling
-        if self._matcher is not None and self._matcher.is_finished:
-            self.ending = True
         budget = sampling.reasoning_max_tokens
         spent = self._thinking and budget is not None and self._thinking_tokens >= budget
         if spent and not self._forced:

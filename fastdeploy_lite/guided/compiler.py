@@ -8,8 +8,10 @@ stops thinking.
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import llguidance
@@ -19,7 +21,9 @@ from fastdeploy_lite.guided.matcher import Grammar, VocabularySource
 from fastdeploy_lite.guided.spec import GuidedSpec, invalid, short_reason
 from fastdeploy_lite.guided.translation import grammar_text
 
-CACHE_ENTRIES = 128
+# Most grammars take a MiB or two, one with a large `multipleOf` a hundred.
+CACHE_BYTES = 256 << 20
+LEAST_BYTES = 256 << 10  # of an entry: what it takes is measured in pages of the whole process
 _LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=2_000_000, max_lexer_states=50_000, max_grammar_size=200_000,
     # 800 optional properties are 3,200 items: what compiles must not fail at its first token.
@@ -65,7 +69,8 @@ class GuidedDecoder:
             wrapper, n_vocab=size, eos_token=list(source.eos_token_ids)
         )
         self._source = source
-        self._cache: OrderedDict[GuidedSpec, Grammar] = OrderedDict()
+        self._cache: OrderedDict[GuidedSpec, tuple[Grammar, int]] = OrderedDict()
+        self._cached_bytes = 0
         self._lock = threading.Lock()
 
     def compile(self, spec: GuidedSpec) -> Grammar:
@@ -84,13 +89,22 @@ class GuidedDecoder:
         with self._lock:
             if spec in self._cache:
                 self._cache.move_to_end(spec)
-                return self._cache[spec]
+                return self._cache[spec][0]
+        before = _resident_bytes()
         grammar = Grammar(self._build(spec), self._source, spec.start_after)
+        size = max(_resident_bytes() - before, LEAST_BYTES)
         with self._lock:
-            self._cache[spec] = grammar
-            while len(self._cache) > CACHE_ENTRIES:
-                self._cache.popitem(last=False)
+            self._store(spec, grammar, size)
         return grammar
+
+    def _store(self, spec: GuidedSpec, grammar: Grammar, size: int) -> None:
+        if spec in self._cache:  # another thread compiled it meanwhile
+            return
+        self._cache[spec] = (grammar, size)
+        self._cached_bytes += size
+        while self._cached_bytes > CACHE_BYTES:
+            _, (_, freed) = self._cache.popitem(last=False)
+            self._cached_bytes -= freed
 
     def _build(self, spec: GuidedSpec) -> Any:
         text = grammar_text(spec)
@@ -104,6 +118,11 @@ class GuidedDecoder:
         if not allowed.any():
             raise invalid(spec, "it allows nothing but an empty output")
         return matcher
+
+
+def _resident_bytes() -> int:
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * resource.getpagesize()
 
 
 _decoders: dict[int, tuple[VocabularySource, GuidedDecoder]] = {}

@@ -20,6 +20,7 @@ from fastdeploy_lite import envs
 from fastdeploy_lite.config import GenerationDefaults, RuntimeConfig
 from fastdeploy_lite.guided import compiler
 from fastdeploy_lite.guided.spec import GuidedKind, GuidedSpec
+from fastdeploy_lite.guided.trial import ConstraintTrial, Vocabulary
 from fastdeploy_lite.input.chat_template import (
     load_template_argument,
     render_chat,
@@ -96,7 +97,18 @@ class Preprocessor:
         self.chat_template = load_template_argument(config.chat_template)
         self.max_model_len = config.scheduler.max_model_len
         self._longest_piece = max(map(len, self.tokenizer.get_vocab()))
+        self._trial: ConstraintTrial | None = None
         self._thinking = ThinkingMarkers(self.tokenizer)
+
+    def try_constraints_apart(self) -> None:
+        """From now on check constraints in a process with limits: they come from the network."""
+        vocabulary = Vocabulary.of(self.tokenizer, self.config.model.vocab_size)
+        self._trial = ConstraintTrial(vocabulary)
+
+    def close(self) -> None:
+        """End the helper process, when there is one."""
+        if self._trial is not None:
+            self._trial.close()
 
     def process(self, request: Request) -> EngineRequest:
         """Check a request and turn it into tokens and numbers.
@@ -459,7 +471,10 @@ class Preprocessor:
     def _check_compiles(self, spec: GuidedSpec, source: str | None) -> None:
         """Refuse a bad constraint before the engine sees it; `source` is the field to blame."""
         try:
-            compiler.compile(spec, self.tokenizer, self.config.model.vocab_size)
+            if self._trial is not None:
+                self._trial.check(spec)
+            else:
+                compiler.compile(spec, self.tokenizer, self.config.model.vocab_size)
         except RequestError as error:
             param = source or error.param
             raise RequestError(str(error), param=param, code=error.code) from None

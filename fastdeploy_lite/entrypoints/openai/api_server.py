@@ -138,6 +138,7 @@ class ApiServer:
         console.info("Internal ports: none; the engine is reached through private local sockets")
         config = self._engine.create_runtime_config()
         preprocessor = Preprocessor(config)
+        preprocessor.try_constraints_apart()
         parsers = OutputParsers.create(
             preprocessor.tokenizer,
             self._engine.reasoning_parser,

@@ -131,6 +131,7 @@ class Service:
         return await lane.run(function, self, request, *args)
 
     def close(self) -> None:
-        """Stop the preparation threads."""
+        """Stop the preparation threads and their helper process."""
         self._plain.close()
         self._costly.close()
+        self.preprocessor.close()
