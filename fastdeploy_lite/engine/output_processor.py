@@ -16,6 +16,7 @@ from fastdeploy_lite.request.outputs import (
     PromptLogprobs,
     RequestMetrics,
     RequestOutput,
+    SpeculateMetrics,
 )
 from fastdeploy_lite.request.step import TokenLogprobs
 
@@ -170,7 +171,7 @@ class _Stream:
     # Times ---------------------------------------------------------------------------------------
 
     def _metrics(self, output: EngineOutput) -> RequestMetrics:
-        timing, request = output.timing, self._request
+        timing, request, counts = output.timing, self._request, output.draft_counts
         assert timing is not None
         now = time.time()
         started = timing.scheduled or now
@@ -186,6 +187,7 @@ class _Stream:
             llm_engine_recv_req_timestamp=request.arrival_time,
             llm_engine_send_req_to_engine_timestamp=request.preprocess_end_time,
             llm_engine_recv_token_timestamp=now,
+            speculate_metrics=None if counts is None else SpeculateMetrics.from_counts(counts),
         )
 
 

@@ -5,9 +5,12 @@ Names, fields and their order are upstream's; scripts read and print these objec
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
+
+from fastdeploy_lite.request.messages import DraftCounts
 
 
 class Logprob(NamedTuple):
@@ -65,6 +68,44 @@ class LogprobsLists(NamedTuple):
 
 
 @dataclass(slots=True)
+class SpeculateMetrics:
+    """How speculative decoding did for one answer, in upstream's terms.
+
+    The token that the model gives in any case counts as the first accepted one of each step.
+
+    Attributes:
+        accepted_tokens: Tokens of the answer.
+        rejected_tokens: Guesses that were wrong, or came after a wrong one.
+        accept_ratio: Share of the answer that came from guesses.
+        average_accept_length: Tokens per step.
+        accepted_tokens_per_head: Steps that gave at least 1, 2, ... tokens.
+        accept_ratio_per_head: Of those that gave i tokens, the share that gave i + 1.
+    """
+
+    accepted_tokens: int
+    rejected_tokens: int
+    accept_ratio: float
+    average_accept_length: float
+    accepted_tokens_per_head: list[int]
+    accept_ratio_per_head: list[float]
+
+    @classmethod
+    def from_counts(cls, counts: DraftCounts) -> SpeculateMetrics:
+        """From what the engine counted."""
+        accepted = counts.steps + counts.accepted
+        heads = [counts.steps, *counts.accepted_at]
+        pairs = itertools.pairwise(heads)
+        return cls(
+            accepted_tokens=accepted,
+            rejected_tokens=counts.drafted - counts.accepted,
+            accept_ratio=counts.accepted / accepted if accepted else 0.0,
+            average_accept_length=accepted / counts.steps if counts.steps else 0.0,
+            accepted_tokens_per_head=heads,
+            accept_ratio_per_head=[after / before if before else 0.0 for before, after in pairs],
+        )
+
+
+@dataclass(slots=True)
 class RequestMetrics:
     """When things happened; all in seconds, times since the epoch, durations marked.
 
@@ -80,6 +121,7 @@ class RequestMetrics:
         llm_engine_recv_req_timestamp: Preprocessing began.
         llm_engine_send_req_to_engine_timestamp: Preprocessing ended.
         llm_engine_recv_token_timestamp: The newest token reached the front end.
+        speculate_metrics: With the last part of an answer, when speculation is on.
     """
 
     arrival_time: float | None = None
@@ -93,6 +135,7 @@ class RequestMetrics:
     llm_engine_recv_req_timestamp: float | None = None
     llm_engine_send_req_to_engine_timestamp: float | None = None
     llm_engine_recv_token_timestamp: float | None = None
+    speculate_metrics: SpeculateMetrics | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a mapping."""
@@ -101,7 +144,10 @@ class RequestMetrics:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RequestMetrics:
         """The inverse of `to_dict`; unknown keys are ignored."""
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        if isinstance(known.get("speculate_metrics"), Mapping):
+            known["speculate_metrics"] = SpeculateMetrics(**known["speculate_metrics"])
+        return cls(**known)
 
 
 @dataclass(slots=True)

@@ -6,13 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError, ServiceError
 from fastdeploy_lite.entrypoints.openai.service import Service
 from fastdeploy_lite.request.messages import EngineOutput, EngineRequest
-from fastdeploy_lite.request.outputs import RequestOutput
+from fastdeploy_lite.request.outputs import RequestOutput, SpeculateMetrics
 from fastdeploy_lite.utils.errors import RequestError
 from fastdeploy_lite.utils.logging import get_logger
 from fastdeploy_lite.utils.request_log import RequestLogLevel, log_request
@@ -31,6 +31,7 @@ class Choice:
         num_tokens: Tokens generated so far.
         num_cached_tokens: Prompt tokens that the prefix cache served.
         started: Wall clock when inference began.
+        speculation: At the end, when speculation is on.
     """
 
     index: int
@@ -41,10 +42,15 @@ class Choice:
     started: float = 0.0
     finish_reason: str | None = None
     token_ids: list[int] = field(default_factory=list)
+    speculation: SpeculateMetrics | None = None
 
     def arrival_time(self) -> float:
         """Seconds since inference began."""
         return round(max(time.time() - self.started, 0.0), 6) if self.started else 0.0
+
+    def speculate_metrics(self) -> dict[str, Any] | None:
+        """For the last chunk of a stream."""
+        return None if self.speculation is None else asdict(self.speculation)
 
 
 async def run(
@@ -170,19 +176,23 @@ class _Observer:
         if news.timing is not None and not sequence.started:
             sequence.started = news.timing.scheduled or news.timing.received
         if output.outputs.token_ids:
-            self._note_token(now)
+            self._note_tokens(now, len(output.outputs.token_ids))
         if output.finished:
+            if output.metrics is not None:
+                sequence.speculation = output.metrics.speculate_metrics
             sequence.finish_reason = self._reason(output)
             self._note_end(news, now)
 
-    def _note_token(self, now: float) -> None:
+    def _note_tokens(self, now: float, count: int) -> None:
         metrics, arrival = self._metrics, self._sequence.request.arrival_time
         if not self._previous:
             metrics.observe("time_to_first_token_seconds", now - arrival)
             metrics.gauges["first_token_latency"].set(max(now - arrival, 0.0))
         else:
-            metrics.observe("time_per_output_token_seconds", now - self._previous)
-            metrics.gauges["infer_latency"].set(max(now - self._previous, 0.0))
+            each = max(now - self._previous, 0.0) / count  # one message brings guessed ones, too
+            for _ in range(count):
+                metrics.observe("time_per_output_token_seconds", each)
+            metrics.gauges["infer_latency"].set(each)
         self._previous = now
 
     def _reason(self, output: RequestOutput) -> str:

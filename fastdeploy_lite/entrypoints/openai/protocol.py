@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
+from fastdeploy_lite.request.outputs import SpeculateMetrics
 from fastdeploy_lite.utils.errors import quote
 
 MAX_SEED = 922337203685477580
@@ -356,6 +357,7 @@ class ChatCompletionResponseChoice(BaseModel):
     draft_logprobs: dict[str, Any] | None = None
     prompt_logprobs: list[Any] | None = None
     finish_reason: str | None = None
+    speculate_metrics: SpeculateMetrics | None = None
 
 
 class ChatCompletionResponse(BaseModel):
@@ -385,6 +387,7 @@ class CompletionResponseChoice(BaseModel):
     reasoning_content: str | None = None
     finish_reason: str | None = None
     tool_calls: list[ToolCall] | None = None
+    speculate_metrics: SpeculateMetrics | None = None
 
 
 class CompletionResponse(BaseModel):

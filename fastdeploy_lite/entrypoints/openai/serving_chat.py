@@ -169,6 +169,7 @@ class ChatHandler:
             logprobs=self._logprobs(chat, result.logprobs),
             prompt_logprobs=logprobs_format.prompt_logprobs(result.prompt_logprobs),
             finish_reason=_finish_reason(sequence, parser),
+            speculate_metrics=sequence.speculation,
         )
 
     def _logprobs(self, chat: _Chat, parts: list[LogprobsLists]) -> dict[str, Any] | None:
@@ -255,6 +256,7 @@ class ChatHandler:
         }
         if output.finished:
             choice["finish_reason"] = _finish_reason(sequence, parser)
+            choice["speculate_metrics"] = sequence.speculate_metrics()
         pending.clear()
         return choice
 

@@ -163,6 +163,7 @@ class CompletionHandler:
             logprobs=self._logprobs(work, result.logprobs),
             prompt_logprobs=logprobs_format.prompt_logprobs(result.prompt_logprobs),
             finish_reason=sequence.finish_reason,
+            speculate_metrics=sequence.speculation,
         )
         if work.body.return_token_ids:
             choice.prompt_token_ids = sequence.request.prompt_token_ids
@@ -243,4 +244,5 @@ class CompletionHandler:
         }
         if output.finished:
             choice["finish_reason"] = sequence.finish_reason
+            choice["speculate_metrics"] = sequence.speculate_metrics()
         return choice
