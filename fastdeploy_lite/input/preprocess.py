@@ -28,7 +28,12 @@ from fastdeploy_lite.input.chat_template import (
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.input.thinking import THINK_END, ThinkingMarkers
 from fastdeploy_lite.request.messages import EngineRequest, EngineSampling
-from fastdeploy_lite.request.params import MAX_SEED, GuidedDecodingParams, SamplingParams
+from fastdeploy_lite.request.params import (
+    MAX_SEED,
+    TOOL_CHOICE,
+    GuidedDecodingParams,
+    SamplingParams,
+)
 from fastdeploy_lite.request.step import SamplerParams
 from fastdeploy_lite.request.user_request import Request
 from fastdeploy_lite.utils.errors import RequestError, quote
@@ -459,7 +464,8 @@ class Preprocessor:
         spec = None if guided is None else self._guided_spec(guided, thinking)
         if spec is None:
             return None
-        if self.config.guided_decoding_backend == "off":
+        is_off = self.config.guided_decoding_backend == "off"
+        if is_off and (guided is None or guided.source != TOOL_CHOICE):
             raise RequestError(
                 "Structured output is off: start with --guided-decoding-backend auto",
                 param="guided_decoding",

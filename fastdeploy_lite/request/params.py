@@ -231,6 +231,10 @@ class SamplingParams:
                 )
 
 
+# A constraint that stands for a demanded tool call, not for one that the client wrote.
+TOOL_CHOICE = "tool_choice"
+
+
 @dataclass
 class GuidedDecodingParams:
     """A constraint on the output; at most one field may be set.

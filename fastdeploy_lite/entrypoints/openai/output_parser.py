@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastdeploy_lite.entrypoints.openai.forced_calls import CallReader
 from fastdeploy_lite.entrypoints.openai.protocol import DeltaToolCall, ToolCall
 from fastdeploy_lite.entrypoints.openai.tool_parsers import ToolParser, ToolParserManager, ToolScan
 from fastdeploy_lite.reasoning import ReasoningParser, ReasoningParserManager
@@ -106,12 +107,14 @@ class OutputParser:
         thinking: Whether the prompt left the model thinking; None when nobody knows.
         request: Handed to plug-ins.
         use_tools: Whether calls are looked for.
+        demanded: Reads an output that was made to be calls; None for a free one.
     """
 
     parsers: OutputParsers
     thinking: bool | None = None
     request: Any = None
     use_tools: bool = True
+    demanded: CallReader | None = None
     tools_called: bool = False
     text: str = ""
     _token_ids: list[int] = field(default_factory=list)
@@ -131,7 +134,7 @@ class OutputParser:
         Returns:
             What is certain now and was not before.
         """
-        if self.parsers.reasoning is None and self._tool is None:
+        if self.parsers.reasoning is None and self._tool is None and self.demanded is None:
             return ParsedDelta(content=delta_text)
         previous, self.text = self.text, self.text + delta_text
         before = len(self._token_ids)
@@ -158,6 +161,11 @@ class OutputParser:
         elif parser is not None:
             reasoning, tail = parser.extract_reasoning_content(text, self.request)
         content, calls = tail or "", None
+        if self.demanded is not None:
+            self.demanded.feed(content)
+            calls = self.demanded.calls or None
+            self.tools_called = calls is not None
+            return ParsedOutput(reasoning, "", calls)
         if self._tool is not None:
             found = self._tool.extract_tool_calls(content, self.request)
             self.tools_called = found.tools_called
@@ -190,6 +198,10 @@ class OutputParser:
 
     def _read_tail(self, tail_delta: str, step: _Step, final: bool) -> ParsedDelta:
         previous, self._tail = self._tail, self._tail + tail_delta
+        if self.demanded is not None:
+            new = self.demanded.feed(tail_delta)
+            self.tools_called = bool(self.demanded.calls)
+            return ParsedDelta(tool_calls=new or None)
         if self._tool is None:
             return ParsedDelta(content=self._present(self._tail, final))
         if _is_plugin(self._tool):

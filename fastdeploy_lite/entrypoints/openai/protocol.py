@@ -99,6 +99,19 @@ class ChatCompletionToolsParam(BaseModel):
     function: FunctionDefinition
 
 
+class NamedFunction(BaseModel):
+    """The name inside a `tool_choice`."""
+
+    name: str
+
+
+class NamedToolChoice(BaseModel):
+    """`tool_choice` that demands a call of one function."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class JsonSchemaResponseFormat(BaseModel):
     """OpenAI's wrapper of a JSON schema."""
 
@@ -203,6 +216,8 @@ class ChatCompletionRequest(_GenerationRequest):
     logprobs: bool | None = False
     top_logprobs: int | None = None
     tools: Annotated[list[ChatCompletionToolsParam], _FirstFault()] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     structural_tag: str | None = None
     metadata: dict[str, Any] | None = None
     chat_template: str | None = None
@@ -212,6 +227,27 @@ class ChatCompletionRequest(_GenerationRequest):
     prompt_token_ids: Ids | None = None
     completion_token_ids: Ids | None = None
     disable_chat_template: bool | None = False
+
+    @model_validator(mode="after")
+    def _choice_among_tools(self) -> ChatCompletionRequest:
+        choice = self.tool_choice
+        if choice in (None, "none", "auto"):
+            return self
+        names = [tool.function.name for tool in self.tools or []]
+        if not names:
+            raise ValueError("tool_choice demands a call, but there are no tools")
+        if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
+            raise ValueError(
+                f"tool_choice names {quote(choice.function.name)}, which is not one of the tools "
+                f"{quote(names)}"
+            )
+        constrained = self.response_format is not None and self.response_format.type != "text"
+        if constrained or any(getattr(self, n, None) is not None for n in _LEGACY_GUIDED):
+            raise ValueError(
+                "tool_choice demands a call; it cannot be used with another constraint on the "
+                "output"
+            )
+        return self
 
 
 Prompt = Ids | IdLists | str | Texts

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from fastdeploy_lite.entrypoints.openai import forced_calls
 from fastdeploy_lite.entrypoints.openai.protocol import (
     MAX_PROMPTS,
     MAX_SEED,
@@ -16,7 +17,7 @@ from fastdeploy_lite.entrypoints.openai.protocol import (
     CompletionRequest,
 )
 from fastdeploy_lite.entrypoints.openai.service import Service
-from fastdeploy_lite.request.params import GuidedDecodingParams, SamplingParams
+from fastdeploy_lite.request.params import TOOL_CHOICE, GuidedDecodingParams, SamplingParams
 from fastdeploy_lite.utils.errors import RequestError, one_line
 from fastdeploy_lite.utils.logging import get_logger
 
@@ -240,6 +241,9 @@ def _check_count(name: str, value: int, service: Service) -> None:
 def _guided(
     body: ChatCompletionRequest | CompletionRequest, service: Service
 ) -> GuidedDecodingParams | None:
+    demanded = forced_calls.schema(body) if isinstance(body, ChatCompletionRequest) else None
+    if demanded is not None:
+        return GuidedDecodingParams(json=demanded, source=TOOL_CHOICE)
     kind, value, field = _constraint(body)
     if kind is None:
         return None

@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from fastdeploy_lite.entrypoints.openai import logprobs_format
 from fastdeploy_lite.entrypoints.openai.choices import Choice, run
 from fastdeploy_lite.entrypoints.openai.errors import json_response
+from fastdeploy_lite.entrypoints.openai.forced_calls import CallReader, forced_name
 from fastdeploy_lite.entrypoints.openai.output_parser import (
     OutputParser,
     ParsedDelta,
@@ -110,16 +111,27 @@ class ChatHandler:
         prepared, text = await service.prepare(prepare, request, switch)
         for i, copy in enumerate(expand(service, chat.id, prepared, body.n or 1)):
             chat.sequences.append(Choice(i, copy, text))
-            chat.parsers.append(OutputParser(service.parsers, prepared.thinking, body))
+            chat.parsers.append(self._parser(body, prepared.thinking))
             chat.reasoning.append("")
         return chat
+
+    def _parser(self, body: ChatCompletionRequest, thinking: bool | None) -> OutputParser:
+        name = forced_name(body)
+        return OutputParser(
+            self._service.parsers,
+            thinking,
+            body,
+            use_tools=body.tool_choice != "none",
+            demanded=None if name is None else CallReader(name),
+        )
 
     def _request(self, chat: _Chat, switch: bool | None, arrival: float) -> Request:
         body = chat.body
         variables = dict(body.chat_template_kwargs or {})
         if switch is not None:
             variables["enable_thinking"] = switch
-        tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or []]
+        offered = [] if body.tool_choice == "none" else body.tools or []
+        tools = [tool.model_dump(exclude_unset=True) for tool in offered]
         return Request(
             request_id=chat.id,
             messages=body.messages,
@@ -274,8 +286,9 @@ class ChatHandler:
 
 
 def _finish_reason(sequence: Choice, parser: OutputParser) -> str | None:
-    if sequence.finish_reason == "stop" and parser.tools_called:
-        return "tool_calls"
+    is_named = parser.demanded is not None and parser.demanded.name != ""
+    if sequence.finish_reason == "stop" and parser.tools_called and not is_named:
+        return "tool_calls"  # a call that was demanded by its name is no news (OpenAI: "stop")
     return sequence.finish_reason
 
 
