@@ -85,7 +85,7 @@ def test_nothing_is_demanded(client: openai.OpenAI, choice: Any) -> None:
 def test_nonsense_is_a_400(client: openai.OpenAI, choice: Any) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, choice)
-    assert "tool_choice" in str(caught.value)
+    assert "tool_choice" in str(caught.value.body)
 
 
 def test_a_bad_schema_of_a_tool_is_a_400(server: ServerProcess, client: openai.OpenAI) -> None:
@@ -96,4 +96,4 @@ def test_a_bad_schema_of_a_tool_is_a_400(server: ServerProcess, client: openai.O
         client.chat.completions.create(
             model="default", messages=MESSAGES, tools=bad, tool_choice="required"
         )
-    assert "tool_choice" in str(caught.value)
+    assert "tool_choice" in str(caught.value.body)
