@@ -54,7 +54,7 @@ def test_nulls_are_kept_in_whole_answers(http: httpx.Client) -> None:
     answer = http.post("/v1/chat/completions", json=body).json()
     choice = answer["choices"][0]
     assert set(choice) == {"index", "message", "logprobs", "draft_logprobs", "prompt_logprobs",
-                           "finish_reason"}  # fmt: skip
+                           "finish_reason", "speculate_metrics"}  # fmt: skip
     assert set(choice["message"]) == {
         "role", "content", "multimodal_content", "reasoning_content", "tool_calls",
         "prompt_token_ids", "completion_token_ids", "prompt_tokens", "completion_tokens",

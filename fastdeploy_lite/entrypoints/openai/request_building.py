@@ -126,11 +126,18 @@ def _max_tokens(body: ChatCompletionRequest | CompletionRequest, service: Servic
     if isinstance(body, ChatCompletionRequest) and body.max_completion_tokens is not None:
         value, field = body.max_completion_tokens, "max_completion_tokens"
     limit = service.config.scheduler.max_model_len
+    if value == 0 and scores_only(body):
+        return 1  # the engine gives a token at least; the handler leaves it out
     if value is not None and value < 1:
         raise RequestError(
             f"max_tokens can be defined [1, {limit}), but received {value}.", param=field
         )
     return None if value is None else min(value, limit)
+
+
+def scores_only(body: ChatCompletionRequest | CompletionRequest) -> bool:
+    """Whether a completion asks for nothing but its prompt, with log-probabilities as a rule."""
+    return isinstance(body, CompletionRequest) and bool(body.echo) and body.max_tokens == 0
 
 
 def _stop_texts(stop: str | list[str] | None) -> list[str] | None:
@@ -207,14 +214,13 @@ def completion_logprobs(body: CompletionRequest, service: Service) -> int | None
 def _prompt_logprobs(
     body: ChatCompletionRequest | CompletionRequest, service: Service
 ) -> int | None:
-    if body.prompt_logprobs is None:
-        return None
-    _require_enabled(service, "prompt_logprobs")
-    if body.stream:
-        raise RequestError("prompt_logprobs are not available when stream=True.",
-                           param="prompt_logprobs")  # fmt: skip
-    _check_count("prompt_logprobs", body.prompt_logprobs, service)
-    return body.prompt_logprobs
+    wanted = body.prompt_logprobs
+    if wanted is not None:
+        _require_enabled(service, "prompt_logprobs")
+        _check_count("prompt_logprobs", wanted, service)
+    echoed = body.logprobs if isinstance(body, CompletionRequest) and body.echo else None
+    counts = [count for count in (wanted, echoed) if count is not None]
+    return -1 if -1 in counts else max(counts, default=None)
 
 
 def _require_enabled(service: Service, param: str = "logprobs") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +49,7 @@ from fastdeploy_lite.entrypoints.openai.serving_base import (
 from fastdeploy_lite.entrypoints.openai.streams import event
 from fastdeploy_lite.request.outputs import LogprobsLists, RequestOutput
 from fastdeploy_lite.request.user_request import Request
+from fastdeploy_lite.utils.errors import RequestError
 
 
 @dataclass(slots=True)
@@ -127,6 +128,7 @@ class ChatHandler:
 
     def _request(self, chat: _Chat, switch: bool | None, arrival: float) -> Request:
         body = chat.body
+        _check_users(body.messages)
         variables = dict(body.chat_template_kwargs or {})
         if switch is not None:
             variables["enable_thinking"] = switch
@@ -179,7 +181,7 @@ class ChatHandler:
             index=sequence.index,
             message=message,
             logprobs=self._logprobs(chat, result.logprobs),
-            prompt_logprobs=logprobs_format.prompt_logprobs(result.prompt_logprobs),
+            prompt_logprobs=self._prompt_logprobs(chat, result.prompt_logprobs),
             finish_reason=_finish_reason(sequence, parser),
             speculate_metrics=sequence.speculation,
         )
@@ -189,12 +191,27 @@ class ChatHandler:
             return None
         decode = chat.body.include_logprobs_decode_token is not False
         rows = logprobs_format.join(parts)
-        return logprobs_format.chat_logprobs(self._service.tokenizer, rows, chat.top, decode)
+        in_stream = bool(chat.body.stream)
+        return logprobs_format.chat_logprobs(
+            self._service.tokenizer, rows, chat.top, decode, in_stream
+        )
+
+    @staticmethod
+    def _prompt_logprobs(chat: _Chat, rows: list[Any] | None) -> list[Any] | None:
+        decode = chat.body.include_logprobs_decode_token is not False
+        return logprobs_format.prompt_logprobs(rows, decode)
 
     def _usage(self, chat: _Chat) -> UsageInfo:
         encode = self._service.tokenizer.encode_text
         reasoning = sum(len(encode(text)) for text in chat.reasoning if text)
         return usage_of(chat.sequences, 1, reasoning)
+
+    @staticmethod
+    def _usage_before(chat: _Chat) -> UsageInfo:
+        """Before anything was generated."""
+        usage = usage_of(chat.sequences, 1)
+        usage.total_tokens, usage.completion_tokens = usage.prompt_tokens, 0
+        return usage
 
     # Streams -------------------------------------------------------------------------------------
 
@@ -207,7 +224,9 @@ class ChatHandler:
         async with aclosing(run(self._service, chat.id, chat.sequences)) as outputs:
             async for sequence, output in outputs:
                 if sequence.index not in opened:
-                    opening = self._event(chat, [self._opening(chat, sequence)], continuous)
+                    opening = self._event(chat, [self._opening(chat, sequence, output)], False)
+                    if continuous:
+                        opening["usage"] = self._usage_before(chat).model_dump()
                     yield event(opening, space="" if opened else " ")
                     if not opened:
                         log.info("First stream event of %s", chat.id)
@@ -231,8 +250,7 @@ class ChatHandler:
             value["usage"] = self._usage(chat).model_dump()
         return value
 
-    @staticmethod
-    def _opening(chat: _Chat, sequence: Choice) -> dict[str, Any]:
+    def _opening(self, chat: _Chat, sequence: Choice, output: RequestOutput) -> dict[str, Any]:
         with_ids = bool(chat.body.return_token_ids)
         delta: dict[str, Any] = {
             "role": "assistant",
@@ -244,7 +262,10 @@ class ChatHandler:
         }
         if with_ids:
             delta["prompt_tokens"] = sequence.prompt_text
-        return {"index": sequence.index, "delta": delta}
+        choice: dict[str, Any] = {"index": sequence.index, "delta": delta}
+        if output.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = self._prompt_logprobs(chat, output.prompt_logprobs)
+        return choice
 
     def _delta(
         self, chat: _Chat, sequence: Choice, output: RequestOutput, pending: _Pending
@@ -283,6 +304,15 @@ class ChatHandler:
             "prompt_token_ids": None,
             "completion_token_ids": ids,
         }
+
+
+def _check_users(messages: Sequence[Any]) -> None:
+    for index, message in enumerate(messages):
+        is_user = isinstance(message, Mapping) and message.get("role") == "user"
+        if is_user and message.get("content") is None:
+            raise RequestError(
+                f"messages[{index}].content: a user's message needs content", param="messages"
+            )
 
 
 def _finish_reason(sequence: Choice, parser: OutputParser) -> str | None:

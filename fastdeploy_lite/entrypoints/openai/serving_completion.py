@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from fastdeploy_lite.entrypoints.openai import logprobs_format
 from fastdeploy_lite.entrypoints.openai.choices import Choice, run
 from fastdeploy_lite.entrypoints.openai.errors import json_response
+from fastdeploy_lite.entrypoints.openai.logprobs_format import CompletionLogprobs
 from fastdeploy_lite.entrypoints.openai.protocol import (
     CompletionRequest,
     CompletionResponse,
@@ -26,6 +27,7 @@ from fastdeploy_lite.entrypoints.openai.request_building import (
     completion_logprobs,
     merge_extra,
     sampling_params,
+    scores_only,
 )
 from fastdeploy_lite.entrypoints.openai.service import Service
 from fastdeploy_lite.entrypoints.openai.serving_base import (
@@ -53,6 +55,12 @@ class _Completion:
     top: int | None
     num_prompts: int = 1
     sequences: list[Choice] = field(default_factory=list)
+    logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict)
+
+    @property
+    def decodes_tokens(self) -> bool:
+        """Whether tokens are shown as text beside their log-probabilities."""
+        return self.body.include_logprobs_decode_token is not False
 
 
 def split_prompts(prompt: Prompt, field_name: str = "prompt") -> list[str | list[int]]:
@@ -104,6 +112,7 @@ class CompletionHandler:
         if work.body.stream:
             return stream_response(self._stream(work), completion=True)
         results = await collect(self._service, work.id, work.sequences)
+        _leave_out(work)
         answer = CompletionResponse(
             id=work.id,
             created=work.created,
@@ -157,14 +166,19 @@ class CompletionHandler:
     def _choice(
         self, work: _Completion, sequence: Choice, result: Collected
     ) -> CompletionResponseChoice:
+        if scores_only(work.body):
+            result.text, result.logprobs = "", []
         choice = CompletionResponseChoice(
             index=sequence.index,
             text=(sequence.prompt_text if work.body.echo else "") + result.text,
-            logprobs=self._logprobs(work, result.logprobs),
-            prompt_logprobs=logprobs_format.prompt_logprobs(result.prompt_logprobs),
+            logprobs=self._logprobs(work, sequence, result.logprobs, result.prompt_logprobs),
             finish_reason=sequence.finish_reason,
             speculate_metrics=sequence.speculation,
         )
+        if work.body.prompt_logprobs is not None:
+            choice.prompt_logprobs = logprobs_format.prompt_logprobs(
+                result.prompt_logprobs, work.decodes_tokens
+            )
         if work.body.return_token_ids:
             choice.prompt_token_ids = sequence.request.prompt_token_ids
             choice.completion_token_ids = sequence.token_ids
@@ -172,12 +186,26 @@ class CompletionHandler:
             choice.completion_tokens = result.text
         return choice
 
-    def _logprobs(self, work: _Completion, parts: list[LogprobsLists]) -> dict[str, Any] | None:
-        if work.top is None or not parts:
+    def _logprobs(
+        self,
+        work: _Completion,
+        sequence: Choice,
+        parts: list[LogprobsLists],
+        prompt: list[Any] | None = None,
+    ) -> dict[str, Any] | None:
+        """Of new tokens; with `prompt`, which comes once, of an echoed prompt before them."""
+        if work.top is None:
             return None
-        decode = work.body.include_logprobs_decode_token is not False
-        rows = logprobs_format.join(parts)
-        return logprobs_format.completion_logprobs(self._service.tokenizer, rows, work.top, decode)
+        form = work.logprobs.get(sequence.index)
+        if form is None:
+            form = CompletionLogprobs(self._service.tokenizer, work.top, work.decodes_tokens)
+            work.logprobs[sequence.index] = form
+        found = []
+        if prompt is not None and work.body.echo:
+            found.append(form.prompt(sequence.request.prompt_token_ids, prompt))
+        if parts:
+            found.append(form.rows(logprobs_format.join(parts)))
+        return logprobs_format.joined(found)
 
     # Streams -------------------------------------------------------------------------------------
 
@@ -198,8 +226,10 @@ class CompletionHandler:
                 if output.finished or len(waiting) >= size:
                     yield self._event(work, waiting, sequence, continuous)
                     waiting = []
-                if output.finished and usage_at_end:
-                    yield self._event(work, [], sequence, True)
+        _leave_out(work)
+        if usage_at_end:
+            usage = usage_of(work.sequences, work.num_prompts).model_dump()
+            yield {**self._event(work, [], work.sequences[0], False), "usage": usage}
 
     def _event(
         self, work: _Completion, choices: list[Any], sequence: Choice, usage: bool
@@ -230,19 +260,35 @@ class CompletionHandler:
     ) -> dict[str, Any]:
         part = output.outputs
         echo = sequence.prompt_text if first and work.body.echo else ""
-        parts = [part.top_logprobs] if part.top_logprobs is not None and work.top else []
-        choice = {
+        parts = [] if part.top_logprobs is None else [part.top_logprobs]
+        text, token_ids = part.text, list(part.token_ids)
+        if scores_only(work.body):
+            text, token_ids, parts = "", [], []
+        choice: dict[str, Any] = {
             "index": sequence.index,
-            "text": echo + part.text,
+            "text": echo + text,
             "prompt_token_ids": None,
-            "completion_token_ids": list(part.token_ids) if work.body.return_token_ids else None,
+            "completion_token_ids": token_ids if work.body.return_token_ids else None,
             "tool_calls": None,
             "reasoning_content": "",
             "arrival_time": sequence.arrival_time(),
-            "logprobs": self._logprobs(work, parts),
+            "logprobs": self._logprobs(work, sequence, parts, output.prompt_logprobs),
             "draft_logprobs": None,
         }
+        if output.prompt_logprobs is not None and work.body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = logprobs_format.prompt_logprobs(
+                output.prompt_logprobs, work.decodes_tokens
+            )
         if output.finished:
-            choice["finish_reason"] = sequence.finish_reason
+            only = scores_only(work.body)
+            choice["finish_reason"] = "length" if only else sequence.finish_reason
             choice["speculate_metrics"] = sequence.speculate_metrics()
         return choice
+
+
+def _leave_out(work: _Completion) -> None:
+    """Forget what was generated where `max_tokens` is 0: the engine gives a token at least."""
+    if scores_only(work.body):
+        for sequence in work.sequences:
+            sequence.num_tokens, sequence.token_ids = 0, []
+            sequence.finish_reason = "length"
