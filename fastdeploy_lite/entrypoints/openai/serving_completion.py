@@ -260,7 +260,7 @@ class CompletionHandler:
     ) -> dict[str, Any]:
         part = output.outputs
         echo = sequence.prompt_text if first and work.body.echo else ""
-        parts = [] if part.top_logprobs is None else [part.top_logprobs]
+        parts = [part.top_logprobs] if part.top_logprobs is not None and work.top else []
         text, token_ids = part.text, list(part.token_ids)
         if scores_only(work.body):
             text, token_ids, parts = "", [], []
