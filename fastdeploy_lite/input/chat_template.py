@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def render_chat(
     add_generation_prompt: bool = True,
     variables: Mapping[str, Any] | None = None,
     trusted: bool = True,
+    continues: bool = False,
 ) -> str:
     """Render a conversation into the prompt's text.
 
@@ -106,6 +108,7 @@ def render_chat(
         add_generation_prompt: Whether to open the assistant's turn.
         variables: Further variables (`enable_thinking` ...).
         trusted: Whether the template comes from whoever runs the program.
+        continues: Whether the prompt ends with the last message's text, open to be continued.
 
     Returns:
         The prompt.
@@ -114,25 +117,49 @@ def render_chat(
         RequestError: Messages or template cannot be used.
     """
     source = DEFAULT_TEMPLATE if template is None else template
+    conversation = normalize_messages(messages)
+    mark = _mark_end(conversation) if continues else ""
     context = {
         **special_tokens,
         "add_generation_prompt": add_generation_prompt,
         **(variables or {}),
-        "messages": normalize_messages(messages),
+        "messages": conversation,
         "tools": list(tools) if tools else None,
     }
     try:
-        if trusted:
-            return render(source, context)
-        if len(source) > MAX_UNTRUSTED_CHARACTERS:
+        if not trusted and len(source) > MAX_UNTRUSTED_CHARACTERS:
             raise TemplateError(f"it is longer than {MAX_UNTRUSTED_CHARACTERS} characters")
-        return render_untrusted(source, context)
+        text = render(source, context) if trusted else render_untrusted(source, context)
     except TemplateError as failure:
         raise RequestError(
             f"The chat template cannot be rendered: {failure}",
             param="messages" if trusted else "chat_template",
             code="invalid_value",
         ) from None
+    return _cut_at(mark, text) if continues else text
+
+
+def _mark_end(conversation: list[dict[str, Any]]) -> str:
+    """Mark where the last message's text ends, so that it is found again in the prompt."""
+    last = conversation[-1] if conversation else {}
+    if last.get("role") != "assistant" or not last.get("content"):
+        raise _cannot_continue("the last message must be the assistant's, with text")
+    mark = secrets.token_hex(16)
+    last["content"] += mark
+    return mark
+
+
+def _cut_at(mark: str, text: str) -> str:
+    end = text.rfind(mark)
+    if end < 0:
+        raise _cannot_continue("the chat template does not show the last message as it is")
+    return text[:end]
+
+
+def _cannot_continue(reason: str) -> RequestError:
+    return RequestError(
+        f"continue_final_message: {reason}", param="continue_final_message", code="invalid_value"
+    )
 
 
 def normalize_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
@@ -154,6 +181,12 @@ def _normalize(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RequestError(
             f"messages: expected objects with 'role' and 'content', found {quote(message)}",
+            param="messages",
+            code="invalid_value",
+        )
+    if message["role"] == "user" and message.get("content") is None:
+        raise RequestError(
+            "messages: a user's message needs content, found none",
             param="messages",
             code="invalid_value",
         )

@@ -101,6 +101,7 @@ class Preprocessor:
         _warn_of_unused(self.generation)
         self.chat_template = load_template_argument(config.chat_template)
         self.max_model_len = config.scheduler.max_model_len
+        self._warned_of_tools = False
         self._longest_piece = max(map(len, self.tokenizer.get_vocab()))
         self._trial: ConstraintTrial | None = None
         self._thinking = ThinkingMarkers(self.tokenizer)
@@ -220,6 +221,8 @@ class Preprocessor:
         own = request.chat_template
         given = (own, self.chat_template, self.tokenizer.chat_template)
         template = next((text for text in given if text is not None), None)
+        if request.tools:
+            self._warn_of_dropped_tools(template)
         kwargs = request.chat_template_kwargs
         if kwargs is not None and not isinstance(kwargs, Mapping):
             raise RequestError(
@@ -235,6 +238,17 @@ class Preprocessor:
             add_generation_prompt=request.add_generation_prompt,
             variables=kwargs,
             trusted=own is None or request.trusted_template,
+            continues=request.continue_final_message,
+        )
+
+    def _warn_of_dropped_tools(self, template: str | None) -> None:
+        """Say once that the model never hears of the tools."""
+        if self._warned_of_tools or "tools" in (template or ""):
+            return
+        self._warned_of_tools = True
+        _log.warning(
+            "The chat template shows no tools: the model is not told of them; give another one "
+            "with --chat-template (a forced tool_choice works nevertheless)"
         )
 
     def _encode(self, text: str, param: str) -> list[int]:

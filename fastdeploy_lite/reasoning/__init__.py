@@ -4,9 +4,12 @@
 """
 
 from fastdeploy_lite.reasoning.abs_reasoning_parsers import (
+    ContentFilter,
     ReasoningDelta,
     ReasoningParser,
     ReasoningParserManager,
+    ReasoningStream,
+    WithoutEnd,
 )
 from fastdeploy_lite.reasoning.parsers import (
     DeepSeekR1ReasoningParser,
@@ -18,6 +21,7 @@ from fastdeploy_lite.reasoning.parsers import (
 )
 
 __all__ = [
+    "ContentFilter",
     "DeepSeekR1ReasoningParser",
     "Ernie45VLReasoningParser",
     "Ernie45VLThinkingReasoningParser",
@@ -26,5 +30,7 @@ __all__ = [
     "ReasoningDelta",
     "ReasoningParser",
     "ReasoningParserManager",
+    "ReasoningStream",
     "ThinkReasoningParser",
+    "WithoutEnd",
 ]

@@ -1,17 +1,19 @@
 """The interface of reasoning parsers and their registry.
 
-A parser of this package is a pure function of the text so far: `split` and `present` return what
-is certain to stay, so that their results only ever grow.  A stream sends the differences; therefore
-any way of cutting a text into deltas gives the result of the whole text, by construction.
+A parser of this package gives a `ReasoningStream` and a `ContentFilter` for each output.  They give
+out what is certain to stay, once; a whole text is a stream of one piece.  Therefore any way of
+cutting a text into pieces gives the result of the whole text, by construction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any, ClassVar
 
 from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.marker_search import MarkerSearch, Opening
 from fastdeploy_lite.utils.registry import Registered, registered, registering
 
 
@@ -23,33 +25,86 @@ class ReasoningDelta:
     content: str = ""
 
 
-def certain_prefix(text: str, markers: Sequence[str]) -> str:
-    """`text` without a tail that may be the beginning of one of `markers`.
+class WithoutEnd(Enum):
+    """What an output is that lacks the end-of-thinking marker."""
+
+    CONTENT = auto()  # known from the start: the model does not think
+    REASONING = auto()  # known from the start: it was cut while thinking
+    CONTENT_AT_LAST = auto()  # nobody knows before the end, which makes it an answer
+    AS_IT_OPENS = auto()  # reasoning exactly if it opens with the start marker
+
+
+class ReasoningStream:
+    """Cuts one output at the end of its thinking; linear in the output.
 
     Args:
-        text: Text so far, which does not contain a marker.
-        markers: What may follow.
-
-    Returns:
-        The part that can be sent at once.
+        start, end: The markers.
+        without_end: What an output without the end marker is.
     """
-    longest = max(
-        (n for m in markers for n in range(1, len(m)) if text.endswith(m[:n])),
-        default=0,
-    )
-    return text[: len(text) - longest]
+
+    def __init__(self, start: str, end: str, without_end: WithoutEnd) -> None:
+        self._rule = without_end
+        self._opening: Opening | None = Opening("\n ", start)
+        self._search = MarkerSearch(end)
+        self._done = without_end is WithoutEnd.CONTENT
+        self._raw: list[str] = []
+        self._head: list[str] = []
+
+    def feed(self, piece: str, final: bool) -> tuple[str, str]:
+        """Take in the next piece.
+
+        Args:
+            piece: New text.
+            final: Whether nothing follows.
+
+        Returns:
+            New reasoning, and new text after it, as far as both are certain.
+        """
+        if self._done:
+            return "", piece
+        if self._rule is WithoutEnd.CONTENT_AT_LAST:
+            self._raw.append(piece)
+        if self._opening is not None:
+            opened = self._opening.feed(piece, final)
+            if opened is None:
+                return "", ""
+            self._opening = None
+            marker, piece = opened
+            if self._rule is WithoutEnd.AS_IT_OPENS and not marker:
+                self._done = True
+                return "", piece
+        head, marker, tail = self._search.feed(piece, final)
+        self._done = bool(marker)
+        if self._rule is not WithoutEnd.CONTENT_AT_LAST:
+            return head, tail
+        self._head.append(head)
+        if marker:
+            return "".join(self._head), tail
+        return "", "".join(self._raw) if final else ""
 
 
-def may_become(text: str, markers: Sequence[str]) -> bool:
-    """Whether `text` is a proper beginning of one of `markers`."""
-    return any(len(text) < len(m) and m.startswith(text) for m in markers)
+class ContentFilter:
+    """What of the text after the reasoning is shown as content: here, all of it."""
+
+    def feed(self, piece: str, final: bool) -> str:
+        """Take in the next piece of that text.
+
+        Args:
+            piece: New text.
+            final: Whether nothing follows.
+
+        Returns:
+            New content.
+        """
+        return piece
 
 
 class ReasoningParser:
     """Base class.
 
-    A parser of this package implements `split` (and perhaps `present`).  A plug-in written for
-    upstream overrides `extract_reasoning_content` and `extract_reasoning_content_streaming`.
+    A parser of this package implements `without_end` (and perhaps `content_filter`).  A plug-in
+    written for upstream overrides `extract_reasoning_content` and
+    `extract_reasoning_content_streaming`.
 
     Args:
         tokenizer: The model's tokenizer; must know `think_end_token`.
@@ -72,30 +127,36 @@ class ReasoningParser:
                 f"{self.think_end_token}; start without --reasoning-parser"
             )
 
-    def split(self, text: str, thinking: bool | None, final: bool) -> tuple[str, str]:
-        """Cut the output at the end of the thinking.
+    def without_end(self, thinking: bool | None) -> WithoutEnd:
+        """The rule for an output without the end marker.
 
         Args:
-            text: Output so far.
             thinking: Whether the prompt left the model thinking; None when nobody knows.
-            final: Whether the output is complete.
 
         Returns:
-            The reasoning and the text after it, as far as both are certain.
+            The rule.
         """
         raise NotImplementedError
 
-    def present(self, tail: str, final: bool) -> str:
-        """What of the text after the reasoning is shown as content.
+    def begin(self, thinking: bool | None) -> ReasoningStream:
+        """Follow a new output; see `without_end`."""
+        rule = self.without_end(thinking)
+        return ReasoningStream(self.think_start_token, self.think_end_token, rule)
+
+    def content_filter(self, finds_calls: bool) -> ContentFilter:
+        """What is shown of the text after the reasoning of a new output.
 
         Args:
-            tail: Text after the reasoning.
-            final: Whether it is complete.
+            finds_calls: Whether a tool parser has taken the calls out of that text.
 
         Returns:
-            The content, as far as it is certain.
+            The filter.
         """
-        return tail
+        return ContentFilter()
+
+    def _parts(self, text: str, model_status: Any, final: bool) -> tuple[str, str]:
+        reasoning, tail = self.begin(_thinking(model_status)).feed(text, final)
+        return reasoning, self.content_filter(False).feed(tail, final)
 
     def extract_reasoning_content(
         self, model_output: str, request: Any, model_status: Any = None
@@ -110,8 +171,7 @@ class ReasoningParser:
         Returns:
             Reasoning and content.
         """
-        reasoning, tail = self.split(model_output, _thinking(model_status), True)
-        return reasoning, self.present(tail, True)
+        return self._parts(model_output, model_status, True)
 
     def extract_reasoning_content_streaming(
         self,
@@ -137,10 +197,8 @@ class ReasoningParser:
         Returns:
             The new text, or None when nothing new is certain.
         """
-        thinking = _thinking(model_status)
-        old_reasoning, old_tail = self.split(previous_text, thinking, False)
-        reasoning, tail = self.split(current_text, thinking, False)
-        old_content, content = self.present(old_tail, False), self.present(tail, False)
+        old_reasoning, old_content = self._parts(previous_text, model_status, False)
+        reasoning, content = self._parts(current_text, model_status, False)
         delta = ReasoningDelta(reasoning[len(old_reasoning) :], content[len(old_content) :])
         return delta if delta.reasoning_content or delta.content else None
 

@@ -3,104 +3,128 @@
 from __future__ import annotations
 
 from fastdeploy_lite.reasoning.abs_reasoning_parsers import (
+    ContentFilter,
     ReasoningParser,
     ReasoningParserManager,
-    certain_prefix,
-    may_become,
+    WithoutEnd,
 )
+from fastdeploy_lite.utils.marker_search import MarkerSearch, Opening
 
 _TOOL_CALL = "<tool_call>"
 _RESPONSE, _RESPONSE_END = "<response>", "</response>"
 
 
-class _EndMarkerParser(ReasoningParser):
-    """Everything before the end marker is reasoning; subclasses say what its absence means."""
+class _NoToolCall(ContentFilter):
+    """A text that opens with a tool call is no content."""
 
-    def _cut(self, text: str) -> tuple[str, str] | None:
-        head, marker, tail = text.partition(self.think_end_token)
-        if not marker:
-            return None
-        return self._without_start(head, True), tail
+    def __init__(self) -> None:
+        self._opening: Opening | None = Opening("\n", _TOOL_CALL)
+        self._hidden = False
 
-    def _without_start(self, head: str, final: bool) -> str:
-        """Drop a leading start marker: some templates leave it to the model to write it."""
-        stripped = head.lstrip("\n ")
-        if stripped.startswith(self.think_start_token):
-            return stripped[len(self.think_start_token) :]
-        if not final and may_become(stripped, [self.think_start_token]):
+    def feed(self, piece: str, final: bool) -> str:
+        """See the base class."""
+        if self._opening is None:
+            return "" if self._hidden else piece
+        opened = self._opening.feed(piece, final)
+        if opened is None:
             return ""
-        return head
+        self._opening = None
+        self._hidden = bool(opened[0])
+        return "" if self._hidden else opened[1]
 
-    def _all_reasoning(self, text: str, final: bool) -> tuple[str, str]:
-        certain = text if final else certain_prefix(text, [self.think_end_token])
-        return self._without_start(certain, final), ""
 
-    def _all_content(self, text: str, final: bool) -> tuple[str, str]:
-        """Without an end marker this is an answer; a stream cannot know before its end."""
-        return ("", text) if final else ("", "")
+class _InsideResponse(ContentFilter):
+    """The inside of `<response>`, without the line breaks next to the tags.
+
+    An answer that carries no tag at all is shown as it is rather than lost.
+
+    Args:
+        hides_calls: Whether a text that opens with a tool call is hidden.
+    """
+
+    def __init__(self, hides_calls: bool) -> None:
+        markers = (_RESPONSE, _TOOL_CALL) if hides_calls else (_RESPONSE,)
+        self._opening: Opening | None = Opening("\n", *markers)
+        self._tag = ""
+        self._search = MarkerSearch(_RESPONSE_END)
+        self._closed = False
+        self._started = False
+        self._breaks: list[str] = []
+
+    def feed(self, piece: str, final: bool) -> str:
+        """See the base class."""
+        if self._opening is not None:
+            opened = self._opening.feed(piece, final)
+            if opened is None:
+                return ""
+            self._opening = None
+            self._tag, piece = opened
+            if not self._tag:
+                piece = piece.lstrip("\n")
+        if not self._tag:
+            return piece
+        if self._tag == _TOOL_CALL or self._closed:
+            return ""
+        inside, marker, _ = self._search.feed(piece, final)
+        self._closed = bool(marker)
+        return self._without_breaks(inside)
+
+    def _without_breaks(self, inside: str) -> str:
+        """Drop line breaks at the start; hold those that may turn out to be at the end."""
+        if not self._started:
+            inside = inside.lstrip("\n")
+        text = inside.rstrip("\n")
+        before = "".join(self._breaks) if text else ""
+        if text:
+            self._started = True
+            self._breaks.clear()
+        self._breaks.append(inside[len(text) :])
+        return before + text
 
 
 @ReasoningParserManager.register_module("ernie-45-vl")
-class Ernie45VLReasoningParser(_EndMarkerParser):
+class Ernie45VLReasoningParser(ReasoningParser):
     """Applied when the model thinks; without an end marker everything is then reasoning."""
 
-    def split(self, text: str, thinking: bool | None, final: bool) -> tuple[str, str]:
+    def without_end(self, thinking: bool | None) -> WithoutEnd:
         """See the base class."""
-        if not thinking:
-            return "", text
-        return self._cut(text) or self._all_reasoning(text, final)
+        return WithoutEnd.REASONING if thinking else WithoutEnd.CONTENT
 
 
 @ReasoningParserManager.register_module(["ernie-45-vl-thinking", "erine-45-vl-thinking"])
-class Ernie45VLThinkingReasoningParser(_EndMarkerParser):
+class Ernie45VLThinkingReasoningParser(ReasoningParser):
     """Without an end marker everything is content, unless the prompt opened the thinking."""
 
     assumes_thinking = True
 
-    def split(self, text: str, thinking: bool | None, final: bool) -> tuple[str, str]:
+    def without_end(self, thinking: bool | None) -> WithoutEnd:
         """See the base class."""
-        if thinking is False:
-            return "", text
-        missing = self._all_reasoning if thinking else self._all_content
-        return self._cut(text) or missing(text, final)
+        if thinking is None:
+            return WithoutEnd.CONTENT_AT_LAST
+        return WithoutEnd.REASONING if thinking else WithoutEnd.CONTENT
 
-    def present(self, tail: str, final: bool) -> str:
+    def content_filter(self, finds_calls: bool) -> ContentFilter:
         """A tool call is no content."""
-        first = tail.lstrip("\n")
-        if first.startswith(_TOOL_CALL) or (not final and may_become(first, [_TOOL_CALL])):
-            return ""
-        return tail
+        return ContentFilter() if finds_calls else _NoToolCall()
 
 
 @ReasoningParserManager.register_module("ernie-x1")
-class ErnieX1ReasoningParser(_EndMarkerParser):
+class ErnieX1ReasoningParser(ReasoningParser):
     """Always thinking; the answer stands in `<response>`, tool calls beside it."""
 
     assumes_thinking = True
 
-    def split(self, text: str, thinking: bool | None, final: bool) -> tuple[str, str]:
+    def without_end(self, thinking: bool | None) -> WithoutEnd:
         """See the base class."""
-        return self._cut(text) or self._all_reasoning(text, final)
+        return WithoutEnd.REASONING
 
-    def present(self, tail: str, final: bool) -> str:
-        """The inside of `<response>`, without the line breaks next to the tags.
-
-        An answer that carries no tag at all is shown as it is rather than lost.
-        """
-        first = tail.lstrip("\n")
-        if first.startswith(_TOOL_CALL):
-            return ""
-        if not first.startswith(_RESPONSE):
-            undecided = not final and may_become(first, [_RESPONSE, _TOOL_CALL])
-            return "" if undecided else first
-        inside, closed, _ = first[len(_RESPONSE) :].partition(_RESPONSE_END)
-        if closed or final:
-            return inside.strip("\n")
-        return certain_prefix(inside, [_RESPONSE_END]).strip("\n")
+    def content_filter(self, finds_calls: bool) -> ContentFilter:
+        """The inside of `<response>`."""
+        return _InsideResponse(not finds_calls)
 
 
 @ReasoningParserManager.register_module("qwen3")
-class Qwen3ReasoningParser(_EndMarkerParser):
+class Qwen3ReasoningParser(ReasoningParser):
     """`<think>…</think>`, the start marker optional; no end marker means no reasoning.
 
     A stream whose prompt did not open the thinking is therefore held back until the marker or the
@@ -109,36 +133,28 @@ class Qwen3ReasoningParser(_EndMarkerParser):
 
     assumes_thinking = True
 
-    def split(self, text: str, thinking: bool | None, final: bool) -> tuple[str, str]:
+    def without_end(self, thinking: bool | None) -> WithoutEnd:
         """See the base class."""
-        if thinking is False:
-            return "", text
-        missing = self._all_reasoning if thinking else self._all_content
-        return self._cut(text) or missing(text, final)
+        if thinking is None:
+            return WithoutEnd.CONTENT_AT_LAST
+        return WithoutEnd.REASONING if thinking else WithoutEnd.CONTENT
 
 
 @ReasoningParserManager.register_module(["deepseek_r1", "deepseek-r1", "deepseek"])
-class DeepSeekR1ReasoningParser(_EndMarkerParser):
+class DeepSeekR1ReasoningParser(ReasoningParser):
     """Thinks unless the prompt closed the thinking; no end marker: everything is reasoning."""
 
     assumes_thinking = True
 
-    def split(self, text: str, thinking: bool | None, final: bool) -> tuple[str, str]:
+    def without_end(self, thinking: bool | None) -> WithoutEnd:
         """See the base class."""
-        if thinking is False:
-            return "", text
-        return self._cut(text) or self._all_reasoning(text, final)
+        return WithoutEnd.CONTENT if thinking is False else WithoutEnd.REASONING
 
 
 @ReasoningParserManager.register_module("think")
-class ThinkReasoningParser(_EndMarkerParser):
+class ThinkReasoningParser(ReasoningParser):
     """The generic one: reasoning exactly when the prompt or the output opens with `<think>`."""
 
-    def split(self, text: str, thinking: bool | None, final: bool) -> tuple[str, str]:
+    def without_end(self, thinking: bool | None) -> WithoutEnd:
         """See the base class."""
-        if not thinking:
-            first = text.lstrip("\n ")
-            if not first.startswith(self.think_start_token):
-                undecided = not final and may_become(first, [self.think_start_token])
-                return "", "" if undecided else text
-        return self._cut(text) or self._all_reasoning(text, final)
+        return WithoutEnd.REASONING if thinking else WithoutEnd.AS_IT_OPENS

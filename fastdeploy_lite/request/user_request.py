@@ -30,6 +30,7 @@ class Request:
             from the network is rendered in a separate, bounded process.
         disable_chat_template: The first message's content is the prompt.
         add_generation_prompt: Whether the template opens the assistant's turn.
+        continue_final_message: Whether the last message is the start of the answer, as text.
         completion_token_ids: Start of the answer, to be continued.
         include_stop_str_in_output: Whether the closing EOS shows in the text.
         thinking: Whether the answer starts inside the thinking; None asks the generation prompt.
@@ -50,6 +51,7 @@ class Request:
     trusted_template: bool = True
     disable_chat_template: bool = False
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     completion_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     thinking: bool | None = None

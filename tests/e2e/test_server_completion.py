@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import httpx
@@ -87,6 +88,16 @@ def test_stream(client: openai.OpenAI, http: httpx.Client) -> None:
     }
 
 
+def test_one_usage_event_for_all_choices(http: httpx.Client) -> None:
+    body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 3, "min_tokens": 3,
+            "stream_options": {"include_usage": True}}  # fmt: skip
+    [usage] = [e for e in events(http, PATH, body) if "usage" in e]
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == 12
+    whole = http.post(PATH, json={"prompt": ["a", "b"], "n": 2, "max_tokens": 3, "min_tokens": 3})
+    assert usage["usage"]["prompt_tokens"] == whole.json()["usage"]["prompt_tokens"]
+
+
 def test_token_ids_stream(http: httpx.Client) -> None:
     body = {"prompt": "hello", "max_tokens": 4, "return_token_ids": True, **GREEDY}
     first, *others = (e["choices"][0] for e in events(http, PATH, body))
@@ -108,7 +119,7 @@ def test_logprobs(client: openai.OpenAI, http: httpx.Client) -> None:
     assert len(rows.tokens) == len(rows.token_logprobs) == len(rows.top_logprobs) == 5
     assert all(len(best) <= 2 for best in rows.top_logprobs)
     assert all(t in best for t, best in zip(rows.tokens[:-1], rows.top_logprobs[:-1], strict=True))
-    assert rows.text_offset == sorted(rows.text_offset)
+    assert rows.text_offset == [0, *itertools.accumulate(map(len, rows.tokens[:-1]))]
     body = {"prompt": "a", "max_tokens": 3, "logprobs": 0}
     assert all(e["choices"][0]["logprobs"] is None for e in events(http, PATH, body))
 

@@ -87,8 +87,6 @@ CASES: list[tuple[str, dict[str, Any], str, str | None, str]] = [
      "invalid_value"),
     (COMPLETION, {"prompt": ["a"] * 100, "n": 100}, "the limit is 1024 sequences", "n",
      "invalid_value"),
-    (COMPLETION, {"prompt": "a", "stream": True, "prompt_logprobs": 1}, "stream",
-     "prompt_logprobs", "invalid_value"),
 ]  # fmt: skip
 
 

@@ -85,25 +85,34 @@ def test_config_info(http: httpx.Client) -> None:
     assert "FD_LOG_DIR" in info["env_config"]
 
 
-def test_pause_and_resume(http: httpx.Client) -> None:
-    assert http.get("/v1/is_paused").json() == {"is_paused": False}
-    http.post("/v1/pause").raise_for_status()
+def test_pause_and_resume(server: ServerProcess, http: httpx.Client) -> None:
+    """Pausing ends what runs and refuses what comes, in upstream's bodies."""
+    answers: list[dict] = []
+    thread = threading.Thread(
+        target=lambda: answers.append(
+            httpx.post(f"{server.url}{CHAT}", json=LONG, timeout=60).json()
+        )
+    )
+    short = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    assert http.get("/v1/is_paused").json()["result"] == {"is_paused": False}
+    thread.start()
+    deadline = time.monotonic() + 20
+    while server.metric("fastdeploy:num_requests_running") == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     try:
-        assert http.get("/v1/is_paused").json() == {"is_paused": True}
-        done: list[int] = []
-
-        def ask() -> None:
-            body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
-            done.append(httpx.post(f"{http.base_url}{CHAT}", json=body, timeout=60).status_code)
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        time.sleep(0.5)
-        assert done == []
+        assert http.post("/v1/pause").json()["status"] == "success"
+        thread.join(10)
+        assert answers[0]["choices"][0]["finish_reason"] == "abort"
+        state = http.get("/v1/is_paused").json()
+        assert (state["status"], state["result"]) == ("success", {"is_paused": True})
+        for body in (short, {**short, "stream": True}):
+            refused = http.post(CHAT, json=body)
+            assert refused.status_code == 503
+            assert "paused" in refused.json()["error"]["message"]
     finally:
-        http.post("/v1/resume").raise_for_status()
-    thread.join(30)
-    assert done == [200]
+        assert http.post("/v1/resume").json()["status"] == "success"
+    assert http.post(CHAT, json=short).status_code == 200
 
 
 def test_abort_by_id(server: ServerProcess, http: httpx.Client) -> None:

@@ -21,6 +21,10 @@ from fastdeploy_lite.entrypoints.openai.bodies import (
     document_bodies,
     parse,
 )
+from fastdeploy_lite.entrypoints.openai.format_chat import ChatFormat
+from fastdeploy_lite.entrypoints.openai.format_completion import CompletionFormat
+from fastdeploy_lite.entrypoints.openai.format_responses import ResponsesFormat
+from fastdeploy_lite.entrypoints.openai.handler import Handler
 from fastdeploy_lite.entrypoints.openai.middleware import (
     OPEN_PATHS,
     Admission,
@@ -43,13 +47,12 @@ from fastdeploy_lite.entrypoints.openai.protocol import (
     ModelList,
     TokenizeRequest,
 )
-from fastdeploy_lite.entrypoints.openai.service import Service
-from fastdeploy_lite.entrypoints.openai.serving_chat import ChatHandler
-from fastdeploy_lite.entrypoints.openai.serving_completion import CompletionHandler
+from fastdeploy_lite.entrypoints.openai.responses_protocol import ResponsesRequest
+from fastdeploy_lite.entrypoints.openai.service import ID_PREFIXES, Service
 from fastdeploy_lite.entrypoints.openai.serving_models import list_models
 from fastdeploy_lite.metrics.metrics import CONTENT_TYPE, ServerMetrics
 from fastdeploy_lite.request.user_request import Request as EngineSideRequest
-from fastdeploy_lite.utils.errors import quote
+from fastdeploy_lite.utils.errors import RequestError, quote
 
 NOT_HEALTHY = "Worker Service Not Healthy"
 WEIGHTS_DISABLED = "Dynamic Load Weight Disabled."
@@ -66,6 +69,7 @@ _STATUSES = {
 }
 _BODIES = (
     ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, AbortRequest,
+    ResponsesRequest,
 )  # fmt: skip
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "model": ErrorResponse}
@@ -233,7 +237,17 @@ def _version() -> str:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    chat, completion = ChatHandler(service), CompletionHandler(service)
+    chat = Handler(service, ChatFormat())
+    completion = Handler(service, CompletionFormat())
+    responses = Handler(service, ResponsesFormat())
+
+    @app.post(
+        "/v1/responses", response_model=None, responses=ERRORS, tags=["generation"],
+        openapi_extra=body_of(ResponsesRequest),
+    )  # fmt: skip
+    async def create_response(request: Request) -> Response:
+        """Answer a conversation with typed items."""
+        return await responses.create(await parse(request, ResponsesRequest), request)
 
     @app.post(
         "/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS,
@@ -333,6 +347,21 @@ def _add_text(app: FastAPI, service: Service) -> None:
         limit = service.config.scheduler.max_model_len
         return errors.json_response({"count": len(ids), "max_model_len": limit, "tokens": ids})
 
+    @app.get("/tokenizer_info", tags=["text"])
+    async def tokenizer_info() -> dict[str, Any]:
+        """Special tokens and chat template, as evaluation tools ask for them."""
+        tokenizer = service.tokenizer
+        template = service.preprocessor.chat_template or tokenizer.chat_template
+        names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+        special = tokenizer.special_tokens_map
+        return {
+            **{name: special.get(name) for name in names},
+            "tokenizer_class": type(tokenizer).__name__,
+            "vocab_size": tokenizer.vocab_size,
+            "model_max_length": service.config.scheduler.max_model_len,
+            "chat_template": template,
+        }
+
     @app.post(
         "/detokenize", responses=responses, tags=["text"], openapi_extra=body_of(DetokenizeRequest)
     )
@@ -347,23 +376,25 @@ def _add_control(app: FastAPI, service: Service) -> None:
     unavailable: dict[int | str, dict[str, Any]] = {503: ERRORS[503]}
 
     @app.post("/v1/pause", responses=unavailable, tags=["control"])
-    async def pause() -> dict[str, str]:
-        """Schedule nothing until resumed; requests wait."""
+    async def pause() -> dict[str, Any]:
+        """End what runs with `finish_reason` abort, and refuse requests until resumed."""
         service.check_alive()
         await service.client.control("pause")
-        return {"status": "paused"}
+        await service.client.abort(None)
+        return {"status": "success", "request_id": "control-pause", "result": None}
 
     @app.post("/v1/resume", responses=unavailable, tags=["control"])
-    async def resume() -> dict[str, str]:
+    async def resume() -> dict[str, Any]:
         """Go on after a pause."""
         service.check_alive()
         await service.client.control("resume")
-        return {"status": "resumed"}
+        return {"status": "success", "request_id": "control-resume", "result": None}
 
     @app.get("/v1/is_paused", tags=["control"])
-    async def is_paused() -> dict[str, bool]:
+    async def is_paused() -> dict[str, Any]:
         """Whether the engine is paused."""
-        return {"is_paused": service.client.stats.paused}
+        paused = service.client.stats.paused
+        return {"status": "success", "is_paused": paused, "result": {"is_paused": paused}}
 
     @app.post(
         "/v1/abort", responses={**unavailable, 400: ERRORS[400]}, tags=["control"],
@@ -371,16 +402,42 @@ def _add_control(app: FastAPI, service: Service) -> None:
     )  # fmt: skip
     async def abort(http: Request) -> dict[str, list[str]]:
         """End requests by their public id; they answer with `finish_reason` abort."""
+        return {"aborted": await _abort(service, await parse(http, AbortRequest))}
+
+    @app.post(
+        "/v1/abort_requests", responses={**unavailable, 400: ERRORS[400]}, tags=["control"],
+        openapi_extra=body_of(AbortRequest),
+    )  # fmt: skip
+    async def abort_requests(http: Request) -> Response:
+        """The same in upstream's form."""
         body = await parse(http, AbortRequest)
-        service.check_alive()
-        wanted = [*(body.request_ids or []), *([body.request_id] if body.request_id else [])]
-        if body.abort_all:
-            wanted = list(service.active)
-        known = [name for name in wanted if name in service.active]
-        ids = [engine_id for name in known for engine_id in service.active[name]]
-        if ids:
-            await service.client.abort(ids)
-        return {"aborted": known}
+        wanted = body.req_ids or body.request_ids or []
+        if not body.abort_all and not wanted and body.request_id is None:
+            text = "give req_ids, or abort_all: true"
+            raise RequestError(text, param="req_ids", code="missing_required_parameter")
+        aborted = await _abort(service, body)
+        missing = [name for name in wanted if service.find_active(name) is None]
+        missing = [name for name in missing if not any(_same_id(name, a) for a in aborted)]
+        found = [{"request_id": name} for name in aborted]
+        result = {"aborted": found, "not_found": missing}
+        return errors.json_response({"status": "success", "result": result})
+
+
+async def _abort(service: Service, body: AbortRequest) -> list[str]:
+    """End the requests that a body names; returns those that were alive."""
+    service.check_alive()
+    wanted = [*(body.request_ids or []), *(body.req_ids or [])]
+    wanted += [body.request_id] if body.request_id else []
+    found = map(service.find_active, wanted)
+    known = list(service.active) if body.abort_all else [name for name in found if name]
+    ids = [engine_id for name in known for engine_id in service.active[name]]
+    if ids:
+        await service.client.abort(ids)
+    return known
+
+
+def _same_id(given: str, public_id: str) -> bool:
+    return public_id in (given, *(prefix + given for prefix in ID_PREFIXES))
 
 
 def _add_disabled(app: FastAPI) -> None:

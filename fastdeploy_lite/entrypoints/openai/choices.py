@@ -10,9 +10,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError, ServiceError
+from fastdeploy_lite.entrypoints.openai.output_parser import OutputParser, ParsedDelta
 from fastdeploy_lite.entrypoints.openai.service import Service
 from fastdeploy_lite.request.messages import EngineOutput, EngineRequest
-from fastdeploy_lite.request.outputs import RequestOutput, SpeculateMetrics
+from fastdeploy_lite.request.outputs import (
+    CompletionOutput,
+    LogprobsLists,
+    PromptLogprobs,
+    RequestOutput,
+    SpeculateMetrics,
+)
 from fastdeploy_lite.utils.errors import RequestError
 from fastdeploy_lite.utils.logging import get_logger
 from fastdeploy_lite.utils.request_log import RequestLogLevel, log_request
@@ -22,26 +29,37 @@ _log = get_logger("fastdeploy")
 
 @dataclass(slots=True)
 class Choice:
-    """One sequence: choice `index` of an answer.
+    """Choice `index` of an answer: one sequence, what it was asked for and what came of it.
 
     Attributes:
-        index: Of the choice; prompt-major.
+        index: Prompt-major.
         request: For the engine.
-        prompt_text: The rendered prompt.
+        parser: Takes the text apart.
+        prompt_text: The prompt as text, where the answer shows it.
+        scores_only: The one token that the engine must generate is not wanted.
         num_tokens: Tokens generated so far.
         num_cached_tokens: Prompt tokens that the prefix cache served.
         started: Wall clock when inference began.
+        finish_reason: Once finished.
+        text: The raw text so far, in pieces.
+        logprobs: Of the tokens so far.
+        prompt_logprobs: Of the prompt, with the first message.
         speculation: At the end, when speculation is on.
     """
 
     index: int
     request: EngineRequest
+    parser: OutputParser
     prompt_text: str = ""
+    scores_only: bool = False
     num_tokens: int = 0
     num_cached_tokens: int = 0
     started: float = 0.0
     finish_reason: str | None = None
     token_ids: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    logprobs: list[LogprobsLists] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
     speculation: SpeculateMetrics | None = None
 
     def arrival_time(self) -> float:
@@ -51,6 +69,47 @@ class Choice:
     def speculate_metrics(self) -> dict[str, Any] | None:
         """For the last chunk of a stream."""
         return None if self.speculation is None else asdict(self.speculation)
+
+    def take(self, output: RequestOutput) -> Piece:
+        """Note a step's output and take its text apart."""
+        part = output.outputs
+        if self.scores_only:
+            part = CompletionOutput()
+        if part.top_logprobs is not None:
+            self.logprobs.append(part.top_logprobs)
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+        self.text.append(part.text)
+        self.token_ids.extend(part.token_ids)
+        self.num_tokens += len(part.token_ids)
+        parsed = self.parser.feed(part.text, part.token_ids, output.finished)
+        return Piece(
+            self, parsed, part.text, part.token_ids, part.top_logprobs, output.prompt_logprobs,
+            output.finished,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one step added to a choice.
+
+    Attributes:
+        choice: Whose.
+        parsed: The text's parts, as far as they are certain.
+        text: The raw text.
+        token_ids: The tokens.
+        logprobs: Of the tokens.
+        prompt_logprobs: Of the prompt, with the first step, when asked for.
+        finished: Whether it is the last one.
+    """
+
+    choice: Choice
+    parsed: ParsedDelta
+    text: str
+    token_ids: list[int]
+    logprobs: LogprobsLists | None
+    prompt_logprobs: PromptLogprobs | None
+    finished: bool
 
 
 async def run(
@@ -87,7 +146,7 @@ async def run(
 async def _one(service: Service, sequence: Choice) -> AsyncGenerator[Any, None]:
     request = sequence.request
     observer = _Observer(service, sequence)
-    service.outputs.add(request, prompt=sequence.prompt_text, index=sequence.index)
+    service.outputs.add(request, index=sequence.index)
     stream = cast("AsyncGenerator[EngineOutput, None]", service.client.generate(request))
     try:
         async with aclosing(stream):
@@ -164,14 +223,14 @@ class _Observer:
         self._metrics = service.metrics
         self._sequence = sequence
         self._previous = 0.0
+        self._num_tokens = 0
         self._metrics.counters["requests_number"].inc()
         self._metrics.observe("request_params_max_tokens", sequence.request.sampling.max_tokens)
 
     def note(self, news: EngineOutput, output: RequestOutput) -> None:
         """Take one message in."""
         sequence, now = self._sequence, time.time()
-        sequence.num_tokens += len(output.outputs.token_ids)
-        sequence.token_ids.extend(output.outputs.token_ids)
+        self._num_tokens += len(output.outputs.token_ids)
         sequence.num_cached_tokens = max(sequence.num_cached_tokens, output.num_cached_tokens)
         if news.timing is not None and not sequence.started:
             sequence.started = news.timing.scheduled or news.timing.received
@@ -199,7 +258,7 @@ class _Observer:
         sequence = self._sequence
         if output.outputs.finish_reason == "abort":
             return "abort"
-        if sequence.num_tokens >= sequence.request.sampling.max_tokens:
+        if self._num_tokens >= sequence.request.sampling.max_tokens:
             return "length"  # even when a natural end falls on the last slot, as upstream says
         return str(output.outputs.finish_reason or "stop")
 
@@ -208,15 +267,15 @@ class _Observer:
         log_request(
             _log, RequestLogLevel.LIFECYCLE,
             "Request %s finished (%s), number of generated tokens: %d",
-            sequence.request.request_id, sequence.finish_reason, sequence.num_tokens,
+            sequence.request.request_id, sequence.finish_reason, self._num_tokens,
         )  # fmt: skip
         if sequence.finish_reason != "abort":
             metrics.counters["request_success_total"].inc()
         elapsed = now - sequence.request.arrival_time
         metrics.observe("e2e_request_latency_seconds", elapsed)
         metrics.observe("request_prompt_tokens", len(sequence.request.prompt_token_ids))
-        metrics.observe("request_generation_tokens", sequence.num_tokens)
-        metrics.observe("request_token_ratio", sequence.num_tokens / max(elapsed, 1e-9))
+        metrics.observe("request_generation_tokens", self._num_tokens)
+        metrics.observe("request_token_ratio", self._num_tokens / max(elapsed, 1e-9))
         timing = news.timing
         if timing is None or not timing.first_token:
             return

@@ -30,7 +30,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
 # Readable without a key: what load balancers probe, and pages that show nothing of the service.
 OPEN_PATHS = frozenset({"/", "/health", "/ping", "/version", "/load", "/docs", "/openapi.json"})
 OPEN_PREFIXES: tuple[str, ...] = ("/web/",)

@@ -149,7 +149,7 @@ class ResponseFormat(BaseModel):
         return self
 
 
-class _GenerationRequest(BaseModel):
+class GenerationRequest(BaseModel):
     """The fields that chat and completions share."""
 
     model_config = ConfigDict(extra="ignore")
@@ -194,7 +194,7 @@ class _GenerationRequest(BaseModel):
     return_token_ids: bool | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> _GenerationRequest:
+    def _consistent(self) -> GenerationRequest:
         used = [name for name in _LEGACY_GUIDED if getattr(self, name, None) is not None]
         constrained = self.response_format is not None and self.response_format.type != "text"
         if len(used) + constrained + bool(self.guided_json_object) > 1:
@@ -208,7 +208,7 @@ class _GenerationRequest(BaseModel):
         return self
 
 
-class ChatCompletionRequest(_GenerationRequest):
+class ChatCompletionRequest(GenerationRequest):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[Any] | Ids
@@ -227,6 +227,8 @@ class ChatCompletionRequest(_GenerationRequest):
     prompt_token_ids: Ids | None = None
     completion_token_ids: Ids | None = None
     disable_chat_template: bool | None = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = False
 
     @model_validator(mode="after")
     def _choice_among_tools(self) -> ChatCompletionRequest:
@@ -253,7 +255,7 @@ class ChatCompletionRequest(_GenerationRequest):
 Prompt = Ids | IdLists | str | Texts
 
 
-class CompletionRequest(_GenerationRequest):
+class CompletionRequest(GenerationRequest):
     """Body of `POST /v1/completions`."""
 
     prompt: Prompt = Field(...)
@@ -285,10 +287,11 @@ class DetokenizeRequest(BaseModel):
 
 
 class AbortRequest(BaseModel):
-    """Body of `POST /v1/abort`."""
+    """Body of `POST /v1/abort` and of upstream's `POST /v1/abort_requests` (`req_ids`)."""
 
     request_id: str | None = None
     request_ids: Texts | None = None
+    req_ids: Texts | None = None
     abort_all: bool = False
 
 

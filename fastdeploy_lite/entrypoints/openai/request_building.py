@@ -66,22 +66,24 @@ def merge_extra(body: Body, extra: Mapping[str, Any] | None, source: str) -> Bod
         raise MergedBodyError(list(error.errors())) from None
 
 
-def answer_id(prefix: str, request_id: str | None, user: str | None) -> str:
+def answer_id(prefix: str, request_id: str | None, user: str | None, separator: str = "-") -> str:
     """The id of an answer.
 
     Args:
-        prefix: `chatcmpl` or `cmpl`.
+        prefix: `chatcmpl`, `cmpl` or `resp`.
         request_id: The client's own, or None.
         user: The client's user name, or None.
+        separator: Stands after the prefix.
 
     Returns:
         Printable text that starts with the prefix.
     """
     if request_id:
         text = one_line(request_id)[:_LONGEST_ID]
-        return text if text.startswith(f"{prefix}-") else f"{prefix}-{text}"
+        start = f"{prefix}{separator}"
+        return text if text.startswith(start) else start + text
     middle = f"{one_line(user)[:_LONGEST_ID]}-" if user else ""
-    return f"{prefix}-{middle}{uuid.uuid4()}"
+    return f"{prefix}{separator}{middle}{uuid.uuid4()}"
 
 
 def sampling_params(

@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 PREPROCESS_THREADS = 2
 COSTLY_THREADS = 2  # for templates and constraints that requests bring along
 PLAIN_WAITING, COSTLY_WAITING = 1024, 32  # most jobs of one client that wait
+ID_PREFIXES = ("chatcmpl-", "cmpl-", "resp_")
 _LONGEST_NAME = 120
 
 
@@ -95,6 +96,28 @@ class Service:
         """
         if not self.client.is_healthy:
             raise EngineUnavailableError("Worker Service Not Healthy")
+
+    def check_accepting(self) -> None:
+        """Refuse a request that nothing would be done about.
+
+        Raises:
+            EngineUnavailableError: The engine is not there, or paused.
+        """
+        self.check_alive()
+        if self.client.stats.paused:
+            raise EngineUnavailableError("The engine is paused: POST /v1/resume first")
+
+    def find_active(self, name: str) -> str | None:
+        """The public id of a request in flight, named with or without its prefix.
+
+        Args:
+            name: `chatcmpl-x` or `x`.
+
+        Returns:
+            The id; None when there is none.
+        """
+        names = (name, *(prefix + name for prefix in ID_PREFIXES))
+        return next((n for n in names if n in self.active), None)
 
     def engine_id(self, public_id: str) -> str:
         """An id that is unique even when clients repeat theirs."""

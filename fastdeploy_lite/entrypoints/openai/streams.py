@@ -37,6 +37,18 @@ def event(value: object, space: str = "") -> bytes:
     return b"data: " + _encoder.encode(value) + space.encode() + b"\n\n"
 
 
+def typed_event(value: dict[str, object]) -> bytes:
+    """One server-sent event that names its type beside the data.
+
+    Args:
+        value: Plain data with a `type`.
+
+    Returns:
+        The bytes of the event.
+    """
+    return b"event: " + str(value["type"]).encode() + b"\n" + event(value)
+
+
 async def _until_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

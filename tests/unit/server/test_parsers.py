@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -184,48 +185,132 @@ PIECES = st.sampled_from(
 TEXTS = st.lists(PIECES, max_size=10).map("".join)
 
 
-@settings(max_examples=400, deadline=None)
-@given(
+def read_stream(parser: OutputParser, pieces: list[str]) -> tuple[str, str, list[list[str]]]:
+    """Reasoning, content and [name, arguments] of the calls, from the deltas of a stream."""
+    thought, content = "", ""
+    calls: dict[int, list[str]] = {}
+    for i, piece in enumerate(pieces):
+        delta = parser.feed(piece, [], final=i == len(pieces) - 1)
+        thought, content = thought + delta.reasoning, content + delta.content
+        for call in delta.tool_calls or []:
+            entry = calls.setdefault(call.index, ["", ""])
+            entry[0] += call.function.name or ""
+            entry[1] += call.function.arguments or ""
+    return thought, content, [calls[i] for i in sorted(calls)]
+
+
+def read_whole(parser: OutputParser, text: str) -> tuple[str, str, list[list[str]]]:
+    parsed = parser.parse(text)
+    functions = [call.function for call in parsed.tool_calls or []]
+    return parsed.reasoning or "", parsed.content, [[f.name, f.arguments] for f in functions]
+
+
+parsers_and_texts = given(
     text=TEXTS,
     reasoning=st.sampled_from([None, *REASONING]),
     tool=st.sampled_from([None, *TOOLS]),
     thinking=st.sampled_from([None, True, False]),
     data=st.data(),
 )
+
+
+@settings(max_examples=200, deadline=None)
+@parsers_and_texts
 def test_any_chunking_ends_like_the_whole_text(
     text: str, reasoning: str | None, tool: str | None, thinking: bool | None, data: st.DataObject
 ) -> None:
     parsers = OutputParsers.create(None, reasoning, tool)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    pieces = [text[i:j] for i, j in itertools.pairwise([0, *cuts, len(text)])]
+    stream, whole = OutputParser(parsers, thinking), OutputParser(parsers, thinking)
+    streamed = read_stream(stream, pieces)
+    assert streamed == read_whole(whole, text)
+    assert stream.tools_called == whole.tools_called == bool(streamed[2])
+    assert all(isinstance(json.loads(arguments), dict) for _, arguments in streamed[2])
+
+
+@settings(max_examples=200, deadline=None)
+@parsers_and_texts
+def test_a_stream_is_the_beginning_of_its_result_at_every_cut(
+    text: str, reasoning: str | None, tool: str | None, thinking: bool | None, data: st.DataObject
+) -> None:
+    """What was sent before an output is cut off stands in the whole answer of the cut output."""
+    parsers = OutputParsers.create(None, reasoning, tool)
+    cut = data.draw(st.integers(0, len(text)))
     stream = OutputParser(parsers, thinking)
-    thought, content, calls = "", "", {}
-    bounds = [0, *cuts, len(text)]
-    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
-        delta = stream.feed(text[start:end], [], final=i == len(bounds) - 2)
-        thought, content = thought + delta.reasoning, content + delta.content
-        for call in delta.tool_calls or []:
-            entry = calls.setdefault(call.index, ["", ""])
-            entry[0] += call.function.name or ""
-            entry[1] += call.function.arguments or ""
-    whole = OutputParser(parsers, thinking)
-    expected = whole.parse(text)
-    assert thought == (expected.reasoning or "")
-    assert stream.tools_called == whole.tools_called
-    if whole.tools_called:
-        functions = [call.function for call in expected.tool_calls or []]
-        assert [calls[i] for i in sorted(calls)] == [[f.name, f.arguments] for f in functions]
-    if whole.tools_called or not calls:
-        assert content == expected.content
+    delta = stream.feed(text[:cut], [], False)
+    sent = [call.function.name for call in delta.tool_calls or [] if call.function.name]
+    thought, content, calls = read_whole(OutputParser(parsers, thinking), text[:cut])
+    assert thought.startswith(delta.reasoning)
+    assert content.startswith(delta.content)
+    assert [name for name, _ in calls][: len(sent)] == sent
 
 
-def test_arguments_stream_in_pieces() -> None:
+@settings(max_examples=200, deadline=None)
+@given(
+    parts=st.lists(st.sampled_from([CALL, " ", "\n", "word", "李白", "<", "</tool_call>"])),
+    tool=st.sampled_from(TOOLS),
+)
+def test_nothing_that_was_written_is_lost(parts: list[str], tool: str) -> None:
+    """Without a call the content is the text; with calls it is the rest, but for blanks."""
+    text = "".join(parts)
+    _, content, calls = read_whole(OutputParser(OutputParsers.create(None, None, tool)), text)
+    if not calls:
+        assert content == text
+    else:
+        assert len(calls) == parts.count(CALL)
+        rest = "".join(part for part in parts if part != CALL)
+        assert "".join(content.split()) == "".join(rest.split())
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '<tool_call>{"name": "f", "arguments": {"a": "unfin',
+        '<tool_call>{"name": "f", "arguments": {"a": 1}}',
+        '<tool_call>{"name": "f", "arguments": {a: 1}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>',
+        '<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": "{\\"a\\": \\"\\ud83d\\"}"}</tool_call>',
+    ],
+)
+def test_a_bad_call_beside_a_good_one_is_content(tool: str, bad: str) -> None:
+    parsers = OutputParsers.create(None, None, tool)
+    for pieces in ([CALL + bad], list(CALL + bad)):
+        _, content, calls = read_stream(OutputParser(parsers), pieces)
+        assert [name for name, _ in calls] == ["get_weather"]
+        content.encode()
+        assert content == bad
+
+
+def test_a_call_is_sent_when_it_is_closed() -> None:
     stream = OutputParser(OutputParsers.create(None, None, "hermes"))
     deltas = [stream.feed(character, [], False).tool_calls or [] for character in CALL]
-    pieces = [call.function.arguments for step in deltas for call in step if call.id is None]
-    assert len(pieces) > 10
-    assert json.loads("".join(pieces)) == {"city": "北京", "days": 2}
-    [first] = [call for step in deltas for call in step if call.id is not None]
+    assert not any(deltas[:-1])
+    first, second = deltas[-1]
     assert (first.type, first.function.name, first.index) == ("function", "get_weather", 0)
+    assert json.loads(second.function.arguments) == {"city": "北京", "days": 2}
+
+
+@pytest.mark.parametrize("reasoning", [None, "ernie-x1", "qwen3", "ernie-45-vl-thinking"])
+@pytest.mark.parametrize("tool", [None, "hermes", "ernie-x1"])
+@pytest.mark.parametrize("piece", [" ", "\n", "<tool_call>", '"', "\\", "<think>", "word "])
+def test_parsing_is_linear(reasoning: str | None, tool: str | None, piece: str) -> None:
+    """Eight times the pieces cost about eight times the time, not 64 times."""
+    parsers = OutputParsers.create(None, reasoning, tool)
+
+    def seconds(count: int) -> float:
+        parser = OutputParser(parsers, True)
+        parser.feed('</think><tool_call>{"a' if piece in ('"', "\\") else "</think>", (), False)
+        started = time.process_time()
+        for _ in range(count):
+            parser.feed(piece, (), False)
+        parser.feed("", (), True)
+        return time.process_time() - started
+
+    few = min(seconds(500) for _ in range(3))
+    assert seconds(4000) < 25 * few + 0.01
 
 
 PLUGIN = """

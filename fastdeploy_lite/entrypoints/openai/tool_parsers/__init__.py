@@ -4,10 +4,12 @@
 """
 
 from fastdeploy_lite.entrypoints.openai.tool_parsers.abstract_tool_parser import (
-    ToolCallScan,
+    CallStream,
+    Found,
+    FoundCall,
     ToolParser,
     ToolParserManager,
-    ToolScan,
+    call_deltas,
 )
 from fastdeploy_lite.entrypoints.openai.tool_parsers.tagged import (
     Ernie45VLThinkingToolParser,
@@ -16,11 +18,13 @@ from fastdeploy_lite.entrypoints.openai.tool_parsers.tagged import (
 )
 
 __all__ = [
+    "CallStream",
     "Ernie45VLThinkingToolParser",
     "ErnieX1ToolParser",
+    "Found",
+    "FoundCall",
     "HermesToolParser",
-    "ToolCallScan",
     "ToolParser",
     "ToolParserManager",
-    "ToolScan",
+    "call_deltas",
 ]

@@ -1,9 +1,9 @@
 """The interface of tool parsers and their registry.
 
-A parser of this package is a pure function `scan` of the text so far that returns what is certain;
-its results only grow.  A stream sends the differences, so that every way of cutting a text into
-deltas ends with the same calls as the whole text.  A plug-in written for upstream overrides
-`extract_tool_calls` and `extract_tool_calls_streaming` instead.
+A parser of this package gives a `CallStream` for each output, which gives out what is certain,
+once: text that is no call, and calls that are closed and well-formed.  A whole text is a stream of
+one piece, so that every way of cutting a text into pieces ends with the same calls and content.  A
+plug-in written for upstream overrides `extract_tool_calls` and `extract_tool_calls_streaming`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from fastdeploy_lite.entrypoints.openai.protocol import (
     DeltaFunctionCall,
@@ -29,26 +29,42 @@ from fastdeploy_lite.utils.registry import Registered, registered, registering
 
 
 @dataclass(slots=True)
-class ToolCallScan:
-    """One call, as far as it is certain; `arguments` is a beginning of JSON text."""
+class FoundCall:
+    """A call; `arguments` is the JSON text of an object."""
 
     name: str
-    arguments: str = ""
+    arguments: str = "{}"
 
 
 @dataclass(slots=True)
-class ToolScan:
-    """What the text so far holds.
+class Found:
+    """What one piece of an output brought.
 
     Attributes:
-        content: Text outside the calls.
-        calls: The calls in their order.
-        complete: Whether every call is well-formed and closed.
+        content: Text outside of calls.
+        calls: Calls.
+        deltas: Pieces of calls, from plug-ins that stream them.
     """
 
     content: str = ""
-    calls: list[ToolCallScan] = field(default_factory=list)
-    complete: bool = True
+    calls: list[FoundCall] = field(default_factory=list)
+    deltas: list[DeltaToolCall] | None = None
+
+
+class CallStream(Protocol):
+    """Finds the calls of one output; linear in the output."""
+
+    def feed(self, piece: str, final: bool) -> Found:
+        """Take in the next piece of the text after the reasoning.
+
+        Args:
+            piece: New text.
+            final: Whether nothing follows.
+
+        Returns:
+            What is certain now and was not before.
+        """
+        ...
 
 
 class ToolParser:
@@ -61,16 +77,8 @@ class ToolParser:
     def __init__(self, tokenizer: Any) -> None:
         self.model_tokenizer = tokenizer
 
-    def scan(self, text: str, final: bool) -> ToolScan:
-        """Find the calls.
-
-        Args:
-            text: Output after the reasoning, so far.
-            final: Whether it is complete.
-
-        Returns:
-            What is certain.
-        """
+    def begin(self) -> CallStream:
+        """Follow a new output."""
         raise NotImplementedError
 
     def extract_tool_calls(self, model_output: str, request: Any) -> ExtractedToolCallInformation:
@@ -81,17 +89,16 @@ class ToolParser:
             request: The request, unused here.
 
         Returns:
-            The calls; `tools_called` is false when one of them is cut off or malformed, and the
-            whole text is then the content.
+            The calls; text outside of them, malformed and unclosed calls too, is the content.
         """
-        found = self.scan(model_output, True)
+        found = self.begin().feed(model_output, True)
         calls = [
             ToolCall(function=FunctionCall(name=call.name, arguments=call.arguments))
             for call in found.calls
         ]
-        called = bool(calls) and found.complete
-        content = found.content if called or not calls else model_output
-        return ExtractedToolCallInformation(tools_called=called, tool_calls=calls, content=content)
+        return ExtractedToolCallInformation(
+            tools_called=bool(calls), tool_calls=calls, content=found.content
+        )
 
     def extract_tool_calls_streaming(
         self,
@@ -117,38 +124,37 @@ class ToolParser:
         Returns:
             The new parts, or None when nothing new is certain.
         """
-        return self.difference(self.scan(previous_text, False), self.scan(current_text, False))
-
-    def difference(self, old: ToolScan, new: ToolScan) -> DeltaMessage | None:
-        """What a stream sends to get from one scan to the next.
-
-        Args:
-            old: What was sent.
-            new: What is certain now.
-
-        Returns:
-            The delta, or None when they are equal.
-        """
-        deltas: list[DeltaToolCall] = []
-        for index, call in enumerate(new.calls):
-            sent = old.calls[index].arguments if index < len(old.calls) else None
-            deltas += self._call_deltas(index, call, sent)
-        content = new.content[len(old.content) :]
-        if not deltas and not content:
+        stream = self.begin()
+        before = stream.feed(previous_text, False)
+        new = stream.feed(current_text[len(previous_text) :], False)
+        calls = [
+            delta
+            for index, call in enumerate(new.calls, start=len(before.calls))
+            for delta in call_deltas(index, call)
+        ]
+        if not calls and not new.content:
             return None
-        return DeltaMessage(content=content or None, tool_calls=deltas or None)
+        return DeltaMessage(content=new.content or None, tool_calls=calls or None)
 
-    def _call_deltas(self, index: int, call: ToolCallScan, sent: str | None) -> list[DeltaToolCall]:
-        deltas = []
-        if sent is None:
-            first = DeltaFunctionCall(name=call.name)
-            name = f"chatcmpl-tool-{uuid.uuid4().hex}"
-            deltas.append(DeltaToolCall(index=index, type="function", id=name, function=first))
-        piece = call.arguments[len(sent or "") :]
-        if piece:
-            function = DeltaFunctionCall(arguments=piece)
-            deltas.append(DeltaToolCall(index=index, function=function))
-        return deltas
+
+def call_deltas(index: int, call: FoundCall, call_id: str | None = None) -> list[DeltaToolCall]:
+    """What a stream sends for a call: its name, then its arguments.
+
+    Args:
+        index: Of the call.
+        call: The call.
+        call_id: Its id; None makes one.
+
+    Returns:
+        Two deltas.
+    """
+    name = DeltaFunctionCall(name=call.name)
+    arguments = DeltaFunctionCall(arguments=call.arguments)
+    call_id = call_id or f"chatcmpl-tool-{uuid.uuid4().hex}"
+    return [
+        DeltaToolCall(index=index, type="function", id=call_id, function=name),
+        DeltaToolCall(index=index, function=arguments),
+    ]
 
 
 class ToolParserManager:
