@@ -149,15 +149,26 @@ def cublas_includes(nvcc: str) -> list[str]:
     )
 
 
+def target_flags(archs: Sequence[str]) -> list[str]:
+    """Compiler flags for these compute capabilities.
+
+    Hopper's code uses instructions of that architecture alone (wgmma); FD_SM90A tells that it is
+    in the build. The newest PTX lets later cards compile the other kernels at first use.
+    """
+    names = [f"{arch}a" if arch == "90" else arch for arch in archs]
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    newest = max(archs, key=int)
+    flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    return [*flags, "-DFD_SM90A"] if "90" in archs else flags
+
+
 def _build_ops(
     root: Path, nvcc: str, archs: Sequence[str], package_dir: Path, build_dir: Path
 ) -> None:
     import pybind11  # noqa: PLC0415 - a build requirement, absent when only metadata is asked for
 
     native = root / "custom_ops"
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    newest = max(archs, key=int)  # its PTX lets later cards compile the kernels at first use
-    targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    targets = target_flags(archs)
     includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
     includes += cublas_includes(nvcc)
     kernels = sorted((native / "cuda").glob("*.cu"))

@@ -38,6 +38,7 @@ def download(host: int, device: int, nbytes: int, stream: int) -> None: ...
 def copy(to: int, source: int, nbytes: int, stream: int) -> None: ...
 def time_copy(to: int, source: int, nbytes: int, repeats: int, stream: int) -> float: ...
 def synchronize(stream: int) -> None: ...
+def allow_early_start(allowed: bool) -> None: ...
 def create_stream() -> int: ...
 def begin_capture(stream: int) -> None: ...
 def end_capture(stream: int, discard: bool) -> int: ...
@@ -74,6 +75,7 @@ def embedding(
 ) -> None: ...
 def rms_norm(
     x: int,
+    y: int,
     residual: int,
     weight: int,
     weight_is_float: bool,
@@ -172,6 +174,24 @@ def paged_attention(
     partial: int,
     out: int,
     sizes: tuple[int, ...],
+    stream: int,
+) -> None: ...
+def decode_new_tokens(
+    qkv: int,
+    positions: int,
+    cos_sin: int,
+    slot_mapping: int,
+    key_cache: int,
+    value_cache: int,
+    block_tables: int,
+    cu_seqlens_q: int,
+    context_lens: int,
+    scale: float,
+    plan: tuple[int, int, int],
+    partial: int,
+    out: int,
+    sizes: tuple[int, ...],
+    max_positions: int,
     stream: int,
 ) -> None: ...
 def mask_logits(

@@ -147,6 +147,7 @@ void bind_runtime(py::module_& m) {
       },
       no_gil());
   m.def("synchronize", [](Address stream) { fc::synchronize(stream_of(stream)); }, no_gil());
+  m.def("allow_early_start", &fc::allow_early_start);
   m.def("create_stream", &fc::create_stream);
   m.def("begin_capture", [](Address stream) { fc::begin_capture(stream_of(stream)); });
   m.def("end_capture",
@@ -203,10 +204,11 @@ void bind_rows(py::module_& m) {
     fc::embedding(at<const int>(ids), at<const fc::bf16>(table), at<fc::bf16>(out), tokens, hidden,
                   vocab, stream_of(stream));
   });
-  m.def("rms_norm", [](Address x, Address residual, Address weight, bool weight_is_float, float eps,
-                       Address out, int tokens, int hidden, Address stream) {
-    fc::rms_norm(at<const fc::bf16>(x), at<fc::bf16>(residual), at<const void>(weight),
-                 weight_is_float, eps, at<fc::bf16>(out), tokens, hidden, stream_of(stream));
+  m.def("rms_norm", [](Address x, Address y, Address residual, Address weight, bool weight_is_float,
+                       float eps, Address out, int tokens, int hidden, Address stream) {
+    fc::rms_norm(at<const fc::bf16>(x), at<const fc::bf16>(y), at<fc::bf16>(residual),
+                 at<const void>(weight), weight_is_float, eps, at<fc::bf16>(out), tokens, hidden,
+                 stream_of(stream));
   });
   m.def("silu_and_mul", [](Address x, Address out, int tokens, int width, Address stream) {
     fc::silu_and_mul(at<const fc::bf16>(x), at<fc::bf16>(out), tokens, width, stream_of(stream));
@@ -267,6 +269,19 @@ void bind_attention(py::module_& m) {
               at<const int>(block_tables), at<const int>(cu_seqlens_q), at<const int>(context_lens),
               scale, {plan[0].cast<int>(), plan[1].cast<int>(), plan[2].cast<int64_t>()},
               at<float>(partial), at<fc::bf16>(out), attention_shape(sizes), stream_of(stream));
+        });
+  m.def("decode_new_tokens",
+        [](Address qkv, Address positions, Address cos_sin, Address slot_mapping, Address key_cache,
+           Address value_cache, Address block_tables, Address cu_seqlens_q, Address context_lens,
+           float scale, const py::tuple& plan, Address partial, Address out, const py::tuple& sizes,
+           int max_positions, Address stream) {
+          fc::decode_new_tokens(
+              at<const fc::bf16>(qkv), at<const int>(positions), at<const float>(cos_sin),
+              at<const int>(slot_mapping), at<fc::bf16>(key_cache), at<fc::bf16>(value_cache),
+              at<const int>(block_tables), at<const int>(cu_seqlens_q), at<const int>(context_lens),
+              scale, {plan[0].cast<int>(), plan[1].cast<int>(), plan[2].cast<int64_t>()},
+              at<float>(partial), at<fc::bf16>(out), attention_shape(sizes), max_positions,
+              stream_of(stream));
         });
 }
 

@@ -19,18 +19,25 @@ int most_segments(int width) {
 AttentionParams slice(AttentionParams p, int first, int count) {
   p.block_tables += int64_t{first} * p.table_width;
   p.cu_seqlens_q += first;
-  p.context_lens += first;
+  p.context_lens += first;  // tokens keep their numbers, see cu_seqlens_q
   p.sequences = count;
   return p;
 }
 
 template <int kDim>
-void launch_attention(const AttentionParams& p, const AttentionPlan& plan, int tokens,
-                      cudaStream_t stream) {
+void launch_chunks(const AttentionParams& p, int num_blocks, int tokens, cudaStream_t stream) {
+  if (kDim == 128 && launch_prefill_sm90(p, num_blocks, tokens, stream)) return;
+  launch_prefill<kDim>(p, tokens, stream);
+}
+
+template <int kDim>
+void launch_attention(const AttentionParams& p, const AttentionPlan& plan,
+                      const AttentionShape& shape, cudaStream_t stream) {
   const int sequences = p.sequences;
-  if (tokens > sequences || p.group > kRows) {
+  if (shape.tokens > sequences || p.group > kRows) {
     for (int b = 0; b < sequences; b += kMaxListed) {
-      launch_prefill<kDim>(slice(p, b, std::min(kMaxListed, sequences - b)), tokens, stream);
+      launch_chunks<kDim>(slice(p, b, std::min(kMaxListed, sequences - b)), shape.num_blocks,
+                          shape.tokens, stream);
     }
   }
   if (p.group > kRows) return;
@@ -62,10 +69,12 @@ AttentionPlan plan_attention(const AttentionShape& shape, int multiprocessors,
   return {each, blocks, each * floats};
 }
 
-void paged_attention(const bf16* q, const bf16* key_cache, const bf16* value_cache,
-                     const int* block_tables, const int* cu_seqlens_q, const int* context_lens,
-                     float scale, const AttentionPlan& plan, float* partial, bf16* out,
-                     const AttentionShape& shape, cudaStream_t stream) {
+namespace {
+
+void attend(const bf16* q, const NewTokens& fresh, const bf16* key_cache, const bf16* value_cache,
+            const int* block_tables, const int* cu_seqlens_q, const int* context_lens, float scale,
+            const AttentionPlan& plan, float* partial, bf16* out, const AttentionShape& shape,
+            cudaStream_t stream) {
   constexpr float kLog2e = 1.4426950408889634f;
   if (!(scale > 0.0f)) {
     throw std::runtime_error("paged_attention: the scale is " + std::to_string(scale) +
@@ -85,18 +94,60 @@ void paged_attention(const bf16* q, const bf16* key_cache, const bf16* value_cac
                           shape.query_heads / shape.kv_heads,
                           shape.table_width,
                           most_segments(shape.table_width),
-                          shape.sequences};
+                          shape.sequences,
+                          true,
+                          fresh};
   switch (shape.head_dim) {
     case 32:
-      return launch_attention<32>(p, plan, shape.tokens, stream);
+      return launch_attention<32>(p, plan, shape, stream);
     case 64:
-      return launch_attention<64>(p, plan, shape.tokens, stream);
+      return launch_attention<64>(p, plan, shape, stream);
     case 128:
-      return launch_attention<128>(p, plan, shape.tokens, stream);
+      return launch_attention<128>(p, plan, shape, stream);
     default:
       throw std::runtime_error("paged_attention: head_dim " + std::to_string(shape.head_dim) +
                                " is not supported, expected 32, 64 or 128");
   }
+}
+
+}  // namespace
+
+void paged_attention(const bf16* q, const bf16* key_cache, const bf16* value_cache,
+                     const int* block_tables, const int* cu_seqlens_q, const int* context_lens,
+                     float scale, const AttentionPlan& plan, float* partial, bf16* out,
+                     const AttentionShape& shape, cudaStream_t stream) {
+  attend(q, {}, key_cache, value_cache, block_tables, cu_seqlens_q, context_lens, scale, plan,
+         partial, out, shape, stream);
+}
+
+namespace {
+
+/// Whether one kernel does it all: where each block has one segment at most. With more, turning the
+/// new keys holds up the copies of the next segment, which costs more than a launch saves.
+bool decodes_in_one(const AttentionShape& shape, const AttentionPlan& plan) {
+  const int64_t segments =
+      int64_t{shape.sequences} * shape.kv_heads * most_segments(shape.table_width);
+  return shape.tokens == shape.sequences && shape.query_heads / shape.kv_heads <= kRows &&
+         segments <= plan.blocks;
+}
+
+}  // namespace
+
+void decode_new_tokens(const bf16* qkv, const int* positions, const float* cos_sin,
+                       const int* slot_mapping, bf16* key_cache, bf16* value_cache,
+                       const int* block_tables, const int* cu_seqlens_q, const int* context_lens,
+                       float scale, const AttentionPlan& plan, float* partial, bf16* out,
+                       const AttentionShape& shape, int max_positions, cudaStream_t stream) {
+  if (!decodes_in_one(shape, plan)) {
+    rope_and_cache(qkv, positions, cos_sin, slot_mapping, key_cache, value_cache, out, shape,
+                   max_positions, stream);
+    return paged_attention(out, key_cache, value_cache, block_tables, cu_seqlens_q, context_lens,
+                           scale, plan, partial, out, shape, stream);
+  }
+  const NewTokens fresh{qkv,       positions,   cos_sin,       slot_mapping,
+                        key_cache, value_cache, max_positions, shape.num_blocks};
+  attend(nullptr, fresh, key_cache, value_cache, block_tables, cu_seqlens_q, context_lens, scale,
+         plan, partial, out, shape, stream);
 }
 
 }  // namespace fd::cuda

@@ -26,6 +26,18 @@ constexpr int kSegmentBits = 8;                // the shortest segment: 256 toke
 constexpr int kMaxSegmentsBits = 5;            // a context has at most 32 segments
 constexpr int kMaxListed = kAttentionThreads;  // sequences of one launch: a thread lists each
 
+/// Tokens whose queries, keys and values are still as the projection left them.
+struct NewTokens {
+  const bf16* qkv = nullptr;  // null: queries are turned, keys and values in the cache
+  const int* positions;
+  const float* cos_sin;
+  const int* slots;
+  bf16* key_cache;
+  bf16* value_cache;
+  int max_positions;
+  int num_blocks;
+};
+
 struct AttentionParams {
   const bf16* q;
   const bf16* key_cache;
@@ -42,12 +54,16 @@ struct AttentionParams {
   int table_width;
   int segments;  // that a context of this table can have at most
   int sequences;
+  bool merge_apart;  // blocks take more than one segment each: another kernel merges
+  NewTokens fresh;
 };
 
 template <int kDim>
 void launch_decode(const AttentionParams& p, int blocks, cudaStream_t stream);
 template <int kDim>
 void launch_prefill(const AttentionParams& p, int tokens, cudaStream_t stream);
+/// The same for heads of 128 on Hopper; false: this card, or this build, does without.
+bool launch_prefill_sm90(const AttentionParams& p, int num_blocks, int tokens, cudaStream_t stream);
 
 #ifdef __CUDACC__
 /// log2 of the segment length of a token that sees `context` > 0 tokens.
@@ -62,14 +78,26 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+/// A pair of features turned by its angle; see rope.cu.
+__device__ __forceinline__ uint32_t turned_pair(uint32_t pair, float cosine, float sine) {
+  const float2 x = unpack_bf16(pair);
+  return pack_bf16(__fmaf_rn(x.x, cosine, -__fmul_rn(x.y, sine)),
+                   __fmaf_rn(x.y, cosine, __fmul_rn(x.x, sine)));
+}
+
 // --- scores
 
-/// 16 query rows as matrix A; the lane's 16 bytes of features 32 * i + 8 * (lane % 4) serve two
-/// products, with keys permuted alike.
+/// Which 4 of 16 consecutive features lane % 4 = `c` multiplies in product `i`: those that it holds
+/// when lanes c read 16 bytes each and the lanes two apart then trade their second halves. (The
+/// order inside a product has no influence on Hopper, whose wgmma takes the same features in its
+/// own.)
+__device__ __forceinline__ int piece_of(int i, int c) { return (c % 2 * 2 + c / 2) ^ i % 2; }
+
+/// 16 query rows as matrix A; a product takes 16 consecutive features, and keys alike.
 template <int kDim>
 struct Queries {
-  static constexpr int kChunks = kDim / 32;
-  uint32_t a[kChunks][2][4];
+  static constexpr int kProducts = kDim / 16;
+  uint32_t a[kProducts][4];
 
   /// rows: of the lane's rows lane / 4 and lane / 4 + 8; null reads as zeros.
   __device__ __forceinline__ void load(const bf16* const (&rows)[2]) {
@@ -77,25 +105,35 @@ struct Queries {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        const uint4 v = rows[r] != nullptr
-                            ? *reinterpret_cast<const uint4*>(rows[r] + 32 * i + 8 * c)
-                            : make_uint4(0, 0, 0, 0);
-        a[i][0][r] = v.x;
-        a[i][0][r + 2] = v.y;
-        a[i][1][r] = v.z;
-        a[i][1][r + 2] = v.w;
+      for (int i = 0; i < kProducts; ++i) {
+        const uint2 v = rows[r] != nullptr
+                            ? *reinterpret_cast<const uint2*>(rows[r] + 16 * i + 4 * piece_of(i, c))
+                            : make_uint2(0, 0);
+        a[i][r] = v.x;
+        a[i][r + 2] = v.y;
+      }
+    }
+  }
+
+  /// angles: cosines, then sines of the rows' position.
+  __device__ __forceinline__ void turn(const float* angles) {
+    const int c = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < kProducts; ++i) {
+      const float* from = angles + 8 * i + 2 * piece_of(i, c);
+      const float2 cosine = *reinterpret_cast<const float2*>(from);
+      const float2 sine = *reinterpret_cast<const float2*>(from + kDim / 2);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        a[i][r] = turned_pair(a[i][r], cosine.x, sine.x);
+        a[i][r + 2] = turned_pair(a[i][r + 2], cosine.y, sine.y);
       }
     }
   }
 };
 
-/// Token of n-tile `j`, column `n` in a half: chosen so that a lane's probabilities belong to 8
-/// consecutive tokens, which is what it reads of a row of transposed values.
-__device__ __forceinline__ int token_of(int j, int n) { return 8 * (n >> 1) + 2 * j + (n & 1); }
-
 /// Raw scores of kWide half steps together, so that products do not wait for each other. key(h, j,
-/// i): features 32 * i + 8 * (lane % 4) of token_of(j, lane / 4) in half h.
+/// i): features 16 * i + 4 * piece_of(i, lane % 4) .. + 3 of token 8 * j + lane / 4 in half h.
 template <int kDim, int kWide, typename Key>
 __device__ __forceinline__ void score(const Queries<kDim>& q, Key key, float (&s)[kWide][4][4]) {
 #pragma unroll
@@ -107,18 +145,12 @@ __device__ __forceinline__ void score(const Queries<kDim>& q, Key key, float (&s
     }
   }
 #pragma unroll
-  for (int i = 0; i < Queries<kDim>::kChunks; ++i) {
-    uint4 k[kWide][4];
+  for (int i = 0; i < Queries<kDim>::kProducts; ++i) {
+    uint2 k[kWide * 4];
 #pragma unroll
-    for (int n = 0; n < kWide * 4; ++n) k[n / 4][n % 4] = key(n / 4, n % 4, i);
+    for (int n = 0; n < kWide * 4; ++n) k[n] = key(n / 4, n % 4, i);
 #pragma unroll
-    for (int n = 0; n < kWide * 4; ++n) {
-      mma(s[n / 4][n % 4], q.a[i][0], k[n / 4][n % 4].x, k[n / 4][n % 4].y);
-    }
-#pragma unroll
-    for (int n = 0; n < kWide * 4; ++n) {
-      mma(s[n / 4][n % 4], q.a[i][1], k[n / 4][n % 4].z, k[n / 4][n % 4].w);
-    }
+    for (int n = 0; n < kWide * 4; ++n) mma(s[n / 4][n % 4], q.a[i], k[n].x, k[n].y);
   }
 }
 
@@ -129,7 +161,7 @@ __device__ __forceinline__ void mask_half(float (&s)[4][4], int position, const 
   for (int j = 0; j < 4; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (position + 8 * c + 2 * j + i % 2 > last[i / 2]) s[j][i] = -INFINITY;
+      if (position + 8 * j + 2 * c + i % 2 > last[i / 2]) s[j][i] = -INFINITY;
     }
   }
 }
@@ -162,23 +194,43 @@ __device__ __forceinline__ float shrink_of(float base, float moved) {
   return base == -INFINITY ? 1.0f : exp2_fast(__fsub_rn(base, moved));
 }
 
-/// Scores of 32 tokens -> probabilities as matrix A, and the lane's sum of each row.
+/// Scores of 32 tokens -> their exponentials in place, and the lane's sum of each row.
 __device__ __forceinline__ void exponentials(float (&s)[4][4], float scale_log2,
-                                             const float (&base)[2], uint32_t (&a)[2][4],
-                                             float (&sum)[2]) {
+                                             const float (&base)[2], float (&sum)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float offset = base[r] == -INFINITY ? 0.0f : -base[r];
     float pair[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float low = exp2_fast(__fmaf_rn(s[j][2 * r], scale_log2, offset));
-      const float high = exp2_fast(__fmaf_rn(s[j][2 * r + 1], scale_log2, offset));
-      pair[j] = __fadd_rn(low, high);
-      a[j / 2][r + 2 * (j % 2)] = pack_bf16(low, high);
+      s[j][2 * r] = exp2_fast(__fmaf_rn(s[j][2 * r], scale_log2, offset));
+      s[j][2 * r + 1] = exp2_fast(__fmaf_rn(s[j][2 * r + 1], scale_log2, offset));
+      pair[j] = __fadd_rn(s[j][2 * r], s[j][2 * r + 1]);
     }
     sum[r] = __fadd_rn(__fadd_rn(pair[0], pair[1]), __fadd_rn(pair[2], pair[3]));
   }
+}
+
+/// Exponentials of 32 tokens -> matrices A of two products, 16 consecutive tokens each.
+__device__ __forceinline__ void probabilities(const float (&s)[4][4], uint32_t (&a)[2][4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      a[j / 2][r + 2 * (j % 2)] = pack_bf16(s[j][2 * r], s[j][2 * r + 1]);
+    }
+  }
+}
+
+/// Four 8x8 matrices of bf16 from shared memory; lane l names row l % 8 of matrix l / 8, and gets
+/// columns 2 * (l % 4), + 1 of row l / 4 of each.
+__device__ __forceinline__ uint4 load_matrices(const void* row) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+  return v;
 }
 
 __device__ __forceinline__ float advance_total(float total, float shrink, float half0,
@@ -237,7 +289,8 @@ struct WorkList {
   int context[kMaxListed];
   int warp_units[kAttentionWarps];
 
-  /// Fills the list; units(length, context) of one sequence. Called by all threads of a block.
+  /// Fills the list; units(length, context) of one sequence. Called by all threads of a block, of
+  /// which the first kMaxListed work.
   template <typename Units>
   __device__ __forceinline__ void fill(const AttentionParams& p, Units units) {
     const int b = threadIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -255,11 +308,13 @@ struct WorkList {
       const int other = __shfl_up_sync(kFullMask, upto, offset);
       if (lane >= offset) upto += other;
     }
-    if (lane == kWarp - 1) warp_units[warp] = upto;
+    if (b < kMaxListed && lane == kWarp - 1) warp_units[warp] = upto;
     __syncthreads();
-    for (int w = 0; w < warp; ++w) upto += warp_units[w];
-    first[b + 1] = upto;
-    if (b == 0) first[0] = 0;
+    if (b < kMaxListed) {
+      for (int w = 0; w < warp; ++w) upto += warp_units[w];
+      first[b + 1] = upto;
+      if (b == 0) first[0] = 0;
+    }
     __syncthreads();
   }
 

@@ -14,6 +14,12 @@ constexpr int kRoundTokens = kAttentionWarps * kHalfTokens;
 constexpr int kRoundSteps = kRoundTokens / kBlockTokens;
 static_assert(kRoundTokens == 1 << kSegmentBits, "a segment is a whole number of rounds");
 
+constexpr int kMostTickets = 1024;
+
+/// Segments of a sequence and KV head that are done, where the block of the last merges them all;
+/// it sets the ticket back to zero.
+__device__ int merge_tickets[kMostTickets];
+
 /// Segments drawn by all blocks beyond their first two, and blocks that will draw no more; the last
 /// of these sets both back to zero.
 __device__ int drawn_segments;
@@ -40,13 +46,14 @@ template <int kDim>
 struct DecodeShared {
   static constexpr int kOutTiles = kDim / 8;
   static constexpr int kTiles = ceil_div(kOutTiles, kAttentionWarps);  // of one warp
-  // every lane reads back what it copied, so that values need no barrier and have no conflicts
+  // a warp reads back what it copied
   uint4 values[kAttentionWarps][kTiles][kAttentionWarps][kWarp];
   uint4 probabilities[kAttentionWarps][2][kWarp];
   float top[kAttentionWarps][kRows];
   float sum[kAttentionWarps][2][kWarp];
   WorkList work;
   int drawn;
+  bool merges;
 };
 
 /// One segment of one sequence and KV head.
@@ -91,9 +98,9 @@ struct Round {
     steps = ceil_div(min(kRoundTokens, segment.end - start), kBlockTokens);
 #pragma unroll
     for (int step = 0; step < kRoundSteps; ++step) {
-      if (step < steps) blocks[step] = __ldg(table + step);
+      if (step < steps) blocks[step] = table[step];
     }
-    if (own_step < steps) own_block = __ldg(table + own_step);
+    if (own_step < steps) own_block = table[own_step];
   }
 
   __device__ __forceinline__ bool ends_segment() const {
@@ -115,11 +122,32 @@ struct Round {
   }
 };
 
+/// Row of the projection's output that holds a new token's head `head` of all of its heads.
+template <int kDim>
+__device__ __forceinline__ const bf16* new_row(const AttentionParams& p, int token, int head) {
+  return p.fresh.qkv + (int64_t{token} * (p.query_heads + 2 * p.kv_heads) + head) * kDim;
+}
+
+/// Cosines and sines of a token's position.
+template <int kDim>
+__device__ __forceinline__ const float* new_angles(const AttentionParams& p, int token) {
+  const int position = min(max(p.fresh.positions[token], 0), p.fresh.max_positions - 1);
+  return p.fresh.cos_sin + int64_t{position} * kDim;
+}
+
+/// First element of a KV head in the cache block of a new token; -1 where none is to be kept.
+template <int kDim>
+__device__ __forceinline__ int64_t kept_at(const AttentionParams& p, int slot, int kv_head) {
+  const int block = slot / kBlockTokens;
+  if (slot < 0 || block >= p.fresh.num_blocks) return -1;
+  return (int64_t{block} * p.kv_heads + kv_head) * kBlockTokens * kDim;
+}
+
 /// The warp's keys of a round, in registers: they are read once, and the next round's come while
 /// this one is computed.
 template <int kDim>
 struct Keys {
-  uint4 k[4][Queries<kDim>::kChunks];
+  uint4 k[4][Queries<kDim>::kProducts / 2];
 
   __device__ __forceinline__ void load(const AttentionParams& p, const Round& round) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, c = lane % 4;
@@ -130,10 +158,49 @@ struct Keys {
     const bf16* from = p.key_cache + row * kDim + 8 * c;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const uint4* token = reinterpret_cast<const uint4*>(from + token_of(j, g) * kDim);
+      const uint4* token = reinterpret_cast<const uint4*>(from + (8 * j + g) * kDim);
 #pragma unroll
-      for (int i = 0; i < Queries<kDim>::kChunks; ++i) k[j][i] = __ldg(token + 4 * i);
+      for (int i = 0; i < Queries<kDim>::kProducts / 2; ++i) k[j][i] = token[4 * i];
     }
+  }
+
+  /// Puts the key of the sequence's new token in its place, if that is among the warp's, and into
+  /// the cache.
+  __device__ __forceinline__ void take_new(const AttentionParams& p, const Round& round,
+                                           int token) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, c = lane % 4;
+    const int at = round.segment.context - 1 - round.start - warp * kHalfTokens;
+    if (round.steps == 0 || at < 0 || at >= kHalfTokens || lane / 4 != at % 8) return;
+    const int head = round.segment.kv_head, slot = p.fresh.slots[token];
+    const bf16* from = new_row<kDim>(p, token, p.query_heads + head) + 8 * c;
+    const float* angles = new_angles<kDim>(p, token) + 4 * c;
+    const int64_t kept = kept_at<kDim>(p, slot, head);
+#pragma unroll
+    for (int i = 0; i < Queries<kDim>::kProducts / 2; ++i) {
+      uint4 v = *reinterpret_cast<const uint4*>(from + 32 * i);
+      const float4 cosine = *reinterpret_cast<const float4*>(angles + 16 * i);
+      const float4 sine = *reinterpret_cast<const float4*>(angles + kDim / 2 + 16 * i);
+      v = make_uint4(turned_pair(v.x, cosine.x, sine.x), turned_pair(v.y, cosine.y, sine.y),
+                     turned_pair(v.z, cosine.z, sine.z), turned_pair(v.w, cosine.w, sine.w));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool here = at / 8 == j;
+        k[j][i] = make_uint4(here ? v.x : k[j][i].x, here ? v.y : k[j][i].y, here ? v.z : k[j][i].z,
+                             here ? v.w : k[j][i].w);
+      }
+      if (kept < 0) continue;
+      bf16* to = p.fresh.key_cache + kept + slot % kBlockTokens * kDim + 32 * i + 8 * c;
+      *reinterpret_cast<uint4*>(to) = v;
+    }
+  }
+
+  /// Features of product `i`, see piece_of: lanes 0 and 1 hold the first, 2 and 3 the second.
+  __device__ __forceinline__ uint2 of_product(int j, int i) const {
+    const uint4& v = k[j][i / 2];
+    const uint2 other =
+        make_uint2(__shfl_xor_sync(kFullMask, v.z, 2), __shfl_xor_sync(kFullMask, v.w, 2));
+    const bool own = (threadIdx.x % 4 < 2) == (i % 2 == 0);
+    return own ? make_uint2(v.x, v.y) : other;
   }
 };
 
@@ -150,6 +217,12 @@ __device__ __forceinline__ bool has_features() {
   return threadIdx.x / kWarp * DecodeShared<kDim>::kTiles < DecodeShared<kDim>::kOutTiles;
 }
 
+/// Where a lane's copy of features lane / 4, tokens 8 * (lane % 4) of a half lies: turned so that
+/// the eight rows of a matrix, which have one lane % 4, lie in different banks.
+__device__ __forceinline__ int turned(int feature, int chunk) {
+  return 4 * feature + (chunk ^ (feature >> 1));
+}
+
 template <int kDim>
 __device__ __forceinline__ void fetch_step(DecodeShared<kDim>& shared, const AttentionParams& p,
                                            int block, int kv_head, int step) {
@@ -161,7 +234,7 @@ __device__ __forceinline__ void fetch_step(DecodeShared<kDim>& shared, const Att
   for (int h = 0; h < kHalves; ++h) {
 #pragma unroll
     for (int t = 0; t < DecodeShared<kDim>::kTiles; ++t) {
-      copy_async(&shared.values[warp][t][kHalves * step + h][lane],
+      copy_async(&shared.values[warp][t][kHalves * step + h][turned(g, c)],
                  from + 8 * t * kBlockTokens + h * kHalfTokens, true);
     }
   }
@@ -189,7 +262,7 @@ __device__ __forceinline__ void score_round(DecodeShared<kDim>& shared, const Qu
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int position = round.start + warp * kHalfTokens, last = round.segment.context - 1;
   if (warp >= kHalves * round.steps) return;
-  score<kDim, 1>(q, [&keys](int, int j, int i) { return keys.k[j][i]; }, s);
+  score<kDim, 1>(q, [&keys](int, int j, int i) { return keys.of_product(j, i); }, s);
   if (position + kHalfTokens - 1 > last) mask_half(s[0], position, {last, last});
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -217,7 +290,7 @@ __device__ __forceinline__ void value_step(const DecodeShared<kDim>& shared,
     const uint32_t a[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
 #pragma unroll
     for (int t = 0; t < DecodeShared<kDim>::kTiles; ++t) {
-      const uint4 v = shared.values[warp][t][half][lane];
+      const uint4 v = load_matrices(&shared.values[warp][t][half][turned(lane % 8, lane / 8)]);
       mma(state.out[t], a[0], v.x, v.y);
       mma(state.out[t], a[1], v.z, v.w);
     }
@@ -248,7 +321,8 @@ __device__ __forceinline__ void softmax_round(DecodeShared<kDim>& shared, float 
   if (warp >= kHalves * steps) return;
   uint32_t a[2][4];
   float sum[2];
-  exponentials(s, scale_log2, own, a, sum);
+  exponentials(s, scale_log2, own, sum);
+  probabilities(s, a);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     shared.probabilities[warp][i][lane] = make_uint4(a[i][0], a[i][1], a[i][2], a[i][3]);
@@ -256,16 +330,40 @@ __device__ __forceinline__ void softmax_round(DecodeShared<kDim>& shared, float 
   }
 }
 
+/// Puts the values of the sequence's new token among those that the warp has copied, and into the
+/// cache.
+template <int kDim>
+__device__ __forceinline__ void take_new_values(DecodeShared<kDim>& shared,
+                                                const AttentionParams& p, const Round& round,
+                                                int token) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4;
+  const int at = round.segment.context - 1 - round.start;
+  if (at >= round.steps * kBlockTokens || !has_features<kDim>()) return;
+  if (lane % 4 != at % kHalfTokens / 8) return;
+  const int head = round.segment.kv_head, slot = p.fresh.slots[token];
+  const int64_t kept = kept_at<kDim>(p, slot, head);
+  const bf16* from = new_row<kDim>(p, token, p.query_heads + p.kv_heads + head);
+#pragma unroll
+  for (int t = 0; t < DecodeShared<kDim>::kTiles; ++t) {
+    const int feature = (warp * DecodeShared<kDim>::kTiles + t) * 8 + g;
+    const bf16 value = from[feature];
+    uint4& chunk = shared.values[warp][t][at / kHalfTokens][turned(g, lane % 4)];
+    reinterpret_cast<bf16*>(&chunk)[at % 8] = value;
+    if (kept < 0) continue;
+    p.fresh.value_cache[kept + int64_t{feature} * kBlockTokens + slot % kBlockTokens] = value;
+  }
+}
+
 /// Zeroes the values after the context, of those that the lane has copied.
 template <int kDim>
 __device__ __forceinline__ void clear_tail(DecodeShared<kDim>& shared, const Round& round) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, c = lane % 4;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, c = lane % 4;
   const int count = round.segment.context - round.start;
   if (count >= round.steps * kBlockTokens || !has_features<kDim>()) return;
 #pragma unroll
   for (int t = 0; t < DecodeShared<kDim>::kTiles; ++t) {
     for (int h = count / kHalfTokens; h < kHalves * round.steps; ++h) {
-      uint4& v = shared.values[warp][t][h][lane];
+      uint4& v = shared.values[warp][t][h][turned(g, c)];
       v = keep_first(v, count - h * kHalfTokens - 8 * c);
     }
   }
@@ -348,17 +446,73 @@ __device__ __forceinline__ void store_partial(const AttentionParams& p, const Se
   }
 }
 
+/// Merges the segments of a sequence and KV head in order.
 template <int kDim>
+__device__ __forceinline__ void merge_rows(const AttentionParams& p, int b, int kv_head, int count,
+                                           int token) {
+  constexpr int kPairs = kDim / 2, kTogether = 8;
+  const int64_t pitch = partial_of<kDim>(p, b, kv_head, 1) - partial_of<kDim>(p, b, kv_head, 0);
+  for (int i = threadIdx.x; i < p.group * kPairs; i += blockDim.x) {
+    const int row = i / kPairs, d = i % kPairs * 2;
+    const float* part = partial_of<kDim>(p, b, kv_head, 0);
+    float base = -INFINITY, total = 0.0f;
+    float2 value = make_float2(0.0f, 0.0f);
+    for (int n0 = 0; n0 < count; n0 += kTogether) {
+      float2 x[kTogether], state[kTogether];
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n) {
+        if (n0 + n >= count) continue;
+        const float* at = part + (n0 + n) * pitch;
+        x[n] = __ldcg(reinterpret_cast<const float2*>(at + row * kDim + d));
+        state[n] = __ldcg(reinterpret_cast<const float2*>(at + p.group * kDim + 2 * row));
+      }
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n) {
+        if (n0 + n >= count) continue;
+        const Shares shares = merge_bases(base, state[n].x);
+        total = merge(total, state[n].y, shares);
+        value.x = merge(value.x, x[n].x, shares);
+        value.y = merge(value.y, x[n].y, shares);
+      }
+    }
+    const float inverse = __frcp_rn(total);
+    *reinterpret_cast<uint32_t*>(out_row<kDim>(p, token, kv_head, row) + d) =
+        pack_bf16(normalise(value.x, inverse), normalise(value.y, inverse));
+  }
+}
+
+/// After a block's only segment: the last of a sequence and KV head to get here merges.
+template <int kDim>
+__device__ __forceinline__ void merge_if_last(DecodeShared<kDim>& shared, const AttentionParams& p,
+                                              const Segment& segment) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int& ticket = merge_tickets[segment.sequence * p.kv_heads + segment.kv_head];
+    shared.merges = atomicAdd(&ticket, 1) == segment.count - 1;
+    if (shared.merges) ticket = 0;
+  }
+  __syncthreads();
+  if (!shared.merges) return;
+  __threadfence();
+  merge_rows<kDim>(p, segment.sequence, segment.kv_head, segment.count,
+                   shared.work.token[segment.sequence]);
+}
+
+template <int kDim, bool kNew>
 __device__ __forceinline__ void load_queries(Queries<kDim>& q, const AttentionParams& p,
                                              const WorkList& work, const Segment& segment) {
-  const int64_t token = work.token[segment.sequence];
+  const int token = work.token[segment.sequence];
   const bf16* rows[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = threadIdx.x % kWarp / 4 + 8 * r, head = segment.kv_head * p.group + row;
-    rows[r] = row < p.group ? p.q + (token * p.query_heads + head) * kDim : nullptr;
+    const bf16* from =
+        kNew ? new_row<kDim>(p, token, head) : p.q + (int64_t{token} * p.query_heads + head) * kDim;
+    rows[r] = row < p.group ? from : nullptr;
   }
   q.load(rows);
+  if constexpr (kNew) q.turn(new_angles<kDim>(p, token));
 }
 
 /// Which segment a block takes after the upcoming one: the next that no block has drawn, because
@@ -377,10 +531,12 @@ __device__ __forceinline__ void finish_drawing() {
 
 /// One block an SM takes the segments of all sequences in turn; while a round is computed, the
 /// keys and values of the next are on their way.
-template <int kDim>
+/// kNew: takes queries, keys and values of the new tokens from the projection's output.
+template <int kDim, bool kNew>
 __global__ void __launch_bounds__(kAttentionThreads, 1) decode_attention(const AttentionParams p) {
   extern __shared__ uint4 raw[];
   auto& shared = *reinterpret_cast<DecodeShared<kDim>*>(raw);
+  wait_for_inputs();
   shared.work.fill(p, [&p](int n, int context) { return decode_segments(p, n, context); });
   const int items = shared.work.total() * p.kv_heads;
   const bool draws = items > 2 * static_cast<int>(gridDim.x);
@@ -390,10 +546,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) decode_attention(const A
   round.start = round.segment.begin;
   round.find_blocks(p);
   int upcoming = blockIdx.x + gridDim.x;
+  auto token_of = [&shared](const Round& of) { return shared.work.token[of.segment.sequence]; };
   Queries<kDim> q;
-  load_queries(q, p, shared.work, round.segment);
+  load_queries<kDim, kNew>(q, p, shared.work, round.segment);
   Keys<kDim> keys;
   keys.load(p, round);
+  if constexpr (kNew) keys.take_new(p, round, token_of(round));
   fetch_values(shared, p, round);
   DecodeState<kDim> state;
   while (round.steps > 0) {
@@ -405,21 +563,24 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) decode_attention(const A
     float s[1][4][4], shrink[kRoundSteps][2];
     score_round(shared, q, keys, round, s);
     keys.load(p, next);
+    if constexpr (kNew) keys.take_new(p, next, token_of(next));
     __syncthreads();
     softmax_round(shared, p.scale_log2, round.steps, state, s[0], shrink);
     if (taken && threadIdx.x == 0) shared.drawn = drawn;
     copy_wait<0>();
     clear_tail(shared, round);
+    if constexpr (kNew) take_new_values(shared, p, round, token_of(round));
     __syncthreads();
     if (taken) upcoming = shared.drawn;
     value_round(shared, round, shrink, state);
     fetch_values(shared, p, next);
     if (round.ends_segment()) {
-      if (next.steps > 0) load_queries(q, p, shared.work, next.segment);
+      if (next.steps > 0) load_queries<kDim, kNew>(q, p, shared.work, next.segment);
       if (round.segment.count == 1) {
         store_result(p, shared.work.token[round.segment.sequence], round.segment, state);
       } else {
         store_partial(p, round.segment, state);
+        if (!p.merge_apart) merge_if_last(shared, p, round.segment);
       }
       state = {};
     }
@@ -428,57 +589,42 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) decode_attention(const A
   if (draws) finish_drawing();
 }
 
-/// Merges the segments of a sequence and KV head in order; grid: (KV head, sequence).
+/// Merges the segments of sequences and KV heads; grid: (KV head, sequence).
 template <int kDim>
 __global__ void merge_segments(const AttentionParams p) {
-  constexpr int kPairs = kDim / 2, kTogether = 8;
+  wait_for_inputs();
   const int kv_head = blockIdx.x, b = blockIdx.y, token = p.cu_seqlens_q[b];
   const int count = decode_segments(p, p.cu_seqlens_q[b + 1] - token, p.context_lens[b]);
   if (count < 2) return;  // nothing, or already a result
-  const int64_t pitch = partial_of<kDim>(p, b, kv_head, 1) - partial_of<kDim>(p, b, kv_head, 0);
-  for (int i = threadIdx.x; i < p.group * kPairs; i += blockDim.x) {
-    const int row = i / kPairs, d = i % kPairs * 2;
-    const float* part = partial_of<kDim>(p, b, kv_head, 0);
-    float base = -INFINITY, total = 0.0f;
-    float2 value = make_float2(0.0f, 0.0f);
-    for (int n0 = 0; n0 < count; n0 += kTogether) {
-      float2 x[kTogether], state[kTogether];
-#pragma unroll
-      for (int n = 0; n < kTogether; ++n) {
-        if (n0 + n >= count) continue;
-        const float* at = part + (n0 + n) * pitch;
-        x[n] = *reinterpret_cast<const float2*>(at + row * kDim + d);
-        state[n] = *reinterpret_cast<const float2*>(at + p.group * kDim + 2 * row);
-      }
-#pragma unroll
-      for (int n = 0; n < kTogether; ++n) {
-        if (n0 + n >= count) continue;
-        const Shares shares = merge_bases(base, state[n].x);
-        total = merge(total, state[n].y, shares);
-        value.x = merge(value.x, x[n].x, shares);
-        value.y = merge(value.y, x[n].y, shares);
-      }
-    }
-    const float inverse = __frcp_rn(total);
-    *reinterpret_cast<uint32_t*>(out_row<kDim>(p, token, kv_head, row) + d) =
-        pack_bf16(normalise(value.x, inverse), normalise(value.y, inverse));
-  }
+  merge_rows<kDim>(p, b, kv_head, count, token);
 }
 
 }  // namespace
 
-template <int kDim>
-void launch_decode(const AttentionParams& p, int blocks, cudaStream_t stream) {
+template <int kDim, bool kNew>
+void launch_segments(const AttentionParams& p, int blocks, cudaStream_t stream) {
   constexpr int kBytes = sizeof(DecodeShared<kDim>);
   static const cudaError_t ready = cudaFuncSetAttribute(
-      decode_attention<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      decode_attention<kDim, kNew>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   check(ready, "decode_attention: shared memory");
-  decode_attention<kDim><<<blocks, kAttentionThreads, kBytes, stream>>>(p);
-  check_launch("decode_attention");
-  if (p.segments == 1) return;
+  launch("decode_attention", decode_attention<kDim, kNew>, blocks, kAttentionThreads, kBytes,
+         stream, p);
+}
+
+template <int kDim>
+void launch_decode(const AttentionParams& params, int blocks, cudaStream_t stream) {
+  AttentionParams p = params;
+  const int64_t heads = int64_t{p.sequences} * p.kv_heads;
+  p.merge_apart = heads * p.segments > blocks || heads > kMostTickets;
+  if (p.fresh.qkv != nullptr) {
+    launch_segments<kDim, true>(p, blocks, stream);
+  } else {
+    launch_segments<kDim, false>(p, blocks, stream);
+  }
+  if (p.segments == 1 || !p.merge_apart) return;
   const int threads = p.group * kDim / 2 < 512 ? ceil_div(p.group * kDim / 2, kWarp) * kWarp : 512;
-  merge_segments<kDim><<<dim3(p.kv_heads, p.sequences), threads, 0, stream>>>(p);
-  check_launch("merge_segments");
+  launch("merge_segments", merge_segments<kDim>, dim3(p.kv_heads, p.sequences), threads, 0, stream,
+         p);
 }
 
 template void launch_decode<32>(const AttentionParams&, int, cudaStream_t);

@@ -9,11 +9,16 @@ namespace {
 constexpr int kTileRows = kRows * kAttentionWarps;
 constexpr int kStages = 3;  // with three, one barrier a step keeps a copy off what is being read
 
-/// 16-byte chunk `chunk` of row `row`: odd rows are turned by half of 128 bytes, because a quarter
-/// warp reads four chunks of two rows at once.
+/// Where 16-byte chunk `chunk` of a token's key lies: half a warp reads 32 bytes of four tokens at
+/// once, which the turn puts into different banks.
 template <int kChunks>
-__device__ __forceinline__ int swizzled(int row, int chunk) {
-  return row * kChunks + (kChunks >= 8 ? chunk ^ (row & 1) * 4 : chunk);
+__device__ __forceinline__ int key_at(int token, int chunk) {
+  return token * kChunks + (chunk ^ (kChunks >= 8 ? token % 4 : token / 2 % 2) * 2);
+}
+
+/// Where chunk `chunk` of a row of transposed values lies: a matrix is one chunk of eight rows.
+__device__ __forceinline__ int value_at(int feature, int chunk) {
+  return feature * (kBlockTokens / 8) + (chunk ^ feature % 8);
 }
 
 /// A step's keys [64][kDim] and transposed values [kDim][64].
@@ -31,12 +36,12 @@ struct Stage {
     const uint4* from_values = reinterpret_cast<const uint4*>(p.value_cache) + block * kChunks;
 #pragma unroll
     for (int i = threadIdx.x; i < kChunks; i += kAttentionThreads) {
-      const int to = swizzled<kKeyChunks>(i / kKeyChunks, i % kKeyChunks);
+      const int to = key_at<kKeyChunks>(i / kKeyChunks, i % kKeyChunks);
       copy_async(&keys[to], from_keys + i, true);
     }
 #pragma unroll
     for (int i = threadIdx.x; i < kChunks; i += kAttentionThreads) {
-      const int to = swizzled<kValueChunks>(i / kValueChunks, i % kValueChunks);
+      const int to = value_at(i / kValueChunks, i % kValueChunks);
       copy_async(&values[to], from_values + i, true);
     }
   }
@@ -44,7 +49,7 @@ struct Stage {
   /// Zeroes the values of the tokens from `count` on.
   __device__ __forceinline__ void clear_from(int count) {
     for (int i = threadIdx.x; i < kChunks; i += kAttentionThreads) {
-      uint4& v = values[swizzled<kValueChunks>(i / kValueChunks, i % kValueChunks)];
+      uint4& v = values[value_at(i / kValueChunks, i % kValueChunks)];
       v = keep_first(v, count - i % kValueChunks * 8);
     }
   }
@@ -100,15 +105,12 @@ __device__ __forceinline__ void attend(PrefillState<kDim>& state, const Queries<
   constexpr int kOutTiles = PrefillState<kDim>::kOutTiles;
   constexpr int kTogether = kOutTiles < 8 ? kOutTiles : 8;
   const int lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
-  // the lane's chunks 4 * i + c are 8 * (i / 2) + turned[i % 2], see swizzled
-  const int turn = g % 2, turned[2] = {4 * turn + c, 4 * (1 - turn) + c};
   float s[kHalves][4][4];
   {
-    constexpr int kChunks = Stage<kDim>::kKeyChunks;
-    const uint4* row = stage.keys + token_of(0, g) * kChunks;
+    const uint2* keys = reinterpret_cast<const uint2*>(stage.keys);
     auto key = [&](int h, int j, int i) {
-      const int chunk = kChunks >= 8 ? 8 * (i / 2) + turned[i % 2] : c;
-      return row[(h * kHalfTokens + token_of(j, 0)) * kChunks + chunk];
+      const int token = h * kHalfTokens + 8 * j + g, piece = piece_of(i, c);
+      return keys[2 * key_at<Stage<kDim>::kKeyChunks>(token, 2 * i + piece / 2) + piece % 2];
     };
     score<kDim, kHalves>(q, key, s);
   }
@@ -135,7 +137,8 @@ __device__ __forceinline__ void attend(PrefillState<kDim>& state, const Queries<
   float sum[kHalves][2];
 #pragma unroll
   for (int h = 0; h < kHalves; ++h) {
-    exponentials(s[h], scale_log2, state.base, a[h], sum[h]);
+    exponentials(s[h], scale_log2, state.base, sum[h]);
+    probabilities(s[h], a[h]);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -148,7 +151,8 @@ __device__ __forceinline__ void attend(PrefillState<kDim>& state, const Queries<
       uint4 v[kTogether];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        v[i] = stage.values[(8 * (i0 + i) + g) * Stage<kDim>::kValueChunks + turned[h]];
+        const int row = 8 * (i0 + i) + lane % 8;
+        v[i] = load_matrices(&stage.values[value_at(row, 4 * h + lane / 8)]);
       }
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) mma(state.out[i0 + i], a[h][0], v[i].x, v[i].y);
@@ -180,6 +184,7 @@ template <int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, 1) prefill_attention(const AttentionParams p) {
   extern __shared__ uint4 raw[];
   auto& shared = *reinterpret_cast<PrefillShared<kDim>*>(raw);
+  wait_for_inputs();
   shared.work.fill(p, [&p](int length, int) {
     return is_decode(p, length) ? 0 : ceil_div(length * p.group, kTileRows);
   });
@@ -257,8 +262,7 @@ void launch_prefill(const AttentionParams& p, int tokens, cudaStream_t stream) {
       prefill_attention<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   check(ready, "prefill_attention: shared memory");
   const dim3 grid(p.kv_heads, tokens * p.group / kTileRows + p.sequences);
-  prefill_attention<kDim><<<grid, kAttentionThreads, kBytes, stream>>>(p);
-  check_launch("prefill_attention");
+  launch("prefill_attention", prefill_attention<kDim>, grid, kAttentionThreads, kBytes, stream, p);
 }
 
 template void launch_prefill<32>(const AttentionParams&, int, cudaStream_t);

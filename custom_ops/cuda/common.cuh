@@ -31,7 +31,39 @@ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
+/// Whether kernels may start before the one ahead of them has ended (Hopper on); see launch.
+bool starts_early();
+
+/// Launches a kernel that calls wait_for_inputs() before it reads what others have written. Its
+/// blocks may then take their places, and read weights, while the kernel ahead still runs: see
+/// docs/performance.md for what that saves.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads,
+            int shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = starts_early() ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
+}
+
 #ifdef __CUDACC__
+/// Waits for what the kernels ahead have written, then lets the next one take its place. Every
+/// thread that reads or writes global memory other than weights calls it first; loads of others'
+/// results must not be __ldg, which the compiler may move ahead of it.
+__device__ __forceinline__ void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset >>= 1) v += __shfl_xor_sync(kFullMask, v, offset);

@@ -21,6 +21,7 @@ void run(bool gated, const TiledWeight& w, const GemmParams& p, int tile_rows, i
 
 /// One row per blockIdx.y.
 __global__ void finish_kernel(const GemmParams p, const float* column_scale, int parts) {
+  wait_for_inputs();
   const int column = blockIdx.x * kFinishThreads + threadIdx.x;
   if (column >= p.out_columns) return;
   const int64_t i = int64_t{blockIdx.y} * p.out_columns + column;
@@ -35,8 +36,7 @@ __global__ void finish_kernel(const GemmParams p, const float* column_scale, int
 
 void finish_parts(const GemmParams& p, const float* column_scale, int parts, cudaStream_t stream) {
   const dim3 grid(ceil_div(p.out_columns, kFinishThreads), p.rows.count);
-  finish_kernel<<<grid, kFinishThreads, 0, stream>>>(p, column_scale, parts);
-  check_launch("finish_parts");
+  launch("finish_parts", finish_kernel, grid, kFinishThreads, 0, stream, p, column_scale, parts);
 }
 
 void gemm(int kind, bool gated, const TiledWeight& w, const GemmParams& p, int tile_rows,

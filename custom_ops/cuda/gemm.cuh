@@ -54,8 +54,8 @@ void launch_skinny(const TiledWeight& w, const GemmParams& p, int row_tiles, cud
   const int blocks = kGated ? w.n_tiles / 2 : w.n_tiles;
   const int parts = canonical_parts(w, kGated, p.tiles_of_token);
   const dim3 grid(ceil_div(blocks, kSkinnyWarps / parts), row_tiles);
-  skinny_gemm<kKind, kGated, kTokenTiles><<<grid, kSkinnyWarps * kWarp, 0, stream>>>(w, p, parts);
-  check_launch("skinny_gemm");
+  launch("skinny_gemm", skinny_gemm<kKind, kGated, kTokenTiles>, grid, kSkinnyWarps * kWarp, 0,
+         stream, w, p, parts);
 }
 
 constexpr int kFinishTiles = 2;  // k tiles' worth of time that adding parts takes
@@ -82,8 +82,7 @@ void launch_wide(const TiledWeight& w, const GemmParams& p, int row_tiles, cudaS
   const int parts = canonical_parts(w, kGated, p.tiles_of_token);
   const bool split = !kGated && splits_parts(w, p, columns * row_tiles, parts);
   const dim3 grid(columns, row_tiles, split ? parts : 1);
-  kernel<<<grid, kWideThreads, kBytes, stream>>>(w, p, parts);
-  check_launch("wide_gemm");
+  launch("wide_gemm", kernel, grid, kWideThreads, kBytes, stream, w, p, parts);
   if (split) finish_parts(p, kKind == Kind::kDense ? nullptr : w.column_scale, parts, stream);
 }
 

@@ -79,8 +79,8 @@ struct WarpProduct {
 #pragma unroll
       for (int i = 0; i < kSpan; ++i) {
         const bool valid = x_row[j] != nullptr && k + 32 * i < limit;
-        x_next[j][i] = valid ? __ldg(reinterpret_cast<const uint4*>(x_row[j] + k + 32 * i))
-                             : make_uint4(0, 0, 0, 0);
+        x_next[j][i] =
+            valid ? *reinterpret_cast<const uint4*>(x_row[j] + k + 32 * i) : make_uint4(0, 0, 0, 0);
       }
     }
   }
@@ -181,6 +181,8 @@ __global__ void __launch_bounds__(kSkinnyWarps* kWarp, resident_blocks(kGated, k
   constexpr int kTokens = 8 * kTokenTiles;
   __shared__ float partial[kSkinnyWarps][kStreams][kTokens][kTileColumns + 1];
 
+  const bool routed = p.rows.tiles != nullptr || p.rows.expert_of_row != nullptr;
+  if (routed) wait_for_inputs();
   const RowTile tile = find_tile(p.rows, blockIdx.y, kTokens);
   if (tile.count <= 0) return;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -214,6 +216,7 @@ __global__ void __launch_bounds__(kSkinnyWarps* kWarp, resident_blocks(kGated, k
     for (int d = 0; d < kDepth; ++d) {
       if (begin + d < end) load_stage(stage[d], w, stream_block, begin + d, lane);
     }
+    if (!routed) wait_for_inputs();  // the first weights come while the kernel ahead still runs
     product.request_x(begin * kTileRows);
     for (int base = begin; base < end; base += kDepth) {
 #pragma unroll

@@ -283,6 +283,7 @@ __global__ void __launch_bounds__(kWideThreads, WideShape<kKind, kTokens>::kResi
   __shared__ __align__(16) uint32_t source_rows[kTokens];
   float4* offsets = reinterpret_cast<float4*>(shared + kWideStages * Shape::kStageVectors);
 
+  wait_for_inputs();
   const RowTile tile = find_tile(p.rows, blockIdx.y, kTokens);
   if (tile.count <= 0) return;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;

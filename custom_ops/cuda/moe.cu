@@ -26,6 +26,7 @@ __global__ void route_logits(const bf16* x, const float* gate, float* partial, i
                              int hidden, int experts, int run) {
   __shared__ float x_tile[kRouteTokens][kRouteDepth];
   __shared__ float gate_tile[kRouteDepth][kRouteExperts];
+  wait_for_inputs();
   const int t0 = blockIdx.x * kRouteTokens, split = blockIdx.y, e0 = blockIdx.z * kRouteExperts;
   const int e = threadIdx.x % kRouteExperts, group = threadIdx.x / kRouteExperts;
   const int begin = split * run * kPieceRows, end = min(begin + run * kPieceRows, hidden);
@@ -103,6 +104,7 @@ __device__ __forceinline__ void add_groups(const float* partial, int count, int 
 /// One block a token: all threads add the partial sums, the first warp does the rest.
 __global__ void route_select(const float* partial, const float* bias, int count, int per_group,
                              int* ids, float* weights, int tokens, int experts, int top_k) {
+  wait_for_inputs();
   extern __shared__ float memory[];
   float* p = memory;           // [experts]
   float* score = p + experts;  // [experts]
@@ -167,6 +169,7 @@ __global__ void route_select(const float* partial, const float* bias, int count,
 /// free: a row's result depends on nothing but the row.
 __global__ void align_kernel(const int* ids, int slots, int experts, int tile_rows, int max_tiles,
                              int* slot_of_row, int4* tiles) {
+  wait_for_inputs();
   __shared__ int count[kMaxExperts], cursor[kMaxExperts];
   __shared__ int tile_total;
   for (int e = threadIdx.x; e < experts; e += blockDim.x) count[e] = 0;
@@ -197,6 +200,7 @@ __global__ void align_kernel(const int* ids, int slots, int experts, int tile_ro
 
 __global__ void combine_kernel(const bf16* y, const float* weights, bf16* out, int top_k,
                                int hidden, int64_t pairs) {
+  wait_for_inputs();
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i >= pairs) return;
   const int per_row = hidden / 2;
@@ -237,17 +241,15 @@ void route(const bf16* x, const float* gate, const float* bias, float* partial,
                              std::to_string(top_k) + " exceed 1024 experts or top 32");
   }
   const dim3 grid(ceil_div(tokens, kRouteTokens), plan.count, ceil_div(experts, kRouteExperts));
-  route_logits<<<grid, kRouteThreads, 0, stream>>>(x, gate, partial, tokens, hidden, experts,
-                                                   plan.run);
-  check_launch("route_logits");
+  launch("route_logits", route_logits, grid, kRouteThreads, 0, stream, x, gate, partial, tokens,
+         hidden, experts, plan.run);
   const int per_group = plan.run == 1 ? kGroupPieces : 1;
   const int groups = ceil_div(plan.count, per_group);
   const int sums = groups * experts < kSelectSums ? groups * experts : kSelectSums;
   const int threads = ceil_div(sums < 1024 ? sums : 1024, kWarp) * kWarp;
   const int bytes = (2 * experts + (sums > experts ? sums : experts)) * 4;
-  route_select<<<tokens, threads, bytes, stream>>>(partial, bias, plan.count, per_group, ids,
-                                                   weights, tokens, experts, top_k);
-  check_launch("route_select");
+  launch("route_select", route_select, tokens, threads, bytes, stream, partial, bias, plan.count,
+         per_group, ids, weights, tokens, experts, top_k);
 }
 
 void align_experts(const int* ids, int slots, int experts, int tile_rows, int max_tiles,
@@ -255,18 +257,16 @@ void align_experts(const int* ids, int slots, int experts, int tile_rows, int ma
   if (experts > kMaxExperts) {
     throw std::runtime_error("align_experts: " + std::to_string(experts) + " experts exceed 1024");
   }
-  align_kernel<<<1, 1024, 0, stream>>>(ids, slots, experts, tile_rows, max_tiles, slot_of_row,
-                                       tiles);
-  check_launch("align_experts");
+  launch("align_experts", align_kernel, 1, 1024, 0, stream, ids, slots, experts, tile_rows,
+         max_tiles, slot_of_row, tiles);
 }
 
 void combine(const bf16* y, const float* weights, bf16* out, int tokens, int top_k, int hidden,
              cudaStream_t stream) {
   constexpr int kThreads = 256;
   const int64_t pairs = int64_t{tokens} * hidden / 2;
-  combine_kernel<<<static_cast<unsigned>(ceil_div<int64_t>(pairs, kThreads)), kThreads, 0,
-                   stream>>>(y, weights, out, top_k, hidden, pairs);
-  check_launch("combine");
+  launch("combine", combine_kernel, static_cast<unsigned>(ceil_div<int64_t>(pairs, kThreads)),
+         kThreads, 0, stream, y, weights, out, top_k, hidden, pairs);
 }
 
 }  // namespace fd::cuda

@@ -32,6 +32,14 @@ __device__ __forceinline__ void store8(bf16* p, const Eight& x) {
                                             pack_bf16(x.v[4], x.v[5]), pack_bf16(x.v[6], x.v[7]));
 }
 
+/// x += y, rounded to bf16.
+__device__ __forceinline__ void add_rounded(Eight& x, const Eight& y) {
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    x.v[j] = __bfloat162float(__float2bfloat16_rn(x.v[j] + y.v[j]));
+  }
+}
+
 __device__ float block_sum(float value) {
   __shared__ float sums[kWarp];
   value = warp_sum(value);
@@ -49,10 +57,12 @@ __device__ __forceinline__ float weight_at(const Weight* w, int i) {
 
 /// One block a row. The row stays in registers between the two passes over it (hidden <= 4 * 8 *
 /// threads).
-template <typename Weight, bool kAdd>
+/// kAdds: 1 adds x to the residual first, 2 adds y to x before that.
+template <typename Weight, int kAdds>
 __global__ void __launch_bounds__(1024)
-    rms_norm_kernel(const bf16* x, bf16* residual, const Weight* weight, float eps, bf16* out,
-                    int hidden) {
+    rms_norm_kernel(const bf16* x, const bf16* y, bf16* residual, const Weight* weight, float eps,
+                    bf16* out, int hidden) {
+  wait_for_inputs();
   const int64_t row = int64_t{blockIdx.x} * hidden;
   Eight held[kMaxVectors];
   float squares = 0.0f;
@@ -61,12 +71,9 @@ __global__ void __launch_bounds__(1024)
     const int at = (i * blockDim.x + threadIdx.x) * kVector;
     if (at >= hidden) break;
     held[i] = load8(x + row + at);
-    if constexpr (kAdd) {
-      const Eight old = load8(residual + row + at);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        held[i].v[j] = __bfloat162float(__float2bfloat16_rn(held[i].v[j] + old.v[j]));
-      }
+    if constexpr (kAdds == 2) add_rounded(held[i], load8(y + row + at));
+    if constexpr (kAdds > 0) {
+      add_rounded(held[i], load8(residual + row + at));
       store8(residual + row + at, held[i]);
     }
 #pragma unroll
@@ -84,6 +91,7 @@ __global__ void __launch_bounds__(1024)
 }
 
 __global__ void silu_and_mul_kernel(const bf16* x, bf16* out, int width, int64_t vectors) {
+  wait_for_inputs();
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i >= vectors) return;
   const int per_row = width / kVector;
@@ -97,6 +105,7 @@ __global__ void silu_and_mul_kernel(const bf16* x, bf16* out, int width, int64_t
 }
 
 __global__ void add_kernel(bf16* x, const bf16* y, int64_t count) {
+  wait_for_inputs();
   const int64_t i = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kVector;
   if (i + kVector <= count) {
     Eight a = load8(x + i);
@@ -112,6 +121,7 @@ __global__ void add_kernel(bf16* x, const bf16* y, int64_t count) {
 template <typename Unit>
 __global__ void gather_kernel(const Unit* x, const int* rows, Unit* out, int64_t width,
                               int source_rows) {
+  wait_for_inputs();
   const int64_t to = blockIdx.x;
   const int from = rows[to];
   const bool valid = from >= 0 && from < source_rows;
@@ -126,25 +136,20 @@ void launch_gather(const void* x, const int* rows, void* out, int count, int64_t
                    int source_rows, cudaStream_t stream) {
   const int64_t pieces = ceil_div<int64_t>(width, kThreads);
   const dim3 grid(count, static_cast<unsigned>(pieces < 32 ? pieces : 32));
-  gather_kernel<Unit><<<grid, kThreads, 0, stream>>>(static_cast<const Unit*>(x), rows,
-                                                     static_cast<Unit*>(out), width, source_rows);
-  check_launch("gather_rows");
+  launch("gather_rows", gather_kernel<Unit>, grid, kThreads, 0, stream, static_cast<const Unit*>(x),
+         rows, static_cast<Unit*>(out), width, source_rows);
 }
 
 template <typename Weight>
-void launch_norm(const bf16* x, bf16* residual, const Weight* weight, float eps, bf16* out,
-                 int tokens, int hidden, cudaStream_t stream) {
+void launch_norm(const bf16* x, const bf16* y, bf16* residual, const Weight* weight, float eps,
+                 bf16* out, int tokens, int hidden, cudaStream_t stream) {
   const int vectors = hidden / kVector;
   const int wanted = ceil_div(vectors, kWarp) * kWarp;
   const int threads = wanted < 1024 ? wanted : 1024;
-  if (residual != nullptr) {
-    rms_norm_kernel<Weight, true>
-        <<<tokens, threads, 0, stream>>>(x, residual, weight, eps, out, hidden);
-  } else {
-    rms_norm_kernel<Weight, false>
-        <<<tokens, threads, 0, stream>>>(x, residual, weight, eps, out, hidden);
-  }
-  check_launch("rms_norm");
+  auto kernel = residual == nullptr ? rms_norm_kernel<Weight, 0>
+                : y == nullptr      ? rms_norm_kernel<Weight, 1>
+                                    : rms_norm_kernel<Weight, 2>;
+  launch("rms_norm", kernel, tokens, threads, 0, stream, x, y, residual, weight, eps, out, hidden);
 }
 
 }  // namespace
@@ -154,16 +159,18 @@ void embedding(const int* ids, const bf16* table, bf16* out, int tokens, int hid
   gather_rows(table, ids, out, tokens, int64_t{hidden} * 2, vocab, stream);
 }
 
-void rms_norm(const bf16* x, bf16* residual, const void* weight, bool weight_is_float, float eps,
-              bf16* out, int tokens, int hidden, cudaStream_t stream) {
+void rms_norm(const bf16* x, const bf16* y, bf16* residual, const void* weight,
+              bool weight_is_float, float eps, bf16* out, int tokens, int hidden,
+              cudaStream_t stream) {
   if (hidden % kVector != 0 || hidden > kMaxVectors * kVector * 1024) {
     throw std::runtime_error("rms_norm: hidden size " + std::to_string(hidden) +
                              " is not a multiple of 8 up to 32768");
   }
   if (weight_is_float) {
-    launch_norm(x, residual, static_cast<const float*>(weight), eps, out, tokens, hidden, stream);
+    launch_norm(x, y, residual, static_cast<const float*>(weight), eps, out, tokens, hidden,
+                stream);
   } else {
-    launch_norm(x, residual, static_cast<const bf16*>(weight), eps, out, tokens, hidden, stream);
+    launch_norm(x, y, residual, static_cast<const bf16*>(weight), eps, out, tokens, hidden, stream);
   }
 }
 
@@ -173,16 +180,15 @@ void silu_and_mul(const bf16* x, bf16* out, int tokens, int width, cudaStream_t 
                              " is not a multiple of 8");
   }
   const int64_t vectors = int64_t{tokens} * width / kVector;
-  silu_and_mul_kernel<<<static_cast<unsigned>(ceil_div<int64_t>(vectors, kThreads)), kThreads, 0,
-                        stream>>>(x, out, width, vectors);
-  check_launch("silu_and_mul");
+  launch("silu_and_mul", silu_and_mul_kernel,
+         static_cast<unsigned>(ceil_div<int64_t>(vectors, kThreads)), kThreads, 0, stream, x, out,
+         width, vectors);
 }
 
 void add_inplace(bf16* x, const bf16* y, int64_t count, cudaStream_t stream) {
   const int64_t vectors = ceil_div<int64_t>(count, kVector);
-  add_kernel<<<static_cast<unsigned>(ceil_div<int64_t>(vectors, kThreads)), kThreads, 0, stream>>>(
-      x, y, count);
-  check_launch("add_inplace");
+  launch("add_inplace", add_kernel, static_cast<unsigned>(ceil_div<int64_t>(vectors, kThreads)),
+         kThreads, 0, stream, x, y, count);
 }
 
 void gather_rows(const void* x, const int* rows, void* out, int count, int64_t row_bytes,

@@ -18,10 +18,11 @@ using bf16 = __nv_bfloat16;
 // -------------------------------------------------------------------------
 void embedding(const int* ids, const bf16* table, bf16* out, int tokens, int hidden, int vocab,
                cudaStream_t stream);
-/// weight is float32 or bf16 [hidden]. With `residual`, residual += x first and the sum (rounded to
-/// bf16) is normalised.
-void rms_norm(const bf16* x, bf16* residual, const void* weight, bool weight_is_float, float eps,
-              bf16* out, int tokens, int hidden, cudaStream_t stream);
+/// weight is float32 or bf16 [hidden]. With `residual`, residual += x (or x + y) first and the sum
+/// is normalised; each sum is rounded to bf16.
+void rms_norm(const bf16* x, const bf16* y, bf16* residual, const void* weight,
+              bool weight_is_float, float eps, bf16* out, int tokens, int hidden,
+              cudaStream_t stream);
 void silu_and_mul(const bf16* x, bf16* out, int tokens, int width, cudaStream_t stream);
 void add_inplace(bf16* x, const bf16* y, int64_t count, cudaStream_t stream);
 /// Copies rows of `row_bytes` (a multiple of 2) by index; rows out of [0, source_rows) become
@@ -100,6 +101,14 @@ void paged_attention(const bf16* q, const bf16* key_cache, const bf16* value_cac
                      const int* block_tables, const int* cu_seqlens_q, const int* context_lens,
                      float scale, const AttentionPlan& plan, float* partial, bf16* out,
                      const AttentionShape& shape, cudaStream_t stream);
+
+/// rope_and_cache, then paged_attention, for one token a sequence: in one kernel where that can be,
+/// to the same bits. The cache's entries for the new tokens need not have been written.
+void decode_new_tokens(const bf16* qkv, const int* positions, const float* cos_sin,
+                       const int* slot_mapping, bf16* key_cache, bf16* value_cache,
+                       const int* block_tables, const int* cu_seqlens_q, const int* context_lens,
+                       float scale, const AttentionPlan& plan, float* partial, bf16* out,
+                       const AttentionShape& shape, int max_positions, cudaStream_t stream);
 
 // --- sampling (sampling.cu)
 // ----------------------------------------------------------------------------------

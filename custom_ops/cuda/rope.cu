@@ -2,18 +2,16 @@
 //
 // Keys lie as [block][kv head][64 tokens][D], values transposed as [block][kv head][D][64 tokens],
 // as attention.cu reads them.
-#include "common.cuh"
-#include "ops.h"
+#include "attention.cuh"
 
 namespace fd::cuda {
 namespace {
-
-constexpr int kBlockTokens = 64;  // cache block
 
 /// One thread a pair of features of one head of one token: rotate q and k, copy v.
 __global__ void rope_kernel(const bf16* qkv, const int* positions, const float* cos_sin,
                             const int* slot_mapping, bf16* key_cache, bf16* value_cache,
                             bf16* q_out, AttentionShape shape, int max_positions) {
+  wait_for_inputs();
   const int token = blockIdx.x;
   const int half_dim = shape.head_dim / 2;
   const int heads = shape.query_heads + 2 * shape.kv_heads;
@@ -25,19 +23,19 @@ __global__ void rope_kernel(const bf16* qkv, const int* positions, const float* 
   for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < heads * half_dim;
        i += gridDim.y * blockDim.x) {
     const int head = i / half_dim, pair = i % half_dim;
-    const float2 x = unpack_bf16(from[i]);
     const int kv_head = (head - shape.query_heads) % shape.kv_heads;
     const int64_t block =
         (int64_t{slot / kBlockTokens} * shape.kv_heads + kv_head) * kBlockTokens * shape.head_dim;
     if (head >= shape.query_heads + shape.kv_heads) {
       if (!cached) continue;
       bf16* to = value_cache + block + int64_t{2 * pair} * kBlockTokens + slot % kBlockTokens;
-      to[0] = __float2bfloat16_rn(x.x);
-      to[kBlockTokens] = __float2bfloat16_rn(x.y);
+      const __nv_bfloat162 x = *reinterpret_cast<const __nv_bfloat162*>(from + i);
+      to[0] = x.x;
+      to[kBlockTokens] = x.y;
       continue;
     }
     const float cosine = table[pair], sine = table[half_dim + pair];
-    const uint32_t rotated = pack_bf16(x.x * cosine - x.y * sine, x.y * cosine + x.x * sine);
+    const uint32_t rotated = turned_pair(from[i], cosine, sine);
     if (head < shape.query_heads) {
       reinterpret_cast<uint32_t*>(q_out)[int64_t{token} * shape.query_heads * half_dim + i] =
           rotated;
@@ -56,9 +54,8 @@ void rope_and_cache(const bf16* qkv, const int* positions, const float* cos_sin,
   constexpr int kThreads = 256;
   const int pairs = (shape.query_heads + 2 * shape.kv_heads) * shape.head_dim / 2;
   const dim3 grid(shape.tokens, ceil_div(pairs, 2 * kThreads));
-  rope_kernel<<<grid, kThreads, 0, stream>>>(qkv, positions, cos_sin, slot_mapping, key_cache,
-                                             value_cache, q_out, shape, max_positions);
-  check_launch("rope_and_cache");
+  launch("rope_and_cache", rope_kernel, grid, kThreads, 0, stream, qkv, positions, cos_sin,
+         slot_mapping, key_cache, value_cache, q_out, shape, max_positions);
 }
 
 }  // namespace fd::cuda

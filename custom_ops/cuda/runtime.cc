@@ -1,6 +1,7 @@
 #include "runtime.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <mutex>
 #include <thread>
@@ -131,6 +132,22 @@ double time_copy(void* to, const void* from, int64_t bytes, int repeats, cudaStr
   check(cudaEventDestroy(end), "time_copy: event");
   std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
   return times[times.size() / 2] * 1e-3;
+}
+
+namespace {
+std::atomic<bool> early_start_allowed{true};
+}  // namespace
+
+void allow_early_start(bool allowed) { early_start_allowed = allowed; }
+
+bool starts_early() {
+  static const bool able = [] {
+    int device = 0, major = 0;
+    check(cudaGetDevice(&device), "launch: device");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "launch");
+    return major >= 9;
+  }();
+  return able && early_start_allowed;
 }
 
 uint64_t create_stream() {

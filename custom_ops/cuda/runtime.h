@@ -32,6 +32,9 @@ void synchronize(cudaStream_t stream);
 /// bandwidth.
 double time_copy(void* to, const void* from, int64_t bytes, int repeats, cudaStream_t stream);
 
+/// Whether kernels are launched to start early where the card can; true at first. For measurements.
+void allow_early_start(bool allowed);
+
 /// A stream that waits for no other and lives as long as the process; graphs are captured on one.
 uint64_t create_stream();
 

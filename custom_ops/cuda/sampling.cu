@@ -28,6 +28,7 @@ using Weight = unsigned long long;
 
 __global__ void mask_kernel(float* logits, const int* bitmask, const int* rows, int vocab,
                             int words) {
+  wait_for_inputs();
   const int row = rows[blockIdx.x];
   if (row < 0) return;
   for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < vocab; i += gridDim.y * blockDim.x) {
@@ -36,19 +37,17 @@ __global__ void mask_kernel(float* logits, const int* bitmask, const int* rows, 
   }
 }
 
-/// One block a row. The first edit of an id applies all edits of that id, in their order.
+/// Edits of a row ascend by id: the first of an id applies all of them, in their order.
 __global__ void edit_kernel(float* logits, const int* offsets, const int* ids, const float* values,
                             int vocab) {
+  wait_for_inputs();
   const int begin = offsets[blockIdx.x], end = offsets[blockIdx.x + 1];
-  for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
+  const int step = gridDim.y * blockDim.x;
+  for (int i = begin + blockIdx.y * blockDim.x + threadIdx.x; i < end; i += step) {
     const int id = ids[i];
-    if (id < 0 || id >= vocab) continue;
-    bool repeated = false;
-    for (int j = begin; j < i && !repeated; ++j) repeated = ids[j] == id;
-    if (repeated) continue;
+    if (id < 0 || id >= vocab || (i > begin && ids[i - 1] == id)) continue;
     float logit = logits[int64_t{blockIdx.x} * vocab + id];
-    for (int j = i; j < end; ++j) {
-      if (ids[j] != id) continue;
+    for (int j = i; j < end && ids[j] == id; ++j) {
       const bool banned = logit == -INFINITY || values[j] == -INFINITY;
       logit = banned ? -INFINITY : logit + values[j];  // a ban beats an infinite bias
     }
@@ -77,6 +76,7 @@ __device__ __forceinline__ float penalise(float x, int seen, float repetition, f
 __global__ void penalty_kernel(float* logits, const int* slots, const int* occurrences,
                                const float* repetition, const float* frequency,
                                const float* presence, const float* temperature, int vocab) {
+  wait_for_inputs();
   const int r = blockIdx.x;
   const float t = temperature[r], rep = repetition[r], freq = frequency[r], pres = presence[r];
   const bool penalised = occurrences != nullptr && (rep != 1.0f || freq != 0.0f || pres != 0.0f);
@@ -108,6 +108,7 @@ __global__ void penalty_kernel(float* logits, const int* slots, const int* occur
 
 __global__ void occurrence_kernel(int* occurrences, const int* slots, const int* ids, int count,
                                   bool prompt, int slot_count, int vocab) {
+  wait_for_inputs();
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= count) return;
   const int slot = slots[i], id = ids[i];
@@ -440,6 +441,7 @@ __global__ void __launch_bounds__(kThreads)
     sample_kernel(const float* logits, const float* temperature, const int* top_k,
                   const float* top_p, const float* min_p, const int64_t* seeds,
                   const int64_t* steps, const int* forced, int* out, int vocab) {
+  wait_for_inputs();
   __shared__ Shared s;
   const int r = blockIdx.x;
   if (forced[r] >= 0) {
@@ -536,6 +538,7 @@ __device__ void best_tokens(Shared& s, const Row& row, int k, Ranked* list) {
 __global__ void __launch_bounds__(kThreads)
     logprobs_kernel(const float* logits, const int* tokens, int k, float* out_logprob,
                     int* out_rank, int* out_ids, float* out_logprobs, int vocab) {
+  wait_for_inputs();
   __shared__ Shared s;
   __shared__ Ranked list[kMaxTopLogprobs];
   const int r = blockIdx.x;
@@ -578,35 +581,32 @@ __global__ void __launch_bounds__(kThreads)
 
 void mask_logits(float* logits, const int* bitmask, const int* rows, int count, int vocab,
                  int words, cudaStream_t stream) {
-  mask_kernel<<<dim3(count, 32), 256, 0, stream>>>(logits, bitmask, rows, vocab, words);
-  check_launch("mask_logits");
+  launch("mask_logits", mask_kernel, dim3(count, 32), 256, 0, stream, logits, bitmask, rows, vocab,
+         words);
 }
 
 void process_logits(float* logits, const int* slots, const int* occurrences,
                     const float* repetition, const float* frequency, const float* presence,
                     const float* temperature, const int* edit_offsets, const int* edit_ids,
                     const float* edit_values, int rows, int vocab, cudaStream_t stream) {
-  edit_kernel<<<rows, 128, 0, stream>>>(logits, edit_offsets, edit_ids, edit_values, vocab);
-  check_launch("process_logits: edits");
-  penalty_kernel<<<dim3(rows, 32), kThreads, 0, stream>>>(logits, slots, occurrences, repetition,
-                                                          frequency, presence, temperature, vocab);
-  check_launch("process_logits: penalties");
+  launch("process_logits: edits", edit_kernel, dim3(rows, 8), 256, 0, stream, logits, edit_offsets,
+         edit_ids, edit_values, vocab);
+  launch("process_logits: penalties", penalty_kernel, dim3(rows, 32), kThreads, 0, stream, logits,
+         slots, occurrences, repetition, frequency, presence, temperature, vocab);
 }
 
 void update_occurrences(int* occurrences, const int* slots, const int* ids, int count, bool prompt,
                         int slot_count, int vocab, cudaStream_t stream) {
   if (count == 0) return;
-  occurrence_kernel<<<ceil_div(count, 256), 256, 0, stream>>>(occurrences, slots, ids, count,
-                                                              prompt, slot_count, vocab);
-  check_launch("update_occurrences");
+  launch("update_occurrences", occurrence_kernel, ceil_div(count, 256), 256, 0, stream, occurrences,
+         slots, ids, count, prompt, slot_count, vocab);
 }
 
 void sample(const float* logits, const float* temperature, const int* top_k, const float* top_p,
             const float* min_p, const int64_t* seeds, const int64_t* steps, const int* forced,
             int* out, int rows, int vocab, cudaStream_t stream) {
-  sample_kernel<<<rows, kThreads, 0, stream>>>(logits, temperature, top_k, top_p, min_p, seeds,
-                                               steps, forced, out, vocab);
-  check_launch("sample");
+  launch("sample", sample_kernel, rows, kThreads, 0, stream, logits, temperature, top_k, top_p,
+         min_p, seeds, steps, forced, out, vocab);
 }
 
 void token_logprobs(const float* logits, const int* tokens, int k, float* out_logprob,
@@ -616,9 +616,8 @@ void token_logprobs(const float* logits, const int* tokens, int k, float* out_lo
     throw std::runtime_error("token_logprobs: k is " + std::to_string(k) +
                              ", at most 1024 on a card");
   }
-  logprobs_kernel<<<rows, kThreads, 0, stream>>>(logits, tokens, k, out_logprob, out_rank, out_ids,
-                                                 out_logprobs, vocab);
-  check_launch("token_logprobs");
+  launch("token_logprobs", logprobs_kernel, rows, kThreads, 0, stream, logits, tokens, k,
+         out_logprob, out_rank, out_ids, out_logprobs, vocab);
 }
 
 }  // namespace fd::cuda

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,13 @@ _ROW_FIELDS = {
 }
 _NO_LOGPROBS = -2
 Edits = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
+_NO_EDITS: Edits = (np.zeros(0, np.int32), np.zeros(0, np.float32))
+
+
+def _ascending(ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32]) -> Edits:
+    """Edits by ascending id, those of one id in their order: what `ops.process_logits` takes."""
+    order = np.argsort(ids, kind="stable")
+    return ids[order], values[order]
 
 
 class SamplingTable:
@@ -48,6 +56,8 @@ class SamplingTable:
         self._logprobs = np.full(max_seqs, _NO_LOGPROBS, np.int64)
         self._counts_tokens = np.zeros(max_seqs, np.bool_)
         self._edits: dict[int, Edits] = {}
+        self._banned: dict[int, tuple[Edits, tuple[int, ...], Edits]] = {}
+        self._uploaded: list[Edits] = []
         self._inputs = PackedBuffer(
             {
                 "slots": ([self.max_rows], "int32"),
@@ -125,7 +135,19 @@ class SamplingTable:
         ids = np.array([*bias.keys(), *params.banned_ids], np.int64)
         values = np.array([*bias.values(), *([-np.inf] * len(params.banned_ids))], np.float32)
         inside = (ids >= 0) & (ids < self.vocab_size)
-        return ids[inside].astype(np.int32), values[inside]
+        return _ascending(ids[inside].astype(np.int32), values[inside])
+
+    def _with_bans(self, slot: int, banned: tuple[int, ...]) -> Edits:
+        """Edits of a slot and the bans of this step, the same arrays while neither changes."""
+        edits = self._edits.get(slot, _NO_EDITS)
+        if not banned:
+            return edits
+        known = self._banned.get(slot)
+        if known is None or known[0] is not edits or known[1] != banned:
+            ids = np.append(edits[0], np.array(banned, np.int32))
+            values = np.append(edits[1], np.full(len(banned), -np.inf, np.float32))
+            known = self._banned[slot] = (edits, banned, _ascending(ids, values))
+        return known[2]
 
     def _rebuild_occurrences(self, part: SequenceSlice) -> None:
         """Count a sequence's history anew; a slot's row is stale from its previous owner."""
@@ -157,25 +179,21 @@ class SamplingTable:
 
     def _fill_edits(self, slices: Sequence[SequenceSlice]) -> None:
         offsets = self._inputs.host["edit_offsets"]
-        pieces: list[Edits] = []
-        total = offsets[0] = 0
-        for row, part in enumerate(slices, start=1):
-            edits = self._edits.get(part.slot)
-            if edits is not None:
-                pieces.append(edits)
-                total += len(edits[0])
-            if part.banned_now:
-                banned = np.array(part.banned_now, np.int32)
-                pieces.append((banned, np.full(len(banned), -np.inf, np.float32)))
-                total += len(banned)
-            offsets[row] = total
-        if not total:
+        rows = [self._with_bans(part.slot, part.banned_now) for part in slices]
+        offsets[0] = 0
+        np.cumsum([len(ids) for ids, _ in rows], out=offsets[1 : len(rows) + 1])
+        total = int(offsets[len(rows)])
+        pieces = [row for row in rows if len(row[0])]
+        same = len(pieces) == len(self._uploaded) and all(map(is_, pieces, self._uploaded))
+        if same:
             return
         if total > len(self._edit_buffer.host["ids"]):
             self._edit_buffer = self._new_edit_buffer(2 * total)
-        np.concatenate([ids for ids, _ in pieces], out=self._edit_buffer.host["ids"][:total])
-        np.concatenate([v for _, v in pieces], out=self._edit_buffer.host["values"][:total])
-        self._edit_buffer.upload()
+        if pieces:
+            np.concatenate([ids for ids, _ in pieces], out=self._edit_buffer.host["ids"][:total])
+            np.concatenate([v for _, v in pieces], out=self._edit_buffer.host["values"][:total])
+            self._edit_buffer.upload()
+        self._uploaded = pieces
 
     def _upload_rows(
         self, slices: Sequence[SequenceSlice], slots: npt.NDArray[np.int64]

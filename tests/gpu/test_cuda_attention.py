@@ -152,7 +152,7 @@ def test_decode_at_block_boundaries(heads: int, kv_heads: int, dim: int) -> None
 
 
 @pytest.mark.parametrize("dim", [32, 64, 128])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 2), (10, 2), (16, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 2), (10, 2), (16, 1), (32, 1)])
 def test_prefill_of_whole_prompts(heads: int, kv_heads: int, dim: int) -> None:
     check(Batch(EDGES, EDGES, heads, kv_heads, dim, heads + dim))
 
@@ -199,6 +199,75 @@ def test_a_skipped_slot_writes_nothing() -> None:
     assert np.isnan(cards.get(keys)).all() and np.isnan(cards.get(values)).all()
 
 
+def decode_in_two_ops_and_in_one(
+    batch: Batch, wider: int, skipped: tuple[int, ...] = ()
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Output, keys and values after both; the cache's places of the new tokens hold NaN before."""
+    from fastdeploy_lite.model_executor import ops
+
+    batch.fill()
+    count, dim = len(batch.contexts), batch.dim
+    last = np.array(batch.contexts) - 1
+    slots = np.array([batch.slots(b)[at] for b, at in enumerate(last)])
+    keys, values = cards.get(batch.keys), cards.get(batch.values)
+    keys[slots // BLOCK, :, slots % BLOCK] = np.nan
+    values.reshape(batch.blocks, batch.kv_heads, dim, BLOCK)[slots // BLOCK, ..., slots % BLOCK] = (
+        np.nan
+    )
+    kept = np.where(np.isin(np.arange(count), skipped), -1, slots).astype(np.int32)
+    qkv = cards.put(np.stack([batch.qkv[b][at] for b, at in enumerate(last)]), "bfloat16")
+    positions, cos_sin = cards.put(last.astype(np.int32)), cards.put(batch.cos_sin)
+    table = cards.put(np.pad(np.maximum(batch.table, 0), ((0, 0), (0, wider))))
+    lengths = (
+        cards.put(np.arange(count + 1, dtype=np.int32)),
+        cards.put((last + 1).astype(np.int32)),
+    )
+    results = []
+    for in_one in (False, True):
+        caches = (cards.put(keys, "bfloat16"), cards.put(values, "bfloat16"))
+        out = cards.poisoned([count, batch.heads * dim])
+        slots_given = cards.put(kept if in_one else slots.astype(np.int32))
+        fresh = (qkv, positions, cos_sin, slots_given, *caches)
+        if in_one:
+            ops.decode_attention(*fresh, table, *lengths, dim**-0.5, out)
+        else:
+            query = cards.poisoned([count, batch.heads * dim])
+            ops.rope_and_cache(*fresh, query)
+            ops.paged_attention(query, *caches, table, *lengths, dim**-0.5, out)
+        results.append([cards.get(tensor) for tensor in (out, *caches)])
+    return results[0], results[1]
+
+
+def same_bits(found: np.ndarray, expected: np.ndarray) -> bool:
+    return bool((found.view(np.uint32) == expected.view(np.uint32)).all())
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"),
+    [(20, 4, 128), (64, 8, 128), (16, 1, 128), (4, 4, 64), (16, 2, 32), (32, 1, 64)],
+)
+@pytest.mark.parametrize(
+    "contexts", [[1], [511], [700], [256, 1, 600], [*range(1, 140, 7), 255, 256, 257, 3000]]
+)
+def test_decoding_in_one_op_has_the_bits_of_two(
+    heads: int, kv_heads: int, dim: int, contexts: list[int]
+) -> None:
+    batch = Batch(contexts, contexts, heads, kv_heads, dim, heads + len(contexts))
+    for wider in (0, 5, 300):
+        for found, expected in zip(*decode_in_two_ops_and_in_one(batch, wider), strict=True):
+            assert same_bits(found, expected)
+
+
+def test_a_padding_row_of_a_decode_writes_nothing() -> None:
+    batch = Batch([70, 1, 300, 64], [1] * 4, 8, 2, 128, 5)
+    (out, *_), (padded, keys, values) = decode_in_two_ops_and_in_one(batch, 0, (1, 3))
+    assert same_bits(padded[[0, 2]], out[[0, 2]])
+    for b in (1, 3):
+        slot = batch.slots(b)[-1]
+        rows = values.reshape(batch.blocks, 2, 128, BLOCK)[slot // BLOCK, ..., slot % BLOCK]
+        assert np.isnan(keys[slot // BLOCK, :, slot % BLOCK]).all() and np.isnan(rows).all()
+
+
 # -- the same bits --------------------------------------------------------------------------------
 
 
@@ -224,6 +293,7 @@ def cut(random: np.random.Generator, b: int, length: int, most: int) -> list[Par
 
 
 GROUPS = [(4, 4, 64), (8, 2, 128), (20, 4, 128), (16, 2, 64), (16, 1, 128), (32, 1, 64)]
+GROUPS += [(2, 2, 128), (16, 2, 128), (32, 1, 128), (8, 2, 32)]
 LENGTHS = [1, 2, 33, 63, 64, 65, 129, 255, 256, 257, 320, 500, 511, 512, 513, 700]
 
 

@@ -30,6 +30,14 @@ def test_rms_norm(shape: tuple[int, int], weight_dtype: str) -> None:
     np.testing.assert_array_equal(cards.get(held), total)
     assert cards.error(cards.get(out), rowwise.rms_norm(total, scale, 1e-5)) < 4e-3
 
+    also = cards.round_bf16(random.standard_normal(shape) * 2)
+    held, together = cards.put(residual, "bfloat16"), cards.poisoned(list(shape))
+    parts = [cards.put(part, "bfloat16") for part in (x, also)]
+    ops.add_rms_norm(parts[0], held, cards.put(scale, weight_dtype), 1e-5, together, parts[1])
+    total = cards.round_bf16(cards.round_bf16(x + also) + residual)
+    np.testing.assert_array_equal(cards.get(held), total)
+    assert cards.error(cards.get(together), rowwise.rms_norm(total, scale, 1e-5)) < 4e-3
+
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_silu_and_mul_and_add(shape: tuple[int, int]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import cards
 import numpy as np
 import pytest
@@ -142,6 +144,40 @@ def test_process_logits(vocab: int) -> None:
         atol = max(2e-5, 3e-7 * float(np.abs(expected[finite]).max()))
         np.testing.assert_allclose(found[r][finite] + shift, expected[finite], rtol=2e-5, atol=atol)
         assert np.isneginf(found[r][~finite]).all()
+
+
+def test_many_edits_take_linear_time() -> None:
+    """100,000 biases and bans of one row, every third id three times, in milliseconds."""
+    from fastdeploy_lite.model_executor import ops
+
+    random, vocab, rows = np.random.default_rng(4), 103424, 4
+    ids = np.sort(np.append(np.arange(0, vocab, 2), np.repeat(np.arange(0, vocab, 3), 3)))
+    ids = ids[:100_000].astype(np.int32)
+    values = random.standard_normal(len(ids)).astype(np.float32)
+    values[random.random(len(ids)) < 0.3] = -np.inf
+    values[random.random(len(ids)) < 0.01] = np.inf
+    logits = random_logits(random, rows, vocab, 0)
+    expected = logits.copy()
+    for i, value in zip(ids.tolist(), values, strict=True):
+        banned = np.isneginf(expected[2, i]) or np.isneginf(value)
+        expected[2, i] = -np.inf if banned else np.float32(expected[2, i] + value)
+    neutral = {"repetition": 1.0, "frequency": 0.0, "presence": 0.0, "temperature": 1.0}
+    held = cards.put(logits)
+    arguments = (
+        cards.put(np.arange(rows, dtype=np.int32)),
+        None,
+        *(cards.put(np.full(rows, value, np.float32)) for value in neutral.values()),
+        cards.put(np.array([0, 0, 0, len(ids), len(ids)], np.int32)),
+        cards.put(ids),
+        cards.put(values),
+    )
+    ops.process_logits(held, *arguments)
+    np.testing.assert_array_equal(cards.get(held), expected)
+    started = time.perf_counter()
+    for _ in range(10):
+        ops.process_logits(held, *arguments)
+    cards.get(held)
+    assert (time.perf_counter() - started) / 10 < 0.02
 
 
 def test_mask_and_occurrences() -> None:

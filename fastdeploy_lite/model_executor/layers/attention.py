@@ -25,29 +25,17 @@ class Attention:
 
     def __call__(self, x: Any, batch: ForwardBatch) -> Any:
         """Return [T, H] for the normalised x [T, H]; writes this step's keys and values."""
-        key_cache, value_cache = batch.kv_caches[self.layer]
         workspace = batch.workspace
         qkv = self.qkv(x, workspace)
         shape = [qkv.shape[0], self.output.weight.in_features]
-        query = workspace.get("query", shape, qkv.dtype)
-        ops.rope_and_cache(
-            qkv,
-            batch.positions,
-            self.cos_sin,
-            batch.slot_mapping,
-            key_cache,
-            value_cache,
-            query,
-        )
         mixed = workspace.get("attention", shape, qkv.dtype)
-        ops.paged_attention(
-            query,
-            key_cache,
-            value_cache,
-            batch.block_tables,
-            batch.cu_seqlens_q,
-            batch.context_lens,
-            self.scale,
-            mixed,
-        )
+        caches = batch.kv_caches[self.layer]
+        fresh = (batch.positions, self.cos_sin, batch.slot_mapping, *caches)
+        sequences = (batch.block_tables, batch.cu_seqlens_q, batch.context_lens)
+        if batch.decode_only:
+            ops.decode_attention(qkv, *fresh, *sequences, self.scale, mixed)
+        else:
+            query = workspace.get("query", shape, qkv.dtype)
+            ops.rope_and_cache(qkv, *fresh, query)
+            ops.paged_attention(query, *caches, *sequences, self.scale, mixed)
         return self.output(mixed, workspace)

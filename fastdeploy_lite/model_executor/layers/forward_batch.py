@@ -37,6 +37,11 @@ class ForwardBatch:
     workspace: Workspace
 
     @property
+    def decode_only(self) -> bool:
+        """Whether every sequence has one token."""
+        return bool(self.token_ids.shape[0] == self.context_lens.shape[0])
+
+    @property
     def num_tokens(self) -> int:
         """T."""
         return int(self.token_ids.shape[0])

@@ -40,14 +40,16 @@ class MoE:
         self.down = down
         self.shared = shared
 
-    def __call__(self, x: Any, workspace: Workspace) -> Any:
-        """Return [T, H] for x [T, H]."""
+    def __call__(self, x: Any, workspace: Workspace) -> tuple[Any, Any | None]:
+        """Return the routed experts' part and the shared experts', each [T, H], for x [T, H].
+
+        Whoever takes the sum adds them on its way: a kernel for that alone would cost a small step
+        more than the sum.
+        """
         ids, weights = self.router(x, workspace)
         out = workspace.get("moe", x.shape, x.dtype)
         if isinstance(self.up_gate, PackedWeight) and isinstance(self.down, PackedWeight):
             ops.fused_moe(x, ids, weights, self.up_gate, self.down, out, workspace)
         else:
             ops.segmented_moe(x, ids, weights, self.up_gate, self.down, out, workspace)
-        if self.shared is not None:
-            ops.add_inplace(out, self.shared(x, workspace))
-        return out
+        return out, None if self.shared is None else self.shared(x, workspace)

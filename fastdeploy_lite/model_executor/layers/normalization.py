@@ -22,8 +22,10 @@ class RMSNorm:
         ops.rms_norm(x, self.scale, self.eps, out)
         return out
 
-    def after_adding(self, x: Any, residual: Any, workspace: Workspace) -> Any:
-        """Add x to `residual` in place and return the normalised sum [T, H]."""
+    def after_adding(
+        self, x: Any, residual: Any, workspace: Workspace, also: Any | None = None
+    ) -> Any:
+        """Add x (and `also`) to `residual` in place and return the normalised sum [T, H]."""
         out = workspace.get("normed", x.shape, x.dtype)
-        ops.add_rms_norm(x, residual, self.scale, self.eps, out)
+        ops.add_rms_norm(x, residual, self.scale, self.eps, out, also)
         return out

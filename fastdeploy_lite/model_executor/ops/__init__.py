@@ -6,7 +6,11 @@ None. A missing native module raises RuntimeError that says how to build it; not
 
 from fastdeploy_lite.model_executor.ops._view import fix
 from fastdeploy_lite.model_executor.ops.activation import add_inplace, gather_rows, silu_and_mul
-from fastdeploy_lite.model_executor.ops.attention import paged_attention, rope_and_cache
+from fastdeploy_lite.model_executor.ops.attention import (
+    decode_attention,
+    paged_attention,
+    rope_and_cache,
+)
 from fastdeploy_lite.model_executor.ops.dense import embedding, linear
 from fastdeploy_lite.model_executor.ops.dummy import randomize_weight
 from fastdeploy_lite.model_executor.ops.moe import fused_moe, route
@@ -36,6 +40,7 @@ __all__ = [
     "add_inplace",
     "add_rms_norm",
     "allocate_weight",
+    "decode_attention",
     "download",
     "embedding",
     "fill_weight",

@@ -107,3 +107,56 @@ def paged_attention(
         scale,
         args.view("out", out, args.activation, *q_view[2]),
     )
+
+
+def decode_attention(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slot_mapping: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """rope_and_cache, then paged_attention, of one token a sequence, to the same bits.
+
+    Args:
+        qkv: activations [B, (q_heads + 2 kv_heads) * head_dim].
+        positions, cos_sin, slot_mapping, key_cache, value_cache: see rope_and_cache.
+        block_tables, context_lens, scale: see paged_attention.
+        cu_seqlens_q: int32 [B + 1], 0 to B.
+        out: activations [B, q_heads * head_dim].
+
+    Raises:
+        TypeError, ValueError: as those two.
+    """
+    args = Arguments("decode_attention", qkv)
+    out_view = args.view("out", out, args.activation, None, None)
+    tokens, width = out_view[2]
+    keys, values = _cache_views(args, key_cache, value_cache)
+    kv_heads, head_dim = keys[2][1], keys[2][3]
+    table_view = args.view("block_tables", block_tables, "int32", tokens, None)
+    fresh = (
+        args.view("qkv", qkv, args.activation, tokens, width + 2 * kv_heads * head_dim),
+        args.view("positions", positions, "int32", tokens),
+        args.view("cos_sin", cos_sin, "float32", None, head_dim),
+        args.view("slot_mapping", slot_mapping, "int32", tokens),
+        keys,
+        values,
+    )
+    batch = (
+        table_view,
+        args.view("cu_seqlens_q", cu_seqlens_q, "int32", tokens + 1),
+        args.view("context_lens", context_lens, "int32", tokens),
+        scale,
+        out_view,
+    )
+    if args.kind == "cpu":
+        args.native("rope_and_cache")(*fresh, out_view)
+        args.native("paged_attention")(out_view, keys, values, *batch)
+    else:
+        args.native()(*fresh, *batch)

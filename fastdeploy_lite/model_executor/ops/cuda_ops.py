@@ -62,18 +62,23 @@ def _dtype_name(tensor: Tensor) -> str:
 
 def rms_norm(x: View, weight: View, eps: float, out: View) -> None:
     """See ops.rms_norm."""
-    _norm(x, None, weight, eps, out)
+    _norm(x, None, None, weight, eps, out)
 
 
-def add_rms_norm(x: View, residual: View, weight: View, eps: float, out: View) -> None:
+def add_rms_norm(
+    x: View, residual: View, weight: View, eps: float, out: View, also: View | None = None
+) -> None:
     """See ops.add_rms_norm."""
-    _norm(x, residual, weight, eps, out)
+    _norm(x, also, residual, weight, eps, out)
 
 
-def _norm(x: View, residual: View | None, weight: View, eps: float, out: View) -> None:
+def _norm(
+    x: View, also: View | None, residual: View | None, weight: View, eps: float, out: View
+) -> None:
     tokens, hidden = x[2]
     _ops_cuda.rms_norm(
         address(x),
+        address(also),
         address(residual),
         address(weight),
         weight[1] == "float32",
@@ -235,17 +240,7 @@ def paged_attention(
     out: View,
 ) -> None:
     """See ops.paged_attention."""
-    blocks, kv_heads, _, head_dim = key_cache[2]
-    (tokens, width), (sequences, table_width) = q[2], block_tables[2]
-    heads = width // head_dim
-    if width % head_dim or heads % kv_heads:
-        raise ValueError(
-            f"paged_attention: q is {width} wide, expected a multiple of {kv_heads} KV heads of "
-            f"{head_dim}"
-        )
-    sizes = (tokens, sequences, heads, kv_heads, head_dim, blocks, table_width)
-    capacity = runtime.SCRATCH_BYTES // 4
-    plan = _ops_cuda.attention_plan(sizes, runtime.multiprocessors(), capacity)
+    sizes, plan = _attention_plan(q, key_cache, block_tables)
     _ops_cuda.paged_attention(
         address(q),
         address(key_cache),
@@ -260,6 +255,45 @@ def paged_attention(
         sizes,
         stream(),
     )
+
+
+def decode_attention(
+    qkv: View,
+    positions: View,
+    cos_sin: View,
+    slot_mapping: View,
+    key_cache: View,
+    value_cache: View,
+    block_tables: View,
+    cu_seqlens_q: View,
+    context_lens: View,
+    scale: float,
+    out: View,
+) -> None:
+    """See ops.decode_attention."""
+    sizes, plan = _attention_plan(out, key_cache, block_tables)
+    inputs = (qkv, positions, cos_sin, slot_mapping, key_cache, value_cache)
+    batch = (block_tables, cu_seqlens_q, context_lens)
+    arguments: list[Any] = [address(view) for view in (*inputs, *batch)]
+    arguments += [scale, plan, scratch(plan[2] * 4), address(out), sizes, cos_sin[2][0], stream()]
+    _ops_cuda.decode_new_tokens(*arguments)
+
+
+def _attention_plan(
+    q: View, key_cache: View, block_tables: View
+) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+    """Sizes of a step as the bindings take them, and how its decodes are spread."""
+    blocks, kv_heads, _, head_dim = key_cache[2]
+    (tokens, width), (sequences, table_width) = q[2], block_tables[2]
+    heads = width // head_dim
+    if width % head_dim or heads % kv_heads:
+        raise ValueError(
+            f"paged_attention: q is {width} wide, expected a multiple of {kv_heads} KV heads of "
+            f"{head_dim}"
+        )
+    sizes = (tokens, sequences, heads, kv_heads, head_dim, blocks, table_width)
+    capacity = runtime.SCRATCH_BYTES // 4
+    return sizes, _ops_cuda.attention_plan(sizes, runtime.multiprocessors(), capacity)
 
 
 # -- sampling -------------------------------------------------------------------------------------

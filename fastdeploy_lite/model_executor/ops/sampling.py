@@ -57,7 +57,7 @@ def process_logits(
         temperature: float32 [R], 0 or more; 0 = greedy, no division. Below 1e-3 the row's best
             logit is moved to 0 before the division: no probability changes, nothing overflows.
         edit_offsets: int32 [R + 1], cumulative: the edits of each row.
-        edit_ids: int32 [n], token ids.
+        edit_ids: int32 [n], token ids; in a row they ascend, and edits of one id apply in order.
         edit_values: float32 [n], added to the logits; -inf bans the token for good.
 
     Raises:

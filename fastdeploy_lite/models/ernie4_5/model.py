@@ -37,6 +37,10 @@ def mixture(config: ModelConfig, source: ParameterSource, layer: int) -> MoE:
     return MoE(router, up_gate, down, shared)
 
 
+Update = tuple[Any, Any | None]
+"""What a layer adds to the residual stream, in one or two parts of [T, H]."""
+
+
 class DecoderLayer:
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
@@ -62,15 +66,17 @@ class DecoderLayer:
         else:
             self.mlp = gated_mlp(source, f"{prefix}.mlp")
 
-    def __call__(self, update: Any | None, residual: Any, batch: ForwardBatch) -> Any:
-        """Add `update` to `residual` in place, run the layer, return the next update [T, H]."""
+    def __call__(self, update: Update | None, residual: Any, batch: ForwardBatch) -> Update:
+        """Add `update` to `residual` in place, run the layer, return the next update."""
         workspace = batch.workspace
         if update is None:
             x = self.input_norm(residual, workspace)
         else:
-            x = self.input_norm.after_adding(update, residual, workspace)
+            x = self.input_norm.after_adding(update[0], residual, workspace, update[1])
         x = self.post_attention_norm.after_adding(self.attention(x, batch), residual, workspace)
-        return self.mlp(x, workspace)
+        if isinstance(self.mlp, MoE):
+            return self.mlp(x, workspace)
+        return self.mlp(x, workspace), None
 
 
 class Ernie4_5_MoeForCausalLM:  # noqa: N801 - the architecture's name in config.json
@@ -102,10 +108,10 @@ class Ernie4_5_MoeForCausalLM:  # noqa: N801 - the architecture's name in config
     def __call__(self, batch: ForwardBatch) -> Any:
         """Return the normalised hidden states [T, H] of a step."""
         residual = self.embedding(batch.token_ids, batch.workspace)
-        update = None
-        for layer in self.layers:
+        update: Update = self.layers[0](None, residual, batch)
+        for layer in self.layers[1:]:
             update = layer(update, residual, batch)
-        return self.norm.after_adding(update, residual, batch.workspace)
+        return self.norm.after_adding(update[0], residual, batch.workspace, update[1])
 
     def logits(self, hidden: Any, workspace: Workspace) -> Any:
         """Return float32 logits [R, V] of hidden states [R, H]."""

@@ -60,3 +60,16 @@ def test_a_request_without_a_compiler_fails(
     with pytest.raises(RuntimeError, match="nvcc is not on PATH"):
         build_cuda.build(ROOT, tmp_path, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hopper_gets_its_own_instructions_and_later_cards_portable_code() -> None:
+    flags = build_cuda.target_flags(["80", "90", "120"])
+    assert flags == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+        "-DFD_SM90A",
+    ]
+    assert build_cuda.target_flags(["90"])[1] == "-gencode=arch=compute_90,code=compute_90"
+    assert "-DFD_SM90A" not in build_cuda.target_flags(["80", "100"])

@@ -110,6 +110,45 @@ def test_more_bans_than_the_first_buffer_holds() -> None:
     assert [row.token_id for row in run(make_batch(), logits, slices)] == keep
 
 
+def test_edits_follow_their_rows_from_step_to_step() -> None:
+    """Rows change places, leave and come back, with and without the bans of one step."""
+    batch, logits = make_batch(), random_logits(3)
+    best = logits.argsort(1)[:, ::-1]
+    rules = [
+        SamplerParams(temperature=0.0, logit_bias={int(best[0, 5]): 50.0, int(best[0, 2]): 9e9}),
+        SamplerParams(temperature=0.0, banned_ids=(int(best[1, 0]), int(best[1, 1]))),
+        SamplerParams(temperature=0.0),
+    ]
+    for slot, rule in enumerate(rules):
+        batch.table.admit(make_slice(slot, rule))
+    plain = [best[0, 2], best[1, 2], best[2, 0]]
+    banned = [best[0, 5], best[1, 3], best[2, 1]]
+    for order in ([0, 1, 2], [0, 1, 2], [2, 0, 1], [1], [1, 0], [0, 2], [0, 2], [0, 1, 2]):
+        for now in ((), (0,), (0, 1, 2), (2,), ()):
+            slices = [
+                make_slice(
+                    slot,
+                    rules[slot],
+                    fresh=False,
+                    banned_now=(int(plain[slot]),) if slot in now else (),
+                )
+                for slot in order
+            ]
+            found = [row.token_id for row in run(batch, logits[order], slices)]
+            assert found == [banned[slot] if slot in now else plain[slot] for slot in order]
+
+
+def test_the_card_gets_a_rows_edits_in_ascending_order() -> None:
+    batch = make_batch()
+    part = make_slice(
+        sampling=SamplerParams(logit_bias={40: 1.0, 7: 2.0}, banned_ids=(7, 3)), banned_now=(40, 5)
+    )
+    batch.table.admit(part)
+    rows = batch.table.gather([part])
+    ids, values = rows.edit_ids.numpy()[:6].tolist(), rows.edit_values.numpy()[:6].tolist()
+    assert (ids, values) == ([3, 5, 7, 7, 40, 40], [-np.inf, -np.inf, 2.0, -np.inf, 1.0, -np.inf])
+
+
 def test_ids_outside_the_vocabulary_are_ignored() -> None:
     params = SamplerParams(temperature=0.0, logit_bias={VOCAB: 9.0, -1: 9.0}, banned_ids=(10**6,))
     logits = random_logits()[0]

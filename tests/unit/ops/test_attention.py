@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from native_ops import ISAS, assert_same_everywhere, bits, isa, tensor, threads
 from oracles import attention as oracle
 
-from fastdeploy_lite.model_executor.ops.attention import paged_attention, rope_and_cache
+from fastdeploy_lite.model_executor.ops.attention import (
+    decode_attention,
+    paged_attention,
+    rope_and_cache,
+)
 
 BOUNDARIES = [1, 2, 63, 64, 65, 127, 128, 129]
 
@@ -300,3 +304,26 @@ def test_rope_checks_shapes() -> None:
     indices = tensor([0], "int32"), paddle.zeros([4, 16]), tensor([0], "int32")
     with pytest.raises(ValueError, match=r"qkv has shape \[1, 48\], expected \[1, 64\]"):
         rope_and_cache(paddle.zeros([1, 48]), *indices, cache, cache, paddle.zeros([1, 32]))
+
+
+def test_decode_attention_is_the_two_in_one() -> None:
+    heads, kv_heads, dim, contexts = 6, 2, 32, [1, 64, 65, 130]
+    rng = np.random.default_rng(11)
+    table = np.array([[0, 0, 0], [1, 0, 0], [2, 3, 0], [4, 5, 6]], np.int32)
+    last = np.array(contexts) - 1
+    slots = table[np.arange(4), last // 64] * 64 + last % 64
+    slots[1] = -1  # of a padding row; here the cache holds its key already
+    qkv = tensor(rng.standard_normal((4, (heads + 2 * kv_heads) * dim)).astype("f4"))
+    caches = rng.standard_normal((2, 7, kv_heads, 64, dim)).astype("f4")
+    fresh = [tensor(last.astype("i4")), tensor(oracle.cos_sin_table(200, dim))]
+    fresh.append(tensor(slots.astype("i4")))
+    batch = [tensor(table), tensor(np.arange(5, dtype="i4")), tensor(np.array(contexts, "i4"))]
+    apart, at_once = [[tensor(cache) for cache in caches] for _ in range(2)]
+    query, expected, found = (paddle.empty([4, heads * dim]) for _ in range(3))
+    rope_and_cache(qkv, *fresh, *apart, query)
+    paged_attention(query, *apart, *batch, 0.2, expected)
+    decode_attention(qkv, *fresh, *at_once, *batch, 0.2, found)
+    for one, other in zip([found, *at_once], [expected, *apart], strict=True):
+        np.testing.assert_array_equal(bits(one.numpy()), bits(other.numpy()))
+    with pytest.raises(ValueError, match="decode_attention: positions has shape"):
+        decode_attention(qkv, tensor(np.zeros(3, "i4")), *fresh[1:], *at_once, *batch, 0.2, found)

@@ -55,6 +55,12 @@ def test_add_rms_norm_is_a_sum_and_a_norm(width: int) -> None:
     np.testing.assert_array_equal(bits(total.numpy()), bits(residual + x))
     np.testing.assert_array_equal(bits(out.numpy()), bits(norm(residual + x, weight)))
 
+    also, total = random_rows(6, 4, width), tensor(residual)
+    add_rms_norm(tensor(x), total, weight, EPS, out, tensor(also))
+    both = residual + (x + also)
+    np.testing.assert_array_equal(bits(total.numpy()), bits(both))
+    np.testing.assert_array_equal(bits(out.numpy()), bits(norm(both, weight)))
+
 
 def test_add_rms_norm_same_bits_everywhere() -> None:
     x, residual = random_rows(6, 40, 2576), random_rows(7, 40, 2576)
