@@ -17,112 +17,18 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fastdeploy_lite.config import (
-    LoadConfig,
-    ModelConfig,
-    RuntimeConfig,
-    SchedulerConfig,
-    WantedOrder,
-)
+from fastdeploy_lite.calibration.text import encode_document, read_stream, windows
+from fastdeploy_lite.entrypoints.evaluation import load_runner, score
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.model_executor.model_runner import ModelRunner
 from fastdeploy_lite.utils.errors import FastDeployError
 
-END_OF_DOCUMENT = "</s>"
-CHUNK_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Log-probabilities (float64) of tokens 1.. of a window, and the argmax before each of them."""
-
-    logprobs: npt.NDArray[np.float64]
-    argmax: npt.NDArray[np.int64]
-
-
-def load_runner(
-    model: Path,
-    context: int,
-    device: str | None,
-    quantization: str | None = None,
-    row_order: WantedOrder = "auto",
-) -> ModelRunner:
-    """The product's model runner, ready for teacher-forced windows of `context` tokens.
-
-    quantization: what becomes of bf16 weights while they are loaded: wint8 or wint4.
-    row_order: of 2-bit experts.
-    """
-    scheduler = SchedulerConfig(
-        max_num_seqs=1, max_num_batched_tokens=CHUNK_TOKENS, max_model_len=context
-    )
-    config = RuntimeConfig(
-        model_path=model,
-        model=ModelConfig.from_dir(model).with_quantization(quantization),
-        scheduler=scheduler,
-        load=LoadConfig(row_order=row_order),
-        device=device,
-        use_cudagraph=False,
-    )
-    runner = ModelRunner(config)
-    runner.load_model()
-    return runner
-
-
-def score(runner: ModelRunner, token_ids: Sequence[int]) -> Scores:
-    """Score every token after the first, given all tokens before it."""
-    targets = np.asarray(token_ids[1:])
-    logprobs, argmax, done = [], [], 0
-    for rows in runner.logits_chunks(token_ids):
-        part = targets[done : done + len(rows)]  # the last row predicts beyond the window
-        logits = rows[: len(part)].astype(np.float64)
-        peak = logits.max(axis=1, initial=-np.inf)
-        normaliser = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=1))
-        logprobs.append(logits[np.arange(len(part)), part] - normaliser)
-        argmax.append(logits.argmax(axis=1))
-        done += len(rows)
-    return Scores(np.concatenate(logprobs), np.concatenate(argmax))
-
-
-def encode_document(tokenizer: Ernie4_5Tokenizer, document: dict[str, Any]) -> list[int]:
-    """Token ids of one line of the text file, closed by </s>."""
-    end = [tokenizer.token_id(END_OF_DOCUMENT)]
-    if "text" in document:
-        return [*tokenizer.encode_text(document["text"]), *end]
-    ids: list[int] = []
-    prompt = str(tokenizer.cls_token)
-    for message in document["messages"]:
-        if message["role"] == "assistant":
-            # The prompt and the answer are encoded apart, as they are at inference.
-            ids += tokenizer.encode_text(prompt + "Assistant: ")
-            ids += tokenizer.encode_text(message["content"]) + end
-            prompt = ""
-        else:
-            prompt += f"User: {message['content']}\n"
-    return ids
-
-
-def read_stream(tokenizer: Ernie4_5Tokenizer, path: Path, every: int = 1) -> list[int]:
-    """The documents 0, `every`, 2 `every` ... of a text file, packed one after another."""
-    with path.open(encoding="utf-8") as file:
-        lines = islice(file, 0, None, every)
-        documents = [encode_document(tokenizer, json.loads(line)) for line in lines]
-    return [token for document in documents for token in document]
-
-
-def windows(stream: Sequence[int], context: int, limit: int | None) -> Iterator[Sequence[int]]:
-    """Cut the first `limit` tokens (default all) into windows of at least two tokens."""
-    stop = len(stream) if limit is None else min(limit, len(stream))
-    for start in range(0, stop - 1, context):
-        yield stream[start : min(start + context, stop)]
+__all__ = ["encode_document", "load_runner", "read_stream", "score", "windows"]
 
 
 def report_perplexity(runner: ModelRunner, args: argparse.Namespace, model: Path) -> str:

@@ -92,8 +92,8 @@ def encode(
         weight: [K, N], K a multiple of 128, rows in the order in which they are stored.
         hessian: float32 [K, K], symmetric and positive definite (see `hessian.blend`), rows in the
             same order. Its size does not matter, its shape does.
-        codes: (code_scale, code_zp) pairs to choose from; by default the measured table, 64 for
-            K <= 512, 32 for K <= 2048, else 16.
+        codes: (code_scale, code_zp) pairs to choose from; by default the first of the measured
+            table, 32 for K <= 512, else 16.
         candidates: codes that are tried in full for every column.
         descents: passes of coordinate descent.
 
@@ -127,7 +127,7 @@ def encode(
 
 def default_codes(rows: int) -> Sequence[tuple[float, float]]:
     """Codes among which columns of K = `rows` choose: a short column gains more by the choice."""
-    return CODES[: 64 if rows <= 512 else 32 if rows <= 2048 else 16]
+    return CODES[: 32 if rows <= 512 else 16]
 
 
 def _normalised(matrix: npt.NDArray[np.floating]) -> tuple[ArrayF32, npt.NDArray[np.intp]]:

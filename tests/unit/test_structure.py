@@ -45,6 +45,7 @@ LAYERS: dict[str, int] = {
     "guided": 7,
     "speculation": 7,
     "input": 8,
+    "calibration": 9,
     "reasoning": 8,
     "metrics": 8,
     "engine": 9,

@@ -29,6 +29,7 @@ SUBCOMMANDS = {
     "tokenizer": "encode, decode, inspect a vocabulary",
     "inspect": "say what is in a model folder, without loading it",
     "quantize": "turn a bf16 checkpoint into a 2-bit one",
+    "eval": "perplexity, divergence from another model, or multiple choice on your text",
     "collect-env": "print what a bug report needs",
 }
 BENCHMARKS = {

@@ -14,7 +14,7 @@ from fastdeploy_lite.quantization.convert import (
     Scheme,
     quantize_checkpoint,
 )
-from fastdeploy_lite.utils.errors import FastDeployError
+from fastdeploy_lite.utils.errors import ConfigError, FastDeployError
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _SMALLEST_SHARD = 1 << 20
@@ -69,6 +69,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="write folders rank0 ... for N ranks, each part quantised on its own (default 1)",
     )
+    text = parser.add_argument_group("calibration")
+    text.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="text (.txt, .jsonl, .parquet) on whose activations weights are encoded: half the "
+        "loss, some ten times the time; `sample` is a packaged text",
+    )
+    text.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=65536,
+        metavar="N",
+        help="tokens of it that are used, drawn at random (default 65536)",
+    )
+    text.add_argument(
+        "--calibration-method",
+        choices=("data-free", "diagonal", "hessian", "corrected"),
+        default="corrected",
+        help="what the encoder knows: nothing; the size of each input; their correlations; these "
+        "and the errors of what lies before (default)",
+    )
+    text.add_argument("--seed", type=int, default=0, help="of the draw of text (default 0)")
     parser.add_argument("--num-threads", type=int, metavar="N", help="default: all CPUs")
     parser.add_argument("--force", action="store_true", help="replace a model in --output")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
@@ -77,25 +99,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert; 0, or 1 with a line on stderr that names what is wrong."""
     try:
-        report = quantize_checkpoint(
-            args.model,
-            args.output,
-            scheme=args.scheme,
-            w4_end_layer=args.moe_w4_end_layer,
-            codes=None if args.code is None else [args.code],
-            row_order=args.row_order,
-            tensor_parallel_size=args.tensor_parallel_size,
-            shard_bytes=args.shard_size,
-            force=args.force,
-            workers=args.num_threads,
-            progress=not args.quiet,
-        )
+        text = _convert(args) if args.calibration is None else _calibrate(args)
     except (FastDeployError, OSError) as error:
         print(f"fastdeploy-lite quantize: {error}", file=sys.stderr)
         return 1
     if not args.quiet:
-        print(summary(report))
+        print(text)
     return 0
+
+
+def _convert(args: argparse.Namespace) -> str:
+    report = quantize_checkpoint(
+        args.model,
+        args.output,
+        scheme=args.scheme,
+        w4_end_layer=args.moe_w4_end_layer,
+        codes=None if args.code is None else [args.code],
+        row_order=args.row_order,
+        tensor_parallel_size=args.tensor_parallel_size,
+        shard_bytes=args.shard_size,
+        force=args.force,
+        workers=args.num_threads,
+        progress=not args.quiet,
+    )
+    return summary(report)
+
+
+def _calibrate(args: argparse.Namespace) -> str:
+    if args.code is not None:
+        raise ConfigError("--code fixes what --calibration chooses: pass one of them")
+    if args.tensor_parallel_size != 1:
+        raise ConfigError(
+            "--calibration writes whole matrices, which any number of ranks can load: leave out "
+            "--tensor-parallel-size"
+        )
+    # Here because it needs the engine, and Paddle, which the data-free way does without.
+    from fastdeploy_lite.calibration import convert  # noqa: PLC0415
+    from fastdeploy_lite.calibration.encoder import CalibrationSettings  # noqa: PLC0415
+
+    report = convert.quantize_with_calibration(
+        args.model,
+        args.output,
+        convert.CalibrationText(args.calibration, args.calibration_tokens, seed=args.seed),
+        CalibrationSettings(method=args.calibration_method, row_order=args.row_order),
+        scheme=args.scheme,
+        w4_end_layer=args.moe_w4_end_layer,
+        shard_bytes=args.shard_size,
+        force=args.force,
+        progress=not args.quiet,
+    )
+    return convert.summary(report)
 
 
 def summary(report: ConversionReport) -> str:

@@ -1,0 +1,1 @@
+"""Quantisation that watches the model at work: text in, activations layer by layer, weights out."""

@@ -1,0 +1,232 @@
+"""`quantize --calibration`: a checkpoint converted layer by layer under calibration text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from fastdeploy_lite.calibration.encoder import CalibratedEncoder, CalibrationSettings
+from fastdeploy_lite.calibration.text import calibration_windows
+from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
+from fastdeploy_lite.checkpoint.inventory import verify
+from fastdeploy_lite.checkpoint.linears import Linear, check_sizes, model_linears
+from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
+from fastdeploy_lite.models.family import ModelConfig
+from fastdeploy_lite.quantization import convert
+from fastdeploy_lite.quantization.journal import Journal, LayerResult
+from fastdeploy_lite.utils.errors import ConfigError
+
+DEFAULT_TOKENS = 65536
+WINDOW = 1024
+JOURNAL_SUFFIX = ".unfinished"
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Which text, how much of it, and the seed of the draw."""
+
+    source: str
+    tokens: int = DEFAULT_TOKENS
+    window: int = WINDOW
+    seed: int = 0
+
+
+@dataclass
+class CalibratedReport:
+    """What a conversion did; `layers` are the figures of each, as in report.json."""
+
+    seconds: float = 0.0
+    resumed_layers: int = 0
+    output_bytes: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+
+def quantize_with_calibration(
+    model_dir: str | Path,
+    output_dir: str | Path,
+    text: CalibrationText,
+    settings: CalibrationSettings,
+    *,
+    scheme: convert.Scheme = "w4w2",
+    w4_end_layer: int | None = None,
+    shard_bytes: int = 4 << 30,
+    force: bool = False,
+    progress: bool = True,
+) -> CalibratedReport:
+    """Quantise the bf16 checkpoint in `model_dir` into `output_dir`.
+
+    Finished layers are kept in the folder `output_dir` + `.unfinished` until all are done: a run
+    that was killed goes on after the last of them when it is started again with the same model,
+    text and settings, and ends with the same bytes. Other arguments are those of
+    `convert.quantize_checkpoint`.
+
+    Raises:
+        ConfigError: arguments, text, a quantised input, or other settings than the unfinished run.
+        CheckpointError: damaged input, sizes that a format cannot hold, an output folder in use.
+    """
+    started = time.perf_counter()
+    checkpoint = Checkpoint.open(model_dir)
+    config = convert._target_config(checkpoint.config, scheme, w4_end_layer, settings.row_order)
+    verify(checkpoint)
+    check_sizes(model_linears(config), config.source)
+    output = Path(output_dir)
+    _check_output(Path(model_dir), output, force)
+    windows = _read_text(Path(model_dir), checkpoint.config, text)
+    described = _describe(checkpoint, windows, text, settings, config)
+    journal = Journal(output.with_name(output.name + JOURNAL_SUFFIX), described)
+    report = CalibratedReport(settings=described)
+    layers = _Layers(checkpoint, config, windows, settings, journal, report)
+    layers.run(progress)
+    convert._prepare_output(Path(model_dir), output, force)
+    with CheckpointWriter(output, dict(config.raw), shard_bytes) as writer:
+        for key, array, dtype in layers.tensors():
+            writer.add(key, array, dtype)
+            report.output_bytes += array.nbytes
+    convert._copy_companions(Path(model_dir), output)
+    report.seconds = time.perf_counter() - started
+    _write_report(output, report)
+    journal.remove()
+    return report
+
+
+class _Layers:
+    """The layers of one conversion: from the journal, or encoded and then kept there."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        windows: list[npt.NDArray[np.int32]],
+        settings: CalibrationSettings,
+        journal: Journal,
+        report: CalibratedReport,
+    ) -> None:
+        self.checkpoint, self.config, self.journal = checkpoint, config, journal
+        self._windows, self._settings, self._report = windows, settings, report
+        self._linears: dict[int, list[Linear]] = {}
+        for linear in model_linears(config):
+            self._linears.setdefault(linear.layer, []).append(linear)
+
+    def run(self, progress: bool) -> None:
+        """Encode what is not there yet."""
+        count = self.config.num_hidden_layers
+        found = [self.journal.load(layer) for layer in range(count)]
+        done = next((i for i, layer in enumerate(found) if layer is None), count)
+        while 0 < done < count and not found[done - 1].state:  # type: ignore[union-attr]
+            done -= 1  # its state was lost with a damaged layer after it
+        self._report.resumed_layers = done
+        self._report.layers = [layer.figures for layer in found[:done] if layer is not None]
+        last = found[done - 1].state if 0 < done < count else {}  # type: ignore[union-attr]
+        del found
+        if done < count:
+            self._encode(range(done, count), last, progress)
+
+    def _encode(self, layers: range, state: dict[str, Any], progress: bool) -> None:
+        encoder = CalibratedEncoder(self.checkpoint, self._windows, self._settings)
+        if state:
+            encoder.restore(state)
+        bar = tqdm(layers, desc="Quantizing Layers", unit="layer", disable=not progress)
+        for layer in bar:
+            result = encoder.encode_layer(layer, self._linears[layer])
+            self.journal.save(layer, result)
+            if layer > 0:
+                self.journal.forget_state(layer - 1)
+            self._report.layers.append(result.figures)
+            bar.set_postfix_str(f"stream error {result.figures['stream_error']:.4f}")
+
+    def tensors(self) -> Iterator[tuple[str, Any, str]]:
+        """All tensors of the output, in the order in which a loader wants them."""
+        layer, kept = -1, LayerResult({})
+        for item in convert._plan(self.checkpoint, self.config):
+            if isinstance(item, str):
+                source = self.checkpoint.get(item)
+                yield item, source.data, source.dtype
+                self.checkpoint.release()
+                continue
+            if item.layer != layer:
+                layer = item.layer
+                kept = self.journal.load(layer) or LayerResult({})
+            prefix = f"{item.module}."
+            for key, (array, dtype) in kept.tensors.items():
+                if key.startswith(prefix):
+                    yield key, array, dtype
+
+
+def _check_output(model: Path, output: Path, force: bool) -> None:
+    """Refuse a folder in use before hours of work, and remove nothing yet."""
+    if output.is_dir() and output.resolve() != model.resolve() and force:
+        return
+    convert._prepare_output(model, output, force=False)
+
+
+def _read_text(
+    model: Path, config: ModelConfig, text: CalibrationText
+) -> list[npt.NDArray[np.int32]]:
+    if text.tokens < 2:
+        raise ConfigError(f"calibration tokens: found {text.tokens}, expected at least 2")
+    tokenizer = Ernie4_5Tokenizer.from_pretrained(str(model))
+    length = min(text.window, config.max_position_embeddings)
+    windows = calibration_windows(tokenizer, text.source, text.tokens, length, text.seed)
+    largest = max(int(window.max()) for window in windows)
+    if largest >= config.vocab_size:
+        raise ConfigError(
+            f"{model}: the tokenizer gives id {largest}, the model has {config.vocab_size} rows"
+        )
+    return windows
+
+
+def _describe(
+    checkpoint: Checkpoint,
+    windows: list[npt.NDArray[np.int32]],
+    text: CalibrationText,
+    settings: CalibrationSettings,
+    config: ModelConfig,
+) -> dict[str, Any]:
+    """Everything that the result depends on, for the journal and the report."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(window.tobytes())
+    for key in sorted(checkpoint):
+        info = checkpoint.info(key)
+        digest.update(f"{key} {info.dtype} {list(info.shape)}".encode())
+    return {
+        "calibration": text.source,
+        "calibration_tokens": sum(map(len, windows)),
+        "seed": text.seed,
+        "window": text.window,
+        **asdict(settings),
+        "quantization_config": config.raw["quantization_config"],
+        "model_and_text": digest.hexdigest(),
+    }
+
+
+def _write_report(output: Path, report: CalibratedReport) -> None:
+    content = {**asdict(report), "seconds": round(report.seconds, 1)}
+    (output / "report.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def summary(report: CalibratedReport) -> str:
+    """A line on size and time, and one for each format, as the data-free conversion prints."""
+    lines = [f"{report.output_bytes / (1 << 20):.1f} MiB in {report.seconds:.1f} s"]
+    totals: dict[str, list[float]] = {}
+    for layer in report.layers:
+        for name, sums in layer["kinds"].items():
+            totals[name] = [a + b for a, b in zip(totals.get(name, [0.0] * 4), sums, strict=True)]
+    for name, (weights, bits, energy, error) in sorted(totals.items()):
+        lines.append(
+            f"{name:>5}: {weights / 1e6:10.2f} M weights, {bits / weights:.3f} bits each, relative "
+            f"squared error {error / max(energy, 1e-30):.5f}"
+        )
+    worst = max((layer["stream_error"] for layer in report.layers), default=0.0)
+    lines.append(f"the residual stream is off by {worst:.4f} of its square at most")
+    return "\n".join(lines)

@@ -1,0 +1,193 @@
+"""How good a model is on given text: perplexity, divergence from another model, right choices.
+
+All figures come with 95 % intervals. Tokens of one window depend on each other, so an interval of a
+mean over tokens is a bootstrap over windows, not over tokens; a comparison of two models resamples
+both together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdeploy_lite.config import (
+    LoadConfig,
+    ModelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+    WantedOrder,
+)
+from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
+from fastdeploy_lite.model_executor.model_runner import ModelRunner
+from fastdeploy_lite.utils.errors import ConfigError
+
+CHUNK_TOKENS = 256
+RESAMPLES = 2000
+ArrayF64 = npt.NDArray[np.float64]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities (float64) of tokens 1.. of a window, and the argmax before each of them."""
+
+    logprobs: ArrayF64
+    argmax: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Two models on tokens 1.. of a window.
+
+    Attributes:
+        logprobs, reference_logprobs: of the tokens that follow.
+        kl: nats from the reference's distribution to the model's, of every next token.
+        same_top: whether both find the same token likeliest.
+    """
+
+    logprobs: ArrayF64
+    reference_logprobs: ArrayF64
+    kl: ArrayF64
+    same_top: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One question of a choice file: the token ids that precede, and those of each answer."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+    lengths: list[int]
+    right: int
+
+
+def load_runner(
+    model: Path,
+    context: int,
+    device: str | None = None,
+    quantization: str | None = None,
+    row_order: WantedOrder = "auto",
+) -> ModelRunner:
+    """The product's model runner, ready for teacher-forced windows of `context` tokens.
+
+    quantization: what becomes of bf16 weights while they are loaded: wint8 or wint4.
+    row_order: of 2-bit experts.
+    """
+    scheduler = SchedulerConfig(
+        max_num_seqs=1, max_num_batched_tokens=CHUNK_TOKENS, max_model_len=context
+    )
+    config = RuntimeConfig(
+        model_path=model,
+        model=ModelConfig.from_dir(model).with_quantization(quantization),
+        scheduler=scheduler,
+        load=LoadConfig(row_order=row_order),
+        device=device,
+        use_cudagraph=False,
+    )
+    runner = ModelRunner(config)
+    runner.load_model()
+    return runner
+
+
+def score(runner: ModelRunner, token_ids: Sequence[int]) -> Scores:
+    """Score every token after the first, given all tokens before it."""
+    targets = np.asarray(token_ids[1:])
+    logprobs, argmax, done = [], [], 0
+    for rows in runner.logits_chunks(token_ids):
+        part = targets[done : done + len(rows)]  # the last row predicts beyond the window
+        logits = log_softmax(rows[: len(part)])
+        logprobs.append(logits[np.arange(len(part)), part])
+        argmax.append(logits.argmax(axis=1))
+        done += len(rows)
+    return Scores(np.concatenate(logprobs), np.concatenate(argmax))
+
+
+def diverge(runner: ModelRunner, reference: ModelRunner, token_ids: Sequence[int]) -> Divergence:
+    """Compare two models on every token after the first."""
+    targets = np.asarray(token_ids[1:])
+    parts, done = [], 0
+    chunks = zip(runner.logits_chunks(token_ids), reference.logits_chunks(token_ids), strict=True)
+    for rows, reference_rows in chunks:
+        part = targets[done : done + len(rows)]
+        found, wanted = log_softmax(rows[: len(part)]), log_softmax(reference_rows[: len(part)])
+        at = np.arange(len(part)), part
+        kl = (np.exp(wanted) * (wanted - found)).sum(axis=1)
+        parts.append((found[at], wanted[at], kl, found.argmax(axis=1) == wanted.argmax(axis=1)))
+        done += len(rows)
+    return Divergence(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def log_softmax(logits: npt.NDArray[np.float32]) -> ArrayF64:
+    """Log-probabilities of rows of logits, in float64."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True, initial=-np.inf)
+    wide -= np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    return wide
+
+
+def mean_interval(parts: Sequence[ArrayF64]) -> tuple[float, Interval]:
+    """Mean over all values of windows, and its 95 % bootstrap interval over windows."""
+    sums = np.array([float(part.sum()) for part in parts])
+    counts = np.array([part.size for part in parts], np.float64)
+    generator = np.random.default_rng(0)
+    drawn = generator.integers(0, len(parts), (RESAMPLES, len(parts)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(sums.sum() / counts.sum()), (float(low), float(high))
+
+
+def share_interval(hits: int, count: int) -> Interval:
+    """95 % interval of a share (Wilson's)."""
+    z = 1.959964
+    centre = (hits + z * z / 2) / (count + z * z)
+    half = z * np.sqrt(hits * (count - hits) / count + z * z / 4) / (count + z * z)
+    return float(centre - half), float(centre + half)
+
+
+def read_choices(tokenizer: Ernie4_5Tokenizer, path: Path) -> Iterator[Choice]:
+    """Questions of a file: a line `{"question", "choices": [...], "answer": index or letter}`.
+
+    Raises:
+        ConfigError: the file is missing, or a line is not of that form; names the line.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; name a .jsonl file of questions")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _choice(tokenizer, line, f"{path}: line {number}")
+
+
+def likeliest(runner: ModelRunner, choice: Choice, per_character: bool) -> int:
+    """Index of the answer that the model finds likeliest after the question."""
+    scores = []
+    for answer, length in zip(choice.answers, choice.lengths, strict=True):
+        found = score(runner, [*choice.prompt, *answer]).logprobs[-len(answer) :].sum()
+        scores.append(found / length if per_character else found)
+    return int(np.argmax(scores))
+
+
+def _choice(tokenizer: Ernie4_5Tokenizer, line: str, where: str) -> Choice:
+    try:
+        data: Any = json.loads(line)
+        question, answers, right = data["question"], data["choices"], data["answer"]
+        if isinstance(right, str) and len(right) == 1 and right.isalpha():
+            right = ord(right.upper()) - ord("A")
+        valid = len(answers) > 1 and 0 <= int(right) < len(answers) and all(answers)
+        texts = [str(answer) for answer in answers]
+        if not (valid and isinstance(question, str) and question):
+            raise ValueError("values out of range")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f'{where}: expected {{"question": text, "choices": [text, ...], "answer": index}}, '
+            f"{type(error).__name__} {error}"
+        ) from error
+    prompt = list(tokenizer.encode_text(question))
+    encoded = [list(tokenizer.encode_text(text)) for text in texts]
+    return Choice(prompt, encoded, [len(text) for text in texts], int(right))

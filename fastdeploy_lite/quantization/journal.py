@@ -1,0 +1,131 @@
+"""What a long conversion has done so far, so that a killed one goes on where it was.
+
+A folder beside the output holds `settings.json` and, for every finished layer, its tensors, its
+state (whatever the next layer needs) and a record with the SHA-256 of both. A layer counts only if
+its record is there and the sums agree; the record is renamed into place last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fastdeploy_lite.utils.arrays import Array
+from fastdeploy_lite.utils.errors import ConfigError
+
+FileTensor: TypeAlias = tuple[Array, str]
+"""Bits of a tensor and its safetensors dtype."""
+
+
+@dataclass
+class LayerResult:
+    """Tensors of one layer by key, what the next layer needs, and figures for the report."""
+
+    tensors: dict[str, FileTensor]
+    state: dict[str, Array] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+class Journal:
+    """Finished layers of one conversion with one set of settings."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Open `folder` or begin it.
+
+        Raises:
+            ConfigError: it was begun with other settings; names the first that differs.
+        """
+        self.folder = folder
+        wanted = json.loads(json.dumps(dict(settings)))
+        file = folder / "settings.json"
+        if file.exists():
+            _compare(json.loads(file.read_text(encoding="utf-8")), wanted, folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_text(file, json.dumps(wanted, indent=1))
+
+    def load(self, layer: int) -> LayerResult | None:
+        """Return a finished layer; None if it is not there, incomplete or damaged."""
+        record_file = self._path(layer, "json")
+        if not record_file.exists():
+            return None
+        try:
+            record = json.loads(record_file.read_text(encoding="utf-8"))
+            arrays = {name: self._read(layer, name, record) for name in ("tensors", "state")}
+        except (ValueError, OSError, KeyError):
+            return None
+        tensors = {
+            key: (arrays["tensors"][str(index)], dtype)
+            for index, (key, dtype) in enumerate(record["keys"])
+        }
+        return LayerResult(tensors, arrays["state"], record["figures"])
+
+    def save(self, layer: int, result: LayerResult) -> None:
+        """Keep a finished layer; the state of the one before is no longer needed."""
+        packed = {str(i): array for i, (array, _) in enumerate(result.tensors.values())}
+        record = {
+            "keys": [(key, dtype) for key, (_, dtype) in result.tensors.items()],
+            "figures": result.figures,
+            "tensors": _write_arrays(self._path(layer, "tensors.npz"), packed),
+            "state": _write_arrays(self._path(layer, "state.npz"), result.state),
+        }
+        _write_text(self._path(layer, "json"), json.dumps(record))
+
+    def forget_state(self, layer: int) -> None:
+        """Replace the state of `layer` by nothing: a later layer is finished."""
+        kept = self.load(layer)
+        if kept is not None and kept.state:
+            self.save(layer, LayerResult(kept.tensors, {}, kept.figures))
+
+    def remove(self) -> None:
+        """Delete the folder: the conversion is complete."""
+        shutil.rmtree(self.folder)
+
+    def _path(self, layer: int, what: str) -> Path:
+        return self.folder / f"layer-{layer:05d}.{what}"
+
+    def _read(self, layer: int, name: str, record: Mapping[str, Any]) -> dict[str, Array]:
+        path = self._path(layer, f"{name}.npz")
+        if _digest(path) != record[name]:
+            raise ValueError(f"{path} is damaged")
+        with np.load(path) as file:
+            return {key: file[key] for key in file.files}
+
+
+def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            raise ConfigError(
+                f"{folder}: begun with {name} {found.get(name)!r}, now {wanted.get(name)!r}: go on "
+                "with the same settings, or delete this folder to begin anew"
+            )
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, Array]) -> str:
+    """Write an npz file; returns its digest."""
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    partial.replace(path)
+    return _digest(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,203 @@
+"""`quantize --calibration`: streams against the oracle, gains, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from oracles.ernie_float32 import ErnieFloat32
+from tiny_model import write_tiny_model
+
+from fastdeploy_lite.calibration.convert import CalibrationText, quantize_with_calibration
+from fastdeploy_lite.calibration.encoder import METHODS, CalibrationSettings, read_dense
+from fastdeploy_lite.calibration.experts import add_outputs, group_by_expert
+from fastdeploy_lite.calibration.streams import LayerRunner
+from fastdeploy_lite.checkpoint import Checkpoint
+from fastdeploy_lite.checkpoint.inventory import verify
+from fastdeploy_lite.checkpoint.linears import model_linears
+from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
+
+QUICK = CalibrationSettings(candidates=1, descents=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model", kind="bf16", experts=2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = np.random.default_rng(0).integers(0x4E00, 0x5E00, (40, 60))
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n\n".join("".join(map(chr, row)) for row in words), encoding="utf-8")
+    return file
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for key, tensor in ((k, Checkpoint.open(folder).get(k)) for k in Checkpoint.open(folder)):
+        found[key] = tensor.data.tobytes()
+    return found
+
+
+def test_streams_are_those_of_the_model(model: Path) -> None:
+    """Layer by layer, experts apart: the residual stream that the oracle computes."""
+    checkpoint = Checkpoint.open(model)
+    ids = np.random.default_rng(1).integers(10, 8000, 50).astype(np.int32)
+    runner = LayerRunner(checkpoint, [30, 20])
+    stream = runner.embed(ids)
+    linears = {linear.module: linear for linear in model_linears(checkpoint.config)}
+    for layer in range(checkpoint.config.num_hidden_layers):
+        entered = runner.enter_mlp(layer, stream, {})
+        stream = entered.residual + entered.dense
+        if entered.experts.shape[1]:
+            prefix = f"ernie.layers.{layer}.mlp.experts"
+            add_outputs(
+                stream,
+                entered.x,
+                group_by_expert(entered.experts, entered.weights, 2),
+                lambda name, e, p=prefix: read_dense(checkpoint, linears[f"{p}.{e}.{name}"]),
+            )
+    oracle = ErnieFloat32(model)
+    for rows in (slice(0, 30), slice(30, 50)):
+        expected = oracle.hidden(ids[rows].tolist())
+        part = stream[rows]
+        scale = np.sqrt(np.mean(np.square(part), axis=1, keepdims=True) + 1e-5)
+        norm = oracle.files.floats("ernie.norm.weight")
+        np.testing.assert_allclose(part / scale * norm, expected, atol=2e-3)
+
+
+def test_each_method_knows_more_and_loses_less(model: Path, text: Path, tmp_path: Path) -> None:
+    errors = []
+    for method in METHODS:
+        report = quantize_with_calibration(
+            model,
+            tmp_path / method,
+            CalibrationText(str(text), 1500, 256),
+            CalibrationSettings(method=method, candidates=1, descents=1),
+            scheme="2bits",
+            progress=False,
+        )
+        verify(Checkpoint.open(tmp_path / method))
+        errors.append(report.layers[-1]["stream_error"])
+    assert errors[0] > errors[1] > errors[2] > errors[3]
+    written = json.loads((tmp_path / "hessian" / "report.json").read_text(encoding="utf-8"))
+    assert sum(written["layers"][1]["tokens"]) == 2 * 1500
+    assert written["settings"]["method"] == "hessian"
+
+
+@pytest.mark.parametrize("scheme", ["w4w2", "wint8"])
+def test_integer_schemes_are_calibrated_too(
+    model: Path, text: Path, tmp_path: Path, scheme: str
+) -> None:
+    def stream_error(method: str) -> float:
+        report = quantize_with_calibration(
+            model,
+            tmp_path / f"{scheme}-{method}",
+            CalibrationText(str(text), 800, 256),
+            CalibrationSettings(method=method, candidates=1, descents=0),
+            scheme=scheme,  # type: ignore[arg-type]
+            progress=False,
+        )
+        verify(Checkpoint.open(tmp_path / f"{scheme}-{method}"))
+        error: float = report.layers[-1]["stream_error"]
+        return error
+
+    assert stream_error("hessian") < stream_error("data-free")
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    """SIGKILL once the first layers are done; the second run keeps them."""
+    command = [
+        *[sys.executable, "-m", "fastdeploy_lite.entrypoints.cli.main", "quantize", "--quiet"],
+        *["--model", str(model), "--calibration", str(text), "--calibration-tokens", "900"],
+        *["--scheme", "2bits"],
+    ]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert subprocess.run([*command, "--output", str(whole)], check=False).returncode == 0
+    journal = tmp_path / "cut.unfinished"
+    process = subprocess.Popen([*command, "--output", str(cut)])
+    until = time.monotonic() + 300
+    while not (journal / "layer-00001.json").exists():
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (cut / "config.json").exists()
+    assert subprocess.run([*command, "--output", str(cut)], check=False).returncode == 0
+    assert weights(whole) == weights(cut)
+    assert json.loads((cut / "report.json").read_text(encoding="utf-8"))["resumed_layers"] >= 2
+    assert not journal.exists()
+
+
+def test_a_damaged_layer_is_made_again(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastdeploy_lite.calibration import convert
+
+    given = CalibrationText(str(text), 600, 256)
+    quantize_with_calibration(
+        model, tmp_path / "whole", given, QUICK, scheme="2bits", progress=False
+    )
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "CheckpointWriter", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_with_calibration(
+                model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False
+            )
+    damaged = tmp_path / "cut.unfinished" / "layer-00002.tensors.npz"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    report = quantize_with_calibration(
+        model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False
+    )
+    assert report.resumed_layers < 2  # the state of layer 1 was given up when layer 2 was done
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+
+
+def test_other_settings_than_the_unfinished_run_are_refused(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastdeploy_lite.calibration import convert
+
+    given = CalibrationText(str(text), 600, 256)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "CheckpointWriter", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_with_calibration(
+                model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False
+            )
+    other = CalibrationSettings(candidates=1, descents=2)
+    with pytest.raises(ConfigError, match="begun with descents 1, now 2: go on with the same"):
+        quantize_with_calibration(
+            model, tmp_path / "cut", given, other, scheme="2bits", progress=False
+        )
+
+
+def test_bad_arguments_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(CheckpointError, match="not empty"):
+        quantize_with_calibration(model, tmp_path / "full", CalibrationText(str(text)), QUICK)
+    with pytest.raises(ConfigError, match="found 1, expected at least 2"):
+        quantize_with_calibration(model, tmp_path / "new", CalibrationText(str(text), 1), QUICK)
+    with pytest.raises(ConfigError, match="no such file"):
+        quantize_with_calibration(model, tmp_path / "new", CalibrationText("nowhere.txt"), QUICK)
+    assert not (tmp_path / "new").exists()
