@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,9 +14,10 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from fastdeploy_lite.calibration.encoder import CalibratedEncoder, CalibrationSettings
+from fastdeploy_lite.calibration.report import memory, totals, write
 from fastdeploy_lite.calibration.text import calibration_windows
 from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
-from fastdeploy_lite.checkpoint.inventory import verify
+from fastdeploy_lite.checkpoint.inventory import plain_nbytes, verify
 from fastdeploy_lite.checkpoint.linears import Linear, check_sizes, model_linears
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.models.family import ModelConfig
@@ -94,7 +94,7 @@ def quantize_with_calibration(
             report.output_bytes += array.nbytes
     convert._copy_companions(Path(model_dir), output)
     report.seconds = time.perf_counter() - started
-    _write_report(output, report)
+    write(output, _content(report, checkpoint, config))
     journal.remove()
     return report
 
@@ -210,23 +210,27 @@ def _describe(
     }
 
 
-def _write_report(output: Path, report: CalibratedReport) -> None:
-    content = {**asdict(report), "seconds": round(report.seconds, 1)}
-    (output / "report.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+def _content(report: CalibratedReport, checkpoint: Checkpoint, config: ModelConfig) -> Any:
+    """What report.json holds."""
+    formats = totals(report.layers)
+    weights = sum(part["weights"] for part in formats.values())
+    return {
+        **asdict(report),
+        "seconds": round(report.seconds, 1),
+        "formats": formats,
+        "bits_per_weight": sum(part["bits"] for part in formats.values()) / weights,
+        "memory": memory(config, plain_nbytes(checkpoint)),
+    }
 
 
 def summary(report: CalibratedReport) -> str:
     """A line on size and time, and one for each format, as the data-free conversion prints."""
     lines = [f"{report.output_bytes / (1 << 20):.1f} MiB in {report.seconds:.1f} s"]
-    totals: dict[str, list[float]] = {}
-    for layer in report.layers:
-        for name, sums in layer["kinds"].items():
-            totals[name] = [a + b for a, b in zip(totals.get(name, [0.0] * 4), sums, strict=True)]
-    for name, (weights, bits, energy, error) in sorted(totals.items()):
+    for name, part in totals(report.layers).items():
         lines.append(
-            f"{name:>5}: {weights / 1e6:10.2f} M weights, {bits / weights:.3f} bits each, relative "
-            f"squared error {error / max(energy, 1e-30):.5f}"
+            f"{name:>5}: {part['weights'] / 1e6:10.2f} M weights, {part['bits_per_weight']:.3f} "
+            f"bits each, relative squared error {part['relative_error']:.5f}"
         )
     worst = max((layer["stream_error"] for layer in report.layers), default=0.0)
     lines.append(f"the residual stream is off by {worst:.4f} of its square at most")
-    return "\n".join(lines)
+    return "\n".join([*lines, "see report.html in the output folder"])

@@ -19,7 +19,13 @@ from fastdeploy_lite.calibration.experts import (
 from fastdeploy_lite.calibration.streams import ArrayF32, LayerRunner, Made, MlpInput
 from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import read_linear
-from fastdeploy_lite.formats.ccq import CCQWeight, RowOrder, to_stored_order, to_true_order
+from fastdeploy_lite.formats.ccq import (
+    GROUP_ROWS,
+    CCQWeight,
+    RowOrder,
+    to_stored_order,
+    to_true_order,
+)
 from fastdeploy_lite.formats.tiles import pack_int4, pack_int8
 from fastdeploy_lite.models.linear import Linear
 from fastdeploy_lite.quantization import ccq_hessian, ccq_search, hessian, int_hessian
@@ -175,10 +181,15 @@ class _LayerWork:
     ) -> ArrayF32:
         linear = self.experts[name, expert]  # type: ignore[index]
         matrix = self._encoded(linear, weight, moments)
-        error = (weight - matrix.decoded).T
-        energy = hessian.loss(np.ascontiguousarray(weight.T), moments).sum()
-        relative = hessian.loss(np.ascontiguousarray(error), moments).sum() / max(energy, 1e-30)
-        self.figures["experts"].append([name, expert, float(relative)])
+        original = np.ascontiguousarray(weight.T)
+        rounded = np.ascontiguousarray(round_to_nearest(weight, linear.kind).T)
+        decoded = np.ascontiguousarray(matrix.decoded.T)
+        energy = max(float(hessian.loss(original, moments).sum()), 1e-30)
+        after, before = (
+            float(hessian.loss(original - found, moments).sum()) / energy
+            for found in (decoded, rounded)
+        )
+        self.figures["experts"].append([name, expert, after, before])
         self._keep(linear, matrix)
         self._decoded[name, expert] = matrix.decoded
         return matrix.decoded
@@ -241,6 +252,20 @@ def _encode_ccq(
         candidates=settings.candidates,
         descents=settings.descents,
     )
+
+
+def round_to_nearest(weight: ArrayF32, kind: WeightKind) -> ArrayF32:
+    """What plain rounding makes of a matrix [K, N]: the yardstick of the report.
+
+    ccq: four levels from the smallest to the largest value of 64 rows; int8, int4: the usual.
+    """
+    if kind != "ccq":
+        return (quantize_int8 if kind == "int8" else quantize_int4)(weight).dequantize()
+    groups = weight.reshape(-1, GROUP_ROWS, weight.shape[1])
+    low, high = groups.min(axis=1, keepdims=True), groups.max(axis=1, keepdims=True)
+    step = (high - low) / np.float32(3)
+    level = np.rint((groups - low) / np.where(step > 0, step, np.float32(1)))
+    return np.asarray(low + level * step, np.float32).reshape(weight.shape)
 
 
 def for_loading(matrix: EncodedMatrix) -> dict[str, Any]:

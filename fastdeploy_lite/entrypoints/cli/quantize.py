@@ -8,6 +8,8 @@ import sys
 from typing import get_args
 
 from fastdeploy_lite.formats.ccq import ROW_ORDERS
+from fastdeploy_lite.models.family import ModelConfig
+from fastdeploy_lite.quantization.budget import w4_end_layer_for_bits
 from fastdeploy_lite.quantization.convert import (
     DEFAULT_W4_END_LAYER,
     ConversionReport,
@@ -41,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="last decoder layer (0-based, inclusive) with int4 experts under w4w2 "
         f"(default {DEFAULT_W4_END_LAYER}, in short models the first MoE layer; -1 for none)",
+    )
+    parser.add_argument(
+        "--bits",
+        type=float,
+        metavar="B",
+        help="w4w2 with as many int4 layers from the first as keep the routed experts at B bits a "
+        "weight or below, scales included; in place of --moe-w4-end-layer",
     )
     parser.add_argument(
         "--shard-size",
@@ -99,6 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert; 0, or 1 with a line on stderr that names what is wrong."""
     try:
+        if args.bits is not None:
+            args.moe_w4_end_layer = _layers_for_bits(args)
         text = _convert(args) if args.calibration is None else _calibrate(args)
     except (FastDeployError, OSError) as error:
         print(f"fastdeploy-lite quantize: {error}", file=sys.stderr)
@@ -106,6 +117,13 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(text)
     return 0
+
+
+def _layers_for_bits(args: argparse.Namespace) -> int:
+    if args.scheme != "w4w2" or args.moe_w4_end_layer is not None:
+        raise ConfigError("--bits chooses --moe-w4-end-layer under --scheme w4w2: pass it alone")
+    config = ModelConfig.from_dir(args.model)
+    return w4_end_layer_for_bits(config, args.bits)
 
 
 def _convert(args: argparse.Namespace) -> str:

@@ -1,0 +1,138 @@
+"""`fastdeploy-lite eval`: figures against numpy, intervals, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from oracles.ernie_float32 import ErnieFloat32
+from tiny_model import write_tiny_model
+
+from fastdeploy_lite.calibration.text import read_stream, windows
+from fastdeploy_lite.entrypoints import evaluation
+from fastdeploy_lite.entrypoints.cli import main as cli
+from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
+from fastdeploy_lite.quantization.convert import quantize_checkpoint
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("eval")
+    model = write_tiny_model(folder / "bf16", kind="bf16", experts=2)
+    quantize_checkpoint(model, folder / "wint4", scheme="wint4", progress=False)
+    return model, folder / "wint4"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("床前明月光，疑是地上霜。\n\n" * 12 + "A peer of the realm.", encoding="utf-8")
+    return file
+
+
+def measured(tmp_path: Path, *arguments: str) -> dict[str, object]:
+    file = tmp_path / "figures.json"
+    assert cli.run(["eval", *arguments, "--device", "cpu", "--json", str(file)]) == 0
+    found: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def log_softmax(rows: np.ndarray) -> np.ndarray:
+    wide = rows.astype(np.float64)
+    return (
+        wide
+        - np.log(np.exp(wide - wide.max(1, keepdims=True)).sum(1, keepdims=True))
+        - (wide.max(1, keepdims=True))
+    )
+
+
+def test_divergence_and_perplexity_are_the_oracles(
+    models: tuple[Path, Path], text: Path, tmp_path: Path
+) -> None:
+    model, quantized = models
+    found = measured(tmp_path, "kl", "--model", str(quantized), "--against", str(model),
+                     "--text", str(text), "--context", "48", "--limit", "140")  # fmt: skip
+    stream = read_stream(Ernie4_5Tokenizer.from_pretrained(str(model)), text)
+    kl, loss, same = [], [], []
+    for window in windows(stream, 48, 140):
+        q, p = (log_softmax(ErnieFloat32(m).logits(window))[:-1] for m in (quantized, model))
+        at = np.arange(len(q)), np.array(window[1:])
+        kl.append((np.exp(p) * (p - q)).sum(1))
+        loss.append(-q[at])
+        same.append(p.argmax(1) == q.argmax(1))
+    assert found["kl"][0] == pytest.approx(np.concatenate(kl).mean(), rel=1e-2)
+    assert found["kl"][1] <= found["kl"][0] <= found["kl"][2]
+    assert found["nats a token"][0] == pytest.approx(np.concatenate(loss).mean(), rel=1e-4)
+    assert found["same likeliest token"][0] == pytest.approx(np.concatenate(same).mean(), abs=0.02)
+    assert found["tokens"] == 140 - 3
+
+
+def test_a_model_does_not_diverge_from_itself(
+    models: tuple[Path, Path], text: Path, tmp_path: Path
+) -> None:
+    model = str(models[0])
+    found = measured(tmp_path, "kl", "--model", model, "--against", model, "--text", str(text),
+                     "--limit", "60")  # fmt: skip
+    assert found["kl"] == [0, 0, 0]
+    assert found["same likeliest token"] == [1, 1, 1]
+
+
+def test_choices_are_what_the_likelihoods_say(models: tuple[Path, Path], tmp_path: Path) -> None:
+    model = models[0]
+    questions = [
+        {"question": "床前明月光，", "choices": ["疑是地上霜", "A peer"], "answer": 0},
+        {"question": "A peer of", "choices": ["月", "the realm.", "光"], "answer": "B"},
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8")
+    tokenizer, oracle = Ernie4_5Tokenizer.from_pretrained(str(model)), ErnieFloat32(model)
+    hits = 0
+    for question, right in zip(questions, (0, 1), strict=True):
+        prompt = tokenizer.encode_text(question["question"])
+        scores = []
+        for choice in question["choices"]:
+            answer = tokenizer.encode_text(choice)
+            rows = log_softmax(oracle.logits([*prompt, *answer]))[len(prompt) - 1 : -1]
+            scores.append(rows[np.arange(len(answer)), answer].sum())
+        hits += int(np.argmax(scores)) == right
+    found = measured(tmp_path, "choice", "--model", str(model), "--text", str(file))
+    assert found["accuracy"][0] == hits / 2
+    assert found["questions"] == 2
+
+
+def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(3)
+    covered = 0
+    for _ in range(100):
+        # Values of one window share a part: an interval over values would be far too narrow.
+        parts = [rng.normal() + rng.normal(size=30) for _ in range(40)]
+        low, high = evaluation.mean_interval(parts)[1]
+        covered += low <= 0 <= high
+    assert covered >= 85
+    low, high = evaluation.share_interval(0, 20)
+    assert low == pytest.approx(0)
+    assert 0.1 < high < 0.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kl"], "--against is missing"),
+        (["perplexity", "--context", "1"], "must be at least 2"),
+        (["choice"], "line 1: expected"),
+    ],
+)
+def test_bad_calls_are_one_line(
+    models: tuple[Path, Path],
+    text: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    call = [arguments[0], "--model", str(models[0]), "--text", str(text), *arguments[1:]]
+    assert cli.run(["eval", *call]) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error

@@ -1,0 +1,75 @@
+"""The report of a conversion: figures, plots, a page without outside parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from tiny_model import tiny_config
+
+from fastdeploy_lite.calibration import report
+from fastdeploy_lite.config import ModelConfig
+
+LAYERS = [
+    {"layer": 0, "kinds": {"int8": [100, 800, 2.0, 0.02]}, "experts": [], "stream_error": 0.001},
+    {
+        "layer": 1,
+        "kinds": {"int8": [100, 800, 2.0, 0.06], "ccq": [400, 900, 4.0, 0.4]},
+        "experts": [
+            ["up_gate_proj", 0, 0.05, 0.2],
+            ["up_gate_proj", 1, 0.06, 0.3],
+            ["down_proj", 0, 0.07, 0.2],
+            ["down_proj", 1, 0.08, 0.25],
+        ],
+        "tokens": [30, 10],
+        "stream_error": 0.02,
+    },
+]
+
+
+def test_totals_add_up() -> None:
+    found = report.totals(LAYERS)
+    assert found["int8"]["weights"] == 200
+    assert found["int8"]["relative_error"] == pytest.approx(0.02)
+    assert found["ccq"]["bits_per_weight"] == pytest.approx(2.25)
+
+
+def test_plots_are_drawings_with_a_bar_for_every_expert() -> None:
+    drawing = ElementTree.fromstring(report.layer_plot(LAYERS[1]))
+    bars = [e for e in drawing.iter() if e.tag.endswith("rect")]
+    assert len(bars) == 2 * 2 * 2 + 2
+    heights = [float(bar.get("height", "nan")) for bar in bars]
+    assert max(heights) == pytest.approx(heights[1])  # 0.3, the largest of its panel
+    dense = ElementTree.fromstring(report.layer_plot(LAYERS[0]))
+    assert any("dense layer" in (e.text or "") for e in dense.iter())
+
+
+def test_memory_grows_with_context_by_the_size_of_keys_and_values() -> None:
+    config = ModelConfig.from_dict(tiny_config("2bits", max_position_embeddings=8192))
+    short, long = report.memory(config, 1000)
+    values = 2 * 2 * 64 * 3 * (long["context"] - short["context"])
+    assert (short["context"], long["context"]) == (4096, 8192)
+    assert long["card"] - short["card"] == 2 * values
+    assert long["cpu"] - short["cpu"] == 4 * values
+
+
+def test_files_are_written_and_need_nothing_else(tmp_path: Path) -> None:
+    content = {
+        "layers": LAYERS,
+        "formats": report.totals(LAYERS),
+        "memory": [{"context": 4096, "card": 1 << 30, "cpu": 1 << 31}],
+        "settings": {"calibration": "<text>.jsonl"},
+        "output_bytes": 1 << 20,
+        "bits_per_weight": 3.5,
+        "seconds": 2.0,
+    }
+    report.write(tmp_path, content)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == content
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert "&lt;text&gt;.jsonl" in page
+    assert "src=" not in page
+    assert "href=" not in page
+    assert (tmp_path / "report" / "layer-00001.svg").is_file()
