@@ -76,7 +76,7 @@ def quantize_with_calibration(
     """
     started = time.perf_counter()
     checkpoint = Checkpoint.open(model_dir)
-    config = convert._target_config(checkpoint.config, scheme, w4_end_layer, settings.row_order)
+    config = convert.target_config(checkpoint.config, scheme, w4_end_layer, settings.row_order)
     verify(checkpoint)
     check_sizes(model_linears(config), config.source)
     output = Path(output_dir)
@@ -87,12 +87,12 @@ def quantize_with_calibration(
     report = CalibratedReport(settings=described)
     layers = _Layers(checkpoint, config, windows, settings, journal, report)
     layers.run(progress)
-    convert._prepare_output(Path(model_dir), output, force)
+    convert.prepare_output(Path(model_dir), output, force)
     with CheckpointWriter(output, dict(config.raw), shard_bytes) as writer:
         for key, array, dtype in layers.tensors():
             writer.add(key, array, dtype)
             report.output_bytes += array.nbytes
-    convert._copy_companions(Path(model_dir), output)
+    convert.copy_companions(Path(model_dir), output)
     report.seconds = time.perf_counter() - started
     write(output, _content(report, checkpoint, config))
     journal.remove()
@@ -147,7 +147,7 @@ class _Layers:
     def tensors(self) -> Iterator[tuple[str, Any, str]]:
         """All tensors of the output, in the order in which a loader wants them."""
         layer, kept = -1, LayerResult({})
-        for item in convert._plan(self.checkpoint, self.config):
+        for item in convert.plan(self.checkpoint, self.config):
             if isinstance(item, str):
                 source = self.checkpoint.get(item)
                 yield item, source.data, source.dtype
@@ -166,7 +166,7 @@ def _check_output(model: Path, output: Path, force: bool) -> None:
     """Refuse a folder in use before hours of work, and remove nothing yet."""
     if output.is_dir() and output.resolve() != model.resolve() and force:
         return
-    convert._prepare_output(model, output, force=False)
+    convert.prepare_output(model, output, force=False)
 
 
 def _read_text(

@@ -130,13 +130,13 @@ def quantize_checkpoint(
         Checkpoint.open(model_dir, tensor_parallel_size, rank)
         for rank in range(tensor_parallel_size)
     ]
-    config = _target_config(ranks[0].config, scheme, w4_end_layer, row_order)
+    config = target_config(ranks[0].config, scheme, w4_end_layer, row_order)
     verify(ranks[0])
     if tensor_parallel_size > 1:
         check_tensor_parallel(config, tensor_parallel_size)
     check_sizes(model_linears(config), config.source)
     output = Path(output_dir)
-    _prepare_output(Path(model_dir), output, force)
+    prepare_output(Path(model_dir), output, force)
     report = ConversionReport()
     with ExitStack() as stack:
         bar = stack.enter_context(loading_bar(ranks[0].nbytes, progress, "Quantizing Weights"))
@@ -144,7 +144,7 @@ def quantize_checkpoint(
         for checkpoint, folder in zip(ranks, folders, strict=True):
             own_config = dict(config.raw) if folder == output else None
             writer = stack.enter_context(CheckpointWriter(folder, own_config, shard_bytes))
-            for item in _plan(checkpoint, config):
+            for item in plan(checkpoint, config):
                 if isinstance(item, Linear):
                     tensors, size = _quantize_linear(
                         checkpoint, item, codes, workers, row_order, report
@@ -157,7 +157,7 @@ def quantize_checkpoint(
                 report.input_bytes += size
                 bar.update(size)
                 checkpoint.release()
-    _copy_companions(Path(model_dir), output)
+    copy_companions(Path(model_dir), output)
     if len(ranks) > 1:  # last: a folder without it is not taken for a model
         write_json(output / "config.json", dict(config.raw))
     report.seconds = time.perf_counter() - started
@@ -207,7 +207,7 @@ def quantize_matrix(
     return tensors, result.dequantize()
 
 
-def _target_config(
+def target_config(
     source: ModelConfig, scheme: str, w4_end_layer: int | None, row_order: RowOrder
 ) -> ModelConfig:
     """The output's configuration: the input's keys, `is_quantized` and `quantization_config`."""
@@ -262,7 +262,8 @@ def _w4_end_layer(source: ModelConfig, scheme: str, requested: int | None) -> in
     return last if scheme == "wint4" else first - 1
 
 
-def _prepare_output(model: Path, output: Path, force: bool) -> None:
+def prepare_output(model: Path, output: Path, force: bool) -> None:
+    """Refuse an output folder in use; with `force`, remove the model in it."""
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"{output}: found a file, expected a folder or nothing")
     if output.is_dir() and output.resolve() == model.resolve():
@@ -279,7 +280,7 @@ def _prepare_output(model: Path, output: Path, force: bool) -> None:
             old.unlink()
 
 
-def _plan(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str | Linear]:
+def plan(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str | Linear]:
     """What goes into the output, in the order in which a loader wants it: layer by layer.
 
     Keys are copied, linears quantised. Tensors that the model does not use (draft layers, expert
@@ -335,7 +336,8 @@ def _as_dense(linear: Linear) -> Linear:
     return replace(linear, kind="dense")
 
 
-def _copy_companions(model: Path, output: Path) -> None:
+def copy_companions(model: Path, output: Path) -> None:
+    """Copy tokenizer and generation files."""
     for pattern in COMPANION_FILES:
         for file in sorted(model.glob(pattern)):
             if file.is_file():

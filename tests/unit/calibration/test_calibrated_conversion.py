@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hugging_face import hugging_face_config, hugging_face_tensors
 from oracles.ernie_float32 import ErnieFloat32
-from tiny_model import write_tiny_model
+from tiny_model import (
+    TOKENIZER_FILES,
+    tiny_config,
+    tiny_tensors,
+    write_tensors,
+    write_tiny_model,
+)
 
 from fastdeploy_lite.calibration.convert import CalibrationText, quantize_with_calibration
 from fastdeploy_lite.calibration.encoder import METHODS, CalibrationSettings, read_dense
@@ -22,6 +30,8 @@ from fastdeploy_lite.calibration.streams import LayerRunner
 from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import verify
 from fastdeploy_lite.checkpoint.linears import model_linears
+from fastdeploy_lite.entrypoints.evaluation import load_runner
+from fastdeploy_lite.formats.ccq import ROW_ORDERS
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 QUICK = CalibrationSettings(candidates=1, descents=1)
@@ -91,6 +101,39 @@ def test_each_method_knows_more_and_loses_less(model: Path, text: Path, tmp_path
     written = json.loads((tmp_path / "hessian" / "report.json").read_text(encoding="utf-8"))
     assert sum(written["layers"][1]["tokens"]) == 2 * 1500
     assert written["settings"]["method"] == "hessian"
+
+
+def test_both_row_orders_are_as_good_and_run(model: Path, text: Path, tmp_path: Path) -> None:
+    """Another order puts other rows into a byte: other bytes, the same quality."""
+    errors = {}
+    for order in ROW_ORDERS:
+        settings = CalibrationSettings(candidates=1, descents=1, row_order=order)
+        report = quantize_with_calibration(
+            model, tmp_path / order, CalibrationText(str(text), 1200, 256), settings,
+            scheme="2bits", progress=False,
+        )  # fmt: skip
+        errors[order] = report.layers[-1]["stream_error"]
+        # The oracle reads natural rows; the engine reads both, told by config.json.
+        runner = load_runner(tmp_path / order, 64, "cpu")
+        logits = runner.logits(list(range(20, 50)))
+        if order == "natural":
+            expected = ErnieFloat32(tmp_path / order).logits(list(range(20, 50)))
+            np.testing.assert_allclose(logits, expected, atol=2e-3)
+    assert errors["permuted"] == pytest.approx(errors["natural"], rel=0.1)
+
+
+def test_hugging_face_input_gives_the_same_bytes(model: Path, text: Path, tmp_path: Path) -> None:
+    config = tiny_config("bf16", experts=2)
+    tensors = hugging_face_tensors(config, tiny_tensors(config))
+    write_tensors(tmp_path / "hf", hugging_face_config(config), tensors)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(model / name, tmp_path / "hf" / name)
+    given = CalibrationText(str(text), 500, 256)
+    for source, output in ((model, "a"), (tmp_path / "hf", "b")):
+        quantize_with_calibration(
+            source, tmp_path / output, given, QUICK, scheme="2bits", progress=False
+        )
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
 @pytest.mark.parametrize("scheme", ["w4w2", "wint8"])
