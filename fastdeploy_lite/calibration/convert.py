@@ -120,16 +120,23 @@ class _Layers:
     def run(self, progress: bool) -> None:
         """Encode what is not there yet."""
         count = self.config.num_hidden_layers
-        found = [self.journal.load(layer) for layer in range(count)]
-        done = next((i for i, layer in enumerate(found) if layer is None), count)
-        while 0 < done < count and not found[done - 1].state:  # type: ignore[union-attr]
-            done -= 1  # its state was lost with a damaged layer after it
+        found = list(self._finished(count))
+        done = len(found)
+        while 0 < done < count and not found[done - 1][1]:
+            done -= 1  # its state was given up before the layer after it was damaged
         self._report.resumed_layers = done
-        self._report.layers = [layer.figures for layer in found[:done] if layer is not None]
-        last = found[done - 1].state if 0 < done < count else {}  # type: ignore[union-attr]
-        del found
+        self._report.layers = [figures for figures, _ in found[:done]]
         if done < count:
-            self._encode(range(done, count), last, progress)
+            last = self.journal.load(done - 1) if done else None
+            self._encode(range(done, count), {} if last is None else last.state, progress)
+
+    def _finished(self, count: int) -> Iterator[tuple[dict[str, Any], bool]]:
+        """Figures of the first layers, up to the first that is not there or damaged."""
+        for layer in range(count):
+            found = self.journal.finished(layer)
+            if found is None:
+                return
+            yield found
 
     def _encode(self, layers: range, state: dict[str, Any], progress: bool) -> None:
         encoder = CalibratedEncoder(self.checkpoint, self._windows, self._settings)
@@ -177,6 +184,8 @@ def _read_text(
     tokenizer = Ernie4_5Tokenizer.from_pretrained(str(model))
     length = min(text.window, config.max_position_embeddings)
     windows = calibration_windows(tokenizer, text.source, text.tokens, length, text.seed)
+    if not windows:
+        raise ConfigError(f"{text.source}: found fewer than two tokens, expected text")
     largest = max(int(window.max()) for window in windows)
     if largest >= config.vocab_size:
         raise ConfigError(

@@ -58,7 +58,7 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Question:
     """One question of a choice file: the token ids that precede, and those of each answer."""
 
     prompt: list[int]
@@ -150,7 +150,7 @@ def share_interval(hits: int, count: int) -> Interval:
     return float(centre - half), float(centre + half)
 
 
-def read_choices(tokenizer: Ernie4_5Tokenizer, path: Path) -> Iterator[Choice]:
+def read_choices(tokenizer: Ernie4_5Tokenizer, path: Path) -> Iterator[Question]:
     """Questions of a file: a line `{"question", "choices": [...], "answer": index or letter}`.
 
     Raises:
@@ -164,16 +164,16 @@ def read_choices(tokenizer: Ernie4_5Tokenizer, path: Path) -> Iterator[Choice]:
                 yield _choice(tokenizer, line, f"{path}: line {number}")
 
 
-def likeliest(runner: ModelRunner, choice: Choice, per_character: bool) -> int:
+def likeliest(runner: ModelRunner, question: Question, per_character: bool) -> int:
     """Index of the answer that the model finds likeliest after the question."""
     scores = []
-    for answer, length in zip(choice.answers, choice.lengths, strict=True):
-        found = score(runner, [*choice.prompt, *answer]).logprobs[-len(answer) :].sum()
+    for answer, length in zip(question.answers, question.lengths, strict=True):
+        found = score(runner, [*question.prompt, *answer]).logprobs[-len(answer) :].sum()
         scores.append(found / length if per_character else found)
     return int(np.argmax(scores))
 
 
-def _choice(tokenizer: Ernie4_5Tokenizer, line: str, where: str) -> Choice:
+def _choice(tokenizer: Ernie4_5Tokenizer, line: str, where: str) -> Question:
     try:
         data: Any = json.loads(line)
         question, answers, right = data["question"], data["choices"], data["answer"]
@@ -190,4 +190,4 @@ def _choice(tokenizer: Ernie4_5Tokenizer, line: str, where: str) -> Choice:
         ) from error
     prompt = list(tokenizer.encode_text(question))
     encoded = [list(tokenizer.encode_text(text)) for text in texts]
-    return Choice(prompt, encoded, [len(text) for text in texts], int(right))
+    return Question(prompt, encoded, [len(text) for text in texts], int(right))

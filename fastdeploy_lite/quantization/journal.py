@@ -67,6 +67,14 @@ class Journal:
         }
         return LayerResult(tensors, arrays["state"], record["figures"])
 
+    def finished(self, layer: int) -> tuple[dict[str, Any], bool] | None:
+        """Return a finished layer's figures and whether its state is kept; None if it is not done.
+
+        The sums are checked, but nothing is held: a model's tensors need not fit in memory.
+        """
+        found = self.load(layer)
+        return None if found is None else (found.figures, bool(found.state))
+
     def save(self, layer: int, result: LayerResult) -> None:
         """Keep a finished layer; the state of the one before is no longer needed."""
         packed = {str(i): array for i, (array, _) in enumerate(result.tensors.values())}

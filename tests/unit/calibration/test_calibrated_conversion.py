@@ -243,4 +243,8 @@ def test_bad_arguments_are_refused(model: Path, text: Path, tmp_path: Path) -> N
         quantize_with_calibration(model, tmp_path / "new", CalibrationText(str(text), 1), QUICK)
     with pytest.raises(ConfigError, match="no such file"):
         quantize_with_calibration(model, tmp_path / "new", CalibrationText("nowhere.txt"), QUICK)
+    (tmp_path / "short.jsonl").write_text('{"text": ""}\n', encoding="utf-8")
+    short = CalibrationText(str(tmp_path / "short.jsonl"))
+    with pytest.raises(ConfigError, match="found fewer than two tokens"):
+        quantize_with_calibration(model, tmp_path / "new", short, QUICK)
     assert not (tmp_path / "new").exists()
