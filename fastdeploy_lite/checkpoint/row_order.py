@@ -82,6 +82,13 @@ class Decision:
     reason: str
     warning: str | None = None
 
+    def describe(self) -> str:
+        """Return the start-up line, "" where there is nothing to decide."""
+        if self.reason == NO_EXPERTS:
+            return ""
+        warned = f"; WARNING: {self.warning}" if self.warning else ""
+        return f"{self.order} order, {self.reason}{warned}"
+
 
 def decide(checkpoint: Checkpoint, wanted: WantedOrder = "auto") -> Decision:
     """Decide by the option, else by config.json's key, else by the weights."""

@@ -664,6 +664,7 @@ def create_core(config: RuntimeConfig, tokenizer: Ernie4_5Tokenizer) -> tuple[En
         device=str(runner.place),
         memory=memory,
         bits_per_expert_weight=report.bits_per_expert_weight,
+        row_order=report.row_order,
     )
 
 

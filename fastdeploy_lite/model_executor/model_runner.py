@@ -60,6 +60,7 @@ class MemoryReport:
         weights: by role: embedding, head, attention, mlp, experts.
         kv_cache, workspace, sampling: bytes.
         bits_per_expert_weight: 0 for a model without routed experts.
+        row_order: how the rows of 2-bit experts are read and why, "" without such experts.
     """
 
     weights: dict[str, int] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class MemoryReport:
     workspace: int = 0
     sampling: int = 0
     bits_per_expert_weight: float = 0.0
+    row_order: str = ""
 
     @property
     def total(self) -> int:
@@ -95,6 +97,7 @@ class ModelRunner:
         self._scratch = Workspace(self.place)
         self.num_blocks = 0
         self.load_seconds = 0.0
+        self._row_order = ""
         self._kv_caches: list[KVCache] = []
         self._teacher_caches: list[KVCache] = []
         self._graphs: DecodeGraphs | None = None
@@ -122,6 +125,7 @@ class ModelRunner:
         table = cos_sin_table(limits.max_model_len, model.head_dim, model.rope_theta)
         cos_sin = ops.fix(paddle.to_tensor(table, place=self.place))
         with open_source(config, self.place, show_progress) as source:
+            self._row_order = source.row_order
             self.model = ModelRegistry.get_class(model)(model, source, cos_sin, self.dtype)
         self._inputs = InputBatch(
             limits.max_num_batched_tokens,
@@ -153,9 +157,10 @@ class ModelRunner:
         better, reason = order_probe.judge(scores, self.vocab_size)
         if better is None:
             raise UndecidedRowOrderError(f"{undecided}; {reason}")
-        log.info("2-bit rows: %s order, by reading: %s", better, reason)
         if better != order:
             self._load_in(better, show_progress)
+        self._row_order = f"{better} order, by reading: {reason}"
+        log.info("2-bit rows: %s", self._row_order)
 
     def _load_in(self, order: RowOrder, show_progress: bool) -> None:
         self.model = None  # its memory is needed
@@ -449,6 +454,7 @@ class ModelRunner:
             workspace=self.workspace.nbytes + self._scratch.nbytes,
             sampling=self._sampling.nbytes,
             bits_per_expert_weight=bits_per_weight(weights["experts"]),
+            row_order=self._row_order,
         )
 
 

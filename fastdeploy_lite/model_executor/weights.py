@@ -36,9 +36,9 @@ from fastdeploy_lite.checkpoint.linears import (
 )
 from fastdeploy_lite.checkpoint.progress import count_layers, loading_bar
 from fastdeploy_lite.checkpoint.reader import open_folders
+from fastdeploy_lite.checkpoint.row_order import Decision
 from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.formats import Arrays
-from fastdeploy_lite.formats.ccq import RowOrder
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.parameters import ParameterSource
 from fastdeploy_lite.model_executor.ops import PackedWeight, SegmentedWeight, Weight
@@ -72,17 +72,19 @@ def open_source(config: RuntimeConfig, place: Any, show_progress: bool) -> Param
         if place.is_cpu_place():
             check_memory(source.nbytes)
         return source
-    weights, order = open_weights(config)
+    weights, decision = open_weights(config)
     if place.is_cpu_place():
         check_memory(_kept_nbytes(weights, config.model))
-    if order == "permuted":
+    if decision.order == "permuted":
         weights = PermutedWeights(weights)
     if config.model.quantizes_on_load:
         return QuantizingSource(weights, config.model, place, show_progress)
-    return CheckpointSource(weights, place, show_progress)
+    files = CheckpointSource(weights, place, show_progress)
+    files.row_order = decision.describe()
+    return files
 
 
-def open_weights(config: RuntimeConfig) -> tuple[HostWeights, RowOrder]:
+def open_weights(config: RuntimeConfig) -> tuple[HostWeights, Decision]:
     """Open and verify the files, and say in one line how 2-bit rows are read.
 
     Raises:
@@ -104,14 +106,14 @@ def open_weights(config: RuntimeConfig) -> tuple[HostWeights, RowOrder]:
             f"{folders[0].source}: the row order of the 2-bit experts cannot be told:"
             f" {decision.reason}; say which it is: {row_order.OPTION}"
         )
-    if decision.reason != row_order.NO_EXPERTS:
-        log.info("2-bit rows: %s order, %s", decision.order, decision.reason)
+    if decision.describe():
+        log.info("2-bit rows: %s", decision.describe())
     if decision.warning:
         log.warning("%s: %s", folders[0].source, decision.warning)
     if len(folders) == 1:
-        return FileWeights(folders[0]), decision.order
+        return FileWeights(folders[0]), decision
     ranks = RankFolders(folders, parallel.tensor_parallel_size, parallel.rank)
-    return ranks, decision.order
+    return ranks, decision
 
 
 def check_memory(needed: int) -> None:
@@ -139,6 +141,8 @@ def _kept_nbytes(weights: HostWeights, model: ModelConfig) -> int:
 
 class CheckpointSource:
     """Parameters of one rank of a checkpoint whose headers have been verified."""
+
+    row_order = ""
 
     def __init__(
         self, checkpoint: Checkpoint | HostWeights, place: Any, show_progress: bool = False
@@ -347,6 +351,8 @@ class DummySource:
     Norms are ones and the router is random, so activations stay finite and experts are used evenly;
     the text means nothing.
     """
+
+    row_order = ""
 
     def __init__(self, config: RuntimeConfig, place: Any) -> None:
         """Args: config: its model, parallel and seed matter; place: where weights are kept."""

@@ -222,6 +222,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
         device: Where it runs.
         memory: Bytes by purpose, as the model runner reports them.
         bits_per_expert_weight: How densely routed experts are stored; 0 when there are none.
+        row_order: In which order the rows of 2-bit experts are read and why, for the start-up
+            line; empty when there are none.
     """
 
     num_blocks: int
@@ -229,6 +231,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     device: str
     memory: dict[str, int] = {}
     bits_per_expert_weight: float = 0.0
+    row_order: str = ""
 
 
 class Outputs(msgspec.Struct, frozen=True, omit_defaults=True, tag="outputs"):

@@ -199,7 +199,8 @@ def test_start_up_lines_in_order(server: ServerProcess) -> None:
     lines = [
         "Number of api-server workers: 1.", "Waiting for worker processes to be ready...",
         "Worker processes are launched with ",
-        "Weights: int8 linears, ccq experts; 2.3", "Detected 256 gpu blocks and 0 cpu blocks in "
+        "Weights: int8 linears, ccq experts; 2.3", "2-bit rows: natural order, by the weights: ",
+        "Detected 256 gpu blocks and 0 cpu blocks in "
         "cache (block size: 64).", "FastDeploy will be serving ", "Launching metrics service at http://",
         "Launching chat completion service at http://", "Launching completion service at http://",
         "Application startup complete.", f"Uvicorn running on {server.url} (Press CTRL+C to quit)",

@@ -184,6 +184,8 @@ class ApiServer:
                 "Weights: %s; %.3f bits per expert weight, %.1f MiB",
                 config.model.describe_weights(), ready.bits_per_expert_weight, weights / (1 << 20),
             )  # fmt: skip
+            if ready.row_order:
+                console.info("2-bit rows: %s", ready.row_order)
         console.info(
             "Detected %d gpu blocks and 0 cpu blocks in cache (block size: %d).", blocks, size
         )

@@ -13,7 +13,12 @@ class ParameterSource(Protocol):
 
     Names are checkpoint keys without the suffix; sizes and forms are the supplier's knowledge. All
     methods raise CheckpointError when a parameter cannot be had.
+
+    Attributes:
+        row_order: how the rows of 2-bit experts are read and why, "" without such experts.
     """
+
+    row_order: str
 
     def layers(self, count: int) -> Iterator[int]:
         """Numbers of the decoder layers, to be built one by one; shows how many are."""

@@ -69,10 +69,11 @@ def test_the_orders_differ(tmp_path: Path) -> None:
 
 def test_the_start_says_which_order_and_why(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fastdeploy_lite"):
-        make_runner(demo_path())
+        runner = make_runner(demo_path())
     lines = [r for r in caplog.records if "2-bit rows" in r.getMessage()]
     assert [r.levelname for r in lines] == ["INFO"]
     assert "natural order, by the weights: down rows follow" in lines[0].getMessage()
+    assert runner.memory_report().row_order.startswith("natural order, by the weights")
 
 
 def test_a_wrong_order_that_is_forced_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -80,6 +81,7 @@ def test_a_wrong_order_that_is_forced_is_warned_of(caplog: pytest.LogCaptureFixt
         wrong = make_runner(demo_path(), load=LoadConfig(row_order="permuted"))
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert any("read in permuted order, but look natural" in line for line in warnings)
+    assert "WARNING: 2-bit rows are read in permuted" in wrong.memory_report().row_order
     tokens = order_probe.encode(demo_path(), 8192)
     right = make_runner(demo_path())
     loss = [-order_probe.log_probabilities(r.logits(tokens), tokens).mean() for r in (right, wrong)]
