@@ -24,16 +24,12 @@ from typing import Any
 from fastdeploy_lite import LLM, SamplingParams
 from fastdeploy_lite.request.messages import DraftCounts
 
-QUESTIONS = (
-    "解析三首李白的诗",
-    "你好",
-    "请背诵《春晓》",
-    "给我讲个笑话",
-    "《静夜思》的作者是谁？",
-    "What is a noun?",
-    "杜甫写过哪些诗？",
-    "“床前明月光”的下一句是什么？",
-)
+FORMS = ("请背诵《{}》", "《{}》的作者是谁？", "请分析《{}》", "《{}》的第一句是什么？")
+TITLES = (
+    "静夜思", "春晓", "登鹳雀楼", "相思", "江雪", "早发白帝城", "望庐山瀑布", "黄鹤楼",
+    "送元二使安西", "凉州词", "出塞", "芙蓉楼送辛渐", "枫桥夜泊", "乌衣巷", "山行",
+    "清明", "泊秦淮", "乐游原", "夜雨寄北", "鹿柴",
+)  # fmt: skip
 PASSAGES = (
     "床前明月光，疑是地上霜。举头望明月，低头思故乡。",
     "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。",
@@ -45,9 +41,11 @@ Prompt = str | list[int]
 
 
 def prompts(kind: str, count: int, vocab_size: int, seed: int) -> list[Prompt]:
-    """Prompts of one kind; random ones differ by `seed`."""
-    if kind == "chat":
-        return [f"User: {QUESTIONS[i % len(QUESTIONS)]}\nAssistant: " for i in range(count)]
+    """Prompts of one kind; those of a chat and random ones differ by `seed`."""
+    if kind == "chat":  # no question twice, as long as there are new ones
+        numbers = range(seed * count, seed * count + count)
+        asked = [FORMS[i // len(TITLES) % 4].format(TITLES[i % len(TITLES)]) for i in numbers]
+        return [f"User: {question}\nAssistant: " for question in asked]
     if kind == "repetition":
         return [PASSAGES[i % len(PASSAGES)] * 6 for i in range(count)]
     rng = random.Random(seed)

@@ -87,6 +87,8 @@ CASES: list[tuple[str, dict[str, Any], str, str | None, str]] = [
      "invalid_value"),
     (COMPLETION, {"prompt": ["a"] * 100, "n": 100}, "the limit is 1024 sequences", "n",
      "invalid_value"),
+    (COMPLETION, {"prompt": "a", "stream": True, "prompt_logprobs": 21}, "less than or equal to 20",
+     "prompt_logprobs", "invalid_value"),
 ]  # fmt: skip
 
 
