@@ -173,17 +173,23 @@ class Ernie4_5Tokenizer:  # noqa: N801 - upstream's name
                 ids.extend(self.encode_plain(part))
         return ids
 
-    def encode_as_text(self, text: str) -> list[int]:
-        """Token ids that spell `text`; special strings in it are letters like any others.
+    def encode_as_text(self, text: str, markers: bool = True) -> list[int]:
+        """Token ids that spell `text`; names of control tokens in it are letters like any others.
 
         Args:
             text: What a user wrote, for a place where no control token may come from it.
+            markers: Whether `<think>`, `<tool_call>` ... are the tokens that a model writes them
+                with, which are text.
 
         Returns:
             Ids whose bytes together are the text.
         """
         ids: list[int] = []
         for part in self._control_splitter.split(text):
+            marker = self.token_id(part) if markers and part in _MARKERS else None
+            if marker is not None:
+                ids.append(marker)
+                continue
             # Its first character alone, so that the rest is no special string either.
             pieces = (part[:1], part[1:]) if self._control_splitter.fullmatch(part) else (part,)
             for piece in filter(None, pieces):

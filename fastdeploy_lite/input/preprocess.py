@@ -461,7 +461,7 @@ class Preprocessor:
         budget = other if budget is None else int(budget)
         if budget is None or self._thinking.end_id < 0:
             return None, ()
-        ids = self.tokenizer.encode_as_text(sentence)
+        ids = self.tokenizer.encode_as_text(sentence, markers=False)
         ids += self.tokenizer.encode_text(envs.FD_LIMIT_THINKING_CONTENT_TRUNCATE_STR)
         if self._thinking.end_id not in ids:  # or thinking would never end
             ids.append(self._thinking.end_id)

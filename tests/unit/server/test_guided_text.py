@@ -78,9 +78,20 @@ def test_as_text_spells_the_text_without_control_tokens(
     tokenizer: Ernie4_5Tokenizer, parts: list[str]
 ) -> None:
     text = "".join(parts)
-    ids = tokenizer.encode_as_text(text)
-    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
-    assert not {i for i in ids if tokenizer.convert_ids_to_tokens(i) in CONTROL}
+    for markers in (True, False):
+        ids = tokenizer.encode_as_text(text, markers)
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+        names = {tokenizer.convert_ids_to_tokens(i) for i in ids} & set(CONTROL)
+        assert names <= ({"<think>", "</think>", "<tool_call>"} if markers else set())
+
+
+def test_a_marker_is_written_as_the_model_writes_it(
+    decoder: GuidedDecoder, tokenizer: Ernie4_5Tokenizer
+) -> None:
+    end = tokenizer.token_id("</think>")
+    matcher = decoder.compile(GuidedSpec("regex", "a</think>b")).matcher()
+    assert matcher.accept(tokenizer.encode_plain("a")[0])
+    assert end in allowed(matcher, tokenizer)
 
 
 @pytest.mark.parametrize("count", [2000, MAX_CHOICES])
