@@ -27,6 +27,7 @@ from fastdeploy_lite.config import (
     RuntimeConfig,
     SchedulerConfig,
 )
+from fastdeploy_lite.plugins import MODELS, load_plugins
 from fastdeploy_lite.speculation.config import SpeculativeConfig
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, quote
@@ -386,6 +387,7 @@ class EngineArgs:
             ConfigError: A value is out of range, or values contradict each other.
             CheckpointError: The model's files cannot be used.
         """
+        load_plugins(MODELS)  # a model of theirs may say how config.json is read
         folder = _resolve(self.model, self.revision)
         model = ModelConfig.from_dir(folder, self.model_config_name or "config.json")
         model = model.with_quantization(self.quantization)

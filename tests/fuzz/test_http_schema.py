@@ -23,7 +23,7 @@ from server_process import ServerProcess, running_server
 REQUESTS = int(os.environ.get("FD_LITE_FUZZ_REQUESTS", "400"))
 # /v1/pause would stop all other requests, for which there is a test of its own.
 EXCLUDED = {"/v1/pause"}
-DOCUMENTED = {503}
+DOCUMENTED = {501, 503}
 SLOWEST_SECONDS = 60.0
 FLAGS = ("--max-model-len", "48", "--max-num-seqs", "16", "--enable-logprob",
          "--num-gpu-blocks-override", "64")  # fmt: skip

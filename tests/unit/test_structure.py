@@ -23,6 +23,7 @@ LAYERS: dict[str, int] = {
     "models": 0,  # what a family says of itself; its model is built higher up
     "models.ernie4_5.model": 5,
     "envs": 0,
+    "plugins": 0,
     "utils": 0,
     "speculation.config": 0,
     "_ops_cpu": 0,

@@ -44,8 +44,15 @@ from fastdeploy_lite.entrypoints.openai.server_args import (
     server_args,
 )
 from fastdeploy_lite.entrypoints.openai.service import Service
+from fastdeploy_lite.entrypoints.openai.tracing import Tracer, start_tracing
 from fastdeploy_lite.input.preprocess import Preprocessor
 from fastdeploy_lite.metrics.metrics import ServerMetrics
+from fastdeploy_lite.plugins import (
+    REASONING_PARSERS,
+    TOOL_PARSERS,
+    load_plugins,
+    warn_about_plugins,
+)
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, FastDeployError, explain
 from fastdeploy_lite.utils.logging import (
@@ -89,6 +96,7 @@ class ApiServer:
         self._connections = Connections(connection_limit())
         self._stopping = asyncio.Event()
         self._exit_code = 0
+        self._tracer: Tracer | None = None
         self._service: Service
         self._application: Application
 
@@ -102,6 +110,7 @@ class ApiServer:
             FastDeployError: The service cannot start.
         """
         sockets = self._reserve_ports()
+        self._tracer = start_tracing()
         try:
             with _stop_on_signals(self._stopping):
                 await self.start_engine()
@@ -110,6 +119,8 @@ class ApiServer:
         finally:
             for bound in sockets.values():
                 bound.close()
+            if self._tracer is not None:
+                self._tracer.close()
 
     def _reserve_ports(self) -> dict[str, socket.socket]:
         http = self._http
@@ -139,6 +150,9 @@ class ApiServer:
         config = self._engine.create_runtime_config()
         preprocessor = Preprocessor(config)
         preprocessor.try_constraints_apart()
+        warn_about_plugins()
+        load_plugins(REASONING_PARSERS)
+        load_plugins(TOOL_PARSERS)
         parsers = OutputParsers.create(
             preprocessor.tokenizer,
             self._engine.reasoning_parser,
@@ -201,17 +215,18 @@ class ApiServer:
 
     def _create_servers(self, sockets: dict[str, socket.socket]) -> None:
         http, service = self._http, self._service
+        exposure = http.exposure(self._tracer)
         self._application = create_application(
             service,
             max_concurrency=min(http.max_concurrency, envs.FD_SUPPORT_MAX_CONNECTIONS),
             with_metrics=http.shares_metrics,
-            exposure=http.exposure,
+            exposure=exposure,
         )
         self._add(self._application.asgi, sockets["port"])
         if "metrics_port" in sockets:
-            self._add(metrics_application(service, http.exposure), sockets["metrics_port"])
+            self._add(metrics_application(service, exposure), sockets["metrics_port"])
         if "controller_port" in sockets:
-            self._add(controller_application(service, http.exposure), sockets["controller_port"])
+            self._add(controller_application(service, exposure), sockets["controller_port"])
 
     def _add(self, app: object, bound: socket.socket) -> None:
         config = uvicorn.Config(

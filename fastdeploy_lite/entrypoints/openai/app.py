@@ -50,6 +50,7 @@ from fastdeploy_lite.entrypoints.openai.protocol import (
 from fastdeploy_lite.entrypoints.openai.responses_protocol import ResponsesRequest
 from fastdeploy_lite.entrypoints.openai.service import ID_PREFIXES, Service
 from fastdeploy_lite.entrypoints.openai.serving_models import list_models
+from fastdeploy_lite.entrypoints.openai.tracing import Tracer
 from fastdeploy_lite.metrics.metrics import CONTENT_TYPE, ServerMetrics
 from fastdeploy_lite.request.user_request import Request as EngineSideRequest
 from fastdeploy_lite.utils.errors import RequestError, quote
@@ -130,15 +131,19 @@ class Exposure:
         api_keys: Accepted keys; empty for none.
         cors: Pages of other origins.
         root_path: Prefix of all paths behind a proxy.
+        tracer: Makes a span of every request; None for none.
     """
 
     api_keys: Sequence[str] = ()
     cors: Cors = Cors()
     root_path: str = ""
+    tracer: Tracer | None = None
 
     def around(self, app: App, metrics: ServerMetrics, open_paths: frozenset[str]) -> App:
         """`app` behind keys, cross-origin rules and the observer."""
-        guarded = ApiKeys(app, self.api_keys, open_paths)
+        guarded: App = ApiKeys(app, self.api_keys, open_paths)
+        if self.tracer is not None:
+            guarded = self.tracer.around(guarded)
         return Observer(RootPath(self.cors.around(guarded), self.root_path), metrics)
 
 

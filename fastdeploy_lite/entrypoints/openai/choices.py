@@ -12,6 +12,7 @@ from typing import Any, cast
 from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError, ServiceError
 from fastdeploy_lite.entrypoints.openai.output_parser import OutputParser, ParsedDelta
 from fastdeploy_lite.entrypoints.openai.service import Service
+from fastdeploy_lite.entrypoints.openai.tracing import note_phases
 from fastdeploy_lite.request.messages import EngineOutput, EngineRequest
 from fastdeploy_lite.request.outputs import (
     CompletionOutput,
@@ -283,3 +284,5 @@ class _Observer:
         metrics.observe("request_prefill_time_seconds", timing.first_token - timing.scheduled)
         metrics.observe("request_decode_time_seconds", now - timing.first_token)
         metrics.observe("request_inference_time_seconds", now - timing.scheduled)
+        moments = (timing.received, timing.scheduled, timing.first_token, now)
+        note_phases(sequence.request.request_id, moments, sequence.num_tokens)

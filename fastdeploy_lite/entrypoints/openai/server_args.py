@@ -13,6 +13,7 @@ from typing import Any
 from fastdeploy_lite import envs
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.entrypoints.openai.app import Cors, Exposure
+from fastdeploy_lite.entrypoints.openai.tracing import Tracer
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, quote
 
@@ -101,16 +102,15 @@ class ServerArgs:
         """Whether the metrics live on the API's port."""
         return self.metrics_port is None or self.metrics_port == self.port
 
-    @property
-    def exposure(self) -> Exposure:
-        """To whom the ports answer."""
+    def exposure(self, tracer: Tracer | None = None) -> Exposure:
+        """To whom the ports answer, and who traces them."""
         cors = Cors(
             self.allowed_origins,
             self.allow_credentials,
             self.allowed_methods,
             self.allowed_headers,
         )
-        return Exposure(self.api_key, cors, self.root_path)
+        return Exposure(self.api_key, cors, self.root_path, tracer)
 
     @property
     def tls(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fastdeploy_lite.entrypoints.openai.middleware import Receive, Scope, Send
 
 Result = TypeVar("Result")
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": waiting for the first token\n\n"  # a comment: clients skip it, proxies see life
 _encoder = msgspec.json.Encoder()
 
 
@@ -126,8 +127,27 @@ class EventStream(Response):
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
         async with aclosing(self._events) as events:
-            async for data in events:
+            async for data in _patient(events, envs.FD_LITE_KEEPALIVE_SECONDS):
                 self._sending_since = time.monotonic()
                 await send({"type": "http.response.body", "body": data, "more_body": True})
                 self._sending_since = None
         await send({"type": "http.response.body", "body": b""})
+
+
+async def _patient(
+    events: AsyncGenerator[bytes, None], seconds: float
+) -> AsyncGenerator[bytes, None]:
+    """The events; while the first one is awaited, a comment every so often."""
+    first = asyncio.ensure_future(anext(events))
+    try:
+        while not (await asyncio.wait({first}, timeout=seconds))[0]:
+            yield KEEP_ALIVE
+        yield first.result()
+    except StopAsyncIteration:
+        return
+    finally:
+        if not first.done():
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+    async for data in events:
+        yield data
