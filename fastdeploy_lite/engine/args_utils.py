@@ -496,6 +496,8 @@ class EngineArgs:
         unknown = sorted(set(graph) - set(_GRAPH_KEYS))
         if unknown:
             _warn_once(f"graph_optimization_config: {', '.join(unknown)} has no effect here")
+        if self.early_stop_config and not self.enable_early_stop:
+            _warn_once("early_stop_config has no effect without enable_early_stop: ignored")
         if graph.get("graph_opt_level"):
             _warn_once("graph_optimization_config: graph_opt_level has no effect here")
         if isinstance(self.quantization, dict) and len(self.quantization) > 1:

@@ -39,6 +39,7 @@ from fastdeploy_lite.request.user_request import Request
 from fastdeploy_lite.utils.errors import RequestError, quote
 from fastdeploy_lite.utils.logging import get_logger
 from fastdeploy_lite.utils.request_log import content
+from fastdeploy_lite.utils.text import is_encodable
 
 BUILT_IN_DEFAULTS: Mapping[str, float] = {
     "temperature": 1.0,
@@ -490,6 +491,12 @@ class Preprocessor:
 
     def _check_compiles(self, spec: GuidedSpec, source: str | None) -> None:
         """Refuse a bad constraint before the engine sees it; `source` is the field to blame."""
+        if not is_encodable(spec.value):
+            raise RequestError(
+                "The constraint holds a lone surrogate, which is no character",
+                param=source or "guided_decoding",
+                code="invalid_value",
+            )
         try:
             if self._trial is not None:
                 self._trial.check(spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import tempfile
 import uuid
 from pathlib import Path
@@ -42,6 +43,9 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer all requests; the exit status is 0 even when some were refused."""
     init_file_logging()
+    for name in ("port", "workers"):
+        if getattr(args, name) is not None:
+            print(f"--{name} has no effect: a batch needs no server", file=sys.stderr)
     lines = [line for line in _read(args.input_file).split(b"\n") if line.strip()]
     answers = asyncio.run(_answer_all(args, lines))
     text = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)

@@ -144,8 +144,8 @@ class ApiServer:
             FastDeployError: The model cannot be loaded.
         """
         console.info("Number of api-server workers: 1.")
-        if self._http.workers > 1:
-            console.warning("--workers %d: one API process serves all", self._http.workers)
+        for line in self._http.without_effect():
+            console.warning(line)
         console.info("Internal ports: none; the engine is reached through private local sockets")
         config = self._engine.create_runtime_config()
         preprocessor = Preprocessor(config)

@@ -33,6 +33,7 @@ from fastdeploy_lite.entrypoints.openai.middleware import (
     refuse,
 )
 from fastdeploy_lite.utils.errors import RequestError, quote
+from fastdeploy_lite.utils.text import is_encodable
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -292,9 +293,9 @@ def find_surrogate(value: Any, path: str = "") -> str | None:
         RecursionError: The data is nested too deeply.
     """
     if isinstance(value, str):
-        return (path or "body") if _has_surrogate(value) else None
+        return None if is_encodable(value) else (path or "body")
     if isinstance(value, Mapping):
-        if any(_has_surrogate(str(key)) for key in value):
+        if not all(is_encodable(str(key)) for key in value):
             return path or "body"
         inner = ((f"{path}.{quote(k)[1:-1]}" if path else str(k), v) for k, v in value.items())
     elif isinstance(value, list | tuple):
@@ -303,14 +304,6 @@ def find_surrogate(value: Any, path: str = "") -> str | None:
         return None
     found = (find_surrogate(item, where) for where, item in inner)
     return next((where for where in found if where is not None), None)
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _not_json(failure: Exception) -> RequestError:

@@ -41,6 +41,8 @@ class ServerArgs:
     timeout_graceful_shutdown: int = 0
     api_key: list[str] = field(default_factory=list)
     restart_engine: bool = False
+    enable_mm_output: bool = False
+    timeout: int = 0
     skip_port_check: bool = False
     allowed_origins: list[str] = field(default_factory=list)
     allow_credentials: bool = False
@@ -76,8 +78,11 @@ class ServerArgs:
         self._check_tls()
 
     def _check_tls(self) -> None:
-        if self.ssl_keyfile and not self.ssl_certfile:
-            raise ConfigError("ssl_keyfile needs ssl_certfile")
+        for name in ("ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_keyfile_password"):
+            if getattr(self, name) and not self.ssl_certfile:
+                raise ConfigError(f"{name} needs ssl_certfile")
+        if self.ssl_cert_reqs and not self.ssl_ca_certs:
+            raise ConfigError("ssl_cert_reqs needs ssl_ca_certs: no client could be verified")
         for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
             path = getattr(self, name)
             if path and not Path(path).is_file():
@@ -120,6 +125,25 @@ class ServerArgs:
         names = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs",
                  "ssl_keyfile_password")  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+    def without_effect(self) -> list[str]:
+        """One line for each value that was given and changes nothing."""
+        lines = []
+        if self.workers > 1:
+            lines.append(f"--workers {self.workers}: one API process serves all")
+        if self.enable_mm_output:
+            lines.append("--enable-mm-output has no effect here: ignored")
+        if self.timeout:
+            lines.append("--timeout has no effect here: the engine is always watched")
+        most = envs.FD_SUPPORT_MAX_CONNECTIONS
+        if self.max_concurrency > most:
+            lines.append(f"--max-concurrency is lowered to FD_SUPPORT_MAX_CONNECTIONS, {most}")
+        default = ServerArgs()
+        for name in ("allow_credentials", "allowed_methods", "allowed_headers"):
+            if getattr(self, name) != getattr(default, name) and not self.allowed_origins:
+                flag = name.replace("_", "-")
+                lines.append(f"--{flag} has no effect without --allowed-origins")
+        return lines
 
     def shown(self) -> dict[str, Any]:
         """The fields for logs, secrets masked."""

@@ -103,7 +103,9 @@ def test_empty_text_means_none() -> None:
     assert (args.served_model_name, args.revision, args.tokenizer) == (None, None, None)
 
 
-def test_yaml_supplies_what_the_command_line_does_not(tmp_path: Path) -> None:
+def test_yaml_supplies_what_the_command_line_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(
         "max_model_len: 4096\nmax_num_seqs: 9\nport: 1234\nunknown_key: 1\nenable_logprob: true\n"
@@ -117,6 +119,55 @@ def test_yaml_supplies_what_the_command_line_does_not(tmp_path: Path) -> None:
     assert (args.logits_processors, args.api_key) == (["A", "B"], ["secret"])
     assert args.quantization == "wint4"
     assert args.max_logprobs == 20, "neither says: the flag's default"
+    [warning] = capsys.readouterr().err.splitlines()
+    assert "there is no flag 'unknown_key'" in warning
+
+
+def test_a_misspelt_yaml_key_is_named_with_what_was_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("max_modle_len: 4096\nmax-num-seqs: null\ncache_queue_port: [1, 2]\n")
+    args = parser().parse_args(["--config", str(file)])
+    assert "did you mean max_model_len?" in capsys.readouterr().err
+    assert (args.max_num_seqs, args.cache_queue_port) == (8, "1,2")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"lm_head_fp32": True}, "--lm-head-fp32 has no effect"),
+        ({"graph_optimization_config": {"use_cuda_graph": True}}, "use_cuda_graph has no effect"),
+        ({"graph_optimization_config": {"graph_opt_level": 2}}, "graph_opt_level has no effect"),
+        ({"early_stop_config": {"window_size": 7}}, "early_stop_config has no effect"),
+        ({"swap_space": 1.0}, "--swap-space has no effect"),
+        ({"quantization": {"quantization": "wint8", "x": 1}}, "x has no effect"),
+    ],
+)
+def test_what_does_nothing_is_named(
+    values: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(args_utils._log, "propagate", True)
+    config_of(**values)
+    assert words in caplog.text
+
+
+def test_chunked_prefill_can_be_switched_off_and_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config_of().scheduler.enable_chunked_prefill
+    off = parse("--model demo --no-enable-chunked-prefill").create_runtime_config()
+    assert not off.scheduler.enable_chunked_prefill
+    assert off.scheduler.max_num_batched_tokens >= off.scheduler.max_model_len
+    monkeypatch.setenv("FD_DISABLE_CHUNKED_PREFILL", "1")
+    assert not config_of().scheduler.enable_chunked_prefill
+    assert config_of(enable_chunked_prefill=True).scheduler.enable_chunked_prefill
+
+
+def test_passwords_are_not_shown() -> None:
+    args = EngineArgs(scheduler_password="hunter2", router="http://me:hunter2@host/")
+    assert "hunter2" not in str(args.shown())
+    assert args.shown()["router"] == "http://***@host/"
+    assert args.shown()["tokenizer"] is None
 
 
 @pytest.mark.parametrize(
@@ -127,6 +178,11 @@ def test_yaml_supplies_what_the_command_line_does_not(tmp_path: Path) -> None:
         ("max_num_seqs: many", "invalid int value"),
         ("enable_logprob: 3", "expected true or false"),
         ("splitwise_role: other", "invalid choice"),
+        ("max_model_len: [1, 2]", "expected one value"),
+        ("max_model_len: {a: 1}", "expected a plain value"),
+        ("served_model_name: {a: 1}", "expected a plain value"),
+        ("api_key: [{a: 1}]", "expected a plain value"),
+        ("enable_logprob: [true]", "expected one value"),
         (None, "cannot read"),
     ],
 )

@@ -176,11 +176,11 @@ def request(body: bytes, content_type: str = "application/json") -> Request:
 
 
 def refusal(model: Any, body: bytes) -> tuple[float, dict[str, Any]]:
-    """Seconds until the refusal, and its error."""
-    started = time.perf_counter()
+    """Seconds of this process's own time until the refusal, and its error."""
+    started = time.process_time()
     with pytest.raises((RequestValidationError, RequestError)) as caught:
         asyncio.run(parse(request(body), model))
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     error = caught.value
     if isinstance(error, RequestValidationError):
         assert len(error.errors()) < 10  # the first fault, not one per value
