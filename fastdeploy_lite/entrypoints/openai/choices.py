@@ -26,6 +26,7 @@ from fastdeploy_lite.utils.logging import get_logger
 from fastdeploy_lite.utils.request_log import RequestLogLevel, log_request
 
 _log = get_logger("fastdeploy")
+STARTED_AT_ONCE = 16
 
 
 @dataclass(slots=True)
@@ -200,8 +201,12 @@ async def _many(service: Service, sequences: list[Choice]) -> AsyncGenerator[Any
         else:
             queue.put_nowait(None)
 
-    tasks = [asyncio.create_task(pump(sequence)) for sequence in sequences]
+    tasks: list[asyncio.Task[None]] = []
     try:
+        for sequence in sequences:
+            tasks.append(asyncio.create_task(pump(sequence)))
+            if len(tasks) % STARTED_AT_ONCE == 0:
+                await asyncio.sleep(0)  # a thousand of them must not hold the event loop
         running = len(tasks)
         while running:
             item = await queue.get()

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from fastdeploy_lite.entrypoints.openai.errors import ServiceError
-
 Result = TypeVar("Result")
 
 # Who asks: a key where keys are needed, else an address.
@@ -23,18 +21,16 @@ current_client: contextvars.ContextVar[str] = contextvars.ContextVar("client", d
 
 
 class Lane:
-    """Some threads and a queue per client.
+    """Some threads and a queue per client; admission bounds how many wait.
 
     Args:
         name: Of the threads.
         threads: Jobs at the same time.
-        waiting: Most jobs that one client may have waiting.
     """
 
-    def __init__(self, name: str, threads: int, waiting: int) -> None:
+    def __init__(self, name: str, threads: int) -> None:
         self._executor = ThreadPoolExecutor(threads, name)
         self._free = threads
-        self._most_waiting = waiting
         self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     async def run(self, function: Callable[..., Result], *args: Any) -> Result:
@@ -46,9 +42,6 @@ class Lane:
 
         Returns:
             Its result.
-
-        Raises:
-            ServiceError: The client has too many jobs waiting.
         """
         await self._turn(current_client.get())
         loop = asyncio.get_running_loop()
@@ -70,12 +63,8 @@ class Lane:
         if self._free:
             self._free -= 1
             return
-        queue = self._queues.setdefault(client, deque())
-        if len(queue) >= self._most_waiting:
-            text = f"This client has {len(queue)} requests waiting to be prepared: send fewer"
-            raise ServiceError(text, 429, "rate_limit_error", "too_many_requests")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.append(turn)
+        self._queues.setdefault(client, deque()).append(turn)
         try:
             await turn
         except asyncio.CancelledError:

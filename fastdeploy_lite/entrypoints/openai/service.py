@@ -52,10 +52,8 @@ class Service:
     active: dict[str, set[str]] = field(default_factory=dict)
     outputs: OutputProcessor = field(init=False)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
-    _plain: Lane = field(
-        default_factory=lambda: Lane("preprocess", PREPROCESS_THREADS, PLAIN_WAITING)
-    )
-    _costly: Lane = field(default_factory=lambda: Lane("costly", COSTLY_THREADS, COSTLY_WAITING))
+    _plain: Lane = field(default_factory=lambda: Lane("preprocess", PREPROCESS_THREADS))
+    _costly: Lane = field(default_factory=lambda: Lane("costly", COSTLY_THREADS))
 
     def __post_init__(self) -> None:
         self.outputs = OutputProcessor(self.tokenizer)

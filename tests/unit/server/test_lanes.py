@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from fastdeploy_lite.entrypoints.openai.errors import ServiceError
 from fastdeploy_lite.entrypoints.openai.lanes import Lane, current_client
 
 
@@ -23,7 +22,7 @@ def test_clients_take_turns() -> None:
     order: list[str] = []
 
     async def run() -> None:
-        lane = Lane("test", 1, 100)
+        lane = Lane("test", 1)
         hold = threading.Event()
         first = asyncio.create_task(as_client(lane, "a", hold.wait, 10))
         await asyncio.sleep(0.01)
@@ -38,29 +37,11 @@ def test_clients_take_turns() -> None:
     assert order == ["a", "b", "c", "a", "b", "a", "a", "a", "a"]
 
 
-def test_a_client_has_so_many_waiting_and_no_more() -> None:
-    async def run() -> None:
-        lane = Lane("test", 1, 2)
-        hold = threading.Event()
-        jobs = [asyncio.create_task(as_client(lane, "a", hold.wait, 10)) for _ in range(3)]
-        await asyncio.sleep(0.01)
-        with pytest.raises(ServiceError) as caught:
-            await as_client(lane, "a", int)
-        assert caught.value.status == 429
-        other = asyncio.create_task(as_client(lane, "b", int))
-        hold.set()
-        assert await other == 0
-        await asyncio.gather(*jobs)
-        lane.close()
-
-    asyncio.run(run())
-
-
 def test_leaving_clients_leave_no_hole() -> None:
     """Cancelled waiters are skipped; a thread counts as busy until its job has ended."""
 
     async def run() -> None:
-        lane = Lane("test", 2, 100)
+        lane = Lane("test", 2)
         busy = [asyncio.create_task(as_client(lane, "a", time.sleep, 0.2)) for _ in range(2)]
         await asyncio.sleep(0.01)
         waiting = [asyncio.create_task(as_client(lane, "a", time.sleep, 0.01)) for _ in range(9)]
@@ -81,7 +62,7 @@ def test_leaving_clients_leave_no_hole() -> None:
 
 def test_failing_jobs_free_their_thread() -> None:
     async def run() -> None:
-        lane = Lane("test", 1, 100)
+        lane = Lane("test", 1)
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
                 await lane.run(divmod, 1, 0)
