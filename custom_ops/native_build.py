@@ -22,7 +22,7 @@ from pathlib import Path
 
 BASE_FLAGS = [
     "-std=c++17",
-    "-O3",
+    os.environ.get("FD_BUILD_OPTIMIZATION", "-O3"),
     "-fPIC",
     "-fvisibility=hidden",
     "-pthread",

@@ -12,7 +12,7 @@ git ls-files -z -- custom_ops fastdeploy_lite tests setup.py pyproject.toml READ
   xargs -0 cp --parents --update --target-directory="$copy"
 cd "$copy"
 flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
-CXXFLAGS="$flags" FD_BUILDING_ARCS=none python setup.py -q build_ext --inplace
+CXXFLAGS="$flags" FD_BUILD_OPTIMIZATION=-O1 FD_BUILDING_ARCS=none python setup.py -q build_ext --inplace
 
 # Python itself is not instrumented: the run-time libraries come first, and what the interpreter
 # keeps until its end is no leak of the module's.

@@ -35,7 +35,7 @@ from fastdeploy_lite.request.messages import (
     ToCore,
 )
 from fastdeploy_lite.utils.errors import FastDeployError, one_line
-from fastdeploy_lite.utils.logging import get_logger, init_file_logging
+from fastdeploy_lite.utils.logging import get_logger, init_file_logging, write_console
 from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
 
 STATS_SECONDS = 0.5  # an idle core says so this often: silence means that something is wrong
@@ -251,7 +251,7 @@ def main() -> int:
     except BaseException as error:  # also MemoryError: the parent must hear the reason
         # A fault of the user's is one line; a fault of ours needs its traceback, on the console.
         if not isinstance(error, FastDeployError):
-            traceback.print_exc()
+            write_console(traceback.format_exc())  # a stalled console must not keep it alive
         log.error("The engine ended", exc_info=error)
         outbox.send(msgspec.msgpack.encode(Fatal(_reason(error))))
         return 1

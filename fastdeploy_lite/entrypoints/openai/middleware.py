@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import json
 import os
 import re
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import msgspec
 from starlette.routing import BaseRoute, Match
 
+from fastdeploy_lite import envs
 from fastdeploy_lite.entrypoints.openai.lanes import current_client
 from fastdeploy_lite.metrics.metrics import ServerMetrics
 from fastdeploy_lite.utils.errors import one_line
@@ -352,5 +354,10 @@ def access_line(scope: Scope, status: int, request_id: str = "") -> str:
     clock = time.strftime("%Y-%m-%d %H:%M:%S")
     path = one_line(scope["path"])[:512].replace('"', "%22")
     request = f"{one_line(scope['method'])} {path} HTTP/{scope.get('http_version', '1.1')}"
+    if envs.FD_LITE_LOG_FORMAT == "json":
+        fields = {"time": clock, "level": "INFO", "process": os.getpid(), "logger": "access",
+                  "client": f"{client[0]}:{client[1]}", "message": request, "status": status,
+                  "request_id": request_id}  # fmt: skip
+        return f"{json.dumps(fields)}\n"
     line = f'[{clock}] [{os.getpid()}] [INFO] {client[0]}:{client[1]} - "{request}" {status}'
     return f"{line} {request_id}\n" if request_id else f"{line}\n"

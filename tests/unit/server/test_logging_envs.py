@@ -80,6 +80,14 @@ def test_access_line_escapes_what_the_client_chose() -> None:
     )
 
 
+def test_access_lines_are_json_when_records_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FD_LITE_LOG_FORMAT", "json")
+    scope = {"client": ("1.2.3.4", 5), "method": "GET", "path": '/a\n"x', "http_version": "1.1"}
+    value = json.loads(access_line(scope, 404, "abc"))
+    assert (value["status"], value["request_id"], value["client"]) == (404, "abc", "1.2.3.4:5")
+    assert value["message"] == "GET /a\\n%22x HTTP/1.1"
+
+
 def test_files_are_opened_by_the_start_only(tmp_path: Path) -> None:
     code = (
         "import fastdeploy_lite.utils.logging as l, pathlib\n"
