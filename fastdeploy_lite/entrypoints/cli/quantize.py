@@ -7,6 +7,7 @@ import re
 import sys
 from typing import get_args
 
+from fastdeploy_lite import _ops_cpu
 from fastdeploy_lite.formats.ccq import ROW_ORDERS
 from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization.budget import w4_end_layer_for_bits
@@ -155,6 +156,10 @@ def _calibrate(args: argparse.Namespace) -> str:
     from fastdeploy_lite.calibration import convert  # noqa: PLC0415
     from fastdeploy_lite.calibration.encoder import CalibrationSettings  # noqa: PLC0415
 
+    if args.num_threads is not None:
+        if args.num_threads < 1:
+            raise ConfigError(f"--num-threads: found {args.num_threads}, expected at least 1")
+        _ops_cpu.set_num_threads(args.num_threads)
     report = convert.quantize_with_calibration(
         args.model,
         args.output,

@@ -30,6 +30,7 @@ from fastdeploy_lite.calibration.streams import LayerRunner
 from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import verify
 from fastdeploy_lite.checkpoint.linears import model_linears
+from fastdeploy_lite.entrypoints.cli import main as cli
 from fastdeploy_lite.entrypoints.evaluation import load_runner
 from fastdeploy_lite.formats.ccq import ROW_ORDERS
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
@@ -248,3 +249,26 @@ def test_bad_arguments_are_refused(model: Path, text: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="found fewer than two tokens"):
         quantize_with_calibration(model, tmp_path / "new", short, QUICK)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--num-threads", "0"], "--num-threads: found 0, expected at least 1"),
+        (["--code", "120,0"], "--code fixes what --calibration chooses"),
+        (["--tensor-parallel-size", "2"], "leave out --tensor-parallel-size"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    option: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    call = ["--model", str(model), "--output", str(tmp_path / "o"), "--calibration", str(text)]
+    assert cli.run(["quantize", *call, *option]) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
