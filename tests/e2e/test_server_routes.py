@@ -134,6 +134,37 @@ def test_abort_by_id(server: ServerProcess, http: httpx.Client) -> None:
     server.wait_idle()
 
 
+@pytest.mark.parametrize("name", ["victim2", "chatcmpl-victim2", None])
+def test_abort_in_upstreams_form(
+    server: ServerProcess, http: httpx.Client, name: str | None
+) -> None:
+    """`req_ids` with and without the prefix, and `abort_all`."""
+    answers: list[dict] = []
+
+    def ask() -> None:
+        body = {**LONG, "request_id": "victim2"}
+        answers.append(httpx.post(f"{server.url}{CHAT}", json=body, timeout=120).json())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    body = {"abort_all": True} if name is None else {"req_ids": [name, "absent"]}
+    deadline = time.monotonic() + 20
+    while True:
+        found = http.post("/v1/abort_requests", json=body).json()
+        assert found["status"] == "success"
+        if found["result"]["aborted"]:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    thread.join(20)
+    assert found["result"]["aborted"] == [{"request_id": "chatcmpl-victim2"}]
+    assert found["result"]["not_found"] == ([] if name is None else ["absent"])
+    assert answers[0]["choices"][0]["finish_reason"] == "abort"
+    for bad in ({}, {"req_ids": "x"}, {"req_ids": []}):
+        assert http.post("/v1/abort_requests", json=bad).status_code == 400
+    server.wait_idle()
+
+
 def test_disconnect_frees_the_blocks(server: ServerProcess, http: httpx.Client) -> None:
     for stream in (True, False):
         try:
