@@ -30,6 +30,7 @@ SUBCOMMANDS = {
     "inspect": "say what is in a model folder, without loading it",
     "quantize": "turn a bf16 checkpoint into a 2-bit one",
     "eval": "perplexity, divergence from another model, or multiple choice on your text",
+    "split": "cut a checkpoint into folders for several ranks",
     "collect-env": "print what a bug report needs",
 }
 BENCHMARKS = {
