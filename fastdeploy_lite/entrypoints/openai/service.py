@@ -22,7 +22,6 @@ from fastdeploy_lite.utils.errors import RequestError
 Result = TypeVar("Result")
 PREPROCESS_THREADS = 2
 COSTLY_THREADS = 2  # for templates and constraints that requests bring along
-PLAIN_WAITING, COSTLY_WAITING = 1024, 32  # most jobs of one client that wait
 ID_PREFIXES = ("chatcmpl-", "cmpl-", "resp_")
 _LONGEST_NAME = 120
 
