@@ -20,7 +20,7 @@ from fastdeploy_lite.utils.errors import ConfigError
 
 
 class NoFiles:
-    """A checkpoint of which nothing is known but config.json and the degree of its shards."""
+    """A checkpoint of which only config.json, the degree of its shards and its head are known."""
 
     rank = 0
 
@@ -30,7 +30,7 @@ class NoFiles:
         self.is_presharded = tensor_parallel_size > 1
 
     def __contains__(self, key: object) -> bool:
-        return False
+        return key == "lm_head.weight" and not self.config.tie_word_embeddings
 
 
 def model_300b(tied: bool = False) -> ModelConfig:
