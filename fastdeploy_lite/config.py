@@ -21,6 +21,7 @@ __all__ = [
     "BLOCK_SIZE",
     "CacheConfig",
     "EarlyStopConfig",
+    "FDConfig",
     "GenerationDefaults",
     "LoadChoice",
     "LoadConfig",
@@ -221,6 +222,28 @@ class RuntimeConfig:
         if self.max_logprobs < -1:
             _refuse("max_logprobs", self.max_logprobs, "at least -1 (no limit)")
 
+    # Upstream's names, for plug-ins that are handed an `FDConfig`.
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's sizes."""
+        return self.model
+
+    @property
+    def cache_config(self) -> CacheConfig:
+        """Of the KV cache."""
+        return self.cache
+
+    @property
+    def scheduler_config(self) -> SchedulerConfig:
+        """Limits of a step."""
+        return self.scheduler
+
+    @property
+    def parallel_config(self) -> ParallelConfig:
+        """Ranks."""
+        return self.parallel
+
     @property
     def max_draft_tokens(self) -> int:
         """Most guessed tokens that a step checks, of all sequences together."""
@@ -234,3 +257,6 @@ class RuntimeConfig:
     def max_logit_rows(self) -> int:
         """Most positions that a step samples."""
         return self.scheduler.max_num_seqs + self.max_draft_tokens
+
+
+FDConfig = RuntimeConfig  # upstream's name, for annotations of plug-ins

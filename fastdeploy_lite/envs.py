@@ -108,6 +108,7 @@ VARIABLES: dict[str, Callable[[str | None], Any]] = {
     "FD_LITE_NUM_THREADS": _at_least(0, 0),
     "FD_LITE_WINT2_ROW_ORDER": _one_of("auto", "auto", "natural", "permuted"),
     "FD_LITE_STRICT_STATUS": _boolean(False),
+    "FD_LITE_COUNT_CLOSING_EOS": _boolean(False),
     "FD_LITE_STRIP_STOP_TEXT": _boolean(False),
     "FD_LITE_LOG_FORMAT": _one_of("text", "text", "json"),
     "FD_LITE_OPEN_METRICS": _boolean(False),

@@ -142,6 +142,7 @@ class EngineCore:
         self._compiler = ThreadPoolExecutor(2, thread_name_prefix="guided-compiler")
         self._masks = ThreadPoolExecutor(MASK_THREADS, thread_name_prefix="guided-masks")
         self._patience = MASK_PATIENCE
+        self._counts_closing = envs.FD_LITE_COUNT_CLOSING_EOS
         self._outbox: list[EngineOutput] = []
         self._stats = EngineStats(num_blocks=num_blocks)
         self._failed_in_a_row = 0
@@ -219,6 +220,7 @@ class EngineCore:
                 stream=self._tokenizer.detokenizer() if sampling.stop else None,
                 matcher=None if grammar is None else self._paced(grammar),
                 early_stop=self.config.early_stop,
+                counts_closing=self._counts_closing,
             )
             active.processors = self._processors.for_request(active.request)
         except Exception as error:  # a plug-in's or a constraint's: it ends this request only

@@ -1,8 +1,8 @@
 """The rules of one answer: what its next token may be, and when it ends.
 
-Upstream's peculiarity (docs/serving.md): every sequence is closed by an EOS token, whatever ended
-it. At the length limit the last slot is EOS; after a stop text the next one is. All EOS ids appear
-as the first of them.
+A stop text or a fulfilled constraint is followed by a closing EOS token, as upstream does
+(docs/serving.md). At the length limit there is none, because all `max_tokens` tokens are the
+model's; with upstream's counting the last of them is EOS. All EOS ids appear as the first of them.
 """
 
 from __future__ import annotations
@@ -105,10 +105,13 @@ class Generation:
         stream: Detokeniser, when there are stop texts.
         matcher: Constraint on the output.
         early_stop: When to give up on repetition.
+        counts_closing: Whether the last token that a length limit allows is the closing EOS.
+        counts_closing: Whether the last token that a length limit allows is the closing EOS.
     """
 
     __slots__ = (
         "_answer_tokens",
+        "_counts_closing",
         "_early",
         "_ends_as",
         "_eos_ids",
@@ -136,6 +139,7 @@ class Generation:
         stream: TextStream | None = None,
         matcher: PacedMatcher | None = None,
         early_stop: EarlyStopConfig | None = None,
+        counts_closing: bool = False,
     ) -> None:
         self.output = output
         self.ending = False  # the next token is the closing EOS
@@ -144,7 +148,8 @@ class Generation:
         self._ends_as: FinishReason = "stop"
         self._sampling = sampling
         self._eos_ids = frozenset(sampling.eos_token_ids)
-        self._last_slot = sampling.max_tokens - 1
+        self._counts_closing = counts_closing
+        self._last_slot = sampling.max_tokens - counts_closing
         has_stops = sampling.stop or sampling.stop_token_seqs
         self._stops = (
             StopFinder(sampling.stop, sampling.stop_token_seqs, stream) if has_stops else None
@@ -253,6 +258,8 @@ class Generation:
         output.append(token_id)
         if not self._is_plain:
             self._apply_rules(token_id, logprob)
+        if len(output) >= self._last_slot and not self._counts_closing:
+            self.reason = self._ends_as if self.ending else "length"
         return token_id
 
     def _apply_rules(self, token_id: int, logprob: float | None) -> None:
@@ -288,5 +295,9 @@ class Generation:
         if spent and not self._forced:
             self._forced.extend(sampling.think_truncate_ids)
         limit = sampling.response_max_tokens
-        if limit is not None and not self._thinking and self._answer_tokens >= limit - 1:
+        if limit is None or self._thinking:
+            return
+        if self._answer_tokens >= limit - self._counts_closing:
             self.ending, self._ends_as = True, "length"
+            if not self._counts_closing:
+                self.reason = "length"

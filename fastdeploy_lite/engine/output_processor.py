@@ -115,14 +115,14 @@ class _Stream:
 
     def _new_text(self, output: EngineOutput) -> str:
         ids = output.new_token_ids
-        closing = output.finished and output.error_code == 200
+        closing = output.finished and bool(ids) and ids[-1] in self._request.sampling.eos_token_ids
         visible = ids[:-1] if closing else ids
         text = "".join(map(self._text.feed, visible)) if visible else ""
         if output.finished:
             text += self._text.flush()
         if self._cuts_stop:
             text = self._cut(text, output)
-        if closing and ids and self._request.include_stop_str_in_output:
+        if closing and self._request.include_stop_str_in_output:
             text += self._tokenizer.convert_ids_to_tokens(ids[-1])
         return text
 

@@ -62,6 +62,7 @@ _GUIDED_KINDS: Mapping[str, GuidedKind] = {
     "grammar": "grammar",
     "structural_tag": "structural_tag",
 }
+BIAS_PROCESSOR = "LogitBiasLogitsProcessor"
 _UNPACKABLE = (TypeError, ValueError, OverflowError, RecursionError)
 _log = get_logger("data_processor")
 
@@ -104,6 +105,9 @@ class Preprocessor:
         self.max_model_len = config.scheduler.max_model_len
         self._warned_of_tools = False
         self._longest_piece = max(map(len, self.tokenizer.get_vocab()))
+        # Own processors take over from the built-in ones that are not named beside them.
+        processors = config.logits_processors
+        self._biases = not processors or any(p.endswith(BIAS_PROCESSOR) for p in processors)
         self._trial: ConstraintTrial | None = None
         self._thinking = ThinkingMarkers(self.tokenizer)
 
@@ -312,6 +316,7 @@ class Preprocessor:
         thinking = request.assumes_thinking if state is None else state
         thinking = thinking and self._thinking.end_id >= 0
         arguments = dict(params.logits_processors_args or {})
+        packed = self._processor_arguments(arguments)
         budget, truncation = self._thinking_budget(params, arguments, max_tokens)
         return EngineSampling(
             sampler=self._sampler(params, arguments),
@@ -328,7 +333,7 @@ class Preprocessor:
             reasoning_max_tokens=budget,
             response_max_tokens=_at_most(params.response_max_tokens, max_tokens),
             ignore_eos=params.ignore_eos,
-            logits_processors_args=self._processor_arguments(arguments),
+            logits_processors_args=packed,
         )
 
     def _sampler(self, params: SamplingParams, arguments: dict[str, Any]) -> SamplerParams:
@@ -342,7 +347,7 @@ class Preprocessor:
             top_k=self._top_k(params.top_k),
             min_p=float(params.min_p or 0.0),
             seed=seed,
-            logit_bias=self._logit_bias(arguments.pop("logit_bias", None)),
+            logit_bias=self._logit_bias(arguments.get("logit_bias")) if self._biases else None,
             banned_ids=self._banned_ids(params),
             logprobs=self._logprobs(params.logprobs, "logprobs"),
             prompt_logprobs=self._logprobs(params.prompt_logprobs, "prompt_logprobs"),

@@ -168,7 +168,7 @@ def test_an_answer_that_cannot_be_sent_ends_its_own_request(wires: Wires) -> Non
     core._outbox.append(EngineOutput("bad", finished=True, error_msg="\ud83d"))
     outputs = wires.news()
     assert [o.error_code for o in outputs if o.request_id == "bad"] == [500]
-    assert tokens([o for o in outputs if o.request_id == "good"])[-1] == EOS
+    assert len(tokens([o for o in outputs if o.request_id == "good"])) == 3
 
 
 def test_the_clients_reader_survives_or_is_seen_to_die() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import paddle
 import pytest
 from fake_runner import FakeRunner
 from helpers import (
@@ -21,7 +22,7 @@ from helpers import (
     tokens,
 )
 
-from fastdeploy_lite.config import EarlyStopConfig, RuntimeConfig
+from fastdeploy_lite.config import EarlyStopConfig, FDConfig, RuntimeConfig
 from fastdeploy_lite.engine.engine_core import EngineCore, EngineDeadError
 from fastdeploy_lite.guided.spec import GuidedSpec
 from fastdeploy_lite.request.messages import EngineRequest
@@ -73,12 +74,39 @@ def finish(core: EngineCore, request: EngineRequest) -> tuple[list[int], Any]:
 PROMPT = [20, 21, 22]
 
 
+@pytest.fixture
+def original_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FD_LITE_COUNT_CLOSING_EOS", "1")
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_token_up_to_the_limit_is_the_models(count: int, logprobs: int | None) -> None:
+    core = scripted([30, 31, 32, 33])
+    produced, last = finish(core, make_request("r", PROMPT, count, logprobs=logprobs))
+    assert (produced, last.finish_reason) == ([30, 31, 32, 33][:count], "length")
+    assert core.stats().steps == count
+
+
+def test_a_natural_eos_at_the_limit_is_a_stop() -> None:
+    produced, last = finish(scripted([30, 31, 2]), make_request("r", PROMPT, 3))
+    assert (produced, last.finish_reason) == ([30, 31, EOS], "stop")
+
+
+def test_a_stop_at_the_limit_has_no_room_for_the_closing_eos() -> None:
+    request = make_request("r", PROMPT, 2, stop_token_seqs=((31,),))
+    produced, last = finish(scripted([30, 31, 32]), request)
+    assert (produced, last.finish_reason, last.stop_reason) == ([30, 31], "stop", 31)
+
+
+@pytest.mark.usefixtures("original_counting")
 def test_the_last_slot_is_eos_at_the_length_limit() -> None:
     produced, last = finish(scripted([30, 31, 32, 33]), make_request("r", PROMPT, 3))
     assert produced == [30, 31, EOS]
     assert (last.finish_reason, last.finished) == ("length", True)
 
 
+@pytest.mark.usefixtures("original_counting")
 def test_one_token_is_just_eos() -> None:
     produced, last = finish(scripted([30]), make_request("r", PROMPT, 1))
     assert (produced, last.finish_reason) == ([EOS], "length")
@@ -89,11 +117,13 @@ def test_every_eos_id_appears_as_the_first_one() -> None:
     assert (produced, last.finish_reason) == ([30, EOS], "stop")
 
 
+@pytest.mark.usefixtures("original_counting")
 def test_a_natural_eos_in_the_last_slot_is_length() -> None:
     produced, last = finish(scripted([30, 31, 2]), make_request("r", PROMPT, 3))
     assert (produced, last.finish_reason) == ([30, 31, EOS], "length")
 
 
+@pytest.mark.usefixtures("original_counting")
 def test_the_closing_eos_costs_a_step_only_when_its_logprob_is_wanted() -> None:
     for logprobs, steps in ((None, 4), (0, 5)):
         core = scripted([30, 31, 32, 33])
@@ -114,7 +144,7 @@ def test_eos_is_banned_below_min_tokens() -> None:
     run(core, make_request("r", PROMPT, 6, min_tokens=2))
     runner = core._runner
     assert isinstance(runner, Script)
-    assert [part.banned_now for part in runner.seen] == [(2, 7), (2, 7), (), (), ()]
+    assert [part.banned_now for part in runner.seen] == [(2, 7), (2, 7), (), (), (), ()]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +231,7 @@ def test_a_budget_of_zero_forces_the_end_at_once() -> None:
 def test_response_length_counts_after_thinking() -> None:
     answer = [30, 30, 30, 19, *[31] * 60]
     produced, last = finish(scripted(answer), thinking_request(None, response_max_tokens=4))
-    assert produced == [30, 30, 30, 19, 31, 31, 31, EOS]
+    assert produced == [30, 30, 30, 19, 31, 31, 31, 31]
     assert last.finish_reason == "length"
 
 
@@ -254,7 +284,7 @@ def test_a_bad_constraint_ends_its_request_only() -> None:
     outputs = run(core, bad, make_request("good", PROMPT, 4))
     assert (outputs["bad"][-1].error_code, outputs["bad"][-1].finish_reason) == (400, "error")
     assert "regex" in outputs["bad"][-1].error_msg
-    assert tokens(outputs["good"]) == [30, 30, 30, EOS]
+    assert tokens(outputs["good"]) == [30, 30, 30, 30]
 
 
 def test_a_request_may_be_aborted_while_its_constraint_compiles() -> None:
@@ -274,7 +304,7 @@ def test_an_id_may_be_used_again_while_the_old_constraint_still_compiles() -> No
     core.abort(["r"])
     outputs = run(core, make_request("r", PROMPT, 4))["r"]
     assert [o.finish_reason for o in outputs if o.finished] == ["abort", "length"]
-    assert tokens(outputs) == [30, 30, 30, EOS]
+    assert tokens(outputs) == [30, 30, 30, 30]
 
 
 # Processors --------------------------------------------------------------------------------------
@@ -289,10 +319,10 @@ class AddToRow:
 
     def update_state(self, share_inputs: dict[str, Any]) -> None:
         self.amount = share_inputs["logits_processors_args"][0].get("amount", 0.0)
-        self.count = share_inputs["step_idx"][0][0]
+        self.count = int(share_inputs["step_idx"][0][0])
 
     def apply(self, logits: Any) -> Any:
-        assert logits.shape == (1, self.vocab)
+        assert list(logits.shape) == [1, self.vocab]
         return logits + self.amount + self.count
 
 
@@ -307,6 +337,52 @@ def test_own_processors_run_per_request() -> None:
     row = processors[0]([1, 2], np.zeros(8192, np.float32))
     assert row is not None
     assert (row.dtype, row.shape, float(row[5])) == (np.float32, (8192,), 4.5)
+
+
+class DocumentedBias:
+    """As the original's documents show one: flat stop flags, Paddle tensors, its FDConfig."""
+
+    def __init__(self, fd_config: FDConfig) -> None:
+        self.device = paddle.device.get_device()
+        self.dtype = fd_config.model_config.dtype
+        self.batch_ids: list[int] = []
+        self.token_ids: list[int] = []
+        self.biases: list[float] = []
+
+    def update_state(self, share_inputs: dict[str, Any]) -> None:
+        flags, all_args = share_inputs["stop_flags"], share_inputs["logits_processors_args"]
+        alive = [args for args, stopped in zip(all_args, flags, strict=True) if not stopped]
+        self.batch_ids, self.token_ids, self.biases = [], [], []
+        for slot, args in enumerate(alive):
+            bias = args.get("logit_bias") or {}
+            self.batch_ids.extend([slot] * len(bias))
+            self.token_ids.extend(map(int, bias))
+            self.biases.extend(bias.values())
+
+    def apply(self, logits: paddle.Tensor) -> paddle.Tensor:
+        if not self.batch_ids:
+            return logits
+        rows = paddle.to_tensor(self.batch_ids, dtype="int64")
+        columns = paddle.to_tensor(self.token_ids, dtype="int64")
+        biases = paddle.to_tensor(self.biases, dtype=self.dtype)
+        logits[rows, columns] = logits[rows, columns] + biases
+        return logits
+
+
+@pytest.mark.parametrize(
+    "name", ["test_engine_generation:DocumentedBias", "test_engine_generation.DocumentedBias"]
+)
+def test_the_documented_processor_works(name: str) -> None:
+    built_in = "fastdeploy.model_executor.logits_processor:LogitBiasLogitsProcessor"
+    core = scripted([30] * 9, logits_processors=(name, built_in))
+    arguments = msgspec.msgpack.encode({"logit_bias": {"5": 3.5, "7": -2.0}})
+    run(core, make_request("r", PROMPT, 3, logits_processors_args=arguments))
+    runner = core._runner
+    assert isinstance(runner, Script)
+    (processor,) = runner.seen[-1].logits_processors or ()
+    row = processor([1, 2], np.zeros(8192, np.float32))
+    assert row is not None
+    assert (float(row[5]), float(row[7]), float(np.abs(row).sum())) == (3.5, -2.0, 5.5)
 
 
 @pytest.mark.parametrize("name", ["NoSuch", "no.module:X", "test_engine_generation:NoSuch"])
@@ -353,7 +429,7 @@ def test_a_sequence_error_of_the_runner_ends_its_request_only() -> None:
     core = EngineCore(with_vocabulary(make_config()), OneBad([30] * 9), demo_tokenizer(), 64)
     outputs = run(core, make_request("bad", PROMPT, 5), make_request("good", PROMPT, 3))
     assert outputs["bad"][-1].error_msg == "logits are NaN\\nforged line"
-    assert tokens(outputs["good"]) == [30, 30, EOS]
+    assert tokens(outputs["good"]) == [30, 30, 30]
 
 
 def test_the_core_refuses_what_cannot_run() -> None:
