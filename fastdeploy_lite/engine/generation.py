@@ -106,7 +106,6 @@ class Generation:
         matcher: Constraint on the output.
         early_stop: When to give up on repetition.
         counts_closing: Whether the last token that a length limit allows is the closing EOS.
-        counts_closing: Whether the last token that a length limit allows is the closing EOS.
     """
 
     __slots__ = (

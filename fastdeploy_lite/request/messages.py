@@ -20,7 +20,7 @@ class EngineSampling(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         sampler: Numbers for the sampler.
-        max_tokens: Tokens to generate, closing EOS included; at least 1.
+        max_tokens: Tokens to generate; at least 1.
         min_tokens: Tokens before which the sequence cannot end.
         eos_token_ids: Ids that end a sequence; the first stands for all of them in the output.
         stop: Texts that end generation.
@@ -30,7 +30,7 @@ class EngineSampling(msgspec.Struct, frozen=True, omit_defaults=True):
         think_start_id, think_end_id: Tokens that open and close thinking; -1 when there are none.
         think_truncate_ids: What is forced when the budget is spent.
         reasoning_max_tokens: The budget of thinking tokens; None is unlimited.
-        response_max_tokens: Tokens after thinking, closing EOS included; None is unlimited.
+        response_max_tokens: Tokens after thinking; None is unlimited.
         ignore_eos: Whether only lengths and stops end the answer; EOS cannot come before.
         logits_processors_args: msgpack of the arguments for configured logits processors.
     """

@@ -55,7 +55,7 @@ class SamplingParams:
         stop: Text that ends generation.
         stop_token_ids: Tokens that end generation.
         stop_seqs_len: Filled by upstream's processor; accepted and unused.
-        max_tokens: Tokens to generate, closing EOS included; None takes the room that is left.
+        max_tokens: Tokens to generate; None takes the room that is left.
         reasoning_max_tokens: Tokens of thinking after which the end of thinking is forced.
         min_tokens: Tokens before which the sequence cannot end.
         logprobs: Alternatives to report per token; -1 reports the vocabulary.

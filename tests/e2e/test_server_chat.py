@@ -158,16 +158,15 @@ def test_closing_token_shows_when_asked(client: openai.OpenAI, http: httpx.Clien
     assert "</s>" not in plain
 
 
-def test_length_limit_counts_the_closing_token(client: openai.OpenAI) -> None:
+def test_every_token_up_to_the_limit_is_the_models(client: openai.OpenAI) -> None:
     extra = {"return_token_ids": True}
     three = ask(client, QUESTION, max_tokens=3, extra_body=extra)
     assert three.usage.completion_tokens == 3
-    assert three.choices[0].message.completion_token_ids[-1] == 2
     assert len(three.choices[0].message.completion_token_ids) == 3
     one = ask(client, max_tokens=1)
     assert one.usage.completion_tokens == 1
     assert one.choices[0].finish_reason == "length"
-    assert one.choices[0].message.content == ""
+    assert one.choices[0].message.content
 
 
 def test_min_tokens(client: openai.OpenAI) -> None:
@@ -188,7 +187,6 @@ def test_token_ids_in_streams(http: httpx.Client) -> None:
         assert isinstance(delta["completion_token_ids"], list)
     ids = [i for e in others for i in e["choices"][0]["delta"]["completion_token_ids"]]
     assert len(ids) == 6
-    assert ids[-1] == 2
 
 
 def test_prompt_token_ids(client: openai.OpenAI) -> None:
@@ -219,9 +217,9 @@ def test_bad_words(client: openai.OpenAI) -> None:
 def test_logit_bias_in_both_forms(client: openai.OpenAI) -> None:
     token = 1210  # 李
     forced = ask(client, HELLO, max_tokens=4, logit_bias={str(token): 100})
-    assert forced.choices[0].message.content == "李李李"
+    assert forced.choices[0].message.content == "李李李李"
     extra = {"logits_processors_args": {"logit_bias": {str(token): 100.0}}}
-    assert ask(client, max_tokens=4, extra_body=extra).choices[0].message.content == "李李李"
+    assert ask(client, max_tokens=4, extra_body=extra).choices[0].message.content == "李李李李"
 
 
 def test_stop_text_stays_and_ends(client: openai.OpenAI) -> None:

@@ -109,9 +109,10 @@ def test_token_ids_stream(http: httpx.Client) -> None:
 
 
 def test_closing_token(client: openai.OpenAI) -> None:
-    shown = complete(client, "hello", max_tokens=5, extra_body={"include_stop_str_in_output": True})
-    assert shown.choices[0].text.endswith("</s>")
-    assert "</s>" not in complete(client, "hello", max_tokens=5).choices[0].text
+    constraint = {"guided_choice": ["hello"]}
+    extra = {"include_stop_str_in_output": True, **constraint}
+    assert complete(client, "hello", extra_body=extra).choices[0].text == "hello</s>"
+    assert complete(client, "hello", extra_body=constraint).choices[0].text == "hello"
 
 
 def test_logprobs(client: openai.OpenAI, http: httpx.Client) -> None:

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
+from fastdeploy_lite import envs
 from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError, ServiceError
 from fastdeploy_lite.entrypoints.openai.output_parser import OutputParser, ParsedDelta
 from fastdeploy_lite.entrypoints.openai.service import Service
@@ -264,7 +265,8 @@ class _Observer:
         sequence = self._sequence
         if output.outputs.finish_reason == "abort":
             return "abort"
-        if self._num_tokens >= sequence.request.sampling.max_tokens:
+        counts_closing = envs.FD_LITE_COUNT_CLOSING_EOS
+        if counts_closing and self._num_tokens >= sequence.request.sampling.max_tokens:
             return "length"  # even when a natural end falls on the last slot, as upstream says
         return str(output.outputs.finish_reason or "stop")
 
