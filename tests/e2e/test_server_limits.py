@@ -160,8 +160,12 @@ def test_no_allowed_body_costs_much_memory(server: ServerProcess) -> None:
 def test_looping_templates_do_not_delay_plain_requests(server: ServerProcess) -> None:
     hostile = {"messages": HELLO, "chat_template": LOOP, "max_tokens": 1}
     with httpx.Client(base_url=server.url, timeout=120) as client:
-        threads = [threading.Thread(target=client.post, args=(CHAT,), kwargs={"json": hostile})
-                   for _ in range(24)]  # fmt: skip
+
+        def loop() -> None:
+            with contextlib.suppress(httpx.HTTPError):  # last in their lane, they may wait long
+                client.post(CHAT, json=hostile)
+
+        threads = [threading.Thread(target=loop) for _ in range(24)]
         for thread in threads:
             thread.start()
         time.sleep(0.3)
@@ -170,7 +174,7 @@ def test_looping_templates_do_not_delay_plain_requests(server: ServerProcess) ->
             httpx.post(server.url + CHAT, json=SHORT, timeout=60).raise_for_status()
             assert time.monotonic() - started < 5  # it was 87 s
         for thread in threads:
-            thread.join(120)
+            thread.join(180)
 
 
 # Connections ------------------------------------------------------------------------------------
