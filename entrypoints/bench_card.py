@@ -426,6 +426,11 @@ def main() -> int:
     parser.add_argument("--prefill", type=int, default=4096, help="tokens of a prefill step")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument(
+        "--no-early-start",
+        action="store_true",
+        help="start each kernel only after the one ahead of it has ended",
+    )
     parser.add_argument("--output", help="JSON file for the results")
     args = parser.parse_args()
     if isinstance(args.batches, str):
@@ -436,6 +441,7 @@ def main() -> int:
     device.activate(0)
     from fastdeploy_lite import _ops_cuda  # noqa: PLC0415
 
+    _ops_cuda.allow_early_start(not args.no_early_start)
     facts = _ops_cuda.device_facts(0)
     bandwidth = copy_bandwidth()
     print(f"{facts.name}, copy bandwidth {bandwidth / GB:.0f} GB/s (read and written)")

@@ -155,6 +155,26 @@ struct Row {
   }
 };
 
+/// Calls visit(id, logit) for the thread's tokens of a row, ids ascending. Several loads are under
+/// way at once: a block alone on its SM would otherwise wait for each.
+template <typename Visit>
+__device__ __forceinline__ void sweep(const float* logits, int vocab, Visit visit) {
+  constexpr int kTogether = 8;
+  for (int first = threadIdx.x; first < vocab; first += kTogether * kThreads) {
+    float x[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int i = first + j * kThreads;
+      x[j] = i < vocab ? logits[i] : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int i = first + j * kThreads;
+      if (i < vocab) visit(i, x[j]);
+    }
+  }
+}
+
 /// The tokens kept so far: those with a larger key, and the first `equals` (by id) that have this
 /// key.
 struct Limit {
@@ -221,18 +241,17 @@ __device__ Limit select(Shared& s, const Row& row, const Limit& inside, Weight t
   const Weight edge_value = inside.equals > 0 ? value(edge) * inside.equals : 0;
   clear_bins(s, kBins);
   Weight far = 0;  // most of a vocabulary can lie in the last bin: no atomics there
-  for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
-    const float x = row.logits[i];
-    if (key_of(x) <= inside.key) continue;
+  sweep(row.logits, row.vocab, [&](int, float x) {
+    if (key_of(x) <= inside.key) return;
     const Weight v = value(x);
-    if (v == 0) continue;
+    if (v == 0) return;
     const int bin = row.bin(x);
     if (bin == kBins - 1) {
       far += v;
     } else {
       atomicAdd(&s.bins[bin], v);
     }
-  }
+  });
   if (far != 0) atomicAdd(&s.bins[kBins - 1], far);
   if (threadIdx.x == 0 && edge_value != 0) atomicAdd(&s.bins[row.bin(edge)], edge_value);
   choose_bin(s, kBins, target);
@@ -242,13 +261,12 @@ __device__ Limit select(Shared& s, const Row& row, const Limit& inside, Weight t
   for (int shift = 24; shift >= 0; shift -= 8) {
     clear_bins(s, 256);
     const uint32_t mask = shift == 24 ? 0u : 0xffffffffu << (shift + 8);
-    for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
-      const float x = row.logits[i];
+    sweep(row.logits, row.vocab, [&](int, float x) {
       const uint32_t key = key_of(x);
-      if (key <= inside.key || (key & mask) != prefix || row.bin(x) != bin) continue;
+      if (key <= inside.key || (key & mask) != prefix || row.bin(x) != bin) return;
       const Weight v = value(x);
       if (v != 0) atomicAdd(&s.bins[255 - ((key >> shift) & 255u)], v);  // best digit first
-    }
+    });
     if (threadIdx.x == 0 && edge_value != 0 && (inside.key & mask) == prefix &&
         row.bin(edge) == bin) {
       atomicAdd(&s.bins[255 - ((inside.key >> shift) & 255u)], edge_value);
@@ -275,10 +293,9 @@ __device__ Weight block_sum(Shared& s, Weight value) {
 template <typename Value>
 __device__ Weight sum_above(Shared& s, const Row& row, const Limit& limit, Value value) {
   Weight sum = 0;
-  for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
-    const float x = row.logits[i];
+  sweep(row.logits, row.vocab, [&](int, float x) {
     if (key_of(x) > limit.key) sum += value(x);
-  }
+  });
   return block_sum(s, sum);
 }
 
@@ -292,14 +309,13 @@ __device__ bool open_row(Shared& s, Row& row) {
   float top = -INFINITY;
   int id = row.vocab;
   bool nan = false;
-  for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
-    const float x = row.logits[i];
+  sweep(row.logits, row.vocab, [&](int i, float x) {
     nan |= isnan(x);
     if (x > top) {
       top = x;
       id = i;
     }
-  }
+  });
   row.max = block_max(top);  // its barriers order the initialisation above
   if (nan) s.nan = 1;
   if (top == row.max && id < row.vocab) atomicMin(&s.first_id, id);
@@ -364,9 +380,11 @@ __device__ int draw(Shared& s, const Row& row, const Limit& limit, Weight unifor
   const Segment part = warp_segment(row.vocab);
   Weight sum = 0;
   int equals = 0;
+#pragma unroll 8
   for (int i = part.begin + lane; i < part.end; i += kWarp) {
-    const uint32_t key = key_of(row.logits[i]);
-    if (key > limit.key) sum += row.weight(row.logits[i]);
+    const float x = row.logits[i];
+    const uint32_t key = key_of(x);
+    if (key > limit.key) sum += row.weight(x);
     equals += key == limit.key;
   }
   for (int offset = 16; offset > 0; offset >>= 1) {
@@ -437,7 +455,7 @@ __device__ Limit keep(Shared& s, const Row& row, int top_k, float top_p) {
   return limit;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     sample_kernel(const float* logits, const float* temperature, const int* top_k,
                   const float* top_p, const float* min_p, const int64_t* seeds,
                   const int64_t* steps, const int* forced, int* out, int vocab) {
@@ -509,10 +527,10 @@ __device__ void best_tokens(Shared& s, const Row& row, int k, Ranked* list) {
   if (threadIdx.x == 0) used = equal_used = 0;
   if (static_cast<int>(threadIdx.x) < room) list[threadIdx.x] = {0u, row.vocab};
   __syncthreads();
-  for (int i = threadIdx.x; i < row.vocab; i += kThreads) {
-    const uint32_t key = key_of(row.logits[i]);
+  sweep(row.logits, row.vocab, [&](int i, float x) {
+    const uint32_t key = key_of(x);
     if (key > limit.key) list[atomicAdd(&used, 1)] = {key, i};
-  }
+  });
   __syncthreads();
   // equal logits enter by ascending id: a sweep in order, 1024 ids at a time
   for (int i0 = 0; i0 < row.vocab && equal_used < limit.equals; i0 += kThreads) {
@@ -535,7 +553,7 @@ __device__ void best_tokens(Shared& s, const Row& row, int k, Ranked* list) {
   bitonic_sort(list, room);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     logprobs_kernel(const float* logits, const int* tokens, int k, float* out_logprob,
                     int* out_rank, int* out_ids, float* out_logprobs, int vocab) {
   wait_for_inputs();
@@ -557,11 +575,10 @@ __global__ void __launch_bounds__(kThreads)
   }
   const float own = row.logits[token];
   Weight weights = 0, better = 0;
-  for (int i = threadIdx.x; i < vocab; i += kThreads) {
-    const float x = row.logits[i];
+  sweep(row.logits, vocab, [&](int i, float x) {
     weights += row.weight(x);
     better += x > own || (x == own && i < token);
-  }
+  });
   weights = block_sum(s, weights);
   better = block_sum(s, better);
   const double log_total = log(static_cast<double>(weights) / kWeightUnit);

@@ -32,7 +32,9 @@ class InputBatch:
     """Static input arrays and the block table of every slot.
 
     Block tables live here by slot; a step copies the rows it needs, and a slice that is not fresh
-    only hands over the blocks that were appended since its last step.
+    only hands over the blocks that were appended since its last step. Most decode steps continue
+    the one before: their arrays are filled while the device still computes that one, all but the
+    tokens and new blocks.
     """
 
     def __init__(
@@ -53,6 +55,9 @@ class InputBatch:
         width = -(-max_model_len // BLOCK_SIZE)
         self._tables = np.zeros((max_seqs, width), np.int32)
         self._filled = np.zeros(max_seqs, np.int64)
+        self._decoding: list[int] = []  # slots of the step in the arrays if it only decodes
+        self._expected: list[tuple[int, int, int]] = []  # slot, start, blocks of the next step
+        self._padded: tuple[int, int] | None = None
         self.buffer = PackedBuffer(
             {
                 "cu_seqlens_q": ([max_seqs + 1], "int32"),
@@ -72,6 +77,9 @@ class InputBatch:
         Raises:
             ValueError: the step exceeds a limit or names a token or block that does not exist.
         """
+        if self._continues(slices):
+            return BatchShape(len(slices), len(slices), True)
+        self._decoding, self._expected, self._padded = [], [], None
         lengths = np.array([len(part.token_ids) for part in slices], np.int64)
         starts = np.array([part.start for part in slices], np.int64)
         slots = np.array([part.slot for part in slices], np.int64)
@@ -81,7 +89,60 @@ class InputBatch:
         self._fill_sequences(lengths, starts, slots)
         self._fill_tokens(slices, lengths, total)
         self._fill_positions(lengths, starts, slots, total)
+        if total == len(slices):
+            self._decoding = slots.tolist()
         return BatchShape(total, len(slices), total == len(slices))
+
+    def prepare_next(self) -> None:
+        """After a decode step was uploaded: fill in what one more token of each sequence needs."""
+        count = len(self._decoding)
+        if not count:
+            return
+        host, slots = self.buffer.host, np.array(self._decoding)
+        positions = host["positions"][:count]
+        positions += 1
+        host["context_lens"][:count] += 1
+        filled = self._filled[slots]
+        known = np.minimum(positions // BLOCK_SIZE, filled - 1)
+        blocks = self._tables[slots, known]
+        host["slot_mapping"][:count] = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
+        self._expected = list(zip(self._decoding, positions.tolist(), filled.tolist(), strict=True))
+
+    def _continues(self, slices: Sequence[SequenceSlice]) -> bool:
+        """Whether this is the step that `prepare_next` expected; if so, fill in what it lacks.
+
+        Anything else, faults included, is left to the long way.
+        """
+        expected, self._expected = self._expected, []
+        if not slices or len(slices) != len(expected):
+            return False
+        tokens = [0] * len(slices)
+        grown = []
+        for row, (part, (slot, start, blocks)) in enumerate(zip(slices, expected, strict=True)):
+            if part.slot != slot or part.start != start or part.fresh or len(part.token_ids) != 1:
+                return False
+            tokens[row] = part.token_ids[0]
+            if not 0 <= tokens[row] < self.vocab_size:
+                return False
+            if len(part.block_table) != blocks:
+                grown.append(row)
+            elif start >= blocks * BLOCK_SIZE:
+                return False
+        if not all(self._grow(row, slices[row]) for row in grown):
+            return False
+        self.buffer.host["token_ids"][: len(tokens)] = tokens
+        return True
+
+    def _grow(self, row: int, part: SequenceSlice) -> bool:
+        """Take a sequence's new blocks; False if its token has no block even so."""
+        self._update_tables([part])
+        block, offset = divmod(part.start, BLOCK_SIZE)
+        if block >= self._filled[part.slot]:
+            return False
+        table, host = self._tables[part.slot], self.buffer.host
+        host["block_tables"][row] = table
+        host["slot_mapping"][row] = table[block] * BLOCK_SIZE + offset
+        return True
 
     def pad_decode(self, num_seqs: int, bucket: int) -> None:
         """Extend a decode-only step to `bucket` sequences for a graph of that size.
@@ -89,6 +150,9 @@ class InputBatch:
         A padding sequence is token 0 at position 0 with a context of one token in block 0; it
         writes nothing (slot -1), and its results are never read.
         """
+        if self._padded == (num_seqs, bucket):
+            return
+        self._padded = (num_seqs, bucket)
         host = self.buffer.host
         extra = slice(num_seqs, bucket)
         host["cu_seqlens_q"][num_seqs + 1 : bucket + 1] = np.arange(num_seqs + 1, bucket + 1)

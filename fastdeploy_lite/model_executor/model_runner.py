@@ -295,6 +295,7 @@ class ModelRunner:
         results = [SliceResult() for _ in slices]
         if shape.decode_only and len(sampled) == len(slices):
             logits = self._decode(shape)
+            self._inputs.prepare_next()
         else:
             hidden = self._prefill(shape, slices, sampled)
             self._score_prompts(hidden, slices, results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -165,3 +166,90 @@ def test_fixed_tensors_are_still_checked() -> None:
     with pytest.raises(TypeError, match="out has dtype"):
         ops.rms_norm(x, norm, 0.0, ops.fix(paddle.ones([2, 4], "int32")))
     ops.rms_norm(x, norm, 0.0, out)
+
+
+class RandomDecodes:
+    """Up to four sequences that come, leave, change places and get new blocks."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+        self.free = self.random.permutation(64).tolist()
+        self.lengths: dict[int, int] = {}
+        self.blocks: dict[int, list[int]] = {}
+
+    def admit(self) -> SequenceSlice | None:
+        """The prompt of a new sequence, now and then."""
+        if len(self.lengths) == 4 or self.random.random() > 0.05:
+            return None
+        slot = min(set(range(4)) - set(self.lengths))
+        length = int(self.random.integers(1, 200))
+        self.lengths[slot] = length
+        self.blocks[slot] = [self.free.pop() for _ in range(-(-length // 64))]
+        return make_slice(slot, length, 0, list(self.blocks[slot]))
+
+    def leave(self) -> None:
+        for slot, length in list(self.lengths.items()):
+            if length >= 600 or self.random.random() < 0.01:
+                self.free += self.blocks.pop(slot)
+                del self.lengths[slot]
+
+    def step(self) -> list[SequenceSlice]:
+        order = [slot for slot in self.lengths if self.random.random() < 0.97]
+        if self.random.random() < 0.05:
+            order.reverse()
+        return [self._decode(slot) for slot in order]
+
+    def _decode(self, slot: int) -> SequenceSlice:
+        start, blocks = self.lengths[slot], self.blocks[slot]
+        if start // 64 >= len(blocks):
+            blocks += [self.free.pop() for _ in range(int(self.random.integers(1, 3)))]
+        self.lengths[slot] += 1
+        token = int(self.random.integers(0, 1000))
+        return make_slice(slot, 1, start, list(blocks), False, token_ids=[token])
+
+
+def test_steps_prepared_ahead_equal_those_prepared_anew() -> None:
+    limits = {"max_model_len": 640}
+    sequences, ahead = RandomDecodes(3), make_batch(**limits)
+    ahead.num_blocks, continued = 64, 0
+    for _ in range(400):
+        prompt = sequences.admit()
+        if prompt is not None:
+            ahead.prepare([prompt])
+        sequences.leave()
+        slices = sequences.step()
+        if not slices:
+            continue
+        expected = [entry[:2] for entry in ahead._expected]
+        continued += expected == [(part.slot, part.start) for part in slices]
+        anew = make_batch(**limits)
+        anew.num_blocks = 64
+        shape = anew.prepare([replace(part, fresh=True) for part in slices])
+        assert ahead.prepare(slices) == shape
+        for batch in (ahead, anew):
+            batch.pad_decode(len(slices), 4)
+        for name in ("cu_seqlens_q", "context_lens", "token_ids", "positions", "slot_mapping"):
+            count = 5 if name == "cu_seqlens_q" else 4
+            found, wanted = (batch.buffer.host[name][:count] for batch in (ahead, anew))
+            np.testing.assert_array_equal(found, wanted, name)
+        for row, part in enumerate(slices):
+            found = ahead.buffer.host["block_tables"][row, : len(part.block_table)]
+            assert found.tolist() == list(part.block_table)
+        ahead.prepare_next()
+    assert continued > 200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"token_ids": [1000]}, {"token_ids": [-1]}, {"start": 64}, {"block_table": [3, 16]}],
+)
+def test_a_bad_step_is_refused_when_a_good_one_was_expected(change: dict[str, Any]) -> None:
+    batch = make_batch()
+    batch.prepare([make_slice(0, 62, 0, [3])])
+    batch.prepare([make_slice(0, 1, 62, [3], fresh=False)])
+    batch.prepare_next()
+    bad = replace(make_slice(0, 1, 63, [3], fresh=False), **change)
+    with pytest.raises(ValueError, match=r"token id|block table"):
+        batch.prepare([bad])
+    batch.prepare([make_slice(0, 1, 63, [3], fresh=False)])
+    assert batch.buffer.host["slot_mapping"][0] == 3 * 64 + 63
