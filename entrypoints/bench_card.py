@@ -427,9 +427,9 @@ def main() -> int:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument(
-        "--no-early-start",
-        action="store_true",
-        help="start each kernel only after the one ahead of it has ended",
+        "--early-start-rows",
+        type=int,
+        help="largest step in which kernels start before the ones ahead have ended; 0: never",
     )
     parser.add_argument("--output", help="JSON file for the results")
     args = parser.parse_args()
@@ -440,8 +440,10 @@ def main() -> int:
         return 1
     device.activate(0)
     from fastdeploy_lite import _ops_cuda  # noqa: PLC0415
+    from fastdeploy_lite.model_executor.ops import cuda_runtime  # noqa: PLC0415
 
-    _ops_cuda.allow_early_start(not args.no_early_start)
+    if args.early_start_rows is not None:
+        cuda_runtime.EARLY_START_ROWS = args.early_start_rows
     facts = _ops_cuda.device_facts(0)
     bandwidth = copy_bandwidth()
     print(f"{facts.name}, copy bandwidth {bandwidth / GB:.0f} GB/s (read and written)")

@@ -22,8 +22,9 @@ constexpr int kGroupRows = 64;
 constexpr int kTileRows = kGroups * kGroupRows;
 constexpr int kThreads = (kGroups + 1) * kGroupThreads;
 constexpr int kStages = 4;
-constexpr int kPanel = 64;  // features of a row of keys that one copy brings: 128 bytes
-constexpr int kProducts = kDim / 16;
+[[maybe_unused]] constexpr int kPanel =
+    64;  // features of a row of keys that one copy brings: 128 bytes
+[[maybe_unused]] constexpr int kProducts = kDim / 16;
 constexpr int kOutTiles = kDim / 8;
 constexpr int kTileBytes = kBlockTokens * kDim * 2;
 

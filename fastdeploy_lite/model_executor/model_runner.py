@@ -340,6 +340,7 @@ class ModelRunner:
         batch = self._decode_batches.get(count)
         if batch is None:
             batch = self._decode_batches[count] = self._batch(count, count)
+        ops.announce_step(self.place, count)
         return self.model.logits(self.model(batch), self.workspace)
 
     def _prefill(
@@ -350,6 +351,7 @@ class ModelRunner:
         rows = logit_rows([slices[i] for i in sampled], host["cu_seqlens_q"][1:][sampled])
         host["logit_rows"][: len(rows)] = rows
         self._inputs.buffer.upload()
+        ops.announce_step(self.place, shape.num_tokens)
         return self.model(self._batch(shape.num_tokens, shape.num_seqs))
 
     def _sampled_rows(self, hidden: Any, count: int) -> Any:

@@ -23,7 +23,13 @@ from fastdeploy_lite.model_executor.ops.sampling import (
     update_occurrences,
 )
 from fastdeploy_lite.model_executor.ops.segments import segmented_linear, segmented_moe
-from fastdeploy_lite.model_executor.ops.transfer import download, host_array, memory_info, upload
+from fastdeploy_lite.model_executor.ops.transfer import (
+    announce_step,
+    download,
+    host_array,
+    memory_info,
+    upload,
+)
 from fastdeploy_lite.model_executor.ops.weights import (
     PackedWeight,
     SegmentedWeight,
@@ -40,6 +46,7 @@ __all__ = [
     "add_inplace",
     "add_rms_norm",
     "allocate_weight",
+    "announce_step",
     "decode_attention",
     "download",
     "embedding",

@@ -46,6 +46,11 @@ def download(tensor: Tensor) -> npt.NDArray[Any]:
     return host
 
 
+def announce_step(rows: int) -> None:
+    """See ops.announce_step."""
+    _ops_cuda.allow_early_start(rows <= runtime.EARLY_START_ROWS)
+
+
 def memory_info(place: Any) -> tuple[int, int]:
     """Free and total bytes of the card."""
     del place  # a process has one card
