@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pydantic
 import pytest
-from server_process import ServerProcess, environment, running_server
+from server_process import ServerProcess, running_server
 
 FLAGS = ("--max-model-len", "1024", "--enable-logprob", "--num-gpu-blocks-override", "128")
 
@@ -41,7 +37,7 @@ class Weather(pydantic.BaseModel):
 
 def test_langchain(server: ServerProcess) -> None:
     chat = library("langchain_openai").ChatOpenAI(
-        base_url=f"{server.url}/v1", api_key="x", model="demo", max_tokens=60, temperature=0
+        base_url=f"{server.url}/v1", api_key="x", model="demo", max_tokens=300, temperature=0
     )
     whole = chat.invoke("Hello")
     assert whole.content == "".join(chunk.content for chunk in chat.stream("Hello"))
@@ -84,44 +80,3 @@ def test_pydantic_ai(server: ServerProcess) -> None:
     model = models.OpenAIChatModel("demo", provider=provider)
     agent = agents.Agent(model, output_type=Weather, model_settings={"max_tokens": 100})
     assert isinstance(agent.run_sync("Hello").output, Weather)
-
-
-TASK = """\
-task: fd_lite_tiny
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list: [{{metric: acc}}]
-"""
-
-
-def test_lm_eval_scores_choices(server: ServerProcess, tmp_path: Path) -> None:
-    """The model's own continuation must beat a foreign one in each of the questions."""
-    import httpx
-
-    library("lm_eval")
-    rows = []
-    for question in ("床前明月光", "Hello, how are you", "The moon"):
-        body = {"prompt": question, "max_tokens": 8, "temperature": 0}
-        best = httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"]
-        rows.append({"question": question, "choices": [" zebra quartz", best], "answer": 1})
-    data = tmp_path / "test.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "fd_lite_tiny.yaml").write_text(TASK.format(data=data))
-    arguments = (
-        f"model=demo,base_url={server.url}/v1/completions,tokenizer_backend=remote,"
-        "tokenized_requests=True,num_concurrent=1"
-    )
-    run = subprocess.run(
-        [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments,
-         "--tasks", "fd_lite_tiny", "--include_path", str(tmp_path), "--output_path",
-         str(tmp_path / "out")],
-        check=False, capture_output=True, text=True, timeout=300, env=environment(),
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    [result] = (tmp_path / "out").rglob("results*.json")
-    assert json.loads(result.read_text())["results"]["fd_lite_tiny"]["acc,none"] == 1.0
