@@ -171,12 +171,12 @@ def _build_ops(
     targets = target_flags(archs)
     includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
     includes += cublas_includes(nvcc)
-    kernels = sorted((native / "cuda").glob("*.cu"))
-    hosts = [*sorted((native / "cuda").glob("*.cc")), native / "bindings" / "module_cuda.cc"]
+    kernels = sorted((native / "cuda").rglob("*.cu"))
+    hosts = [*sorted((native / "cuda").rglob("*.cc")), native / "bindings" / "module_cuda.cc"]
     units = [_unit(nvcc, native, source, build_dir, targets) for source in kernels]
     units += [_unit(nvcc, native, source, build_dir, includes) for source in hosts]
     # the largest files first, so that the last compiler does not run alone
-    units.sort(key=lambda unit: not unit.source.name.startswith("gemm_"))
+    units.sort(key=lambda unit: not unit.source.name.startswith(("tiles_wgmma_", "gemm_")))
     objects = native_build.compile_all(units)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     _link(nvcc, objects, package_dir / f"_ops_cuda{suffix}")

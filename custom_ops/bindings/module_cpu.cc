@@ -11,6 +11,7 @@ void bind_attention(py::module_& m);
 void bind_rowwise(py::module_& m);
 void bind_speculation(py::module_& m);
 void bind_code_search(py::module_& m);
+void bind_plans(py::module_& m);
 
 }  // namespace fd
 
@@ -25,4 +26,5 @@ PYBIND11_MODULE(_ops_cpu, m) {
   fd::bind_rowwise(m);
   fd::bind_speculation(m);
   fd::bind_code_search(m);
+  fd::bind_plans(m);
 }

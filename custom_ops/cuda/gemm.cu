@@ -15,7 +15,13 @@ constexpr int kFinishThreads = 256;
 template <Kind kKind>
 void run(bool gated, const TiledWeight& w, const GemmParams& p, int tile_rows, int row_tiles,
          cudaStream_t stream) {
-  if (gated) return run_gemm<kKind, true>(w, p, tile_rows, row_tiles, stream);
+  if (gated) {  // quantised experts have kernels of their own, see gemm/experts.h
+    if constexpr (kKind == Kind::kDense) {
+      return run_gemm<kKind, true>(w, p, tile_rows, row_tiles, stream);
+    }
+    throw std::runtime_error("gemm: no fused SwiGLU for weights of kind " +
+                             std::to_string(static_cast<int>(kKind)));
+  }
   return run_gemm<kKind, false>(w, p, tile_rows, row_tiles, stream);
 }
 

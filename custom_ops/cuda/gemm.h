@@ -48,4 +48,26 @@ void gemm(int kind, bool gated, const TiledWeight& weight, const GemmParams& par
 void finish_parts(const GemmParams& params, const float* column_scale, int parts,
                   cudaStream_t stream);
 
+/// One call of bf16 experts, see ops.fused_moe. `inner` [slots, I] and `outputs` [slots, H] are
+/// scratch; `slot_of_row` [slots] and `tiles` [max_tiles] too, not used when `tile_rows` is 0: then
+/// every slot is a tile of its own.
+struct DenseExperts {
+  const __nv_bfloat16* x;
+  const int* ids;
+  const float* route_weights;
+  const TiledWeight& up_gate;
+  const TiledWeight& down;
+  int experts;
+  __nv_bfloat16* inner;
+  __nv_bfloat16* outputs;
+  int* slot_of_row;
+  int4* tiles;
+  __nv_bfloat16* out;
+  int tokens;
+  int top_k;
+  int tile_rows;
+  int max_tiles;
+};
+void dense_experts(const DenseExperts& call, cudaStream_t stream);
+
 }  // namespace fd::cuda

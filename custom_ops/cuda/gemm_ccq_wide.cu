@@ -6,7 +6,5 @@ namespace fd::cuda {
 
 template void run_gemm<Kind::kCcqWide, false>(const TiledWeight&, const GemmParams&, int, int,
                                               cudaStream_t);
-template void run_gemm<Kind::kCcqWide, true>(const TiledWeight&, const GemmParams&, int, int,
-                                             cudaStream_t);
 
 }  // namespace fd::cuda

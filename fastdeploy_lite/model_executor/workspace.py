@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import paddle
 
-from fastdeploy_lite.model_executor.ops import fix
+from fastdeploy_lite.model_executor.ops import fix, upload
 
 MAX_VIEWS = 4096
 
@@ -44,6 +45,23 @@ class Workspace:
         view = self._views.get(key)
         if view is None:
             view = self._view(key)
+        return view
+
+    def zeroed(self, name: str, shape: Sequence[int], dtype: str) -> Any:
+        """Return a tensor that is zero when it is made; what ops leave in it stays.
+
+        For counters and flags of kernels, which set them back themselves. One that grows is zero
+        again. `name` is no name of `get`.
+        """
+        key = (name, dtype, tuple(shape))
+        view = self._views.get(key)
+        if view is None:
+            size = math.prod(shape)
+            buffer = self._buffers.get((name, dtype))
+            fresh = buffer is None or buffer.size < size
+            view = self._view(key)
+            if fresh:
+                upload(np.zeros(size, dtype), self._buffers[name, dtype])
         return view
 
     @property

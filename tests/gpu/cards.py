@@ -48,6 +48,8 @@ def poisoned(shape: list[int], dtype: str = "bfloat16") -> Any:
     """A tensor of NaN (or of -77 for integers): what a kernel does not write shows."""
     if dtype == "bfloat16":
         return put(np.full(shape, np.nan, np.float32), dtype)
+    if dtype == "uint8":  # untyped memory: NaN as bf16 and float32, negative as integers
+        return put(np.full(shape, 0xFF, np.uint8))
     return put(np.full(shape, np.nan if dtype == "float32" else -77, dtype))
 
 
@@ -73,3 +75,6 @@ class Workspace:
 
     def get(self, name: str, shape: list[int], dtype: str) -> Any:
         return poisoned(list(shape), dtype)
+
+    def zeroed(self, name: str, shape: list[int], dtype: str) -> Any:
+        return put(np.zeros(shape, dtype))

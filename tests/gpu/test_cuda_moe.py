@@ -84,13 +84,50 @@ def test_a_token_has_the_same_bits_in_any_batch_and_tile(
     choose = cuda_moe.tile_rows
     for tokens in (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 100, 128, 129, count):
         rows = slice(count - tokens, count)
-        for height in (None, 0, 8, 16, 32, 64):  # 0: a tile for each slot
-            monkeypatch.setattr(
-                cuda_moe, "tile_rows", choose if height is None else lambda *_, h=height: h
-            )
+        for forced in (None, 0, 8, 16, 32, 64) if kind == "dense" else (-1, 0, 1, 2):
+            if kind == "dense":  # heights of tiles; 0: a tile for each slot
+                monkeypatch.setattr(
+                    cuda_moe, "tile_rows", choose if forced is None else lambda *_, h=forced: h
+                )
+            elif forced == 0 and tokens > 8:
+                continue  # the persistent kernel takes few tokens
+            else:
+                monkeypatch.setattr(cuda_moe, "CHOSEN_PATH", forced)
             np.testing.assert_array_equal(
-                run(rows), alone[rows], err_msg=f"{tokens} tokens, tiles of {height}"
+                run(rows), alone[rows], err_msg=f"{tokens} tokens, tiles or path {forced}"
             )
+
+
+def test_a_batch_beside_another_on_its_own_stream_and_scratch() -> None:
+    """Two runners of one process: each call has its own memory, so they may overlap."""
+    from fastdeploy_lite import _ops_cuda
+    from fastdeploy_lite.model_executor import ops
+    from fastdeploy_lite.model_executor.ops import cuda_runtime
+    from fastdeploy_lite.model_executor.workspace import Workspace
+
+    random = np.random.default_rng(77)
+    hidden, inner, experts, top_k = 2048, 1024, 16, 4
+    up, _ = matrices.make("ccq", random, hidden, 2 * inner, experts)
+    down, _ = matrices.make("ccq", random, inner, hidden, experts)
+    batches = []
+    for tokens in (4, 300):
+        x = cards.put(cards.round_bf16(random.standard_normal((tokens, hidden))), "bfloat16")
+        order = np.argsort(random.random((tokens, experts)), axis=1)
+        ids = cards.put(order[:, :top_k].astype(np.int32))
+        weights = cards.put(random.dirichlet(np.ones(top_k), tokens).astype(np.float32))
+        out, workspace = cards.poisoned([tokens, hidden]), Workspace(cards.place())
+        ops.fused_moe(x, ids, weights, up, down, out, workspace)
+        batches.append((x, ids, weights, up, down, out, workspace))
+    expected = [cards.get(batch[5]).copy() for batch in batches]
+    streams = [int(_ops_cuda.create_stream()) for _ in batches]
+    for _ in range(30):
+        for batch, stream in zip(batches, streams, strict=True):
+            with cuda_runtime.use_stream(stream):
+                ops.fused_moe(*batch)
+    for stream in streams:
+        _ops_cuda.synchronize(stream)
+    for batch, one in zip(batches, expected, strict=True):
+        np.testing.assert_array_equal(cards.get(batch[5]), one)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import matrices
 import numpy as np
 import pytest
 
-from fastdeploy_lite.quantization import ccq
+from fastdeploy_lite.quantization import ccq, ccq_codes
 
 
 def decoded(weight: object, expert: int = 0, *, scaled: bool) -> np.ndarray:
@@ -21,7 +21,7 @@ def decoded(weight: object, expert: int = 0, *, scaled: bool) -> np.ndarray:
     [
         *[("int8", 64, 16), ("int8", 192, 48), ("int8", 512, 272)],
         *[("int4", 64, 16), ("int4", 320, 112), ("int4", 256, 144)],
-        *[("ccq", 128, 8), ("ccq", 384, 24), ("ccq", 1024, 264)],
+        *[("ccq", 128, 16), ("ccq", 384, 48), ("ccq", 1024, 272)],
     ],
 )
 def test_tiles_hold_the_matrix(kind: str, rows: int, columns: int) -> None:
@@ -101,6 +101,58 @@ def test_ccq_codes_equal_the_oracle_for_all_bytes(wide: bool) -> None:
     np.testing.assert_array_equal(decoded(weight, scaled=False).astype(np.int64), expected)
 
 
+@pytest.mark.parametrize("columns", ["adversarial", "wide", "of our encoder"])
+def test_experts_codes_equal_the_oracle_for_all_bytes(columns: str) -> None:
+    """Columns without proven constants decode exactly too, and are counted."""
+    from fastdeploy_lite.model_executor import ops
+
+    random = np.random.default_rng(18)
+    if columns == "of our encoder":
+        scale, zero = np.array(ccq_codes.CODES[:32], np.float32).T
+    else:
+        scale, zero = adversarial_columns(random, columns == "wide")
+    count = len(scale) // 16 * 16
+    scale, zero = scale[:count], zero[:count]
+    packed = np.repeat(np.arange(256, dtype=np.uint8)[:, None], count, axis=1)
+    weight = ops.allocate_weight("ccq", 1024, count, cards.place(), num_experts=1)
+    ops.fill_weight(
+        weight,
+        0,
+        quant_weight=packed,
+        weight_scale=np.full((8, count), 0x11, np.uint8),
+        super_scales=np.ones(count, np.float32),
+        code_scale=scale,
+        code_zp=zero,
+    )
+    ops.finish_weight(weight)
+    assert (weight.handle.unproven == 0) == (columns == "of our encoder")
+    codes = ccq.decode_codes(packed, scale, zero).astype(np.int64)
+    fields = np.stack([(codes >> shift) & 63 for shift in (9, 6, 3, 0)], axis=1)
+    expected = fields.reshape(1024, count) - 32
+    np.testing.assert_array_equal(decoded(weight, scaled=False).astype(np.int64), expected)
+
+
+def test_proven_columns_decode_as_the_reference_does() -> None:
+    """Random columns, fast decoder and exact one; nearly all columns have proven constants."""
+    from fastdeploy_lite.model_executor import ops
+    from fastdeploy_lite.model_executor.ops import cuda_experts
+
+    random = np.random.default_rng(19)
+    weight = ops.allocate_weight("ccq", 1024, 2048, cards.place(), num_experts=1)
+    found = matrices.ccq_arrays(random, 1024, 2048)
+    found["quant_weight"] = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 2048, axis=1)
+    ops.fill_weight(weight, 0, **found)
+    ops.finish_weight(weight)
+    assert weight.handle.unproven < 100
+    exact = cuda_experts.decoded(weight, 0, True)
+    np.testing.assert_allclose(exact, matrices.matrix("ccq", found, 1024, 2048), rtol=3e-7)
+    unproven = weight.handle.unproven
+    weight.handle.unproven = 0  # the fast decoder, whatever the columns
+    cuda_experts._make_native(weight)
+    differing = (cuda_experts.decoded(weight, 0, True) != exact).any(axis=0)
+    assert differing.sum() <= unproven
+
+
 def test_fast_and_wide_decoders_agree() -> None:
     from fastdeploy_lite.model_executor.ops import cuda_weights
 
@@ -123,8 +175,9 @@ def test_a_code_beyond_32_bits_is_refused() -> None:
 def test_an_expert_that_was_never_filled_is_refused() -> None:
     from fastdeploy_lite.model_executor import ops
 
-    weight = ops.allocate_weight("ccq", 128, 8, cards.place(), num_experts=2)
-    ops.fill_weight(weight, 0, **matrices.ccq_arrays(np.random.default_rng(1), 128, 8))
+    weight = ops.allocate_weight("ccq", 128, 16, cards.place(), num_experts=2)
+    ops.fill_weight(weight, 0, **matrices.ccq_arrays(np.random.default_rng(1), 128, 16))
+    ops.fill_weight(weight, 0, **matrices.ccq_arrays(np.random.default_rng(2), 128, 16))
     with pytest.raises(ValueError, match="1 fills"):
         ops.finish_weight(weight)
 

@@ -38,6 +38,10 @@ class ScratchSource(Protocol):
         """Return an uninitialised tensor."""
         ...
 
+    def zeroed(self, name: str, shape: list[int], dtype: str) -> Tensor:
+        """Return a tensor that held zeros when it was made and keeps what ops leave in it."""
+        ...
+
 
 class WeightOnPlace(Protocol):
     """What an op reads of a `PackedWeight`."""

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite import _ops_cuda, formats
+from fastdeploy_lite.model_executor.ops import cuda_experts
 from fastdeploy_lite.model_executor.ops import cuda_runtime as runtime
 from fastdeploy_lite.model_executor.ops._view import Tensor
 from fastdeploy_lite.model_executor.ops.weights import PackedWeight
@@ -65,6 +66,9 @@ def allocate(weight: PackedWeight) -> None:
     Raises:
         ValueError: sizes that the kernels do not take.
     """
+    if cuda_experts.takes(weight):
+        cuda_experts.allocate(weight)
+        return
     _check_sizes(weight)
     if is_plain_dense(weight):
         shape = [weight.out_features, weight.in_features]
@@ -164,7 +168,8 @@ def fill(weight: PackedWeight, expert: int | None, arrays: dict[str, Any]) -> No
         _fill_ccq(weight, index, **arrays)
     else:
         _fill_integers(weight, index, **arrays)
-    weight.handle.filled += 1
+    if not cuda_experts.takes(weight):
+        weight.handle.filled += 1
 
 
 def finish(weight: PackedWeight) -> None:
@@ -173,6 +178,10 @@ def finish(weight: PackedWeight) -> None:
     Raises:
         ValueError: some expert was never filled.
     """
+    if cuda_experts.takes(weight):
+        cuda_experts.finish(weight)
+        _staging.release()
+        return
     expected = max(weight.num_experts, 1)
     if weight.handle.filled != expected:
         raise ValueError(
@@ -198,11 +207,15 @@ def _expert_address(weight: PackedWeight, name: str, expert: int) -> int:
     return int(tensor.data_ptr()) + expert * nbytes
 
 
-def _fill_vector(weight: PackedWeight, name: str, expert: int, values: Array) -> None:
-    """Columns past N keep whatever they had: no result of theirs is ever written."""
+def _check_finite(name: str, values: Array) -> None:
     if not np.isfinite(values).all():
         column = int(np.flatnonzero(~np.isfinite(values))[0])
         raise ValueError(f"fill_weight: {name}[{column}] is {values[column]}, expected a number")
+
+
+def _fill_vector(weight: PackedWeight, name: str, expert: int, values: Array) -> None:
+    """Columns past N keep whatever they had: no result of theirs is ever written."""
+    _check_finite(name, values)
     _ops_cuda.upload(
         _expert_address(weight, name, expert), values.ctypes.data, values.nbytes, runtime.stream()
     )
@@ -243,8 +256,13 @@ def _fill_integers(
 ) -> None:
     size = weight.in_features * weight.out_features // (1 if weight.kind == "int8" else 2)
     codes = _checked("quant_weight", quant_weight, ("int8", "uint8"), size)
-    scale = _checked("weight_scale", weight_scale, ("float32",), weight.out_features)
-    _fill_vector(weight, "column_scale", expert, scale.reshape(-1))
+    scale = _checked("weight_scale", weight_scale, ("float32",), weight.out_features).reshape(-1)
+    if cuda_experts.takes(weight):
+        _check_finite("weight_scale", scale)
+        cuda_experts.set_columns(weight, expert, {"scale": scale})
+        cuda_experts.pack(weight, expert, _staging.upload(codes, weight.place), 0)
+        return
+    _fill_vector(weight, "column_scale", expert, scale)
     _pack(weight, expert, codes)
 
 
@@ -270,6 +288,16 @@ def _fill_ccq(
         )
     }
     bias = vectors["code_zp"] + np.float32(0.5)
+    if cuda_experts.takes(weight):
+        for name, values in vectors.items():
+            _check_finite(name, values)
+        _needs_wide(vectors["code_scale"], bias)  # refuses codes that do not fit
+        columns_of = {"scale": vectors["super_scales"], "code_scale": vectors["code_scale"]}
+        cuda_experts.set_columns(weight, expert, {**columns_of, "code_bias": bias})
+        both = np.concatenate([codes.reshape(-1), local.reshape(-1)])
+        source = _staging.upload(both, weight.place)
+        cuda_experts.pack(weight, expert, source, source + codes.nbytes)
+        return
     _fill_vector(weight, "column_scale", expert, vectors["super_scales"])
     _fill_vector(weight, "code_scale", expert, vectors["code_scale"])
     _fill_vector(weight, "code_bias", expert, bias)
@@ -305,7 +333,7 @@ def randomize(weight: PackedWeight, seed: int) -> None:
     """Fill a weight with valid random codes made on the card; elements deviate by about K^-0.5."""
     stream, size = runtime.stream(), weight.in_features**-0.5
     random = np.random.default_rng(seed)
-    for name in ("rows", "tiles", "local_scale"):
+    for name in ("rows", "tiles", "chunks", "local_scale"):
         if name not in weight.tensors:
             continue
         tensor = weight.tensors[name]
@@ -314,12 +342,23 @@ def randomize(weight: PackedWeight, seed: int) -> None:
         _ops_cuda.randomize(kind, int(tensor.data_ptr()), nbytes, seed & (2**63 - 1), size, stream)
     # of the bare codes: int8 bytes, nibbles, CCQ fields (18) times a mean local scale of 8
     deviation = {"int8": 73.3, "int4": 4.3, "ccq": 18 * 8.0, "dense": 1.0}[weight.kind]
+    ranges = (
+        ("column_scale", size / deviation, size / deviation),
+        ("code_scale", 100.0, 127.0),
+        ("code_bias", 0.5, 300.5),
+    )
+    if cuda_experts.takes(weight):
+        for expert in range(weight.num_experts):
+            vectors = {
+                name.removeprefix("column_"): random.uniform(low, high, weight.out_features)
+                for name, low, high in ranges
+            }
+            single = {name: values.astype(np.float32) for name, values in vectors.items()}
+            cuda_experts.set_columns(weight, expert, single)
+        weight.handle.filled = set(range(weight.num_experts))
+        return
     for expert in range(max(weight.num_experts, 1)):
-        for name, low, high in (
-            ("column_scale", size / deviation, size / deviation),
-            ("code_scale", 100.0, 127.0),
-            ("code_bias", 0.5, 300.5),
-        ):
+        for name, low, high in ranges:
             if name in weight.tensors:
                 values = random.uniform(low, high, weight.out_features).astype(np.float32)
                 _fill_vector(weight, name, expert, values)
@@ -339,6 +378,8 @@ def decoded(weight: PackedWeight, expert: int = 0, *, scaled: bool = True) -> Ar
     """
     if weight.handle.native is None:
         raise ValueError("decoded: a plain dense weight is not coded")
+    if cuda_experts.takes(weight):
+        return cuda_experts.decoded(weight, expert, scaled)
     shape = [weight.in_features, weight.out_features]
     out = runtime.empty(shape, "float32", weight.place)
     _ops_cuda.unpack_tiles(

@@ -1,0 +1,30 @@
+// Plans of the card's kernels: host code that any machine can check.
+#include "../cuda/gemm/plan.h"
+#include "bindings.h"
+
+namespace fd {
+
+void bind_plans(py::module_& m) {
+  m.def(
+      "plan_experts",
+      [](int tokens, int top_k, int experts, int hidden, int inner, int chunk_bytes, int major,
+         int multiprocessors, int shared_bytes, int forced) {
+        const cuda::ExpertsPlan plan =
+            cuda::plan_experts({tokens, top_k, experts, hidden, inner, chunk_bytes},
+                               {major, multiprocessors, shared_bytes}, forced);
+        py::dict found;
+        found["path"] = static_cast<int>(plan.path);
+        found["tile_tokens"] = plan.tile_tokens;
+        found["max_tiles"] = plan.max_tiles;
+        found["stages"] = plan.stages;
+        found["copy_chunks"] = plan.copy_chunks;
+        found["row_bytes"] = plan.row_bytes;
+        return found;
+      },
+      py::kw_only(), py::arg("tokens"), py::arg("top_k"), py::arg("experts"), py::arg("hidden"),
+      py::arg("inner"), py::arg("chunk_bytes"), py::arg("major"), py::arg("multiprocessors"),
+      py::arg("shared_bytes"), py::arg("forced") = -1,
+      "Which kernels serve a call of quantised experts; see custom_ops/cuda/gemm/plan.h.");
+}
+
+}  // namespace fd

@@ -1,0 +1,76 @@
+"""Which kernel serves a call of the experts on a card: decided on the host, checked anywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastdeploy_lite import _ops_cpu
+
+STREAM, TILES, PLAIN = 0, 1, 2
+HOPPER = {"major": 9, "multiprocessors": 132, "shared_bytes": 232448}
+AMPERE = {"major": 8, "multiprocessors": 108, "shared_bytes": 166912}
+SMALL_BLACKWELL = {"major": 12, "multiprocessors": 170, "shared_bytes": 101376}
+LARGE = {"top_k": 8, "experts": 64, "hidden": 8192, "inner": 3584, "chunk_bytes": 2112}
+SMALL = {"top_k": 6, "experts": 64, "hidden": 2560, "inner": 1536, "chunk_bytes": 2112}
+WARPS, FIXED_BYTES = 16, 6144
+
+
+def plan(tokens: int, card: dict[str, int], **changes: int) -> dict[str, Any]:
+    found: dict[str, Any] = _ops_cpu.plan_experts(tokens=tokens, **{**LARGE, **card, **changes})
+    return found
+
+
+@pytest.mark.parametrize("shape", [LARGE, SMALL])
+def test_few_tokens_take_one_launch_and_many_take_tiles(shape: dict[str, int]) -> None:
+    paths = {tokens: plan(tokens, HOPPER, **shape)["path"] for tokens in (1, 4, 8, 64, 4096)}
+    assert paths == {1: STREAM, 4: STREAM, 8: STREAM, 64: TILES, 4096: TILES}
+
+
+def test_cards_without_wgmma_sort_and_use_mma() -> None:
+    assert plan(1, AMPERE)["path"] == PLAIN
+    assert plan(4096, AMPERE)["path"] == PLAIN
+    assert plan(4096, SMALL_BLACKWELL)["path"] == PLAIN
+
+
+def test_weights_of_two_kinds_never_stream() -> None:
+    assert plan(1, HOPPER, chunk_bytes=0)["path"] == TILES
+
+
+@pytest.mark.parametrize("card", [HOPPER, SMALL_BLACKWELL])
+@pytest.mark.parametrize("chunk_bytes", [2112, 4096, 8192])
+@pytest.mark.parametrize("hidden", [128, 2560, 8192, 16384])
+@pytest.mark.parametrize("tokens", range(1, 17))
+def test_a_streaming_plan_fits_the_card(
+    tokens: int, hidden: int, chunk_bytes: int, card: dict[str, int]
+) -> None:
+    sizes = {"hidden": hidden, "inner": hidden // 2, "chunk_bytes": chunk_bytes}
+    found = plan(tokens, card, **sizes)
+    if found["path"] != STREAM:
+        return
+    ring = WARPS * found["stages"] * found["copy_chunks"] * chunk_bytes
+    assert ring + found["row_bytes"] + FIXED_BYTES <= card["shared_bytes"]
+    padded = -(-hidden // 512) * 512
+    assert found["row_bytes"] >= tokens * (2 * padded + 64)
+    assert found["stages"] >= 1
+    assert tokens * LARGE["top_k"] <= min(128, card["multiprocessors"])
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 65, 300, 4096])
+@pytest.mark.parametrize("card", [HOPPER, AMPERE])
+def test_there_is_room_for_all_tiles(tokens: int, card: dict[str, int]) -> None:
+    found = plan(tokens, card)
+    slots = tokens * LARGE["top_k"]
+    crowded = -(-(slots - LARGE["experts"] + 1) // found["tile_tokens"]) + LARGE["experts"] - 1
+    assert found["max_tiles"] >= min(crowded, slots)
+
+
+def test_a_forced_path_that_cannot_serve_is_refused() -> None:
+    assert plan(300, HOPPER, forced=PLAIN)["path"] == PLAIN
+    with pytest.raises(ValueError, match="path 0 cannot serve 300 tokens"):
+        plan(300, HOPPER, forced=STREAM)
+    with pytest.raises(ValueError, match="path 1 cannot serve 1 tokens"):
+        plan(1, AMPERE, forced=TILES)
+    with pytest.raises(ValueError, match="path 3"):
+        plan(1, HOPPER, forced=3)
