@@ -71,8 +71,8 @@ void linear(Address x, const Weight& weight, Address out, bool out_is_float, int
 }
 
 fc::ExpertWeight expert_weight(int coding, Address chunks, Address codes, Address exact,
-                               Address column_scale, int experts, int in_features,
-                               int out_features, bool proven) {
+                               Address column_scale, int experts, int in_features, int out_features,
+                               bool proven) {
   return {static_cast<fc::Coding>(coding),
           at<const uint8_t>(chunks),
           at<const fc::ColumnCode>(codes),
@@ -87,12 +87,9 @@ fc::ExpertWeight expert_weight(int coding, Address chunks, Address codes, Addres
 fc::ExpertsShape experts_shape(const fc::ExpertWeight& up, const fc::ExpertWeight& down, int tokens,
                                int top_k) {
   const bool alike = up.coding == down.coding;
-  return {tokens,
-          top_k,
-          up.experts,
-          up.in_features,
-          down.in_features,
-          alike ? fc::chunk_bytes(up.coding) : 0};
+  return {tokens,           top_k,
+          up.experts,       up.in_features,
+          down.in_features, alike ? fc::chunk_bytes(up.coding) : 0};
 }
 
 /// Bytes of scratch of a call and of state of the card.
@@ -101,8 +98,7 @@ py::tuple experts_bytes(const fc::ExpertWeight& up, const fc::ExpertWeight& down
   const fc::CardFacts& card = fc::card_facts();
   const fc::ExpertsShape shape = experts_shape(up, down, tokens, top_k);
   const fc::ExpertsPlan plan = fc::plan_experts(shape, card, path);
-  return py::make_tuple(fc::experts_memory_bytes(plan, shape, card),
-                        fc::experts_state_bytes(card));
+  return py::make_tuple(fc::experts_memory_bytes(plan, shape, card), fc::experts_state_bytes(card));
 }
 
 void experts(Address x, Address ids, Address weights, const fc::ExpertWeight& up,
@@ -110,8 +106,14 @@ void experts(Address x, Address ids, Address weights, const fc::ExpertWeight& up
              Address memory, Address state, Address stream) {
   const fc::CardFacts& card = fc::card_facts();
   const fc::ExpertsPlan plan = fc::plan_experts(experts_shape(up, down, tokens, top_k), card, path);
-  const fc::ExpertsCall call{at<const fc::bf16>(x), at<const int>(ids), at<const float>(weights),
-                             up, down, at<fc::bf16>(out), tokens, top_k};
+  const fc::ExpertsCall call{at<const fc::bf16>(x),
+                             at<const int>(ids),
+                             at<const float>(weights),
+                             up,
+                             down,
+                             at<fc::bf16>(out),
+                             tokens,
+                             top_k};
   fc::run_experts(plan, call, {at<void>(memory), at<void>(state)}, card, stream_of(stream));
 }
 
@@ -119,11 +121,11 @@ void dense_experts(Address x, Address ids, Address weights, const Weight& up_gat
                    const Weight& down, int experts, Address hidden, Address y, Address slot_of_row,
                    Address tiles, Address out, int tokens, int top_k, int tile_rows, int max_tiles,
                    Address stream) {
-  fc::dense_experts({at<const fc::bf16>(x), at<const int>(ids), at<const float>(weights),
-                     up_gate.tiled, down.tiled, experts, at<fc::bf16>(hidden), at<fc::bf16>(y),
-                     at<int>(slot_of_row), at<int4>(tiles), at<fc::bf16>(out), tokens, top_k,
-                     tile_rows, max_tiles},
-                    stream_of(stream));
+  fc::dense_experts(
+      {at<const fc::bf16>(x), at<const int>(ids), at<const float>(weights), up_gate.tiled,
+       down.tiled, experts, at<fc::bf16>(hidden), at<fc::bf16>(y), at<int>(slot_of_row),
+       at<int4>(tiles), at<fc::bf16>(out), tokens, top_k, tile_rows, max_tiles},
+      stream_of(stream));
 }
 
 fc::AttentionShape attention_shape(const py::tuple& sizes) {
@@ -231,10 +233,10 @@ void bind_expert_weights(py::module_& m) {
           fc::fit_columns(at<const float2>(exact), at<fc::ColumnCode>(codes), columns,
                           at<int>(unproven), stream_of(stream));
         });
-  m.def("unpack_expert", [](const fc::ExpertWeight& w, int expert, bool scaled, Address out,
-                            Address stream) {
-    fc::unpack_expert(w, expert, scaled, at<float>(out), stream_of(stream));
-  });
+  m.def("unpack_expert",
+        [](const fc::ExpertWeight& w, int expert, bool scaled, Address out, Address stream) {
+          fc::unpack_expert(w, expert, scaled, at<float>(out), stream_of(stream));
+        });
 }
 
 void bind_rows(py::module_& m) {

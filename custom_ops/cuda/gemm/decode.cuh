@@ -93,8 +93,8 @@ struct LaneCode<false> {
   __device__ __forceinline__ uint32_t codes(uint32_t word, const Registers& held) const {
     const uint32_t low = __float_as_uint(
         __fmaf_rd(byte_in<2 * kColumn>(word, magic[kColumn]), scale[kColumn], base[kColumn]));
-    const uint32_t high = __float_as_uint(__fmaf_rd(
-        byte_in<2 * kColumn + 1>(word, magic[kColumn]), scale[kColumn], odd_base[kColumn]));
+    const uint32_t high = __float_as_uint(__fmaf_rd(byte_in<2 * kColumn + 1>(word, magic[kColumn]),
+                                                    scale[kColumn], odd_base[kColumn]));
     uint32_t pair;  // a multiply-add runs at twice the rate of a permutation
     asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(pair) : "r"(high), "r"(held.two16), "r"(low));
     return pair;
@@ -119,7 +119,8 @@ struct LaneCode<true> {
     uint32_t code[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float byte = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 | (2 * kColumn + i)));
+      const float byte =
+          __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 | (2 * kColumn + i)));
       const float raw = __fmaf_rn(byte - 8388608.0f, scale[kColumn], bias[kColumn]);
       code[i] = static_cast<uint32_t>(__float2int_rd(raw));
     }
@@ -148,8 +149,8 @@ struct GroupScale {
   }
 };
 
-/// One k-step of CCQ from the codes of a word's two columns: (field - 32) * local scale, at most ten
-/// bits, exact.
+/// One k-step of CCQ from the codes of a word's two columns: (field - 32) * local scale, at most
+/// ten bits, exact.
 template <int kStep>
 __device__ __forceinline__ void ccq_step(const uint32_t (&codes)[2], const GroupScale& s,
                                          const Registers& held, uint32_t (&a)[4]) {

@@ -3,8 +3,8 @@
 // A block is 16 columns of W by all of K; a chunk is 512 rows of a block, contiguous, so that one
 // bulk copy of 2 KB and more fetches it: 64 bytes of local scales (CCQ only), then 4 tiles of 128
 // rows. In a tile each lane of a warp owns `lane_vectors` 16-byte vectors, stored [vector][lane]:
-// lane (g = lane / 4, c = lane % 4) holds columns g and g + 8 and rows 8c .. 8c + 7 of every 32. K is
-// padded to whole chunks with weights of zero. Layout: [expert][block][chunk].
+// lane (g = lane / 4, c = lane % 4) holds columns g and g + 8 and rows 8c .. 8c + 7 of every 32. K
+// is padded to whole chunks with weights of zero. Layout: [expert][block][chunk].
 //
 // Block j of a weight with N columns holds columns 8j .. 8j + 7 as its first eight and
 // N / 2 + 8j .. N / 2 + 8j + 7 as its last: of [gate | up], a lane then holds both numbers that

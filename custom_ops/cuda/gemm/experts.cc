@@ -43,8 +43,8 @@ struct SortedMemory {
   float* x_scale;
   __half* inner;
   float* inner_scale;
-  __nv_bfloat16* outputs;      // [slots][H]
-  __nv_bfloat16* inner_bf16;   // the same memory, before the second product
+  __nv_bfloat16* outputs;     // [slots][H]
+  __nv_bfloat16* inner_bf16;  // the same memory, before the second product
   int64_t bytes;
 
   SortedMemory(void* memory, const ExpertsPlan& plan, const ExpertsShape& s) {
@@ -80,12 +80,9 @@ StreamState stream_state(void* memory, void* state, const ExpertsShape& s, const
 }
 
 ExpertsShape shape_of(const ExpertsCall& call) {
-  return {call.tokens,
-          call.top_k,
-          call.up_gate.experts,
-          call.up_gate.in_features,
-          call.down.in_features,
-          chunk_bytes(call.up_gate.coding)};
+  return {call.tokens,           call.top_k,
+          call.up_gate.experts,  call.up_gate.in_features,
+          call.down.in_features, chunk_bytes(call.up_gate.coding)};
 }
 
 void run_sorted(const ExpertsPlan& plan, const ExpertsCall& call, void* memory,

@@ -12,8 +12,8 @@
 namespace fd::cuda {
 
 /// One call: out[t] = sum over j of route_weights[t, j] * down(swiglu(up_gate(x[t]))) of expert
-/// ids[t, j], in the order of j. x [tokens, H] and out [tokens, H] bf16, ids int32 and route_weights
-/// float32 [tokens, top_k].
+/// ids[t, j], in the order of j. x [tokens, H] and out [tokens, H] bf16, ids int32 and
+/// route_weights float32 [tokens, top_k].
 struct ExpertsCall {
   const __nv_bfloat16* x;
   const int* ids;

@@ -53,8 +53,9 @@ __global__ void pack_kernel(const Source source, const uint8_t* local_scale, uin
         const int n = file_column(block, g + 8 * half, source.out_features);
         for (int t = 0; t < 2; ++t) {
           const int row = k0 / kTileK + i % 2 * 2 + t;
-          const uint32_t byte =
-              row * kTileK < source.in_features ? local_scale[int64_t{row} * source.out_features + n] : 0;
+          const uint32_t byte = row * kTileK < source.in_features
+                                    ? local_scale[int64_t{row} * source.out_features + n]
+                                    : 0;
           words[i] |= (byte >> 4 | (byte & 15) << 4) << (16 * half + 8 * t);
         }
       }
@@ -171,9 +172,9 @@ __global__ void fit_kernel(const float2* exact, ColumnCode* codes, int* unproven
     best_of_block(error, which);
     const double rest = (32768.0 + 256.0 * (which / 256) + which % 256 / 256.0) * tried;
     const double base = 8388608.0 + static_cast<double>(lift) + rint(bias + shift - rest);
-    const ColumnCode code{0x47000000u | static_cast<uint32_t>(which / 256) << 16 |
-                              static_cast<uint32_t>(which % 256),
-                          tried, static_cast<float>(base), 1u};
+    const ColumnCode code{
+        0x47000000u | static_cast<uint32_t>(which / 256) << 16 | static_cast<uint32_t>(which % 256),
+        tried, static_cast<float>(base), 1u};
     const bool whole = static_cast<double>(code.base) == base &&
                        static_cast<double>(code.base + kCarry) == base + kCarry;
     done = __syncthreads_and(whole && decodes(code, byte, expected)) != 0;
@@ -201,7 +202,8 @@ __global__ void unpack_kernel(const ExpertWeight w, int expert, bool scaled_too,
   if constexpr (kCoding == Coding::kCcq) code.load(w.codes, w.exact, column);
   for (int t = 0; t < kChunkTiles; ++t) {
     LaneTile<kCoding, kExact> tile;
-    const uint4* v = reinterpret_cast<const uint4*>(at + scale_bytes(kCoding) + t * tile_size(kCoding));
+    const uint4* v =
+        reinterpret_cast<const uint4*>(at + scale_bytes(kCoding) + t * tile_size(kCoding));
     for (int i = 0; i < lane_vectors(kCoding); ++i) tile.v[i] = v[i * kWarp + lane];
     uint32_t pairs = 0;
     if constexpr (kCoding == Coding::kCcq) {
@@ -224,9 +226,11 @@ __global__ void unpack_kernel(const ExpertWeight w, int expert, bool scaled_too,
       const int k = chunk * kChunkK + t * kTileK + part * 32 + row_of_slot(slot);
       if (k >= w.in_features) continue;
       const uint32_t pair = a[part][step][word];
-      float value = __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> (16 * half))));
+      float value =
+          __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> (16 * half))));
       if (scaled_too) value *= w.column_scale[column + 8 * (word % 2)];
-      out[int64_t{k} * w.out_features + file_column(block, g + 8 * (word % 2), w.out_features)] = value;
+      out[int64_t{k} * w.out_features + file_column(block, g + 8 * (word % 2), w.out_features)] =
+          value;
     }
   }
 }
@@ -234,8 +238,8 @@ __global__ void unpack_kernel(const ExpertWeight w, int expert, bool scaled_too,
 template <Coding kCoding>
 void pack(const Source& source, const uint8_t* local_scale, uint8_t* chunks, cudaStream_t stream) {
   const int chunks_of_k = ceil_div(source.in_features, kChunkK);
-  const int64_t vectors = int64_t{source.out_features / kBlockColumns} * chunks_of_k *
-                          (chunk_bytes(kCoding) / 16);
+  const int64_t vectors =
+      int64_t{source.out_features / kBlockColumns} * chunks_of_k * (chunk_bytes(kCoding) / 16);
   pack_kernel<kCoding>
       <<<static_cast<unsigned>(ceil_div<int64_t>(vectors, kThreads)), kThreads, 0, stream>>>(
           source, local_scale, chunks, chunks_of_k, vectors);

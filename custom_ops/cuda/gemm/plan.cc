@@ -58,9 +58,8 @@ ExpertsPlan plan_experts(const ExpertsShape& shape, const CardFacts& card, int f
   if (forced >= 0) plan.path = static_cast<ExpertsPath>(forced);
   if ((plan.path == ExpertsPath::kStream && !streams) ||
       (plan.path == ExpertsPath::kTiles && !wgmma) || forced > 2) {
-    throw std::invalid_argument("experts: path " + std::to_string(forced) +
-                                " cannot serve " + std::to_string(shape.tokens) +
-                                " tokens on this card");
+    throw std::invalid_argument("experts: path " + std::to_string(forced) + " cannot serve " +
+                                std::to_string(shape.tokens) + " tokens on this card");
   }
   const int wgmma_tile = shape.tokens <= kLowTile ? kLowTile : kWgmmaTile;
   plan.tile_tokens = plan.path == ExpertsPath::kTiles ? wgmma_tile : kPlainTile;

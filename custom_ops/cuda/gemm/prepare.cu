@@ -63,7 +63,8 @@ __global__ void sort_kernel(const int* ids, int slots, int top_k, int experts, i
     place_experts(count, experts, tile_tokens, first_row, first_tile, tile_counts);
   }
   __syncthreads();
-  if (threadIdx.x < kSortCounts) counts[threadIdx.x] = threadIdx.x < 2 ? tile_counts[threadIdx.x] : 0;
+  if (threadIdx.x < kSortCounts)
+    counts[threadIdx.x] = threadIdx.x < 2 ? tile_counts[threadIdx.x] : 0;
   for (int e = threadIdx.x; e < experts; e += blockDim.x) {
     const Cut cut(count[e], tile_tokens);
     const int first = first_tile[e] + (cut.tall() ? 0 : tile_counts[0]);
@@ -129,8 +130,8 @@ void sort_slots(const int* ids, int slots, int top_k, int experts, int tile_toke
 void convert_rows(const bf16* x, int rows, int width, int padded, RowOrder order, __half* out,
                   float* scale, cudaStream_t stream) {
   if (rows == 0) return;
-  auto kernel =
-      order == RowOrder::kSlots ? convert_kernel<RowOrder::kSlots> : convert_kernel<RowOrder::kEights>;
+  auto kernel = order == RowOrder::kSlots ? convert_kernel<RowOrder::kSlots>
+                                          : convert_kernel<RowOrder::kEights>;
   kernel<<<rows, kConvertThreads, 0, stream>>>(x, width, padded, out, scale);
   check_launch("convert_rows");
 }

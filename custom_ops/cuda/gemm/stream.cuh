@@ -46,8 +46,8 @@ __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
 }
 
-/// Sorts the slots by expert and cuts runs of an expert into groups. All threads. A group has no more
-/// slots than there are tokens: that is what rows of x have room for, whatever the ids are.
+/// Sorts the slots by expert and cuts runs of an expert into groups. All threads. A group has no
+/// more slots than there are tokens: that is what rows of x have room for, whatever the ids are.
 __device__ inline void find_groups(const ExpertsCall& call, Head& head) {
   __shared__ int experts[kStreamSlots];
   Groups& groups = head.groups;
@@ -299,7 +299,8 @@ struct Stream {
   }
 
   /// Chunks begin .. end of one range.
-  __device__ void multiply_range(int product, const Shape& shape, int begin, int end, int first_row) {
+  __device__ void multiply_range(int product, const Shape& shape, int begin, int end,
+                                 int first_row) {
     if (begin >= end) return;
     const ExpertWeight& w = product == 0 ? job.call.up_gate : job.call.down;
     const int row_stride = w.padded_k() * 2 + kStreamRowGap;
@@ -317,7 +318,8 @@ struct Stream {
             (int64_t{head.groups.expert[at.group]} * shape.blocks + at.block) * kBlockColumns + g;
         if constexpr (kCoding == Coding::kCcq) {
           fast.load(w.codes, w.exact, column);
-          const bool mine = __ldg(&w.codes[column].proven) != 0 && __ldg(&w.codes[column + 8].proven) != 0;
+          const bool mine =
+              __ldg(&w.codes[column].proven) != 0 && __ldg(&w.codes[column + 8].proven) != 0;
           proven = __all_sync(kFullMask, mine);
           if (!proven) exact.load(w.codes, w.exact, column);
         }
@@ -428,7 +430,8 @@ struct Stream {
       if (index >= groups.first[at.group + 1]) continue;
       const int slot = groups.slots[index];
       const float inverse = head.row_inverse[row_of(product, at.group, first_row_, token)];
-      const float first = scaled(sums[i], low, inverse), second = scaled(sums[2 + i], high, inverse);
+      const float first = scaled(sums[i], low, inverse),
+                  second = scaled(sums[2 + i], high, inverse);
       if (product == 0) {
         store(job.state.inner + int64_t{slot} * half + n, swiglu(first, second));
       } else {
@@ -450,7 +453,8 @@ struct Stream {
     for (int r = 0; r < count; ++r) {
       const uint4* row = reinterpret_cast<const uint4*>(from + int64_t{head.row_source[r]} * width);
       float top = 0.0f;
-      for (int i = threadIdx.x; i < width / 8; i += kConsumers) top = fmaxf(top, largest_of(__ldcg(row + i)));
+      for (int i = threadIdx.x; i < width / 8; i += kConsumers)
+        top = fmaxf(top, largest_of(__ldcg(row + i)));
       top = warp_max(top);
       if (lane == 0) head.tops[r][warp] = top;
     }
@@ -470,27 +474,35 @@ struct Stream {
     consumers_sync();
   }
 
+  /// Rows of x itself, before the first bulk copy: behind a ring's worth of copies they would come
+  /// late.
+  __device__ void load_tokens() {
+    if (threadIdx.x < job.call.tokens) head.row_source[threadIdx.x] = threadIdx.x;
+    consumers_sync();
+    load_rows(job.call.x, job.call.tokens, job.call.up_gate.in_features,
+              job.call.up_gate.padded_k());
+  }
+
   __device__ void multiply(int product) {
     const ExpertWeight& w = product == 0 ? job.call.up_gate : job.call.down;
     const Shape shape(w, head.groups.count);
     const Walk walk(shape.total, shape.of_block, grid_warp, grid_warps);
     first_row_ = 0;
-    int count = job.call.tokens;
-    const bf16* from = job.call.x;
+    int count = 0;
     if (product == 1) {
       // slots of the groups that the block's warps touch
       const int begin = Walk::bound(shape.total, blockIdx.x * kStreamWarps, grid_warps);
       const int end = Walk::bound(shape.total, (blockIdx.x + 1) * kStreamWarps, grid_warps);
       first_row_ = head.groups.first[min(begin / shape.of_group, head.groups.count - 1)];
       count = end > begin ? head.groups.first[(end - 1) / shape.of_group + 1] - first_row_ : 0;
-      from = job.state.inner;
     }
-    if (threadIdx.x < count) {
-      head.row_source[threadIdx.x] =
-          product == 0 ? threadIdx.x : head.groups.slots[first_row_ + threadIdx.x];
+    if (product == 1) {
+      if (threadIdx.x < count) {
+        head.row_source[threadIdx.x] = head.groups.slots[first_row_ + threadIdx.x];
+      }
+      consumers_sync();
+      load_rows(job.state.inner, count, w.in_features, w.padded_k());
     }
-    consumers_sync();
-    load_rows(from, count, w.in_features, w.padded_k());
 #pragma unroll 1
     for (int i = 0; i < 3; ++i) {
       const int begin = i == 0 ? walk.begin[0] : i == 1 ? walk.begin[1] : walk.begin[2];
@@ -507,7 +519,10 @@ struct Stream {
       unsigned* const arrived = job.state.barrier;
       unsigned* const generation = arrived + 1;
       unsigned before, now;
-      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(before) : "l"(generation) : "memory");
+      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
+                   : "=r"(before)
+                   : "l"(generation)
+                   : "memory");
       asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
                    : "=r"(now)
                    : "l"(arrived)
@@ -519,7 +534,10 @@ struct Stream {
                      : "memory");
       } else {
         do {
-          asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(generation) : "memory");
+          asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                       : "=r"(now)
+                       : "l"(generation)
+                       : "memory");
         } while (now == before);
       }
     }
@@ -563,7 +581,8 @@ struct Stream {
 #endif
 
 template <Coding kCoding>
-__global__ void __launch_bounds__(kThreads, 1) stream_kernel(const __grid_constant__ StreamJob job) {
+__global__ void __launch_bounds__(kThreads, 1)
+    stream_kernel(const __grid_constant__ StreamJob job) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t memory[];
   Head& head = *reinterpret_cast<Head*>(memory);
@@ -575,11 +594,13 @@ __global__ void __launch_bounds__(kThreads, 1) stream_kernel(const __grid_consta
   const uint32_t rows = ring + round_up(slots * slot_bytes, 128);
   for (int i = threadIdx.x; i < 2 * slots; i += kThreads) barrier_init(barriers + i * 8, 1);
   barrier_publish();
+  Stream<kCoding> stream(job, head, rings, rows);
+  if (threadIdx.x < kConsumers) stream.load_tokens();
   find_groups(job.call, head);
   if (threadIdx.x >= kConsumers) {
     feed<kCoding>(job, head.groups, rings);
   } else {
-    Stream<kCoding>(job, head, rings, rows).run();
+    stream.run();
   }
 #endif
 }

@@ -8,9 +8,9 @@ namespace fd::cuda {
 
 /// Memory of all blocks together. Counters and flags are zero between launches.
 struct StreamState {
-  unsigned* barrier;  // {arrived, generation}
-  unsigned* flags;    // [2][warps of the grid]
-  float4* sums;       // [2][warps of the grid][32]
+  unsigned* barrier;       // {arrived, generation}
+  unsigned* flags;         // [2][warps of the grid]
+  float4* sums;            // [2][warps of the grid][32]
   __nv_bfloat16* inner;    // [slots][I]
   __nv_bfloat16* outputs;  // [slots][H]
 };

@@ -40,8 +40,7 @@ __device__ __forceinline__ void add_chunk(const uint8_t* chunk, const uint4* con
     GroupScale scale[2];
     if constexpr (kCoding == Coding::kCcq) {
       const uint32_t pairs =
-          __ldg(reinterpret_cast<const uint32_t*>(chunk + lane / 4 * 8 + t / 2 * 4)) >>
-          (t % 2 * 8);
+          __ldg(reinterpret_cast<const uint32_t*>(chunk + lane / 4 * 8 + t / 2 * 4)) >> (t % 2 * 8);
       scale[0] = GroupScale::of<0>(pairs, held);
       scale[1] = GroupScale::of<1>(pairs, held);
     }
@@ -64,7 +63,9 @@ __device__ void multiply(const TilesJob& job, const int4& tile, int first_row, i
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
     const int row = tile.y + min(first_row + 8 * j + g, tile.z - 1);
-    x[j] = reinterpret_cast<const uint4*>(job.x + int64_t{source_row(job, row)} * job.w.padded_k()) + c;
+    x[j] =
+        reinterpret_cast<const uint4*>(job.x + int64_t{source_row(job, row)} * job.w.padded_k()) +
+        c;
   }
   float sums[kGroups][4] = {};
   const int chunks = job.w.chunks_of_k();
@@ -73,7 +74,8 @@ __device__ void multiply(const TilesJob& job, const int4& tile, int first_row, i
     add_chunk<kCoding, kExact, kGroups>(from, x, k * (kChunkK / 8), code, held, sums);
   }
   const int half = job.w.out_features / 2, n = block * 8 + g;
-  const float low = __ldg(job.w.column_scale + column), high = __ldg(job.w.column_scale + column + 8);
+  const float low = __ldg(job.w.column_scale + column),
+              high = __ldg(job.w.column_scale + column + 8);
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
@@ -97,7 +99,8 @@ __device__ void multiply(const TilesJob& job, const int4& tile, int first_row, i
 
 /// Grid: column blocks by kWarps, tiles.
 template <Coding kCoding, bool kExact>
-__global__ void __launch_bounds__(kWarps* kWarp) plain_kernel(const __grid_constant__ TilesJob job) {
+__global__ void __launch_bounds__(kWarps* kWarp)
+    plain_kernel(const __grid_constant__ TilesJob job) {
   if (static_cast<int>(blockIdx.y) >= job.tile_counts[0] + job.tile_counts[1]) return;
   const int block = blockIdx.x * kWarps + threadIdx.x / kWarp;
   if (block >= job.w.blocks()) return;

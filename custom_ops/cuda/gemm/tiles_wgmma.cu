@@ -21,7 +21,8 @@ void launch(const TilesJob& job, int tile_tokens, int multiprocessors, cudaStrea
 void tiles_wgmma(const TilesJob& job, int tile_tokens, int multiprocessors, cudaStream_t stream) {
   switch (job.w.coding) {
     case Coding::kCcq:
-      if (job.w.proven) return launch<Coding::kCcq, false>(job, tile_tokens, multiprocessors, stream);
+      if (job.w.proven)
+        return launch<Coding::kCcq, false>(job, tile_tokens, multiprocessors, stream);
       return launch<Coding::kCcq, true>(job, tile_tokens, multiprocessors, stream);
     case Coding::kInt4:
       return launch<Coding::kInt4, false>(job, tile_tokens, multiprocessors, stream);

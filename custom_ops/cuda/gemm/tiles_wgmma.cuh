@@ -16,14 +16,14 @@ namespace tiles {
 
 constexpr int kMaxTileTokens = 128;
 constexpr int kThreads = 384;
-constexpr int kBlocks = 16;     // column blocks of an item
-constexpr int kStageK = 64;     // rows of K in a stage of x: 128 bytes, one swizzle
+constexpr int kBlocks = 16;  // column blocks of an item
+constexpr int kStageK = 64;  // rows of K in a stage of x: 128 bytes, one swizzle
 constexpr int kStages = 4;
 constexpr int kStageBytes = kMaxTileTokens * kStageK * 2;
-constexpr int kSlots = 3;       // of weights
-constexpr int kItems = 4;       // items drawn ahead
+constexpr int kSlots = 3;  // of weights
+constexpr int kItems = 4;  // items drawn ahead
 constexpr int kCopyThreads = 96;
-constexpr int kCopyLag = 2;     // stages requested before one is waited for
+constexpr int kCopyLag = 2;          // stages requested before one is waited for
 constexpr int kStagingStride = 144;  // bytes; 64 columns and a shift by one bank group
 constexpr int kFeedRegisters = 40;
 constexpr int kMultiplyRegisters = 232;
@@ -179,8 +179,8 @@ struct Weights {
       if constexpr (kCoding == Coding::kCcq && kTile % 2 == 0) {
         pairs[m] = *reinterpret_cast<const uint32_t*>(at + lane / 4 * 8 + kTile / 2 * 4);
       }
-      const uint4* v = reinterpret_cast<const uint4*>(at + scale_bytes(kCoding) +
-                                                      kTile * tile_size(kCoding));
+      const uint4* v =
+          reinterpret_cast<const uint4*>(at + scale_bytes(kCoding) + kTile * tile_size(kCoding));
 #pragma unroll
       for (int i = 0; i < lane_vectors(kCoding); ++i) tile[m].v[i] = v[i * kWarp + lane];
     }
@@ -332,17 +332,17 @@ __device__ __forceinline__ void group_sync(int group) {
 /// the warpgroup's 8 blocks has 8 columns.
 __device__ __forceinline__ void stage_pair(uint8_t* staging, uint32_t pair, int tokens, int block,
                                            int lane) {
-  const uint32_t row =
-      shared_address(staging) + block * 16 + (tokens + lane % 8) * kStagingStride;
+  const uint32_t row = shared_address(staging) + block * 16 + (tokens + lane % 8) * kStagingStride;
   asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(row), "r"(pair)
                : "memory");
 }
 
 /// From staging to 64 columns of each row of the output.
 template <Coding kCoding, bool kExact>
-__device__ __forceinline__ void write_rows(const TilesJob& job, const Multiplier<kCoding, kExact>& at,
-                           const Item& item, const uint8_t* staging, int first_column, int end,
-                           int width) {
+__device__ __forceinline__ void write_rows(const TilesJob& job,
+                                           const Multiplier<kCoding, kExact>& at, const Item& item,
+                                           const uint8_t* staging, int first_column, int end,
+                                           int width) {
   const int thread = threadIdx.x % 128, piece = thread % 8;
   const int column = first_column + piece * 8;
   group_sync(at.group);
@@ -392,7 +392,8 @@ __device__ __forceinline__ void stage_item(const TilesJob& job,
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float own = scaled(sums[m][4 * j + 2 * kHalf + i], scale[m][kHalf], inverse[i]);
-        value[i] = kGated ? swiglu(own, scaled(sums[m][4 * j + 2 + i], scale[m][1], inverse[i])) : own;
+        value[i] =
+            kGated ? swiglu(own, scaled(sums[m][4 * j + 2 + i], scale[m][1], inverse[i])) : own;
       }
       stage_pair(at.shared.staging[at.group], pack_bf16(value[0], value[1]), 8 * j, 4 * m + at.warp,
                  at.lane);
@@ -402,7 +403,7 @@ __device__ __forceinline__ void stage_item(const TilesJob& job,
 
 template <Coding kCoding, bool kExact, int kN>
 __device__ __forceinline__ void multiply_item(const TilesJob& job, Multiplier<kCoding, kExact>& at,
-                              const Item& item) {
+                                              const Item& item) {
   const int first_block = item.block + at.group * 8;
   if constexpr (kCoding == Coding::kCcq) {
 #pragma unroll

@@ -1,4 +1,4 @@
-"""Quantised experts on a card: chunks that one bulk copy brings, and the constants that decode them.
+"""Quantised experts on a card: chunks that one bulk copy brings, and what decodes them.
 
 The layout is described in custom_ops/cuda/gemm/expert_weight.h. Dense experts are tiles as those of
 linear maps, see cuda_weights.
