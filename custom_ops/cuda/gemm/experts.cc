@@ -1,6 +1,7 @@
 // The experts of a MoE layer: memory and launches.
 #include "experts.h"
 
+#include <algorithm>
 #include <mutex>
 #include <stdexcept>
 
@@ -126,6 +127,7 @@ const CardFacts& card_facts() {
       return value;
     };
     facts.major = attribute(cudaDevAttrComputeCapabilityMajor);
+    if (!has_hopper_code()) facts.major = std::min(facts.major, 8);
     facts.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   }

@@ -25,6 +25,9 @@ constexpr int kShortTile = 64;
 
 /// `tile_tokens`: no tile has more rows.
 void tiles_wgmma(const TilesJob& job, int tile_tokens, int multiprocessors, cudaStream_t stream);
+/// Whether this build has the kernels of compute capability 9.0; code of an older one that a newer
+/// card compiles for itself has none of them.
+bool has_hopper_code();
 void tiles_plain(const TilesJob& job, int max_tiles, cudaStream_t stream);
 
 /// bf16 rows to float16 times a power of two, in slot order: as wgmma reads them from shared memory

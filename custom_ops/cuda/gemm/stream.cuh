@@ -474,35 +474,27 @@ struct Stream {
     consumers_sync();
   }
 
-  /// Rows of x itself, before the first bulk copy: behind a ring's worth of copies they would come
-  /// late.
-  __device__ void load_tokens() {
-    if (threadIdx.x < job.call.tokens) head.row_source[threadIdx.x] = threadIdx.x;
-    consumers_sync();
-    load_rows(job.call.x, job.call.tokens, job.call.up_gate.in_features,
-              job.call.up_gate.padded_k());
-  }
-
   __device__ void multiply(int product) {
     const ExpertWeight& w = product == 0 ? job.call.up_gate : job.call.down;
     const Shape shape(w, head.groups.count);
     const Walk walk(shape.total, shape.of_block, grid_warp, grid_warps);
     first_row_ = 0;
-    int count = 0;
+    int count = job.call.tokens;
+    const bf16* from = job.call.x;
     if (product == 1) {
       // slots of the groups that the block's warps touch
       const int begin = Walk::bound(shape.total, blockIdx.x * kStreamWarps, grid_warps);
       const int end = Walk::bound(shape.total, (blockIdx.x + 1) * kStreamWarps, grid_warps);
       first_row_ = head.groups.first[min(begin / shape.of_group, head.groups.count - 1)];
       count = end > begin ? head.groups.first[(end - 1) / shape.of_group + 1] - first_row_ : 0;
+      from = job.state.inner;
     }
-    if (product == 1) {
-      if (threadIdx.x < count) {
-        head.row_source[threadIdx.x] = head.groups.slots[first_row_ + threadIdx.x];
-      }
-      consumers_sync();
-      load_rows(job.state.inner, count, w.in_features, w.padded_k());
+    if (threadIdx.x < count) {
+      head.row_source[threadIdx.x] =
+          product == 0 ? threadIdx.x : head.groups.slots[first_row_ + threadIdx.x];
     }
+    consumers_sync();
+    load_rows(from, count, w.in_features, w.padded_k());
 #pragma unroll 1
     for (int i = 0; i < 3; ++i) {
       const int begin = i == 0 ? walk.begin[0] : i == 1 ? walk.begin[1] : walk.begin[2];
@@ -594,13 +586,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t rows = ring + round_up(slots * slot_bytes, 128);
   for (int i = threadIdx.x; i < 2 * slots; i += kThreads) barrier_init(barriers + i * 8, 1);
   barrier_publish();
-  Stream<kCoding> stream(job, head, rings, rows);
-  if (threadIdx.x < kConsumers) stream.load_tokens();
   find_groups(job.call, head);
   if (threadIdx.x >= kConsumers) {
     feed<kCoding>(job, head.groups, rings);
   } else {
-    stream.run();
+    Stream<kCoding>(job, head, rings, rows).run();
   }
 #endif
 }

@@ -18,6 +18,14 @@ void launch(const TilesJob& job, int tile_tokens, int multiprocessors, cudaStrea
 
 }  // namespace
 
+bool has_hopper_code() {
+#if defined(FD_SM90A)
+  return true;
+#else
+  return false;
+#endif
+}
+
 void tiles_wgmma(const TilesJob& job, int tile_tokens, int multiprocessors, cudaStream_t stream) {
   switch (job.w.coding) {
     case Coding::kCcq:
