@@ -45,6 +45,39 @@ def end_capture(stream: int, discard: bool) -> int: ...
 def launch_graph(graph: int, stream: int) -> None: ...
 def destroy_graph(graph: int) -> None: ...
 def blas_open(path: str) -> None: ...
+
+class ExpertWeight:
+    """Sizes and addresses of quantised experts; codings: 0 CCQ, 1 int4, 2 int8."""
+
+    def __init__(
+        self,
+        coding: int,
+        chunks: int,
+        codes: int,
+        exact: int,
+        column_scale: int,
+        experts: int,
+        in_features: int,
+        out_features: int,
+        proven: bool,
+    ) -> None: ...
+
+chunk_rows: int
+
+def chunk_bytes(coding: int) -> int: ...
+def pack_expert(
+    coding: int,
+    codes: int,
+    local_scale: int,
+    chunks: int,
+    in_features: int,
+    out_features: int,
+    stream: int,
+) -> None: ...
+def fit_columns(exact: int, codes: int, columns: int, unproven: int, stream: int) -> None: ...
+def unpack_expert(
+    weight: ExpertWeight, expert: int, scaled: bool, out: int, stream: int
+) -> None: ...
 def tile_bytes(kind: int) -> int: ...
 def pack_tiles(
     kind: int,
@@ -101,7 +134,7 @@ def linear(
     partial_bytes: int,
     stream: int,
 ) -> None: ...
-def fused_moe(
+def dense_experts(
     x: int,
     ids: int,
     weights: int,
@@ -117,6 +150,23 @@ def fused_moe(
     top_k: int,
     tile_rows: int,
     max_tiles: int,
+    stream: int,
+) -> None: ...
+def experts_bytes(
+    up: ExpertWeight, down: ExpertWeight, tokens: int, top_k: int, path: int
+) -> tuple[int, int]: ...
+def experts(
+    x: int,
+    ids: int,
+    weights: int,
+    up: ExpertWeight,
+    down: ExpertWeight,
+    out: int,
+    tokens: int,
+    top_k: int,
+    path: int,
+    memory: int,
+    state: int,
     stream: int,
 ) -> None: ...
 def dense_linear(
