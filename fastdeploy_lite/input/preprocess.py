@@ -332,7 +332,7 @@ class Preprocessor:
             think_truncate_ids=truncation,
             reasoning_max_tokens=budget,
             response_max_tokens=_at_most(params.response_max_tokens, max_tokens),
-            ignore_eos=params.ignore_eos,
+            ignore_eos=bool(params.ignore_eos),
             logits_processors_args=packed,
         )
 

@@ -147,6 +147,14 @@ def test_equal_seeds_repeat(client: openai.OpenAI) -> None:
     assert len(texts) == 1
 
 
+def test_ignore_eos_goes_on_to_the_limit(client: openai.OpenAI) -> None:
+    ended = ask(client, HELLO, max_tokens=120)
+    assert ended.choices[0].finish_reason == "stop"
+    endless = ask(client, HELLO, max_tokens=120, extra_body={"ignore_eos": True})
+    assert endless.choices[0].finish_reason == "length"
+    assert endless.usage.completion_tokens == 120
+
+
 def test_closing_token_shows_when_asked(client: openai.OpenAI, http: httpx.Client) -> None:
     extra = {"include_stop_str_in_output": True}
     answer = ask(client, max_tokens=5, extra_body=extra)

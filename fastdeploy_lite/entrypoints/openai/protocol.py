@@ -166,6 +166,7 @@ class GenerationRequest(BaseModel):
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     max_tokens: int | None = None
     min_tokens: int | None = Field(default=None, ge=0)
+    ignore_eos: bool | None = None
     stop: str | FewTexts | None = Field(default_factory=list)
     stop_token_ids: FewIds | None = Field(default_factory=list)
     include_stop_str_in_output: bool | None = False

@@ -26,8 +26,8 @@ _log = get_logger("api_server")
 _LONGEST_ID = 256
 _PLAIN_FIELDS = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k",
-    "min_p", "seed", "min_tokens", "bad_words", "bad_words_token_ids", "temp_scaled_logprobs",
-    "top_p_normalized_logprobs",
+    "min_p", "seed", "min_tokens", "ignore_eos", "bad_words", "bad_words_token_ids",
+    "temp_scaled_logprobs", "top_p_normalized_logprobs",
 )  # fmt: skip
 
 
