@@ -6,6 +6,7 @@
 #include "../cpu/read_kernels.h"
 #include "bindings.h"
 #include "cpu_features.h"
+#include "cpu_quota.h"
 #include "parallel.h"
 
 namespace fd {
@@ -27,6 +28,8 @@ uint64_t fold_memory(const TensorView& data) {
 
 void bind_system(py::module_& m) {
   m.def("num_threads", &num_threads, "Threads that an op may use, the caller included.");
+  m.def("cpu_quota", &cpu_quota, py::arg("groups"), py::arg("root"),
+        "CPUs that control groups grant, 0 for no limit.");
   m.def("set_num_threads", &set_num_threads, py::arg("count"),
         "Change num_threads() for the process.");
   m.def(

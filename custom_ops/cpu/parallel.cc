@@ -14,6 +14,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu_quota.h"
+
 namespace fd {
 namespace {
 
@@ -141,7 +143,10 @@ int affinity_count() {
 
 int default_threads() {
   const char* text = std::getenv("FD_LITE_NUM_THREADS");
-  if (text == nullptr || *text == 0) return affinity_count();
+  if (text == nullptr || *text == 0) {
+    const int quota = cpu_quota("/proc/self/cgroup", "/sys/fs/cgroup");
+    return quota > 0 ? std::min(quota, affinity_count()) : affinity_count();
+  }
   char* end = nullptr;
   const long count = std::strtol(text, &end, 10);
   if (*end != 0 || count < 1 || count > 4096) {

@@ -11,7 +11,7 @@
 namespace fd {
 
 // Threads that a loop may use, the caller included: set_num_threads(), else FD_LITE_NUM_THREADS,
-// else the CPUs in the affinity mask of the process.
+// else the CPUs in the affinity mask of the process, no more than its control groups grant.
 int num_threads();
 // At least 1, else std::invalid_argument.
 void set_num_threads(int count);

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -62,10 +63,42 @@ def test_the_environment_forces_an_instruction_set() -> None:
     assert "FD_LITE_CPU_ISA is 'mmx', this machine and build offer: plain" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("groups", "files", "cpus"),
+    [
+        ("0::/\n", {}, 0),
+        ("0::/\n", {"cpu.max": "max 100000"}, 0),
+        ("0::/\n", {"cpu.max": "150000 100000"}, 2),
+        ("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),
+        ("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "5000 100000"}, 1),
+        ("0::/gone\n", {"cpu.max": "400000 100000"}, 4),
+        ("0::/\n", {"cpu.max": "nonsense"}, 0),
+        ("4:cpu,cpuacct:/x\n3:memory:/\n",
+         {"cpu/x/cpu.cfs_quota_us": "250000", "cpu/x/cpu.cfs_period_us": "100000"}, 3),
+        ("4:cpuset:/x\n",
+         {"cpu/x/cpu.cfs_quota_us": "250000", "cpu/x/cpu.cfs_period_us": "100000"}, 0),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 0),
+        ("", {"cpu.max": "100000 100000"}, 0),
+    ],
+)  # fmt: skip
+def test_control_groups_limit_the_cpus(
+    tmp_path: Path, groups: str, files: dict[str, str], cpus: int
+) -> None:
+    """Both versions, ancestors included; odd files are no limit."""
+    (tmp_path / "groups").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert _ops_cpu.cpu_quota(str(tmp_path / "groups"), str(tmp_path)) == cpus
+    assert _ops_cpu.cpu_quota(str(tmp_path / "absent"), str(tmp_path)) == 0
+
+
 def test_the_environment_sets_the_number_of_threads() -> None:
     assert in_new_process("print(o.num_threads())", FD_LITE_NUM_THREADS="3").stdout == "3\n"
     done = in_new_process("print(o.num_threads())", FD_LITE_NUM_THREADS="")
-    assert int(done.stdout) == len(os.sched_getaffinity(0))
+    quota = _ops_cpu.cpu_quota("/proc/self/cgroup", "/sys/fs/cgroup")
+    allowed = len(os.sched_getaffinity(0))
+    assert int(done.stdout) == (min(quota, allowed) if quota else allowed)
     for wrong in ("0", "-2", "two", "1.5", "99999"):
         done = in_new_process("o.num_threads()", FD_LITE_NUM_THREADS=wrong)
         assert f"FD_LITE_NUM_THREADS is '{wrong}', expected a number from 1 to 4096" in done.stderr
