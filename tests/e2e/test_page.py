@@ -418,6 +418,7 @@ def test_both_languages_say_everything(page: Page) -> None:
     )
     assert keys["en"] == keys["zh"]
     page.click(page.one(".sidebar .foot"))
+    page.one('[role=radiogroup][aria-label="Language"] button:nth-of-type(3)')  # once it is there
     page.click(page.all('[role=radiogroup][aria-label="Language"] button')[2])
     page.wait(lambda: page.texts("dialog h2") == ["设置"])
     page.click(page.all('[role=radiogroup][aria-label="外观"] button')[2])

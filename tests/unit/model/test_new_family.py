@@ -109,7 +109,7 @@ class BlockLM:
                 else first.after_adding(update, residual, batch.workspace)
             )
             x = second.after_adding(attention(x, batch), residual, batch.workspace)
-            update = moe(x, batch.workspace)
+            update, _ = moe(x, batch.workspace)  # no shared experts
         return self.norm.after_adding(update, residual, batch.workspace)
 
     def logits(self, hidden: Any, workspace: Any) -> Any:
