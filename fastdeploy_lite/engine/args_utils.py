@@ -29,7 +29,7 @@ from fastdeploy_lite.config import (
 )
 from fastdeploy_lite.plugins import MODELS, load_plugins
 from fastdeploy_lite.speculation.config import SpeculativeConfig
-from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
+from fastdeploy_lite.utils.argument_parser import NO_EFFECT, FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, quote
 from fastdeploy_lite.utils.logging import get_logger
 
@@ -278,8 +278,9 @@ class EngineArgs:
             `parser`.
         """
         group = parser.add_argument_group("engine")
+        unused = parser.add_argument_group(NO_EFFECT)
         for field in dataclasses.fields(cls):
-            _add_flag(group, field)
+            _add_flag(unused if field.metadata.get("ignored") else group, field)
         return parser
 
     @classmethod

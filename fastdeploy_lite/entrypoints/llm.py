@@ -80,6 +80,20 @@ class LLM:
         """Limit of prompt and output together, tokens."""
         return self.llm_engine.config.scheduler.max_model_len
 
+    def count_chat_tokens(self, messages: list[Any]) -> int:
+        """Tokens of a conversation as the chat template renders it.
+
+        Args:
+            messages: In OpenAI's form.
+
+        Returns:
+            The number of tokens.
+
+        Raises:
+            RequestError: The messages cannot be rendered.
+        """
+        return len(self._preprocessor.prompt_token_ids(Request(messages=messages)))
+
     @overload
     def generate(
         self,

@@ -18,15 +18,39 @@ import yaml
 from fastdeploy_lite.utils.errors import ConfigError, one_line, quote
 
 _UNSET = object()
+NO_EFFECT = "accepted for FastDeploy's sake, no effect here"  # the group that --help leaves out
 
 
 class FlexibleArgumentParser(argparse.ArgumentParser):
-    """An ArgumentParser with two conveniences.
+    """An ArgumentParser with three conveniences.
 
     * `--max_model_len` and `--max-model-len` are the same flag.
     * `--config FILE.yaml` supplies values under the underscore names; flags given on the command
       line win, unknown keys are named in one warning.
+    * `--help` leaves flags without effect out; `format_whole_help` shows them.
     """
+
+    def format_help(self) -> str:
+        """Help on what has an effect."""
+        everything = self._action_groups
+        hidden = [group for group in everything if group.title == NO_EFFECT]
+        if not hidden:
+            return super().format_help()
+        self._action_groups = [group for group in everything if group not in hidden]
+        usage, self.usage = self.usage, self.usage or self._short_usage()
+        try:
+            more = "--help=all shows every option, --help=KEYWORD those that match."
+            return f"{super().format_help()}\n{more}\n"
+        finally:
+            self._action_groups, self.usage = everything, usage
+
+    def format_whole_help(self) -> str:
+        """Help on every flag."""
+        return super().format_help()
+
+    def _short_usage(self) -> str:
+        names = [a.metavar or a.dest for a in self._actions if not a.option_strings]
+        return " ".join(["%(prog)s [options]", *(f"[{name}]" for name in names)])
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

@@ -41,13 +41,15 @@ def test_chat_here(tmp_path: Path) -> None:
     done = command(tmp_path, "chat", "--max-tokens", "16", "--temperature", "0",
                    text="解析三首李白的诗\n\nhello\n")  # fmt: skip
     assert "李白" in done.stdout
-    assert done.stdout.count("> ") == 4
+    assert len(done.stdout.splitlines()) >= 2
+    assert "> " not in done.stdout  # prompts are for people
 
 
 def test_clients(server: ServerProcess, tmp_path: Path) -> None:
     url = ("--url", f"{server.url}/v1", "--max-tokens", "24", "--temperature", "0")
     assert "李白" in command(tmp_path, "chat", *url, "-q", "解析三首李白的诗").stdout
     assert command(tmp_path, "complete", *url, "-q", "床前明月光").stdout.strip()
+    url = ("--url", server.url.removeprefix("http://"), *url[2:])
     loop = command(tmp_path, "chat", *url, "--system-prompt", "x", text="解析三首李白的诗\n")
     assert "李白" in loop.stdout
 

@@ -20,6 +20,7 @@ from fastdeploy_lite.entrypoints.cli.bench_common import BenchRequest
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import FastDeployError
 
+UNNAMED_PROMPTS = 64
 _METRICS = ("ttft", "tpot", "itl", "e2el")
 _TITLES = {
     "ttft": "time to first token",
@@ -50,13 +51,15 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
     add("--port", type=int, default=8000, help="server, without --base-url")
     add("--endpoint", default=None, help="default: /v1/chat/completions, or /v1/completions")
     add("--model", default="default", help="model name in the requests")
-    add("--dataset-name", default="sharegpt", choices=("sharegpt", "random"), help="prompts")
+    add("--dataset-name", default=None, choices=("sharegpt", "random"),
+        help="prompts (default: sharegpt with --dataset-path, else random)")  # fmt: skip
     add("--dataset-path", default=None, help="ShareGPT JSON file")
     add("--random-input-len", type=int, default=128, help="words, of one to three tokens")
     add("--random-output-len", type=int, default=128, help="generated tokens")
     add("--random-prefix-len", type=int, default=0, help="words that all prompts begin with")
     add("--output-len", type=int, default=None, help="overrides the data set's length")
-    add("--num-prompts", type=int, default=1000, help="requests")
+    add("--num-prompts", type=int, default=None,
+        help="requests (default: 1000; 64 of random words when no data set is named)")  # fmt: skip
     add("--request-rate", type=float, default=math.inf, help="requests per second, Poisson")
     add("--max-concurrency", type=int, default=None, help="requests at the same time")
     add("--top-p", type=float, default=None, help="sampling")
@@ -71,6 +74,7 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
+    _fill_in(args)
     requests = _requests(args)
     measured, seconds = asyncio.run(_measure(args, requests))
     result = summarize(args, measured, seconds)
@@ -80,6 +84,15 @@ def run(args: argparse.Namespace) -> int:
         name = f"bench-{datetime.now():%Y%m%d-%H%M%S}.json"
     bench_common.save(name, result)
     return 0 if result["completed"] else 1
+
+
+def _fill_in(args: argparse.Namespace) -> None:
+    """What is measured when nobody says: few enough requests that an answer comes in minutes."""
+    named = args.dataset_name is not None or args.dataset_path is not None
+    if args.dataset_name is None:
+        args.dataset_name = "sharegpt" if args.dataset_path else "random"
+    if args.num_prompts is None:
+        args.num_prompts = 1000 if named else UNNAMED_PROMPTS
 
 
 def _requests(args: argparse.Namespace) -> list[BenchRequest]:

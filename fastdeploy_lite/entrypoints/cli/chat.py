@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import sys
+from contextlib import closing
 from typing import Any
 
-from fastdeploy_lite.entrypoints.cli import client, generate, offline
+from fastdeploy_lite.entrypoints.cli import client, offline
+from fastdeploy_lite.entrypoints.cli.conversation import (
+    Backend,
+    Conversation,
+    Local,
+    Remote,
+    converse,
+)
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import FastDeployError
-
-Answer = Callable[[list[dict[str, str]]], Iterator[str]]
+from fastdeploy_lite.utils.interrupts import quiet_interrupts
 
 
 def add_arguments(parser: FlexibleArgumentParser) -> None:
@@ -23,43 +30,47 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Converse until the end of input."""
-    answer = _remote(args) if args.url else _local(args)
-    messages: list[dict[str, str]] = []
-    if args.system_prompt:
-        messages.append({"role": "system", "content": args.system_prompt})
+    """Converse until the end of input; the whole screen only where there is one."""
+    with quiet_interrupts():
+        backend = _backend(args)
+    conversation = Conversation()
+    conversation.set_system(args.system_prompt or "")
     if args.quick is not None:
-        _turn(answer, messages, args.quick)
+        _print_turn(backend, conversation, args.quick)
         return 0
-    while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            return 0
-        if text.strip():
-            _try_turn(answer, messages, text)
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        from fastdeploy_lite.entrypoints.cli import terminal  # noqa: PLC0415 - not for pipes
+
+        return terminal.run(backend, conversation)
+    return _run_lines(backend, conversation)
 
 
-def _turn(answer: Answer, messages: list[dict[str, str]], text: str) -> None:
-    messages.append({"role": "user", "content": text})
-    reply = generate.print_stream(answer(messages))
-    messages.append({"role": "assistant", "content": reply})
+def _backend(args: argparse.Namespace) -> Backend:
+    if args.url:
+        server = client.Client(args.url, args.model_name, args.api_key)
+        return Remote(server, request_fields(args))
+    return Local(offline.load(args), offline.sampling(args), args.served_model_name or args.model)
 
 
-def _try_turn(answer: Answer, messages: list[dict[str, str]], text: str) -> None:
-    """A failed turn is reported and forgotten; the conversation goes on."""
-    before = len(messages)
-    try:
-        _turn(answer, messages, text)
-    except FastDeployError as error:
-        del messages[before:]
-        print(f"error: {error}")
+def _run_lines(backend: Backend, conversation: Conversation) -> int:
+    """One message a line, for pipes; a failed turn is reported and forgotten."""
+    for line in sys.stdin:
+        if line.strip():
+            try:
+                _print_turn(backend, conversation, line.strip("\n"))
+            except FastDeployError as error:
+                print(f"error: {error}")
+    return 0
 
 
-def _remote(args: argparse.Namespace) -> Answer:
-    server = client.Client(args.url, args.model_name, args.api_key)
-    body = request_fields(args)
-    return lambda messages: client.chat_text(server, messages, body)
+def _print_turn(backend: Backend, conversation: Conversation, text: str) -> None:
+    notes: list[str] = []
+    with closing(converse(backend, conversation, text, notes)) as pieces:  # type: ignore[type-var]
+        for piece in pieces:
+            while notes:
+                print(f"[{notes.pop(0)}]", file=sys.stderr)
+            print(piece.thinking + piece.text, end="", flush=True)
+    print()
 
 
 def request_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -73,8 +84,3 @@ def request_fields(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.sampling_seed,
     }
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _local(args: argparse.Namespace) -> Answer:
-    llm, sampling = offline.load(args), offline.sampling(args)
-    return lambda messages: generate.stream(llm, messages, sampling, chat=True)

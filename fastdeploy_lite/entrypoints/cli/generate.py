@@ -9,6 +9,7 @@ from typing import Any
 
 from fastdeploy_lite.entrypoints.cli import offline
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
+from fastdeploy_lite.utils.interrupts import quiet_interrupts
 
 
 def add_arguments(parser: FlexibleArgumentParser) -> None:
@@ -22,7 +23,8 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the text as it is generated."""
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    llm = offline.load(args)
+    with quiet_interrupts():
+        llm = offline.load(args)
     print_stream(stream(llm, prompt, offline.sampling(args), args.chat))
     return 0
 

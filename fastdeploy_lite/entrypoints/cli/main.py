@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import fastdeploy_lite
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import FastDeployError, explain
+from fastdeploy_lite.utils.interrupts import quiet_interrupts
 from fastdeploy_lite.utils.logging import init_console_logging
 from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
 
@@ -32,6 +34,7 @@ SUBCOMMANDS = {
     "eval": "perplexity, divergence from another model, or multiple choice on your text",
     "split": "cut a checkpoint into folders for several ranks",
     "collect-env": "print what a bug report needs",
+    "completion": "print the completion script of a shell",
 }
 BENCHMARKS = {
     "latency": "seconds of one batch, offline",
@@ -59,6 +62,13 @@ def run(arguments: list[str]) -> int:
         The exit status.
     """
     prepare_standard_streams()
+    with quiet_interrupts():
+        found = _dispatch(arguments)
+    return found() if callable(found) else found
+
+
+def _dispatch(arguments: list[str]) -> int | Callable[[], int]:
+    """What is to be done, with all imports that it needs; or a status, if that was all."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview(PROGRAM, SUBCOMMANDS))
         return 0
@@ -79,8 +89,12 @@ def run(arguments: list[str]) -> int:
     return _run_module(name, module, rest)
 
 
-def _run_module(name: str, module_name: str, arguments: list[str]) -> int:
+def _run_module(name: str, module_name: str, arguments: list[str]) -> Callable[[], int]:
     module = importlib.import_module(f"{_PACKAGE}.{module_name}")
+    return lambda: _run_parsed(name, module, arguments)
+
+
+def _run_parsed(name: str, module: ModuleType, arguments: list[str]) -> int:
     parser = FlexibleArgumentParser(prog=f"{PROGRAM} {name}", description=module.__doc__)
     module.add_arguments(parser)
     keyword = next((a[len("--help=") :] for a in arguments if a.startswith("--help=")), None)
@@ -105,15 +119,16 @@ def filtered_help(parser: argparse.ArgumentParser, keyword: str) -> str:
 
     Args:
         parser: The parser.
-        keyword: `listgroup` names the groups, `page` shows everything, the name of a group shows
-            that group, anything else the options that contain it.
+        keyword: `listgroup` names the groups, `all` and `page` show everything, the name of a
+            group shows that group, anything else the options that contain it.
 
     Returns:
         The text.
     """
     groups = [g for g in parser._action_groups if g._group_actions]
-    if keyword == "page":
-        return parser.format_help()
+    if keyword in ("all", "page"):
+        whole = getattr(parser, "format_whole_help", parser.format_help)
+        return str(whole())
     if keyword == "listgroup":
         return "\n".join(f"{g.title} ({len(g._group_actions)} options)" for g in groups)
     formatter = parser._get_formatter()

@@ -103,3 +103,16 @@ def test_sharegpt_file(tmp_path: Path) -> None:
     assert (request.prompt, request.output_len) == ("hi", 10)
     with pytest.raises(ConfigError, match=r"absent\.json"):
         bench_common.sharegpt_requests(str(tmp_path / "absent.json"), 1, None)
+
+
+def test_help_leaves_flags_without_effect_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.run(["serve", "--help"])
+    short = capsys.readouterr().out
+    assert "--max-model-len" in short
+    assert "--scheduler-ttl" not in short
+    assert "--help=all" in short
+    assert main.run(["serve", "--help=all"]) == 0
+    whole = capsys.readouterr().out
+    assert "--scheduler-ttl" in whole
+    assert len(whole.splitlines()) > len(short.splitlines()) + 50

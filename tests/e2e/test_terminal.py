@@ -1,0 +1,140 @@
+"""The terminal chat through a pseudo-terminal, and completion in a real shell."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+from server_process import ServerProcess, environment
+
+MAIN = ("-m", "fastdeploy_lite.entrypoints.cli.main")
+PROMPT = r"\x1b\[\?2004h"  # the line editor asks for bracketed pastes when it waits for a line
+LONG = "解析三首李白的诗"  # the demo writes several hundred tokens
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    """Starts a chat in a terminal of 24 lines."""
+    children: list[Any] = []
+
+    def spawn(*flags: str) -> Any:
+        extra = {
+            "TERM": "xterm", "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path),
+            "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody answers where the cursor is
+        }  # fmt: skip
+        child = pexpect.spawn(
+            sys.executable, [*MAIN, "chat", *flags], cwd=str(tmp_path), encoding="utf-8",
+            env=environment(extra), dimensions=(24, 80), timeout=90,
+        )  # fmt: skip
+        children.append(child)
+        child.expect("lists the commands")
+        child.expect(PROMPT)
+        return child
+
+    yield spawn
+    for child in children:
+        child.close(force=True)
+
+
+def test_a_conversation(start: Any, tmp_path: Path) -> None:
+    child = start("--temperature", "0", "--max-tokens", "40", "--system-prompt", "Be brief.")
+    child.send("What is\x1b\ra gourd?\r")  # Alt-Enter begins a new line
+    child.expect("in all")
+    child.send("/tokens\r")
+    child.expect(r"(\d+) of \d+ tokens of the context")
+    assert int(child.match[1]) > 20
+    child.send("/save talk.json\r")
+    child.expect("3 messages written")
+    saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["messages"]
+    assert [m["role"] for m in saved] == ["system", "user", "assistant"]
+    assert saved[1]["content"] == "What is\na gourd?"
+    child.send("/clear\r")
+    child.expect("the conversation is empty")
+    child.send("/system Answer in Chinese.\r")
+    child.expect("system prompt: Answer in Chinese.")
+    child.send("/load talk.json\r")
+    child.expect("3 messages read")
+    child.send("/load absent.json\r")
+    child.expect("error: cannot read 'absent.json'")
+    child.send("/nonsense\r")
+    child.expect("no command /nonsense")
+    child.send("/exit\r")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    history = (tmp_path / "fastdeploy_lite" / "chat_history").read_text(encoding="utf-8")
+    assert "a gourd?" in history
+
+
+@pytest.mark.parametrize("where", ["here", "server"])
+def test_ctrl_c_stops_the_answer_only(
+    start: Any, server: ServerProcess, where: str, tmp_path: Path
+) -> None:
+    flags = ("--url", server.url) if where == "server" else ()
+    child = start("--temperature", "0", "--max-tokens", "1500", *flags)
+    child.send(f"{LONG}\r")
+    child.expect("李白")
+    child.expect("。")
+    child.sendintr()
+    child.expect("stopped")
+    child.expect(PROMPT)
+    if where == "server":
+        server.wait_idle()  # its request is aborted, not left to run
+    child.send("/save cut.json\r")
+    child.expect("2 messages written")
+    saved = json.loads((tmp_path / "cut.json").read_text(encoding="utf-8"))["messages"]
+    assert 0 < len(saved[1]["content"]) < 2000
+    child.sendintr()  # at the prompt: forgets the line, does not leave
+    child.send("/tokens\r")
+    child.expect("tokens of the context")
+    child.expect(PROMPT)
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_arrows_walk_through_the_history(start: Any) -> None:
+    child = start("--temperature", "0", "--max-tokens", "4")
+    child.send("remember me\r")
+    child.expect("in all")
+    child.expect(PROMPT)
+    child.send("\x1b[A")
+    child.expect("remember me")
+    child.send("\r")
+    child.expect("in all")
+
+
+COMPLETE = """
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+function_name=$(complete -p fastdeploy-lite | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+"$function_name" fastdeploy-lite "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_completion(tmp_path: Path) -> None:
+    script = subprocess.run(
+        [sys.executable, *MAIN, "completion", "bash"],
+        check=True, capture_output=True, text=True, env=environment(), cwd=tmp_path,
+    ).stdout  # fmt: skip
+    (tmp_path / "complete.bash").write_text(script)
+
+    def complete(*words: str) -> list[str]:
+        command = ["bash", "-c", COMPLETE, "bash", str(tmp_path / "complete.bash"), *words]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return done.stdout.split()
+
+    assert complete("fastdeploy-lite", "quan") == ["quantize"]
+    assert complete("fastdeploy-lite", "serve", "--max-mod") == ["--max-model-len"]
+    assert "--num-prompts" in complete("fastdeploy-lite", "bench", "serve", "--n")
+    assert complete("fastdeploy-lite", "serve", "--enable-epl") == []  # without effect
