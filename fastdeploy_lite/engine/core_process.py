@@ -35,7 +35,12 @@ from fastdeploy_lite.request.messages import (
     ToCore,
 )
 from fastdeploy_lite.utils.errors import FastDeployError, one_line
-from fastdeploy_lite.utils.logging import get_logger, init_file_logging, write_console
+from fastdeploy_lite.utils.logging import (
+    flush_logs,
+    get_logger,
+    init_file_logging,
+    write_console,
+)
 from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
 
 STATS_SECONDS = 0.5  # an idle core says so this often: silence means that something is wrong
@@ -253,6 +258,7 @@ def main() -> int:
         if not isinstance(error, FastDeployError):
             write_console(traceback.format_exc())  # a stalled console must not keep it alive
         log.error("The engine ended", exc_info=error)
+        flush_logs()  # the parent may end this process as soon as it has heard
         outbox.send(msgspec.msgpack.encode(Fatal(_reason(error))))
         return 1
     finally:

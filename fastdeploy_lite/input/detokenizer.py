@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import codecs
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+_BATCH = 4096  # ids whose bytes are held at the same time
 _utf8 = codecs.getincrementaldecoder("utf-8")
 
 
@@ -37,12 +38,14 @@ class IncrementalDetokenizer:
             piece = piece.removeprefix(b" ")
         return self._decoder.decode(piece)
 
-    def feed_all(self, token_ids: Sequence[int]) -> str:
+    def feed_all(self, token_ids: Iterable[int]) -> str:
         """What `feed` of every id would give, joined; without an object per token."""
         size = len(self._table)
         known = (i for i in token_ids if 0 <= i < size)
-        first = "".join(map(self.feed, itertools.islice(known, 1)))  # may lose a space
-        return first + self._decoder.decode(b"".join(map(self._table.__getitem__, known)))
+        texts = [self.feed(i) for i in itertools.islice(known, 1)]  # may lose a space
+        while batch := list(itertools.islice(known, _BATCH)):
+            texts.append(self._decoder.decode(b"".join([self._table[i] for i in batch])))
+        return "".join(texts)
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for bytes that never became a character."""

@@ -271,9 +271,9 @@ class Ernie4_5Tokenizer:  # noqa: N801 - upstream's name
         Returns:
             The text.
         """
-        ids = [token_ids] if isinstance(token_ids, int) else [int(i) for i in token_ids]
+        ids = (int(i) for i in ([token_ids] if isinstance(token_ids, int) else token_ids))
         if skip_special_tokens:
-            ids = [i for i in ids if self.token_bytes(i)]
+            ids = (i for i in ids if self.token_bytes(i))
         stream = self.detokenizer()
         return stream.feed_all(ids) + stream.flush()
 

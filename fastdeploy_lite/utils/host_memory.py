@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -9,6 +10,24 @@ _LIMITS = (
     ("memory.max", "memory.current"),  # version 2
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # version 1
 )
+
+# Of <malloc.h>; glibc's parameters of `mallopt`.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_RETURNED_BYTES = 1 << 20
+
+
+def return_freed_memory() -> None:
+    """Give large buffers back to the system as soon as they are freed, in this process.
+
+    By default glibc keeps an arena for every thread and raises its thresholds to the largest buffer
+    seen, so that a server's memory grows with every thread that has once met a large request.  Does
+    nothing where the C library knows no `mallopt`.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES // 2)
+        mallopt(_M_TRIM_THRESHOLD, _RETURNED_BYTES)
 
 
 def available_bytes() -> int:

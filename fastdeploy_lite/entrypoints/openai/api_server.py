@@ -55,6 +55,7 @@ from fastdeploy_lite.plugins import (
 )
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, FastDeployError, explain
+from fastdeploy_lite.utils.host_memory import return_freed_memory
 from fastdeploy_lite.utils.logging import (
     ConsoleHandler,
     flush_logs,
@@ -410,6 +411,7 @@ def start(run: Callable[[], int]) -> int:
         The process's exit status.
     """
     prepare_standard_streams()
+    return_freed_memory()
     try:
         init_file_logging()
         _check_environment()
