@@ -35,7 +35,6 @@ from fastdeploy_lite.config import (
 )
 
 GB = 1e9
-COPY_BYTES = 4 << 30
 QUANTIZATION = {
     "quantization": "wint2",
     "dense_quant_type": "wint8",
@@ -100,19 +99,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-
-
-def copy_bandwidth() -> float:
-    """Bytes read plus bytes written a second of a large copy on the card."""
-    import paddle  # noqa: PLC0415 - after the device is prepared
-
-    from fastdeploy_lite import _ops_cuda  # noqa: PLC0415
-    from fastdeploy_lite.model_executor.ops import cuda_runtime  # noqa: PLC0415
-
-    buffers = [paddle.empty([COPY_BYTES], dtype="uint8") for _ in range(2)]
-    to, source = (int(buffer.data_ptr()) for buffer in buffers)
-    seconds = _ops_cuda.time_copy(to, source, COPY_BYTES, 10, cuda_runtime.stream())
-    return 2 * COPY_BYTES / float(seconds)
 
 
 # -- a model -------------------------------------------------------------------------------------
@@ -331,6 +317,7 @@ def _decode_row(
 
 def bench_ops(args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     """Time linear maps of every kind, many weights in turn so that no cache holds them."""
+    from fastdeploy_lite.benchmarks.timing import graph_seconds  # noqa: PLC0415
     from fastdeploy_lite.model_executor import ops  # noqa: PLC0415
     from fastdeploy_lite.model_executor.ops import cuda_runtime  # noqa: PLC0415
 
@@ -350,7 +337,8 @@ def bench_ops(args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
                 _zeros(tokens, place), _table(ops, k, place), x
             )  # ordinary numbers, not what memory held
             out = cuda_runtime.empty([tokens, n], "bfloat16", place)
-            seconds = _time(functools.partial(_products, weights, x, out)) / count
+            work = functools.partial(_products, weights, x, out)
+            seconds = statistics.median(graph_seconds(work)) / count
             read = weights[0].nbytes + 2 * tokens * (k + n)
             row = {
                 "kind": kind,
@@ -389,29 +377,6 @@ def _zeros(count: int, place: Any) -> Any:
     return paddle.to_tensor(np.arange(count, dtype=np.int32) % 8, place=place)
 
 
-def _time(work: Any, repeats: int = 5) -> float:
-    """Median seconds of `work` as a graph, launched on an idle card."""
-    from fastdeploy_lite import _ops_cuda  # noqa: PLC0415
-    from fastdeploy_lite.model_executor.ops import cuda_runtime  # noqa: PLC0415
-
-    work()
-    capture, stream = int(_ops_cuda.create_stream()), cuda_runtime.stream()
-    _ops_cuda.synchronize(stream)
-    _ops_cuda.begin_capture(capture)
-    with cuda_runtime.use_stream(capture):
-        work()
-    graph = int(_ops_cuda.end_capture(capture, False))
-    times = []
-    for _ in range(repeats + 1):
-        _ops_cuda.synchronize(stream)
-        started = time.perf_counter()
-        _ops_cuda.launch_graph(graph, stream)
-        _ops_cuda.synchronize(stream)
-        times.append(time.perf_counter() - started)
-    _ops_cuda.destroy_graph(graph)
-    return statistics.median(times[1:])
-
-
 def main() -> int:
     """Parse arguments, measure, print, and write --output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -440,6 +405,7 @@ def main() -> int:
         return 1
     device.activate(0)
     from fastdeploy_lite import _ops_cuda  # noqa: PLC0415
+    from fastdeploy_lite.benchmarks.ceilings import copy_bandwidth  # noqa: PLC0415
     from fastdeploy_lite.model_executor.ops import cuda_runtime  # noqa: PLC0415
 
     if args.early_start_rows is not None:

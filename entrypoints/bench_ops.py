@@ -20,6 +20,7 @@ import numpy as np
 import paddle
 
 from fastdeploy_lite import _ops_cpu
+from fastdeploy_lite.benchmarks.ceilings import read_bandwidth
 from fastdeploy_lite.model_executor import ops
 
 KINDS = ("ccq", "int4", "int8", "bf16", "f32")
@@ -75,21 +76,6 @@ def best_seconds(call: Callable[[], None]) -> float:
     return best
 
 
-def read_bandwidth(megabytes: int) -> float:
-    """GB/s of one pass over memory with the threads in use, by the fastest instruction set.
-
-    The ceiling belongs to the machine, not to a kernel: 64-byte loads were read at 17 GB/s where
-    32-byte loads reached 22, and would have flattered the AVX-512 kernels by a quarter.
-    """
-    data = np.ones(megabytes << 17, np.uint64)
-    view = (data.__array_interface__["data"][0], "int64", [data.size], [1])
-    best = float("inf")
-    for isa in _ops_cpu.available_isas():
-        _ops_cpu.set_isa(isa)
-        best = min(best, best_seconds(lambda: _ops_cpu.fold_memory(view)))
-    return float(data.nbytes / best / 1e9)
-
-
 def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     """The table's rows."""
     k, n = options.in_features, options.out_features
@@ -97,7 +83,7 @@ def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         weights = make_weights(kind, k, n, options.megabytes)
         for threads in options.threads:
             _ops_cpu.set_num_threads(threads)
-            bandwidth = read_bandwidth(options.megabytes)
+            bandwidth = read_bandwidth(options.megabytes << 20) / 1e9
             for isa in options.isas:
                 _ops_cpu.set_isa(isa)
                 for tokens in options.tokens:

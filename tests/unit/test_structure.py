@@ -45,6 +45,7 @@ LAYERS: dict[str, int] = {
     "worker": 0,
     "guided": 7,
     "speculation": 7,
+    "benchmarks": 7,
     "input": 8,
     "calibration": 9,
     "reasoning": 8,
