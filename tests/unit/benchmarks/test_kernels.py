@@ -72,7 +72,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [(row["kind"], row["tokens"]) for row in result["rows"]] == [
         ("ccq", 1), ("ccq", 5), ("int4", 1), ("int4", 5),
     ]  # fmt: skip
-    assert all(0 < row["memory_share"] for row in result["rows"])
+    assert all(row["memory_share"] > 0 for row in result["rows"])
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
