@@ -1,0 +1,130 @@
+"""The server below a path of a real nginx, with the snippet that deploy/ ships."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from server_process import REPOSITORY, free_port, running_server
+
+NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
+SNIPPET = REPOSITORY / "deploy/nginx/fastdeploy-lite.conf"
+MAIN = """
+daemon off; master_process off; worker_processes 1; pid {folder}/nginx.pid; error_log stderr;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+    server {{
+        listen 127.0.0.1:{port};
+        include {folder}/snippet.conf;
+    }}
+}}
+"""
+pytestmark = pytest.mark.skipif(NGINX is None, reason="needs nginx: apt-get install nginx-light")
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, server_port: int) -> Iterator[str]:
+    """nginx in front of a server; gives the address below which that is found."""
+    port = free_port()
+    snippet = SNIPPET.read_text(encoding="utf-8")
+    address = f"http://127.0.0.1:{server_port}"
+    (folder / "snippet.conf").write_text(snippet.replace("http://127.0.0.1:8000", address))
+    (folder / "nginx.conf").write_text(MAIN.format(folder=folder, port=port))
+    command = [str(NGINX), "-e", "stderr", "-p", str(folder), "-c", str(folder / "nginx.conf")]
+    subprocess.run([*command, "-t"], check=True, capture_output=True)
+    process = subprocess.Popen(command, stderr=(folder / "nginx.txt").open("wb"))
+    try:
+        yield wait_for(f"http://127.0.0.1:{port}/llm", process, folder / "nginx.txt")
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> str:
+    for _ in range(200):
+        assert process.poll() is None, log.read_text()
+        with contextlib.suppress(httpx.TransportError):
+            httpx.get(url)
+            return url
+        time.sleep(0.05)
+    raise AssertionError("nginx did not listen")
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The demo model below `/llm` of nginx."""
+    flags = ("--root-path", "/llm", "--max-model-len", "1024")
+    with (
+        running_server(tmp_path_factory.mktemp("behind"), flags) as server,
+        nginx(tmp_path_factory.mktemp("nginx"), server.port) as address,
+    ):
+        yield address
+
+
+def test_the_page_and_all_that_it_loads_come_through(url: str) -> None:
+    moved = httpx.get(url)
+    assert moved.status_code == 308
+    assert moved.headers["location"].endswith("/llm/")
+    for page in ("/", "/docs"):
+        answer = httpx.get(url + page)
+        assert answer.status_code == 200
+        files = re.findall(r'(?:src|href)="(web/[^"]*)"', answer.text)
+        assert len(files) >= 4
+        for file in files:
+            assert httpx.get(f"{url}/{file}").status_code == 200, file
+
+
+def test_the_description_names_the_path_below_which_it_is_served(url: str) -> None:
+    described = httpx.get(f"{url}/openapi.json").json()
+    assert described["servers"] == [{"url": "/llm"}]
+    assert "/v1/chat/completions" in described["paths"]
+
+
+def test_a_client_library_talks_through_it(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0) as client:
+        assert client.models.list().data
+        answer = client.chat.completions.create(
+            model="default", messages=[{"role": "user", "content": "你好"}], max_tokens=4
+        )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens > 0
+
+
+def test_tokens_are_not_held_back(url: str) -> None:
+    """The first arrives long before the last is made."""
+    body = {
+        "messages": [{"role": "user", "content": "《静夜思》"}],
+        "max_tokens": 300, "stream": True, "metadata": {"min_tokens": 300}, "ignore_eos": True,
+    }  # fmt: skip
+    arrivals = []
+    started = time.monotonic()
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        for line in answer.iter_lines():
+            if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"]:
+                arrivals.append(time.monotonic() - started)
+    assert len(arrivals) > 200
+    assert arrivals[len(arrivals) // 2] < 0.75 * arrivals[-1]
+    assert arrivals[1] < 0.3 * arrivals[-1]
+
+
+def test_a_reader_that_leaves_ends_its_request(url: str) -> None:
+    body = {"prompt": "《静夜思》", "max_tokens": 900, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
+        next(answer.iter_lines())
+    deadline = time.monotonic() + 20
+    while "fastdeploy:num_requests_running 0.0" not in httpx.get(f"{url}/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,0 +1,94 @@
+"""Every panel of the dashboard and every alert, asked of a real Prometheus."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from server_process import REPOSITORY, free_port, running_server
+
+PROMETHEUS = shutil.which("prometheus")
+DASHBOARD = REPOSITORY / "deploy/grafana/dashboards/fastdeploy-lite.json"
+ALERTS = REPOSITORY / "deploy/prometheus/alerts.yml"
+TRAFFIC_SECONDS = 8.0
+pytestmark = [
+    pytest.mark.skipif(PROMETHEUS is None, reason="needs Prometheus: apt-get install prometheus"),
+    pytest.mark.slow,
+]
+
+
+@contextlib.contextmanager
+def prometheus(folder: Path, target: int) -> Iterator[str]:
+    """A Prometheus with our configuration, aimed at the port `target`; gives its address."""
+    source = REPOSITORY / "deploy/prometheus/prometheus.yml"
+    config = yaml.safe_load(source.read_text(encoding="utf-8"))
+    config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(ALERTS)]
+    config["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{target}"]}]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    port = free_port()
+    command = [
+        str(PROMETHEUS), f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address=127.0.0.1:{port}",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=folder, stderr=(folder / "log.txt").open("wb"))
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def ask(url: str, expression: str) -> list[dict[str, Any]]:
+    """The samples of an instant query."""
+    answer = httpx.get(f"{url}/api/v1/query", params={"query": expression}, timeout=30)
+    body = answer.json()
+    assert body["status"] == "success", body
+    return list(body["data"]["result"])
+
+
+def make_traffic(url: str) -> None:
+    """Answers, whole and streamed, for a while; the same text, so that prefixes hit."""
+    body = {"messages": [{"role": "user", "content": "解析三首李白的诗" * 20}], "max_tokens": 30}
+    deadline = time.monotonic() + TRAFFIC_SECONDS
+    while time.monotonic() < deadline:
+        for stream in (False, True):
+            httpx.post(f"{url}/v1/chat/completions", json={**body, "stream": stream}, timeout=60)
+
+
+def panels() -> list[tuple[str, list[str]]]:
+    board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    return [
+        (panel["title"], [target["expr"] for target in panel["targets"]])
+        for panel in board["panels"]
+        if panel["type"] != "row"
+    ]
+
+
+def test_every_panel_shows_something(tmp_path: Path) -> None:
+    flags = ("--speculative-config", '{"method": "ngram"}', "--max-model-len", "1024",
+             "--enable-prefix-caching")  # fmt: skip
+    (tmp_path / "prometheus").mkdir()
+    with (
+        running_server(tmp_path / "server", flags) as server,
+        prometheus(tmp_path / "prometheus", server.port) as url,
+    ):
+        make_traffic(server.url)
+        time.sleep(1.5)
+        assert ask(url, "up")[0]["value"][1] == "1"
+        for title, expressions in panels():
+            for expression in expressions:
+                query = expression.replace("$__rate_interval", "1m").replace("$instance", ".*")
+                assert ask(url, query), (title, query)
+        rules = httpx.get(f"{url}/api/v1/rules").json()["data"]["groups"][0]["rules"]
+        assert {rule["health"] for rule in rules} == {"ok"}
+        assert {rule["state"] for rule in rules} == {"inactive"}
