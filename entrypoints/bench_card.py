@@ -171,7 +171,7 @@ class Sequences:
                 chunk = prompt[start : start + budget]
                 last = start + len(chunk) == len(prompt)
                 result = self._runner.execute([self.part(index, chunk, start, last)])[0]
-            self._outputs[index].append(result.token_id)
+            self._outputs[index] += result.token_ids
         return time.perf_counter() - started
 
     def decode(self) -> float:
@@ -184,9 +184,9 @@ class Sequences:
         results = self._runner.execute(parts)
         seconds = time.perf_counter() - started
         for output, result in zip(self._outputs, results, strict=True):
-            if result.token_id is None or result.token_id < 0:
+            if not result.token_ids:
                 raise SystemExit(f"a step failed: {result.error}")
-            output.append(result.token_id)
+            output.extend(result.token_ids)
         return seconds
 
 
@@ -248,7 +248,7 @@ def bytes_per_step(
 
 def bench_model(args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     """Load, measure prefill and decode, print the table."""
-    from fastdeploy_lite.model_executor.model_runner import ModelRunner  # noqa: PLC0415
+    from fastdeploy_lite.worker.model_runner import ModelRunner  # noqa: PLC0415
 
     config = runtime_config(args)
     runner = ModelRunner(config)

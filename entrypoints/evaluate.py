@@ -25,8 +25,8 @@ import numpy as np
 from fastdeploy_lite.calibration.text import encode_document, read_stream, windows
 from fastdeploy_lite.entrypoints.evaluation import load_runner, score
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
-from fastdeploy_lite.model_executor.model_runner import ModelRunner
 from fastdeploy_lite.utils.errors import FastDeployError
+from fastdeploy_lite.worker.model_runner import ModelRunner
 
 __all__ = ["encode_document", "load_runner", "read_stream", "score", "windows"]
 

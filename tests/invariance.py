@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from model_driver import generate, sequences
 
-from fastdeploy_lite.model_executor.model_runner import ModelRunner
 from fastdeploy_lite.request.step import SamplerParams
+from fastdeploy_lite.worker.model_runner import ModelRunner
 
 LENGTHS = (1, 5, 63, 64, 65, 130)
 NEW_TOKENS = 6

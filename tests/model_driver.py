@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from fastdeploy_lite.config import ModelConfig, RuntimeConfig, SchedulerConfig
-from fastdeploy_lite.model_executor.model_runner import ModelRunner
 from fastdeploy_lite.request.step import SamplerParams, SequenceSlice, SliceResult
+from fastdeploy_lite.worker.model_runner import ModelRunner
 
 GREEDY = SamplerParams(temperature=0.0)
 
@@ -83,10 +83,9 @@ class Running:
         return part
 
     def take(self, result: SliceResult) -> None:
-        """Append the sampled token, if any."""
+        """Append the sampled tokens, if any."""
         assert result.error is None
-        if result.token_id is not None:
-            self.output.append(result.token_id)
+        self.output += result.token_ids
 
 
 def sequences(prompts: Sequence[list[int]], length: int, **fields: Any) -> list[Running]:

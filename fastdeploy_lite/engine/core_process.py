@@ -88,6 +88,7 @@ class CoreLoop:
         """
         while not self._stopped:
             self._receive()
+            self._core.check_executor()
             self._report(self._core.step() if self._core.has_work else [])
 
     def _receive(self) -> None:

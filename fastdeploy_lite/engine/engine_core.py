@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnlyList
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Protocol
+from itertools import zip_longest
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from fastdeploy_lite.engine.generation import Generation
 from fastdeploy_lite.engine.kv_cache import BlockManager
 from fastdeploy_lite.engine.logits_processors import LogitsProcessors
 from fastdeploy_lite.engine.scheduler import Scheduler, Sequence
+from fastdeploy_lite.executor.base import Executor, ExecutorDeadError
+from fastdeploy_lite.executor.verdict import describe, run_step
 from fastdeploy_lite.guided import compiler
 from fastdeploy_lite.guided.matcher import Grammar
 from fastdeploy_lite.guided.paced import PacedMatcher
@@ -57,13 +59,6 @@ _log = get_logger("fastdeploy")
 
 class EngineDeadError(RuntimeError):
     """The engine cannot go on; the message says why in one line."""
-
-
-class Runner(Protocol):
-    """What the core asks of a model runner."""
-
-    def execute(self, slices: ReadOnlyList[SequenceSlice]) -> list[SliceResult]:
-        """Compute one step; one result per slice."""
 
 
 class _Active:
@@ -101,11 +96,11 @@ class _Active:
 
 
 class EngineCore:
-    """Scheduler, KV blocks, rules of generation, model runner.
+    """Scheduler, KV blocks, rules of generation, executor.
 
     Args:
         config: Of the engine.
-        runner: Computes steps; its KV cache has `num_blocks` blocks.
+        executor: Computes steps; its KV cache has `num_blocks` blocks.
         tokenizer: For stop texts and constraints.
         num_blocks: KV blocks.
 
@@ -116,7 +111,7 @@ class EngineCore:
     def __init__(
         self,
         config: RuntimeConfig,
-        runner: Runner,
+        executor: Executor,
         tokenizer: Ernie4_5Tokenizer,
         num_blocks: int,
     ) -> None:
@@ -124,7 +119,7 @@ class EngineCore:
         if config.early_stop and config.logprobs_mode.endswith("_logits"):
             raise ConfigError("early stop needs probabilities: use logprobs_mode raw_logprobs")
         self.config = config
-        self._runner = runner
+        self._executor = executor
         self._tokenizer = tokenizer
         self._processors = LogitsProcessors(config)
         self._blocks = BlockManager(
@@ -261,7 +256,8 @@ class EngineCore:
         self._blocks.forget_prefixes()
 
     def shutdown(self) -> None:
-        """Stop the helper threads."""
+        """Stop the helper threads and what the executor started."""
+        self._executor.close()
         self._compiler.shutdown(wait=False, cancel_futures=True)
         self._masks.shutdown(wait=False, cancel_futures=True)
 
@@ -413,58 +409,36 @@ class EngineCore:
         return results
 
     def _execute(self, slices: list[SequenceSlice]) -> list[SliceResult]:
-        """Run the model; when a step fails, find the slices that it fails for.
-
-        A slice writes keys and values that nobody else reads and may be computed again, so each
-        one gets a second chance alone.
+        """Run the model; requests that a step fails for have an error in their results.
 
         Raises:
-            EngineDeadError: Every slice failed, and so did plain ones in their place, several steps
-                in a row.
+            EngineDeadError: A device is lost, or every slice failed, and so did plain ones in their
+                place, several steps in a row.
         """
         started = time.perf_counter()
         try:
-            results = self._runner.execute(slices)
-            self._failed_in_a_row = 0
-        except Exception as error:
-            _log.exception("A step of %d requests failed", len(slices))
+            verdict = run_step(self._executor, slices)
+        except ExecutorDeadError as error:
+            raise EngineDeadError(str(error)) from error
+        if verdict.error is not None:
+            _log.error("A step of %d requests failed", len(slices), exc_info=verdict.error)
             self._stats.failed_steps += 1
-            if len(slices) == 1:
-                results = [SliceResult(error=_describe(error))]
-            else:
-                results = [self._execute_alone(part) for part in slices]
-            broken = all(result.error is not None for result in results)
-            # An error that belongs to a request says nothing about the runner.
-            broken = broken and not self._can_still_run(slices[0])
-            self._failed_in_a_row = self._failed_in_a_row + 1 if broken else 0
-            if self._failed_in_a_row >= MOST_FAILED_STEPS:
-                raise EngineDeadError(
-                    f"the model runner failed {MOST_FAILED_STEPS} steps in a row: "
-                    f"{_describe(error)}"
-                ) from error
+        self._failed_in_a_row = self._failed_in_a_row + 1 if verdict.is_broken else 0
+        if self._failed_in_a_row >= MOST_FAILED_STEPS:
+            assert verdict.error is not None
+            raise EngineDeadError(
+                f"the model runner failed {MOST_FAILED_STEPS} steps in a row: "
+                f"{describe(verdict.error)}"
+            ) from verdict.error
         self._stats.model_seconds += time.perf_counter() - started
-        return results
+        return verdict.results
 
-    def _execute_alone(self, part: SequenceSlice) -> SliceResult:
-        part.fresh = True  # the failed step may have left the slot's rows half updated
+    def check_executor(self) -> None:
+        """Raise EngineDeadError when a device is lost; for use between steps."""
         try:
-            return self._runner.execute([part])[0]
-        except Exception as error:
-            return SliceResult(error=_describe(error))
-
-    def _can_still_run(self, part: SequenceSlice) -> bool:
-        """Whether the runner computes a slice of plain numbers where this one has failed.
-
-        It writes where the failed one would have written: into blocks that nobody else reads.
-        """
-        known = len(part.token_ids) - len(part.draft_token_ids)
-        plain = dataclasses.replace(
-            part, fresh=True, token_ids=list(part.token_ids)[:known], sampling=SamplerParams(),
-            banned_now=(), forced_token=-1, bitmask=None, logits_processors=None,
-            draft_token_ids=(), draft_bitmasks=None,
-        )  # fmt: skip
-        shortest = dataclasses.replace(plain, token_ids=plain.token_ids[:1], sample=False)
-        return any(self._execute_alone(each).error is None for each in (plain, shortest))
+            self._executor.check()
+        except ExecutorDeadError as error:
+            raise EngineDeadError(str(error)) from error
 
     # After a step --------------------------------------------------------------------------------
 
@@ -482,7 +456,7 @@ class EngineCore:
         self._scheduler.computed(active.sequence, known)
         if result.prompt_logprobs is not None:
             self._collect_prompt_logprobs(active, part, result.prompt_logprobs)
-        if result.token_id is None:
+        if not result.token_ids:
             return
         try:
             self._accept(active, part, result, outputs)
@@ -498,8 +472,7 @@ class EngineCore:
     ) -> None:
         generation = active.generation
         output = EngineOutput(active.request.request_id)
-        assert result.token_id is not None
-        for token_id, logprobs in [(result.token_id, result.logprobs), *result.verified]:
+        for token_id, logprobs in zip_longest(result.token_ids, result.logprobs or ()):
             if output.new_token_ids:  # the guess before was right: it has been computed
                 generation.settle()
                 if generation.forced_token >= 0:
@@ -583,7 +556,7 @@ class EngineCore:
         if isinstance(error, RequestError):
             return self._end(active, "error", 400, str(error))
         _log.error("Request %s failed", active.request.request_id, exc_info=error)
-        return self._end(active, "error", 500, _describe(error))
+        return self._end(active, "error", 500, describe(error))
 
     def _end(self, active: _Active, reason: FinishReason, code: int, message: str) -> EngineOutput:
         output = _failure(active.request.request_id, code, message, reason)
@@ -650,21 +623,17 @@ def create_core(config: RuntimeConfig, tokenizer: Ernie4_5Tokenizer) -> tuple[En
         FastDeployError: Model, configuration or memory do not allow it; one line says why.
     """
     # Only the process that computes pays for importing the framework.
-    from fastdeploy_lite.model_executor.model_runner import ModelRunner  # noqa: PLC0415
+    from fastdeploy_lite.executor.inline import InlineExecutor  # noqa: PLC0415
 
-    runner = ModelRunner(config)
-    runner.load_model(show_progress=True)
-    num_blocks = runner.profile_num_blocks()
-    runner.allocate_kv_cache(num_blocks)
-    core = EngineCore(config, runner, tokenizer, num_blocks)
-    report = runner.memory_report()
-    memory = {f"weights.{role}": size for role, size in report.weights.items()}
-    memory |= {name: getattr(report, name) for name in ("kv_cache", "workspace", "sampling")}
+    executor = InlineExecutor(config)
+    num_blocks = executor.load(show_progress=True)
+    core = EngineCore(config, executor, tokenizer, num_blocks)
+    report = executor.report()
     return core, Ready(
         num_blocks=num_blocks,
-        load_seconds=runner.load_seconds,
-        device=str(runner.place),
-        memory=memory,
+        load_seconds=report.load_seconds,
+        device=report.device,
+        memory=report.memory,
         bits_per_expert_weight=report.bits_per_expert_weight,
         row_order=report.row_order,
     )
@@ -699,10 +668,6 @@ def _blame(request: EngineRequest, error: str) -> tuple[int, str]:
     if error == NOT_NUMBERS and (restricted or sampling.sampler.logit_bias):
         return 400, "The constraint, bad words and biases of this request leave no token to sample"
     return 500, one_line(error)
-
-
-def _describe(error: BaseException) -> str:
-    return one_line(f"{type(error).__name__}: {error}")
 
 
 def _log_preemption(sequence: Sequence) -> None:

@@ -24,8 +24,8 @@ from fastdeploy_lite.config import (
     WantedOrder,
 )
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
-from fastdeploy_lite.model_executor.model_runner import ModelRunner
 from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.worker.model_runner import ModelRunner
 
 CHUNK_TOKENS = 256
 RESAMPLES = 2000

@@ -44,7 +44,7 @@ class _Graph:
 
 
 class CudaDecodeGraphs:
-    """The graphs of one runner, see model_runner.DecodeGraphs."""
+    """The graphs of one runner, see worker.model_runner.DecodeGraphs."""
 
     def __init__(
         self, workspace: Workspace, max_num_seqs: int, sizes: Sequence[int] | None = None

@@ -46,7 +46,7 @@ def sample_slices(slices: Sequence[SequenceSlice], sample: SampleRows) -> list[S
         sample: samples rows; row numbers count through the rows of all slices.
 
     Returns:
-        One result per slice, `verified` set where guesses were right.
+        One result per slice, of several tokens where guesses were right.
     """
     found: list[list[SampledRow]] = [[] for _ in slices]
     firsts = np.cumsum([0, *(part.num_rows for part in slices)]).tolist()
@@ -95,13 +95,13 @@ def _row_of(part: SequenceSlice, row: int) -> SequenceSlice:
 
 
 def _result(part: SequenceSlice, rows: Sequence[SampledRow]) -> SliceResult:
-    first = rows[0]
-    result = SliceResult(first.token_id, first.logprobs, error=first.error)
-    verified = []
+    if rows[0].error is not None:
+        return SliceResult(error=rows[0].error)
+    kept = [rows[0]]
     for row in range(1, len(rows)):
         # A row that failed is left to a step of its own, as without guesses.
         if not _goes_on(part, row - 1, rows) or rows[row].error is not None:
             break
-        verified.append((rows[row].token_id, rows[row].logprobs))
-    result.verified = verified
-    return result
+        kept.append(rows[row])
+    logprobs = [row.logprobs for row in kept if row.logprobs is not None]
+    return SliceResult([row.token_id for row in kept], logprobs or None)

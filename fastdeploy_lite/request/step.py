@@ -135,18 +135,17 @@ class SliceResult:
     """What one slice gave.
 
     Attributes:
-        token_id: the sampled token, None when the slice did not sample.
-        logprobs: of the sampled token when the request asked for them.
+        token_ids: the sampled tokens in order: none when the slice did not sample, else one and
+            those sampled after guesses that were right.
+        logprobs: of each sampled token when the request asked for them.
         prompt_logprobs: entry i is about prompt token `start + i + 1`; the prompt's first token has
             no prediction and the last position predicts an output token, so all chunks together
             hold len(prompt) - 1 entries.
         error: one line when this sequence alone failed (its logits were not numbers, or a logits
             processor raised); the others of the step are sound.
-        verified: tokens sampled after guesses that were right, in order, with their logprobs.
     """
 
-    token_id: int | None = None
-    logprobs: TokenLogprobs | None = None
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
-    verified: Sequence[tuple[int, TokenLogprobs | None]] = ()

@@ -14,6 +14,7 @@ import pytest
 from fastdeploy_lite import LLM, SamplingParams
 from fastdeploy_lite.engine.request import CompletionOutput, RequestOutput
 from fastdeploy_lite.engine.sampling_params import GuidedDecodingParams
+from fastdeploy_lite.executor.inline import InlineExecutor
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 CHAT = [{"role": "user", "content": "解析三首李白的诗"}]
@@ -297,10 +298,12 @@ def test_logprobs_of_sampled_and_best_tokens(llm: LLM) -> None:
 
 
 def test_prompt_logprobs_agree_with_the_models_own_logits(llm: LLM) -> None:
-    runner = llm.llm_engine._core._runner
+    executor = llm.llm_engine._core._executor
+    assert isinstance(executor, InlineExecutor)
+    runner = executor.runner
     prompt = llm.llm_engine.preprocessor.tokenizer.encode_text("白日依山尽，黄河入海流。")
     output = one(llm, [prompt], prompt_logprobs=2, max_tokens=2)
-    logits = np.asarray(runner.logits(prompt), np.float64)  # type: ignore[attr-defined]
+    logits = np.asarray(runner.logits(prompt), np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     assert output.prompt_logprobs is not None
     assert output.prompt_logprobs[0] is None

@@ -32,7 +32,7 @@ def generate(model: str, request: dict) -> dict[str, np.ndarray]:
 
 def logits(model: str, request: dict) -> dict[str, np.ndarray]:
     from fastdeploy_lite.config import ModelConfig, RuntimeConfig, SchedulerConfig
-    from fastdeploy_lite.model_executor.model_runner import ModelRunner
+    from fastdeploy_lite.worker.model_runner import ModelRunner
 
     config = RuntimeConfig(
         model_path=Path(model),

@@ -13,7 +13,7 @@ from model_driver import make_runner
 from tiny_model import write_tiny_model
 
 from fastdeploy_lite.config import CacheConfig
-from fastdeploy_lite.model_executor.model_runner import ModelRunner
+from fastdeploy_lite.worker.model_runner import ModelRunner
 
 LIMITS = {
     "device": None,

@@ -41,8 +41,8 @@ LAYERS: dict[str, int] = {
     "model_executor.layers": 4,
     "model_executor.models": 5,
     "model_executor": 6,
-    "distributed": 6,
-    "worker": 0,
+    "worker": 7,
+    "executor": 8,
     "guided": 7,
     "speculation": 7,
     "benchmarks": 7,
@@ -65,7 +65,16 @@ NUMPY_ONLY = (
     "envs",
     "utils",
 )
-REQUESTS_ROAD = ("request", "guided", "input", "engine", "reasoning", "metrics", "entrypoints")
+REQUESTS_ROAD = (
+    "request",
+    "guided",
+    "input",
+    "engine",
+    "executor",
+    "reasoning",
+    "metrics",
+    "entrypoints",
+)
 # The general half asks for its special half inside a function, when a call needs it.
 BACKENDS = (
     ("model_executor.ops.weights", "model_executor.ops.cuda_weights"),

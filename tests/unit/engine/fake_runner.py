@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastdeploy_lite.config import BLOCK_SIZE
+from fastdeploy_lite.executor.base import Executor, ExecutorReport
 from fastdeploy_lite.request.step import SequenceSlice, SliceResult, TokenLogprobs
 
 VOCAB = 1000
@@ -30,7 +31,7 @@ def next_token(history: Sequence[int], seed: int, step: int, banned: Sequence[in
 
 
 @dataclass
-class FakeRunner:
+class FakeRunner(Executor):
     """See the module; `eos_every` makes about one token in so many the EOS id 2.
 
     Attributes:
@@ -49,7 +50,13 @@ class FakeRunner:
         self.blocks: list[list[int | None]] = [[None] * BLOCK_SIZE for _ in range(self.num_blocks)]
         self.slots: dict[int, str] = {}
 
-    def execute(self, slices: list[SequenceSlice]) -> list[SliceResult]:
+    def load(self, show_progress: bool = False) -> int:
+        return self.num_blocks
+
+    def report(self) -> ExecutorReport:
+        return ExecutorReport(self.num_blocks, 0.0, "none")
+
+    def execute(self, slices: Sequence[SequenceSlice]) -> list[SliceResult]:
         assert slices
         assert sum(len(part.token_ids) for part in slices) <= self.limit
         assert len({part.slot for part in slices}) == len(slices)
@@ -92,9 +99,10 @@ class FakeRunner:
             return result
         assert len(history) == len(part.prompt_token_ids) + len(part.output_token_ids)
         assert part.step == len(part.output_token_ids)
-        result.token_id = part.forced_token if part.forced_token >= 0 else self._sample(part)
+        token = part.forced_token if part.forced_token >= 0 else self._sample(part)
+        result.token_ids = [token]
         if part.sampling.logprobs is not None:
-            result.logprobs = TokenLogprobs(-0.001, 1, [result.token_id], [-0.001])
+            result.logprobs = [TokenLogprobs(-0.001, 1, [token], [-0.001])]
         return result
 
     def _sample(self, part: SequenceSlice) -> int:

@@ -53,7 +53,7 @@ def make_core(num_blocks: int = 64, eos_every: int = 0, **config: Any) -> Engine
 
 
 def runner_of(core: EngineCore) -> FakeRunner:
-    runner = core._runner
+    runner = core._executor
     assert isinstance(runner, FakeRunner)
     return runner
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -32,7 +33,7 @@ from fastdeploy_lite.request.step import SamplerParams, SequenceSlice, SliceResu
 class RefusesHotRequests(FakeRunner):
     """Fails every step with a slice whose numbers it does not like, as a narrow store would."""
 
-    def execute(self, slices: list[SequenceSlice]) -> list[SliceResult]:
+    def execute(self, slices: Sequence[SequenceSlice]) -> list[SliceResult]:
         if any(part.sampling.temperature == 99.0 for part in slices):
             raise OverflowError("Python int too large to convert to C int32")
         return super().execute(slices)
@@ -57,7 +58,7 @@ def test_failures_of_requests_never_add_up_to_a_dead_engine(together: int) -> No
 
 def test_a_runner_that_fails_plain_numbers_too_is_dead() -> None:
     class Broken(FakeRunner):
-        def execute(self, slices: list[SequenceSlice]) -> list[SliceResult]:
+        def execute(self, slices: Sequence[SequenceSlice]) -> list[SliceResult]:
             raise RuntimeError("the card is gone")
 
     core = EngineCore(make_config(), Broken(64, 256), demo_tokenizer(), 64)

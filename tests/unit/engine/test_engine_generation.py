@@ -50,7 +50,7 @@ class Script(FakeRunner):
             token = token if token in allowed else int(allowed[0])
         token = part.forced_token if part.forced_token >= 0 else token
         wanted = part.sampling.logprobs is not None
-        return SliceResult(token, TokenLogprobs(self.logprob, 1, [], []) if wanted else None)
+        return SliceResult([token], [TokenLogprobs(self.logprob, 1, [], [])] if wanted else None)
 
 
 def scripted(answer: Sequence[int], logprob: float = -0.5, **config: Any) -> EngineCore:
@@ -142,7 +142,7 @@ def test_at_most_one_token_per_message() -> None:
 def test_eos_is_banned_below_min_tokens() -> None:
     core = scripted([30, 31, 32])
     run(core, make_request("r", PROMPT, 6, min_tokens=2))
-    runner = core._runner
+    runner = core._executor
     assert isinstance(runner, Script)
     assert [part.banned_now for part in runner.seen] == [(2, 7), (2, 7), (), (), (), ()]
 
@@ -330,7 +330,7 @@ def test_own_processors_run_per_request() -> None:
     core = scripted([30] * 9, logits_processors=("test_engine_generation:AddToRow",))
     arguments = msgspec.msgpack.encode({"amount": 2.5})
     run(core, make_request("r", PROMPT, 3, logits_processors_args=arguments))
-    runner = core._runner
+    runner = core._executor
     assert isinstance(runner, Script)
     processors = runner.seen[-1].logits_processors
     assert processors is not None
@@ -377,7 +377,7 @@ def test_the_documented_processor_works(name: str) -> None:
     core = scripted([30] * 9, logits_processors=(name, built_in))
     arguments = msgspec.msgpack.encode({"logit_bias": {"5": 3.5, "7": -2.0}})
     run(core, make_request("r", PROMPT, 3, logits_processors_args=arguments))
-    runner = core._runner
+    runner = core._executor
     assert isinstance(runner, Script)
     (processor,) = runner.seen[-1].logits_processors or ()
     row = processor([1, 2], np.zeros(8192, np.float32))

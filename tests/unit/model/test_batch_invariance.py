@@ -8,7 +8,7 @@ import pytest
 from invariance import RunnerTests
 from model_driver import make_runner
 
-from fastdeploy_lite.model_executor.model_runner import ModelRunner
+from fastdeploy_lite.worker.model_runner import ModelRunner
 
 
 @pytest.fixture(params=["tiny_2bits", "tiny_w4w2", "tiny_bf16"])

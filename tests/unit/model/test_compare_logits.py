@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from oracles.compare_logits import Errors, compare
 
-from fastdeploy_lite.model_executor.model_runner import ModelRunner
+from fastdeploy_lite.worker.model_runner import ModelRunner
 
 
 @pytest.fixture

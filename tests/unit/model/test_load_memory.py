@@ -26,7 +26,7 @@ LOAD = """
 import sys
 from pathlib import Path
 from fastdeploy_lite.config import ModelConfig, RuntimeConfig, SchedulerConfig
-from fastdeploy_lite.model_executor.model_runner import ModelRunner
+from fastdeploy_lite.worker.model_runner import ModelRunner
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -25,10 +25,10 @@ from fastdeploy_lite.config import (
     SchedulerConfig,
 )
 from fastdeploy_lite.model_executor import ops, weights
-from fastdeploy_lite.model_executor.model_runner import ModelRunner
 from fastdeploy_lite.model_executor.weights import CheckpointSource
 from fastdeploy_lite.models.registry import ModelRegistry
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError, FastDeployError
+from fastdeploy_lite.worker.model_runner import ModelRunner
 
 CPU = paddle.CPUPlace()
 IDS = [5, 900, 17, 17, 4000, 8191]

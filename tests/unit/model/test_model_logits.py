@@ -17,7 +17,7 @@ from model_driver import make_runner
 from oracles.ernie_float32 import ErnieFloat32
 from tiny_model import KINDS, Kind, tiny_config, tiny_tensors, write_tensors, write_tiny_model
 
-from fastdeploy_lite.model_executor.model_runner import ModelRunner
+from fastdeploy_lite.worker.model_runner import ModelRunner
 
 TOLERANCE = 1e-3
 

@@ -14,8 +14,8 @@ from oracles.ernie_float32 import ErnieFloat32
 from fastdeploy_lite.config import LogprobsMode
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.model_executor.logprobs import log_softmax
-from fastdeploy_lite.model_executor.model_runner import ModelRunner
 from fastdeploy_lite.request.step import SamplerParams, SliceResult, TokenLogprobs
+from fastdeploy_lite.worker.model_runner import ModelRunner
 
 PROMPT = [int(i) for i in np.random.default_rng(9).integers(0, 8192, 150)]
 
@@ -47,7 +47,7 @@ def test_prompt_logprobs_over_chunks(tiny_2bits: Path, chunk: int) -> None:
         assert entry.logprob == pytest.approx(values[token], abs=1e-4)
         assert abs(entry.rank - 1 - int((values > values[token]).sum())) <= 1
         assert entry.top_logprobs == pytest.approx(np.sort(values)[:-4:-1], abs=1e-4)
-    assert [result.token_id is None for result in results[:-1]] == [True] * (len(results) - 1)
+    assert [len(result.token_ids) for result in results[:-1]] == [0] * (len(results) - 1)
     assert results[-1].logprobs is not None
 
 

@@ -20,10 +20,10 @@ from fastdeploy_lite.checkpoint.linears import model_linears
 from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32, float32_to_bfloat16
 from fastdeploy_lite.config import LoadConfig, ModelConfig
 from fastdeploy_lite.model_executor import weights
-from fastdeploy_lite.model_executor.model_runner import ModelRunner
 from fastdeploy_lite.quantization.convert import quantize_checkpoint
 from fastdeploy_lite.quantization_config import QuantizationConfig
 from fastdeploy_lite.utils.errors import CheckpointError, FastDeployError
+from fastdeploy_lite.worker.model_runner import ModelRunner
 
 IDS = [5, 900, 17, 17, 4000, 8191, 3, 77]
 

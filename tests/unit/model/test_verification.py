@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from model_driver import Running, make_runner, sequences
 
-from fastdeploy_lite.model_executor.model_runner import ModelRunner
 from fastdeploy_lite.request.step import SamplerParams, SequenceSlice, SliceResult
 from fastdeploy_lite.speculation.config import SpeculativeConfig
+from fastdeploy_lite.worker.model_runner import ModelRunner
 
 LENGTH = 24
 KINDS = {
@@ -70,8 +70,6 @@ def draft_slice(one: Running, guesses: list[int], **extra: Any) -> SequenceSlice
 
 def take(one: Running, result: SliceResult) -> None:
     one.take(result)
-    for token, _ in result.verified:
-        one.output.append(token)
     # The last sampled token is not computed yet.
     one.done = len(one.prompt) + len(one.output) - 1
 
@@ -83,7 +81,7 @@ def plain(runner: ModelRunner, running: list[Running]) -> list[list[Any]]:
         results = runner.execute([one.slice(10_000) for one in running])
         for one, result, found in zip(running, results, logprobs, strict=True):
             one.take(result)
-            found.append(result.logprobs)
+            found.extend(result.logprobs or [None])
     return logprobs
 
 
@@ -107,9 +105,9 @@ def test_guesses_change_nothing(runner: ModelRunner, seed: int, with_processors:
             parts.append(part)
         for i, part, result in zip(pending, parts, runner.execute(parts), strict=True):
             take(running[i], result)
-            found[i] += [result.logprobs, *(logprobs for _, logprobs in result.verified)]
+            found[i] += result.logprobs or [None] * len(result.token_ids)
             checked += len(part.draft_token_ids)
-            right += len(result.verified)
+            right += len(result.token_ids) - 1
     assert 0 < right < checked
     for i, one in enumerate(running):
         assert one.output[:LENGTH] == expected[i].output, kinds[i]
@@ -171,7 +169,7 @@ def test_a_row_that_fails_is_left_to_its_own_step(runner: ModelRunner) -> None:
     part.logits_processors = [fails_third]
     result = runner.execute([part])[0]
     assert result.error is None
-    assert [result.token_id, *(t for t, _ in result.verified)] == expected.output[1:3]
+    assert result.token_ids == expected.output[1:3]
     assert calls == [1, 2, 3]
     take(one, result)
     part = draft_slice(one, [])

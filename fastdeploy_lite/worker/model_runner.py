@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import paddle
 
-from fastdeploy_lite import device, envs
+from fastdeploy_lite import device
 from fastdeploy_lite.checkpoint.location import rank_numbers, sibling_repository
 from fastdeploy_lite.config import BLOCK_SIZE, RuntimeConfig
 from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder
@@ -24,7 +24,7 @@ from fastdeploy_lite.model_executor import ops, order_probe
 from fastdeploy_lite.model_executor.input_batch import BatchShape, InputBatch
 from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch, KVCache
 from fastdeploy_lite.model_executor.layers.rotary import cos_sin_table
-from fastdeploy_lite.model_executor.prompt_logprobs import ROWS_AT_ONCE, PromptScorer
+from fastdeploy_lite.model_executor.prompt_logprobs import PromptScorer
 from fastdeploy_lite.model_executor.sampling_batch import SampledRow, SamplingBatch
 from fastdeploy_lite.model_executor.verification import logit_rows, sample_slices
 from fastdeploy_lite.model_executor.weights import (
@@ -36,9 +36,10 @@ from fastdeploy_lite.model_executor.workspace import Workspace
 from fastdeploy_lite.models.registry import ModelRegistry
 from fastdeploy_lite.request.step import SequenceSlice, SliceResult
 from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.worker import kv_budget
+from fastdeploy_lite.worker.kv_budget import MemoryReport
 
 log = logging.getLogger(__name__)
-GIB = 1 << 30
 LOGIT_ROWS_AT_ONCE = 256
 
 
@@ -50,30 +51,6 @@ class DecodeGraphs(Protocol):
 
     def run(self, size: int, forward: Callable[[], Any]) -> Any:
         """Capture `forward` for `size` or replay it; return the tensor that it returned."""
-
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """Bytes held on the device, and how densely the experts are stored.
-
-    Attributes:
-        weights: by role: embedding, head, attention, mlp, experts.
-        kv_cache, workspace, sampling: bytes.
-        bits_per_expert_weight: 0 for a model without routed experts.
-        row_order: how the rows of 2-bit experts are read and why, "" without such experts.
-    """
-
-    weights: dict[str, int] = field(default_factory=dict)
-    kv_cache: int = 0
-    workspace: int = 0
-    sampling: int = 0
-    bits_per_expert_weight: float = 0.0
-    row_order: str = ""
-
-    @property
-    def total(self) -> int:
-        """All bytes."""
-        return sum(self.weights.values()) + self.kv_cache + self.workspace + self.sampling
 
 
 class ModelRunner:
@@ -177,10 +154,7 @@ class ModelRunner:
     @property
     def kv_bytes_per_block(self) -> int:
         """Bytes of one block of 64 tokens over all layers, keys and values."""
-        model = self.config.model
-        itemsize = 4 if self.dtype == "float32" else 2
-        per_layer = 2 * model.num_key_value_heads * BLOCK_SIZE * model.head_dim * itemsize
-        return per_layer * model.num_hidden_layers
+        return kv_budget.bytes_per_block(self.config, self.dtype)
 
     def profile_num_blocks(self) -> int:
         """Return how many KV blocks to allocate.
@@ -192,23 +166,12 @@ class ModelRunner:
         Raises:
             ConfigError: not even one sequence of max_model_len fits.
         """
-        config = self.config
-        per_sequence = -(-config.scheduler.max_model_len // BLOCK_SIZE)
-        if config.cache.num_blocks is not None:
-            blocks = config.cache.num_blocks
-        else:
+        blocks = self.config.cache.num_blocks
+        if blocks is None:
             blocks = int(self._cache_budget() // self.kv_bytes_per_block)
             if self.place.is_cpu_place():
-                keep = 2 if config.cache.enable_prefix_caching else 1
-                useful = keep * config.scheduler.max_num_seqs * per_sequence
-                blocks = min(blocks, useful + envs.FD_ENC_DEC_BLOCK_NUM)
-        if blocks < per_sequence:
-            raise ConfigError(
-                f"the KV cache has room for {max(0, blocks) * BLOCK_SIZE} tokens but max_model_len "
-                f"is {config.scheduler.max_model_len}: lower max_model_len, or raise "
-                "gpu_memory_utilization or num_gpu_blocks_override"
-            )
-        return blocks
+                blocks = min(blocks, kv_budget.most_useful_blocks(self.config))
+        return kv_budget.check_blocks(blocks, self.config)
 
     def _cache_budget(self) -> float:
         """Bytes that the KV cache may take, after a step of the largest size has run on a card."""
@@ -217,7 +180,8 @@ class ModelRunner:
             return utilization * ops.memory_info(self.place)[0]
         self._run_largest_step()
         free, total = ops.memory_info(self.place)
-        return utilization * total - (total - free) - self._largest_sampling_bytes()
+        reserved = kv_budget.largest_sampling_bytes(self.config)
+        return utilization * total - (total - free) - reserved
 
     def _run_largest_step(self) -> None:
         """Grow the workspace to its final size: sequences that together fill the token budget."""
@@ -232,16 +196,6 @@ class ModelRunner:
         self._inputs.buffer.upload()
         rows = min(self.config.max_logit_rows, sum(lengths))
         self.model.logits(self._sampled_rows(hidden, rows), self.workspace)
-
-    def _largest_sampling_bytes(self) -> int:
-        """Tables that appear when a request first asks: token counts, a copy of raw logits, and as
-        many alternatives (an id and a number each) as a request may ask for."""
-        limits, columns = self.config.scheduler, self.config.model.vocab_size
-        most = self.config.max_logprobs if self.config.enable_logprob else 0
-        alternatives = columns if most < 0 else min(most, columns)
-        rows = self.config.max_logit_rows
-        prompt_rows = min(ROWS_AT_ONCE, limits.max_num_batched_tokens)
-        return 4 * (limits.max_num_seqs + rows) * columns + 8 * (rows + prompt_rows) * alternatives
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Allocate `num_blocks` blocks per layer, replacing any earlier cache."""
