@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Everything that only a card can show, in stages that fit a rented hour; each writes a log.
+#
+#   bash entrypoints/check_card.sh FOLDER [STAGE...]      default: all stages, in this order
+#
+# build      the CUDA module for the card in hand
+# tests      all of tests/gpu
+# kernels    experts of 21B and 300B against the ceilings of the run
+# model      whole steps with dummy weights: 21B, and 300B where it fits
+# perplexity of the demo model, card and CPU
+# speculation  tokens a second with and without drafts, answers compared
+# storm      many clients at once, answers compared with lone runs
+# memcheck, racecheck, initcheck  NVIDIA's compute-sanitizer over the tests of the ops
+#
+# A stage that fails does not stop the others; the exit status says whether one did.
+set -uo pipefail
+[ $# -ge 1 ] || { sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2; }
+out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
+shift
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} FD_LOG_DIR=$out/log
+demo=fastdeploy_lite/assets/demo
+command -v nvidia-smi >/dev/null && nvidia-smi -L || { echo "check_card.sh: no NVIDIA card here" >&2; exit 2; }
+ops="tests/gpu/test_cuda_moe.py tests/gpu/test_cuda_linear.py tests/gpu/test_cuda_attention.py
+  tests/gpu/test_cuda_rows.py tests/gpu/test_cuda_sampling.py tests/gpu/test_cuda_weights.py"
+
+fits() {  # GB of memory on the first card
+  [ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)" -gt "$(($1 * 954))" ]
+}
+
+sanitize() {  # with which tool
+  # shellcheck disable=SC2086 - a list of files
+  compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all \
+    python -m pytest -q -x -p no:cacheprovider --timeout 0 $ops ${FD_LITE_CHECK_TESTS:+-k "$FD_LITE_CHECK_TESTS"}
+}
+
+cli() {
+  python -m fastdeploy_lite.entrypoints.cli.main "$@"
+}
+
+on_card() {  # tests skip without a card, and a skip must not pass for a success
+  python -c 'import sys; from fastdeploy_lite import device as d; c = d.decide(); sys.exit(None if c.is_cuda else c.reason)'
+}
+
+stage() {
+  case $1 in build) ;; *) on_card || return 1 ;; esac
+  case $1 in
+    build) python setup.py -q build_ext --inplace ;;
+    tests) python -m pytest -q -p no:cacheprovider tests/gpu ;;
+    kernels)
+      cli bench kernels --shape 21b --json "$out/kernels_21b.json" &&
+        cli bench kernels --shape 300b --json "$out/kernels_300b.json" ;;
+    model)
+      python entrypoints/bench_card.py --shape 21b --output "$out/model_21b.json" &&
+        if fits 120; then python entrypoints/bench_card.py --shape 300b --output "$out/model_300b.json"
+        else echo "300b: not run, it needs a card of 120 GB"; fi ;;
+    perplexity)
+      gunzip -c fastdeploy_lite/assets/calibration.jsonl.gz >"$out/text.jsonl" || return 1
+      for device in "" "--device cpu"; do
+        # shellcheck disable=SC2086 - two words or none
+        cli eval perplexity --model $demo $device --text "${FD_LITE_CHECK_TEXT:-$out/text.jsonl}" \
+          --limit 60000 || return 1
+      done ;;
+    speculation) python entrypoints/bench_speculation.py --batches 1,4,16 --json "$out/speculation.json" ;;
+    storm) python tests/e2e/storm.py --clients 64 --seconds "${FD_LITE_CHECK_SECONDS:-60}" ;;
+    memcheck | racecheck | initcheck) sanitize "$1" ;;
+    *) echo "no stage of this name: $1" >&2; return 2 ;;
+  esac
+}
+
+failed=0
+[ $# -gt 0 ] || set -- build tests kernels model perplexity speculation storm memcheck racecheck
+for name in "$@"; do
+  started=$SECONDS
+  stage "$name" >"$out/$name.log" 2>&1
+  status=$?
+  [ $status = 0 ] || failed=1
+  echo "== $name: status $status, $((SECONDS - started)) s, $out/$name.log"
+  tail -n "${FD_LITE_CHECK_LINES:-25}" "$out/$name.log"
+done
+exit $failed
