@@ -245,6 +245,16 @@ class RuntimeConfig:
         return self.parallel
 
     @property
+    def has_draft_model(self) -> bool:
+        """Whether a layer of the model guesses tokens ahead."""
+        return self.speculative is not None and self.speculative.method == "mtp"
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers with a KV cache: the model's, and the draft layer's."""
+        return self.model.num_hidden_layers + self.has_draft_model
+
+    @property
     def max_draft_tokens(self) -> int:
         """Most guessed tokens that a step checks, of all sequences together."""
         if self.speculative is None:

@@ -194,7 +194,7 @@ class PermutedWeights(HostWeights):
         self.weights = weights
         self.config, self.source = weights.config, weights.source
         self.linears, self.nbytes = weights.linears, weights.nbytes
-        self._hidden = spread(PERMUTED, self.config.hidden_size)
+        self.hidden_order = spread(PERMUTED, self.config.hidden_size)
 
     def kind(self, linear: Linear) -> WeightKind:
         """See HostWeights."""
@@ -211,16 +211,16 @@ class PermutedWeights(HostWeights):
     def vector(self, key: str, size: int) -> Floats:
         """See HostWeights."""
         values = self.weights.vector(key, size)
-        return values[self._hidden] if size == len(self._hidden) else values
+        return values[self.hidden_order] if size == len(self.hidden_order) else values
 
     def router(self, layer: int) -> tuple[Floats, Floats | None]:
         """See HostWeights."""
         gate, bias = self.weights.router(layer)
-        return gate[self._hidden], bias
+        return gate[self.hidden_order], bias
 
     def embedding(self) -> Array:
         """See HostWeights."""
-        return self.weights.embedding()[:, self._hidden]
+        return self.weights.embedding()[:, self.hidden_order]
 
     def head(self) -> tuple[Array, bool] | None:
         """See HostWeights."""
@@ -228,7 +228,7 @@ class PermutedWeights(HostWeights):
         if found is None:
             return None
         table, transposed = found
-        return (table[:, self._hidden] if transposed else table[self._hidden]), transposed
+        return (table[:, self.hidden_order] if transposed else table[self.hidden_order]), transposed
 
     def release(self) -> None:
         """See HostWeights."""

@@ -145,7 +145,7 @@ class EngineArgs:
         None, _json, "JSON: use_cudagraph, graph_opt_level, cudagraph_capture_sizes"
     )
     speculative_config: dict[str, Any] | None = _flag(
-        None, _json, "JSON: method (ngram, suffix, naive), num_speculative_tokens, ..."
+        None, _json, "JSON: method (ngram, suffix, mtp, naive), num_speculative_tokens, ..."
     )
     guided_decoding_backend: str = _flag(
         "auto", str, "structured output; any value but off uses llguidance", choices=GUIDED_BACKENDS

@@ -395,6 +395,7 @@ class EngineCore:
             draft_token_ids=guess,
             draft_bitmasks=masks,
             num_banned_now=generation.num_banned_now,
+            num_drafts=self._speculator.num_drafts if free and self._speculator else 0,
         )
 
     def _execute_timed(self, slices: list[SequenceSlice]) -> list[SliceResult]:
@@ -487,7 +488,9 @@ class EngineCore:
                 break
         if not active.first_token:
             self._first_token(active, output)
-        self._note_guess(active, part, output.new_token_ids)
+        is_whole = len(output.new_token_ids) == len(result.token_ids)
+        drafts = result.draft_token_ids if is_whole else ()
+        self._note_guess(active, part, output.new_token_ids, drafts)
         self._stats.generation_tokens += len(output.new_token_ids)
         outputs.append(output)
         if generation.reason is None and not self._settle(active):
@@ -497,13 +500,19 @@ class EngineCore:
         elif generation.reason is not None:
             self._complete(active, outputs[-1])
 
-    def _note_guess(self, active: _Active, part: SequenceSlice, tokens: list[int]) -> None:
+    def _note_guess(
+        self,
+        active: _Active,
+        part: SequenceSlice,
+        tokens: list[int],
+        drafts: ReadOnlyList[int],
+    ) -> None:
         if self._speculator is None:
             return
         request_id = active.request.request_id
         if len(active.sequence.output_token_ids) == len(tokens):
             self._speculator.start(request_id, active.request.prompt_token_ids)
-        self._speculator.note_tokens(request_id, tokens, len(part.draft_token_ids))
+        self._speculator.note_tokens(request_id, tokens, len(part.draft_token_ids), drafts)
 
     def _close_early(self, active: _Active, outputs: list[EngineOutput]) -> bool:
         """Append the closing EOS without a step: it is known, and nobody asked how likely it is.

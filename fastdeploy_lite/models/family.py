@@ -156,6 +156,7 @@ class ModelFamily(ABC):
         architectures: the names in config.json that it answers to.
         embedding_key, head_key: tables [V, H] and [H, V].
         model: `module:class` of the model, imported when it is to run.
+        draft_model: the same of the layer that guesses a token ahead, "" where there is none.
     """
 
     name: str
@@ -163,6 +164,7 @@ class ModelFamily(ABC):
     embedding_key: str
     head_key: str
     model: str
+    draft_model: str = ""
 
     @abstractmethod
     def read_config(self, fields: JsonFields) -> ModelConfig:
@@ -171,6 +173,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def linears(self, config: ModelConfig, size: int = 1, rank: int = 0) -> Iterator[Linear]:
         """Yield all linears in the order of the model, as `rank` of `size` has them."""
+
+    def draft_linears(self, config: ModelConfig) -> Iterator[Linear]:
+        """Yield the linears of the layer that guesses a token ahead; none by default."""
+        return iter(())
 
     @abstractmethod
     def plain_tensors(self, config: ModelConfig, vocab_size: int) -> Iterator[PlainTensor]:
@@ -190,8 +196,11 @@ class ModelFamily(ABC):
 
     def model_class(self) -> Any:
         """Return the class that runs the model; imports the framework."""
-        module, name = self.model.split(":")
-        return getattr(importlib.import_module(module), name)
+        return _imported(self.model)
+
+    def draft_class(self) -> Any:
+        """Return the class of `draft_model`, None without one; imports the framework."""
+        return _imported(self.draft_model) if self.draft_model else None
 
     def locate(self, shapes: Mapping[str, Shape]) -> dict[str, Location] | None:
         """Return where each of this family's tensors lies, by the names and shapes in the files.
@@ -207,6 +216,11 @@ class ModelFamily(ABC):
     def convert_config(self, config: ModelConfig) -> dict[str, Any]:
         """Return config.json for a folder that is written in the family's own spelling."""
         return dict(config.raw)
+
+
+def _imported(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 _BUILT_IN = {

@@ -84,6 +84,7 @@ class SequenceSlice:
             it is sampled as if the guess were not known, and it counts if that gives the same.
         draft_bitmasks: what `bitmask` becomes after each guess; None allows all everywhere.
         num_banned_now: sampled positions that `banned_now` holds for.
+        num_drafts: tokens that the draft model is to guess after the new ones, at most.
     """
 
     request_id: str
@@ -104,6 +105,7 @@ class SequenceSlice:
     draft_token_ids: Sequence[int] = ()
     draft_bitmasks: Sequence[npt.NDArray[np.int32] | None] | None = None
     num_banned_now: int = 1
+    num_drafts: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -143,9 +145,11 @@ class SliceResult:
             hold len(prompt) - 1 entries.
         error: one line when this sequence alone failed (its logits were not numbers, or a logits
             processor raised); the others of the step are sound.
+        draft_token_ids: what the draft model thinks comes after `token_ids`.
     """
 
     token_ids: Sequence[int] = ()
     logprobs: Sequence[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
+    draft_token_ids: Sequence[int] = ()

@@ -9,10 +9,10 @@ from typing import Any
 from fastdeploy_lite.utils.errors import ConfigError, quote
 from fastdeploy_lite.utils.logging import get_logger
 
-METHODS = ("ngram", "suffix", "naive")
+METHODS = ("ngram", "suffix", "mtp", "naive")
 # Keys of FastDeploy's that concern a draft model; scripts set them beside any method.
-WITHOUT_EFFECT = ("benchmark_mode", "model", "mtp_strategy", "num_model_steps", "quantization")
-DEFAULT_TOKENS = {"ngram": 5, "suffix": 8, "naive": 0}
+WITHOUT_EFFECT = ("benchmark_mode", "mtp_strategy", "num_model_steps", "quantization")
+DEFAULT_TOKENS = {"ngram": 5, "suffix": 8, "mtp": 1, "naive": 0}
 MOST_TOKENS = 32
 _log = get_logger("fastdeploy")
 
@@ -23,13 +23,16 @@ class SpeculativeConfig:
 
     Attributes:
         method: "ngram" copies what followed the same words before (prompt lookup), "suffix" also
-            learns from earlier answers, "naive" guesses nothing.
+            learns from earlier answers, "mtp" asks the model's own prediction layer, "naive"
+            guesses nothing.
         num_speculative_tokens: most tokens guessed for a sequence and step, 1 to 32; None takes
             the method's default.
         min_ngram_size, max_ngram_size: words compared by "ngram", longest first.
         suffix_decoding_max_cached_tokens: tokens of earlier answers that "suffix" remembers.
         suffix_decoding_min_token_prob: "suffix" stops a guess below this share of what followed.
         adaptive: guess only as much as pays by what was measured; False always guesses.
+        model: folder of the prediction layer for "mtp"; None looks beside the model's weights and
+            in the folder `mtp` there.
     """
 
     method: str = "ngram"
@@ -39,6 +42,7 @@ class SpeculativeConfig:
     suffix_decoding_max_cached_tokens: int = 200_000
     suffix_decoding_min_token_prob: float = 0.1
     adaptive: bool = True
+    model: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -51,6 +55,8 @@ class SpeculativeConfig:
         least = self.suffix_decoding_min_token_prob
         if type(least) not in (int, float) or not 0.0 <= least <= 1.0:
             _refuse("suffix_decoding_min_token_prob", least, "a number in [0, 1]")
+        if type(self.model) not in (str, type(None)):
+            _refuse("model", self.model, "a folder")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SpeculativeConfig:
@@ -67,7 +73,8 @@ class SpeculativeConfig:
             _refuse("adaptive", values["adaptive"], "true or false")
         if "method" not in values:
             raise ConfigError(f"speculative_config: needs a method, one of {', '.join(METHODS)}")
-        for key in sorted(set(values) & set(WITHOUT_EFFECT)):
+        idle = set(WITHOUT_EFFECT) | (set() if values["method"] == "mtp" else {"model"})
+        for key in sorted(set(values) & idle):
             _log.warning("speculative_config.%s has no effect without a draft model", key)
         return cls(**{key: value for key, value in values.items() if key in known})
 

@@ -164,6 +164,31 @@ def _worth(draft: _ops_cpu.SuffixDraft) -> tuple[float, int]:
     return sum(draft.shares), draft.matched
 
 
+class ModelDrafter:
+    """Passes on what a layer of the model guessed at the end of the step before."""
+
+    # All guesses of one layer are equally well founded.
+    MATCHED = 1
+
+    def __init__(self) -> None:
+        self._offered: list[int] = []
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """See Drafter; older guesses no longer fit."""
+        self._offered = []
+
+    def offer(self, tokens: Sequence[int]) -> None:
+        """Take the guesses of what follows the tokens that are known."""
+        self._offered = list(tokens)
+
+    def propose(self, most: int) -> Draft:
+        """See Drafter."""
+        return Draft(self._offered[:most], self.MATCHED) if self._offered else NOTHING
+
+    def finish(self) -> None:
+        """See Drafter."""
+
+
 class DrafterFactory:
     """Makes the drafters of one engine."""
 
@@ -175,7 +200,9 @@ class DrafterFactory:
         """A drafter that has read `prompt`."""
         config = self._config
         drafter: Drafter
-        if config.method == "suffix":
+        if config.method == "mtp":
+            drafter = ModelDrafter()
+        elif config.method == "suffix":
             drafter = SuffixDrafter(self._answers, config.suffix_decoding_min_token_prob)
         else:
             drafter = NgramDrafter(config.min_ngram_size, config.max_ngram_size)

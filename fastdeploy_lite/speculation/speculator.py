@@ -8,7 +8,13 @@ from typing import NamedTuple
 
 from fastdeploy_lite.request.messages import DraftCounts
 from fastdeploy_lite.speculation.config import SpeculativeConfig
-from fastdeploy_lite.speculation.drafters import NOTHING, Draft, Drafter, DrafterFactory
+from fastdeploy_lite.speculation.drafters import (
+    NOTHING,
+    Draft,
+    Drafter,
+    DrafterFactory,
+    ModelDrafter,
+)
 from fastdeploy_lite.speculation.rates import HitRates, StepLine
 
 # A guess must be expected to pay this much more than it costs: estimates are noisy, and a guess
@@ -23,6 +29,8 @@ STEPS_BETWEEN_TRIES = 500
 # After so many steps in which no guess paid, guesses are made, and judged, in one of so many only.
 STEPS_UNTIL_REST = 32
 REST_STEPS = 8
+# A draft layer's work is part of every step; so often one goes without, to know what that costs.
+STEPS_BETWEEN_PLAIN = 64
 
 
 class Candidate(NamedTuple):
@@ -54,10 +62,16 @@ class Speculator:
 
     Args:
         config: Method and limits.
+
+    Attributes:
+        num_drafts: Tokens that a draft layer is to guess for each sequence in the step that was
+            last chosen for.
     """
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self.config = config
+        self.num_drafts = 0
+        self._steps = 0
         self._factory = DrafterFactory(config)
         self._memories: dict[str, _Memory] = {}
         self._rates = HitRates()
@@ -95,12 +109,31 @@ class Speculator:
         Returns:
             Guessed tokens by request id; sequences without a guess are left out.
         """
-        # While nothing pays, looking for guesses is the cost that is left.
-        resting = self._steps_without > STEPS_UNTIL_REST and self._steps_without % REST_STEPS
+        chosen = self._choose(candidates, budget)
+        self._steps_without = 0 if chosen else self._steps_without + 1
+        self._steps += 1
+        self.num_drafts = self.config.most_tokens if self._wants_drafts() else 0
+        return chosen
+
+    @property
+    def _is_resting(self) -> bool:
+        """While nothing pays, looking for guesses is the cost that is left."""
+        return self._steps_without > STEPS_UNTIL_REST and self._steps_without % REST_STEPS > 0
+
+    def _wants_drafts(self) -> bool:
+        """Whether a draft layer is to guess in this step, for the next one."""
+        if self.config.method != "mtp":
+            return False
+        if not self.config.adaptive:
+            return True
+        is_known = self._plain.count >= STEPS_TRIED and self._steps % STEPS_BETWEEN_PLAIN
+        return bool(is_known) and not self._is_resting
+
+    def _choose(self, candidates: Sequence[Candidate], budget: int) -> dict[str, list[int]]:
+        resting = self._is_resting
         for candidate in candidates:
-            self._guess(candidate, is_resting=bool(resting))
+            self._guess(candidate, is_resting=resting)
         if resting:
-            self._steps_without += 1
             return {}
         lengths = {c.request_id: self._length(c, len(candidates)) for c in candidates}
         if self.config.adaptive and not self._pays(lengths, len(candidates)):
@@ -113,16 +146,18 @@ class Speculator:
                 continue
             chosen[request_id] = memory.draft.tokens[:length]
             budget -= length
-        self._steps_without = 0 if chosen else self._steps_without + 1
         return chosen
 
-    def note_tokens(self, request_id: str, tokens: Sequence[int], checked: int) -> None:
+    def note_tokens(
+        self, request_id: str, tokens: Sequence[int], checked: int, drafts: Sequence[int] = ()
+    ) -> None:
         """Record what a sequence got in this step, and judge its guess by it.
 
         Args:
             request_id: Of the request.
             tokens: New tokens, in order.
             checked: Guessed tokens that the step computed.
+            drafts: What a draft layer thinks comes next.
         """
         memory = self._memories.get(request_id)
         if memory is None:
@@ -136,6 +171,8 @@ class Speculator:
         if judged and tokens:
             memory.rates.note(memory.draft.matched, hits, hits < min(len(judged), len(tokens)))
         memory.drafter.extend(tokens)
+        if isinstance(memory.drafter, ModelDrafter):
+            memory.drafter.offer(drafts)
         memory.draft = NOTHING
 
     def note_step(self, tokens: int, checked: bool, seconds: float) -> None:
@@ -146,7 +183,10 @@ class Speculator:
             checked: Whether guesses were among them.
             seconds: Of the model.
         """
-        (self._checking if checked else self._plain).note(tokens, seconds)
+        if checked:
+            self._checking.note(tokens, seconds)
+        elif not self.num_drafts:  # guessing is no part of a plain step
+            self._plain.note(tokens, seconds)
 
     # Decisions -----------------------------------------------------------------------------------
 
@@ -170,11 +210,12 @@ class Speculator:
         if memory is None:
             return 0
         available = len(memory.draft.tokens)
-        slope = self._checking.slope
         if not self.config.adaptive:
             return available
-        if slope is None or self._checking.count < STEPS_TRIED:
+        if self._checking.count < STEPS_TRIED:
             return 0
+        # Where all guesses have one length, only the step as a whole has a price: see `_pays`.
+        slope = self._checking.slope or 0.0
         # A token is worth what it costs without guessing; the i-th guess comes true with rate^i.
         worth = self._plain_seconds(count) / count
         least = MARGIN * slope / worth if worth else math.inf

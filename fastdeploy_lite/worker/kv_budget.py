@@ -39,7 +39,7 @@ def bytes_per_block(config: RuntimeConfig, dtype: str) -> int:
     model = config.model
     itemsize = 4 if dtype == "float32" else 2
     per_layer = 2 * model.num_key_value_heads * BLOCK_SIZE * model.head_dim * itemsize
-    return per_layer * model.num_hidden_layers
+    return per_layer * config.num_kv_layers
 
 
 def most_useful_blocks(config: RuntimeConfig) -> int:

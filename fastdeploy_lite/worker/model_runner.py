@@ -17,10 +17,13 @@ import numpy.typing as npt
 import paddle
 
 from fastdeploy_lite import device
+from fastdeploy_lite.checkpoint.host_weights import PermutedWeights
 from fastdeploy_lite.checkpoint.location import rank_numbers, sibling_repository
 from fastdeploy_lite.config import BLOCK_SIZE, RuntimeConfig
 from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder
 from fastdeploy_lite.model_executor import ops, order_probe
+from fastdeploy_lite.model_executor.draft_weights import open_draft
+from fastdeploy_lite.model_executor.drafting import Drafting
 from fastdeploy_lite.model_executor.input_batch import BatchShape, InputBatch
 from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch, KVCache
 from fastdeploy_lite.model_executor.layers.rotary import cos_sin_table
@@ -79,6 +82,7 @@ class ModelRunner:
         self._teacher_caches: list[KVCache] = []
         self._graphs: DecodeGraphs | None = None
         self._decode_batches: dict[int, ForwardBatch] = {}
+        self._drafting: Drafting | None = None
 
     def load_model(self, show_progress: bool = False) -> None:
         """Load all weights and build the step's buffers.
@@ -104,6 +108,9 @@ class ModelRunner:
         with open_source(config, self.place, show_progress) as source:
             self._row_order = source.row_order
             self.model = ModelRegistry.get_class(model)(model, source, cos_sin, self.dtype)
+            is_permuted = isinstance(getattr(source, "weights", None), PermutedWeights)
+        if config.has_draft_model:
+            self._load_draft(config, cos_sin, is_permuted)
         self._inputs = InputBatch(
             limits.max_num_batched_tokens,
             limits.max_num_seqs,
@@ -121,6 +128,19 @@ class ModelRunner:
         )
         as_logits = config.logprobs_mode.endswith("_logits")
         self._prompts = PromptScorer(self.model.logits, self._scratch, as_logits)
+
+    def _load_draft(self, config: RuntimeConfig, cos_sin: Any, is_permuted: bool) -> None:
+        limits = config.scheduler
+        with open_draft(config, self.place, is_permuted) as source:
+            model = config.model.family.draft_class()(self.model, source, cos_sin)
+        self._drafting = Drafting(
+            model,
+            limits.max_num_batched_tokens,
+            limits.max_num_seqs,
+            limits.max_model_len,
+            self.place,
+            self.workspace,
+        )
 
     def _load_by_text(self, undecided: UndecidedRowOrderError, show_progress: bool) -> None:
         """Load in both row orders, and keep the one that reads a text better."""
@@ -224,7 +244,7 @@ class ModelRunner:
         def blocks() -> Any:
             return ops.fix(paddle.empty(shape, dtype=self.dtype, device=self.place))
 
-        return [(blocks(), blocks()) for _ in range(model.num_hidden_layers)]
+        return [(blocks(), blocks()) for _ in range(self.config.num_kv_layers)]
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -247,21 +267,27 @@ class ModelRunner:
                 self._sampling.table.admit(part)
         sampled = [index for index, part in enumerate(slices) if part.sample]
         results = [SliceResult() for _ in slices]
-        if shape.decode_only and len(sampled) == len(slices):
-            logits = self._decode(shape)
-            self._inputs.prepare_next()
+        is_decode = shape.decode_only and len(sampled) == len(slices)
+        if is_decode:
+            hidden, logits = self._decode(shape)
+            if self._drafting is None:  # else the arrays are still needed
+                self._inputs.prepare_next()
         else:
             hidden = self._prefill(shape, slices, sampled)
             self._score_prompts(hidden, slices, results)
-            if not sampled:
-                return results
             count = sum(slices[index].num_rows for index in sampled)
-            logits = self.model.logits(self._sampled_rows(hidden, count), self.workspace)
-        for index, result in zip(
-            sampled, self._sample(logits, [slices[index] for index in sampled]), strict=True
-        ):
-            result.prompt_logprobs = results[index].prompt_logprobs
-            results[index] = result
+            if sampled:
+                logits = self.model.logits(self._sampled_rows(hidden, count), self.workspace)
+        if sampled:
+            found = self._sample(logits, [slices[index] for index in sampled])
+            for index, result in zip(sampled, found, strict=True):
+                result.prompt_logprobs = results[index].prompt_logprobs
+                results[index] = result
+        if self._drafting is not None:
+            batch = self._batch(shape.num_tokens, shape.num_seqs)
+            self._drafting.follow(batch, hidden, slices, results)
+            if is_decode:
+                self._inputs.prepare_next()
         return results
 
     def _sample(self, logits: Any, slices: Sequence[SequenceSlice]) -> list[SliceResult]:
@@ -278,8 +304,10 @@ class ModelRunner:
         ops.gather_rows(logits, rows, out)
         return out
 
-    def _decode(self, shape: BatchShape) -> Any:
-        """One token per sequence, every row sampled: logits [B, V], by graph where there is one."""
+    def _decode(self, shape: BatchShape) -> tuple[Any, Any]:
+        """One token per sequence, every row sampled: hidden states [B, H] and logits [B, V], by
+        graph where there is one.
+        """
         count = shape.num_seqs
         size = None if self._graphs is None else self._graphs.bucket(count)
         if self._graphs is None or size is None:
@@ -287,15 +315,16 @@ class ModelRunner:
             return self._decode_logits(count)
         self._inputs.pad_decode(count, size)
         self._inputs.buffer.upload()
-        logits = self._graphs.run(size, lambda: self._decode_logits(size))
-        return logits[:count]
+        hidden, logits = self._graphs.run(size, lambda: self._decode_logits(size))
+        return hidden[:count], logits[:count]
 
-    def _decode_logits(self, count: int) -> Any:
+    def _decode_logits(self, count: int) -> tuple[Any, Any]:
         batch = self._decode_batches.get(count)
         if batch is None:
             batch = self._decode_batches[count] = self._batch(count, count)
         ops.announce_step(self.place, count)
-        return self.model.logits(self.model(batch), self.workspace)
+        hidden = self.model(batch)
+        return hidden, self.model.logits(hidden, self.workspace)
 
     def _prefill(
         self, shape: BatchShape, slices: Sequence[SequenceSlice], sampled: Sequence[int]
@@ -402,9 +431,11 @@ class ModelRunner:
     def memory_report(self) -> MemoryReport:
         """Return what is held now."""
         weights = self.model.weights()
+        if self._drafting is not None:
+            weights["draft"] = self._drafting.model.weights()
         caches = [*self._kv_caches, *self._teacher_caches]
         blocks = sum(int(keys.shape[0]) for keys, _ in caches)
-        per_layer = self.kv_bytes_per_block // self.config.model.num_hidden_layers
+        per_layer = self.kv_bytes_per_block // self.config.num_kv_layers
         return MemoryReport(
             weights={role: sum(w.nbytes for w in found) for role, found in weights.items()},
             kv_cache=blocks * per_layer,

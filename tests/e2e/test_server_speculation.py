@@ -111,4 +111,7 @@ def test_an_unknown_method_is_named(tmp_path_factory: pytest.TempPathFactory) ->
     server = ServerProcess(folder, "--speculative-config", '{"method": "eagle"}')
     assert server.process.wait(60) != 0
     last = server.stderr_path.read_text().strip().splitlines()[-1]
-    assert "speculative_config.method: found 'eagle', expected one of ngram, suffix, naive" in last
+    assert (
+        "speculative_config.method: found 'eagle', expected one of ngram, suffix, mtp, naive"
+        in last
+    )

@@ -6,12 +6,15 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from draft_layer import write_fitted_layer
 
 from fastdeploy_lite import LLM, SamplingParams
+from fastdeploy_lite.assets import demo_path
 from fastdeploy_lite.engine.request import RequestOutput
 from fastdeploy_lite.engine.sampling_params import GuidedDecodingParams
 
@@ -64,9 +67,19 @@ def plain() -> LLM:
     return load()
 
 
-@pytest.fixture(scope="module", params=["ngram", "suffix"])
+@pytest.fixture(scope="module")
+def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prediction layer for the demo model, right now and then."""
+    return write_fitted_layer(tmp_path_factory.mktemp("layer"), demo_path())
+
+
+@pytest.fixture(scope="module", params=["ngram", "suffix", "mtp"])
 def guessing(request: pytest.FixtureRequest) -> Iterator[LLM]:
-    llm = load(speculative_config={"method": request.param, "adaptive": False})
+    config: dict[str, Any] = {"method": request.param, "adaptive": False}
+    if request.param == "mtp":
+        folder = request.getfixturevalue("layer")
+        config |= {"model": str(folder), "num_speculative_tokens": 3}
+    llm = load(speculative_config=config)
     yield llm
     counts = llm.llm_engine.stats().drafts
     assert counts is not None

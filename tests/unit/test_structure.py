@@ -22,6 +22,7 @@ LAYERS: dict[str, int] = {
     "formats": 0,
     "models": 0,  # what a family says of itself; its model is built higher up
     "models.ernie4_5.model": 5,
+    "models.ernie4_5.draft": 5,
     "envs": 0,
     "plugins": 0,
     "utils": 0,

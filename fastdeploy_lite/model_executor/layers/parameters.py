@@ -46,3 +46,10 @@ class ParameterSource(Protocol):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """End of loading: everything has been asked for, or it failed."""
+
+
+class DraftParameterSource(ParameterSource, Protocol):
+    """Supplier of a draft layer's parameters."""
+
+    def projection(self, key: str) -> tuple[PackedWeight, PackedWeight]:
+        """The halves [H, H] of the matrix [2H, H] that joins a token and a hidden state."""

@@ -45,10 +45,15 @@ class DecoderLayer:
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(
-        self, config: ModelConfig, source: ParameterSource, layer: int, cos_sin: Any
+        self,
+        config: ModelConfig,
+        source: ParameterSource,
+        layer: int,
+        cos_sin: Any,
+        block: str | None = None,
     ) -> None:
-        """Load the parameters of decoder layer `layer`."""
-        prefix, eps = f"ernie.layers.{layer}", config.rms_norm_eps
+        """Load the parameters of decoder layer `layer`, or of a dense block of another name."""
+        prefix, eps = block or f"ernie.layers.{layer}", config.rms_norm_eps
         self.input_norm = RMSNorm(source.vector(f"{prefix}.input_layernorm.weight"), eps)
         self.attention = Attention(
             layer,
@@ -61,7 +66,7 @@ class DecoderLayer:
             source.vector(f"{prefix}.post_attention_layernorm.weight"), eps
         )
         self.mlp: MoE | GatedMLP
-        if config.is_moe_layer(layer):
+        if block is None and config.is_moe_layer(layer):
             self.mlp = mixture(config, source, layer)
         else:
             self.mlp = gated_mlp(source, f"{prefix}.mlp")

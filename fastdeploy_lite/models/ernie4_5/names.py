@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastdeploy_lite.models.ernie4_5.config import read_config
@@ -12,6 +13,7 @@ from fastdeploy_lite.models.linear import Linear
 from fastdeploy_lite.models.sharding import Shard
 from fastdeploy_lite.utils.json_fields import JsonFields
 
+DRAFT_BLOCK = "ernie.mtp_block.0"
 _PADDLE, _HUGGING_FACE = "ernie.", "model."
 _LAYER = re.compile(r"ernie\.layers\.(\d+)\.")
 _TURNED = re.compile(r"(layers|mtp_block)\.\d+\.(self_attn|mlp)\..*\.weight")
@@ -27,6 +29,7 @@ class Ernie45(ModelFamily):
     embedding_key = "ernie.embed_tokens.weight"
     head_key = "lm_head.weight"
     model = "fastdeploy_lite.models.ernie4_5.model:Ernie4_5_MoeForCausalLM"
+    draft_model = "fastdeploy_lite.models.ernie4_5.draft:Ernie4_5_MTP"
 
     def read_config(self, fields: JsonFields) -> ModelConfig:
         """See ModelFamily."""
@@ -49,6 +52,14 @@ class Ernie45(ModelFamily):
             if config.shared_intermediate_size:
                 width = config.shared_intermediate_size
                 yield from shard.mlp(f"{prefix}.shared_experts", layer, width, config.linear_kind)
+
+    def draft_linears(self, config: ModelConfig) -> Iterator[Linear]:
+        """See ModelFamily: a block with a dense MLP, never quantised."""
+        shard, prefix, layer = Shard(config), DRAFT_BLOCK, config.num_hidden_layers
+        attention = f"{prefix}.self_attn"
+        mlp = shard.mlp(f"{prefix}.mlp", layer, config.intermediate_size, "dense")
+        for linear in (shard.qkv(attention, layer), shard.o_proj(attention, layer), *mlp):
+            yield replace(linear, kind="dense")
 
     def plain_tensors(self, config: ModelConfig, vocab_size: int) -> Iterator[PlainTensor]:
         """See ModelFamily."""

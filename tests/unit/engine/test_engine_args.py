@@ -318,8 +318,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"graph_optimization_config": {"cudagraph_capture_sizes": []}}, "cudagraph_capture_sizes"),
     ({"graph_optimization_config": "[1]"}, "expected a JSON object"),
     (
-        {"speculative_config": {"method": "mtp"}},
-        "speculative_config.method: found 'mtp', expected one of ngram, suffix, naive",
+        {"speculative_config": {"method": "eagle"}},
+        "speculative_config.method: found 'eagle', expected one of ngram, suffix, mtp, naive",
     ),
     ({"splitwise_role": "prefill"}, "splitwise_role 'prefill' is not available"),
     ({"data_parallel_size": 2}, "data_parallel_size must be 1, got 2"),

@@ -90,7 +90,7 @@ def test_the_memory_of_answers_is_bounded(answers: list[list[int]], most: int) -
     ("values", "message"),
     [
         ({}, "needs a method"),
-        ({"method": "magic"}, "method: found 'magic', expected one of ngram, suffix, naive"),
+        ({"method": "magic"}, "found 'magic', expected one of ngram, suffix, mtp, naive"),
         ({"method": "ngram", "num_speculative_tokens": 0}, "found 0, expected an integer from 1"),
         ({"method": "ngram", "num_speculative_tokens": 33}, "from 1 to 32"),
         ({"method": "ngram", "num_speculative_tokens": True}, "found True"),

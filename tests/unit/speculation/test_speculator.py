@@ -144,3 +144,62 @@ def test_the_line_is_found_through_noise_and_interruptions() -> None:
         line.note(tokens, 50.0 if rng.random() < 0.01 else seconds)
     assert line.slope == pytest.approx(0.5, rel=0.2)
     assert line.seconds(5) == pytest.approx(4.5, rel=0.1)
+
+
+def run_layer(
+    right: float, drafting: float, *, most: int = 3, tokens: int = 4000, adaptive: bool = True
+) -> float:
+    """Simulate a prediction layer whose guesses are right so often, and whose work on them takes
+    that share of a step; return the time by plain decoding over the time with it."""
+    config = SpeculativeConfig("mtp", num_speculative_tokens=most, adaptive=adaptive)
+    speculator, rng = Speculator(config), random.Random(4)
+    speculator.start("a", [1, 2, 3])
+    spent, written = 0.0, 0
+    while written < tokens:
+        guess = speculator.choose([Candidate("a", 100)], 512).get("a", [])
+        asked = speculator.num_drafts
+        seconds = 1.0 + 0.05 * len(guess) + (drafting if asked else 0.0)
+        seconds *= rng.uniform(0.9, 1.1)
+        speculator.note_step(1 + len(guess), bool(guess), seconds)
+        spent += seconds
+        truth = range(written, written + len(guess) + 1)  # each token is its place in the text
+        hits = next((i for i, g in enumerate(guess) if g != truth[i]), len(guess))
+        written += hits + 1
+        drafts = [written + i if rng.random() < right else -1 for i in range(asked)]
+        speculator.note_tokens("a", list(truth[: hits + 1]), len(guess), drafts)
+    return written / spent
+
+
+def test_a_layer_that_is_right_pays() -> None:
+    assert run_layer(0.9, 0.05, adaptive=False) > 2.2
+    assert run_layer(0.8, 0.05, most=1, adaptive=False) > 1.5
+    assert run_layer(0.9, 0.05) > 2.0
+    assert run_layer(0.7, 0.1, most=1) > 1.3
+
+
+def test_a_layer_that_is_wrong_is_left_alone() -> None:
+    """Its work is part of each step that it guesses in, so it has to be asked less and less."""
+    assert run_layer(0.0, 0.5, adaptive=False) < 0.65
+    assert run_layer(0.0, 0.2) > 0.97
+    assert run_layer(0.0, 0.02) > 0.97
+    assert run_layer(0.0, 0.5) > 0.93
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+def test_other_methods_ask_no_layer(method: str) -> None:
+    speculator = Speculator(SpeculativeConfig(method, adaptive=False))
+    speculator.start("a", [1, 2, 3])
+    for _ in range(50):
+        speculator.choose([Candidate("a", 100)], 512)
+        assert speculator.num_drafts == 0
+        speculator.note_step(1, False, 1.0)
+        speculator.note_tokens("a", [5], 0)
+
+
+def test_guesses_for_other_tokens_are_forgotten() -> None:
+    speculator = Speculator(SpeculativeConfig("mtp", num_speculative_tokens=4, adaptive=False))
+    speculator.start("a", [1, 2, 3])
+    speculator.note_tokens("a", [4], 0, [5, 6, 7])
+    assert speculator.choose([Candidate("a", 2)], 512) == {"a": [5, 6]}
+    speculator.note_tokens("a", [5, 6, 9], 2)  # the layer said nothing more
+    assert speculator.choose([Candidate("a", 100)], 512) == {}
