@@ -53,6 +53,7 @@ LAYERS: dict[str, int] = {
     "metrics": 8,
     "engine": 9,
     "entrypoints": 10,
+    "__main__": 10,
 }
 NUMPY_ONLY = (
     "checkpoint",

@@ -6,6 +6,11 @@ imported, so that `--help` is quick and `tokenizer` needs no model framework.
 
 from __future__ import annotations
 
+from fastdeploy_lite.utils.interrupts import end_on_interrupt, quiet_interrupts
+
+if __name__ == "__main__":
+    end_on_interrupt()  # before the imports that take time
+
 import argparse
 import importlib
 import sys
@@ -15,7 +20,6 @@ from types import ModuleType
 import fastdeploy_lite
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import FastDeployError, explain
-from fastdeploy_lite.utils.interrupts import quiet_interrupts
 from fastdeploy_lite.utils.logging import init_console_logging
 from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
 
@@ -45,12 +49,14 @@ BENCHMARKS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the console script.
+    """Run and end the process.
 
     Args:
         argv: Arguments; None takes the process's.
     """
-    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    status = run(list(sys.argv[1:] if argv is None else argv))
+    end_on_interrupt()  # nothing is left to tell anybody
+    sys.exit(status)
 
 
 def run(arguments: list[str]) -> int:
@@ -96,15 +102,8 @@ def _run_module(name: str, module_name: str, arguments: list[str]) -> Callable[[
 
 
 def _run_parsed(name: str, module: ModuleType, arguments: list[str]) -> int:
-    parser = FlexibleArgumentParser(prog=f"{PROGRAM} {name}", description=module.__doc__)
-    module.add_arguments(parser)
-    keyword = next((a[len("--help=") :] for a in arguments if a.startswith("--help=")), None)
-    if keyword is not None:
-        print(filtered_help(parser, keyword))
-        return 0
-    init_console_logging()
     try:
-        return int(module.run(parser.parse_args(arguments)) or 0)
+        return _parse_and_run(name, module, arguments)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of a pipe had enough
@@ -113,6 +112,17 @@ def _run_parsed(name: str, module: ModuleType, arguments: list[str]) -> int:
     except (FastDeployError, OSError) as error:
         print(f"{PROGRAM} {name}: {explain(error)}", file=sys.stderr)
         return 1
+
+
+def _parse_and_run(name: str, module: ModuleType, arguments: list[str]) -> int:
+    parser = FlexibleArgumentParser(prog=f"{PROGRAM} {name}", description=module.__doc__)
+    module.add_arguments(parser)
+    keyword = next((a[len("--help=") :] for a in arguments if a.startswith("--help=")), None)
+    if keyword is not None:
+        print(filtered_help(parser, keyword))
+        return 0
+    init_console_logging()
+    return int(module.run(parser.parse_args(arguments)) or 0)
 
 
 def filtered_help(parser: argparse.ArgumentParser, keyword: str) -> str:

@@ -6,6 +6,11 @@ This process never imports Paddle: the model lives in the engine's process.
 
 from __future__ import annotations
 
+from fastdeploy_lite.utils.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()  # before the imports that take time
+
 import argparse
 import asyncio
 import contextlib
@@ -96,6 +101,7 @@ class ApiServer:
         self._servers: list[tuple[_Server, socket.socket]] = []
         self._connections = Connections(connection_limit())
         self._stopping = asyncio.Event()
+        self._stopped_by: signal.Signals | None = None
         self._exit_code = 0
         self._tracer: Tracer | None = None
         self._service: Service
@@ -113,7 +119,7 @@ class ApiServer:
         sockets = self._reserve_ports()
         self._tracer = start_tracing()
         try:
-            with _stop_on_signals(self._stopping):
+            with _stop_on_signals(self._stop):
                 await self.start_engine()
                 self._create_servers(sockets)
                 return await self._serve()
@@ -122,6 +128,13 @@ class ApiServer:
                 bound.close()
             if self._tracer is not None:
                 self._tracer.close()
+
+    def _stop(self, number: signal.Signals) -> None:
+        """A first signal stops in good order, a second one at once."""
+        if self._stopping.is_set():
+            os._exit(130)
+        self._stopped_by = number
+        self._stopping.set()
 
     def _reserve_ports(self) -> dict[str, socket.socket]:
         http = self._http
@@ -182,6 +195,8 @@ class ApiServer:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             await client.shutdown()
+            if self._stopped_by is signal.SIGINT:
+                raise KeyboardInterrupt
             raise ConfigError("Stopped by a signal while the model was loading")
         starting.result()
         self._announce(config, time.monotonic() - started)
@@ -351,17 +366,11 @@ class ApiServer:
 
 
 @contextlib.contextmanager
-def _stop_on_signals(event: asyncio.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT set the event; a second one ends the process at once."""
+def _stop_on_signals(stop: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT call `stop`."""
     loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        if event.is_set():
-            os._exit(130)
-        event.set()
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     try:
         yield
     finally:
@@ -444,7 +453,9 @@ def main() -> None:
     """Entry point of `python -m`."""
     parser = FlexibleArgumentParser(prog="fastdeploy_lite.entrypoints.openai.api_server")
     add_arguments(parser)
-    sys.exit(serve(parser.parse_args()))
+    status = serve(parser.parse_args())
+    end_on_interrupt()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

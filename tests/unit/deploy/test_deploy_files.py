@@ -297,6 +297,10 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     assert not [line for line in done.stderr.splitlines() if "fastdeploy-lite" in line]
 
 
+def test_the_script_of_the_wheels_can_be_read() -> None:
+    subprocess.run(["bash", "-n", DEPLOY / "build_wheels.sh"], check=True)
+
+
 def test_what_the_comments_tell_to_run_exists() -> None:
     """Paths of the repository in comments, and flags and variables of the program."""
     texts = [p.read_text(encoding="utf-8") for p in DEPLOY.rglob("*") if p.is_file()]
