@@ -180,6 +180,72 @@ class RankFolders(HostWeights):
         ]
 
 
+class PartOfFolder(HostWeights):
+    """A rank's share of a folder that was cut for fewer ranks."""
+
+    def __init__(self, folder: Checkpoint, size: int, rank: int) -> None:
+        """Args: folder: of the rank that holds what `rank` of `size` needs, verified."""
+        self.folder = FileWeights(folder)
+        self.config, self.source = folder.config, folder.source
+        own = self.config.family.linears(self.config, size, rank)
+        self.linears = {linear.module: linear for linear in own}
+        self._share = size // folder.tensor_parallel_size
+        self._index = rank % self._share
+        self.nbytes = self.folder.nbytes // self._share
+
+    def kind(self, linear: Linear) -> WeightKind:
+        """See HostWeights."""
+        return self.folder.kind(self.folder.linears[linear.module])
+
+    def parts(self, linear: Linear) -> list[Arrays]:
+        """See HostWeights."""
+        held = self.folder.linears[linear.module]
+        format_ = formats.get(self.kind(linear))
+        (arrays,) = self.folder.parts(held)
+        if linear.is_row_split:
+            start, stop = (at - held.row_range[0] for at in linear.row_range)
+            return [format_.slice_rows(arrays, start, stop)]
+        ranges, at = [], 0
+        for (start, stop), (first, last) in zip(
+            linear.column_ranges, held.column_ranges, strict=True
+        ):
+            ranges.append((at + start - first, at + stop - first))
+            at += last - first
+        return [format_.slice_columns(arrays, ranges)]
+
+    def stretches(self, linear: Linear) -> list[Arrays]:
+        """See HostWeights."""
+        return self.parts(linear)
+
+    def vector(self, key: str, size: int) -> Floats:
+        """See HostWeights."""
+        return self.folder.vector(key, size)
+
+    def router(self, layer: int) -> tuple[Floats, Floats | None]:
+        """See HostWeights."""
+        return self.folder.router(layer)
+
+    def embedding(self) -> Array:
+        """See HostWeights."""
+        return self._rows(self.folder.embedding())
+
+    def head(self) -> tuple[Array, bool] | None:
+        """See HostWeights."""
+        found = self.folder.head()
+        if found is None:
+            return None
+        table, transposed = found
+        return self._rows(table if transposed else table.T), True
+
+    def release(self) -> None:
+        """See HostWeights."""
+        self.folder.release()
+
+    def _rows(self, table: Array) -> Array:
+        count = len(table) // self._share
+        return table[self._index * count : (self._index + 1) * count]
+
+
 class PermutedWeights(HostWeights):
     """A model with permuted 2-bit rows as an equal model of permuted channels.
 

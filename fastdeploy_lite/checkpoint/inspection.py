@@ -155,7 +155,9 @@ def _describe_files(found: Inspection, folders: list[Checkpoint]) -> None:
     found.remarks += [line for one in folders for line in inventory.contradictions(one)]
     if found.rank_folders > 1:
         found.tensor_parallel_sizes = [
-            size for size in found.tensor_parallel_sizes if found.rank_folders % size == 0
+            size
+            for size in found.tensor_parallel_sizes
+            if found.rank_folders % size == 0 or size % found.rank_folders == 0
         ]
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -193,9 +193,13 @@ def read_linear(checkpoint: Checkpoint, linear: Linear) -> LinearArrays:
     kind = resolve_kind(checkpoint, linear)
     expected = list(expected_linear_tensors(checkpoint, in_file, kind))
     if kind == "dense":
-        arrays: Arrays = {"weight": _fuse([_fetch(checkpoint, e, finite=True) for e in expected])}
-    else:
-        arrays = {e.name: _quantized_array(_fetch(checkpoint, e)) for e in expected}
+        tensors = [_fetch(checkpoint, e) for e in expected]
+        if in_file is not linear:
+            tensors = _cut_dense(tensors, linear)
+        for tensor in tensors:
+            check_finite(tensor)
+        return LinearArrays(kind, {"weight": _fuse(tensors)})
+    arrays: Arrays = {e.name: _quantized_array(_fetch(checkpoint, e)) for e in expected}
     _check_values(checkpoint, linear.module, kind, arrays)
     if in_file is not linear:
         arrays = _cut(kind, arrays, linear)
@@ -329,9 +333,26 @@ def _check_values(checkpoint: Checkpoint, module: str, kind: WeightKind, arrays:
         raise CheckpointError(f"{checkpoint.source}: {module}.{error}") from None
 
 
+def _cut_dense(tensors: list[HostTensor], linear: Linear) -> list[HostTensor]:
+    """Cut whole bf16 tensors before anything reads them: other ranks' pages stay in the file."""
+    if linear.is_row_split:
+        rows = slice(*linear.row_range)
+        return [replace(tensor, data=tensor.data[rows]) for tensor in tensors]
+    if len(tensors) == 1:
+        return [
+            replace(tensors[0], data=tensors[0].data[:, start:stop])
+            for start, stop in linear.column_ranges
+        ]
+    starts = (0, *accumulate(linear.segments))
+    return [
+        replace(tensor, data=tensor.data[:, start - at : stop - at])
+        for tensor, at, (start, stop) in zip(tensors, starts, linear.column_ranges, strict=False)
+    ]
+
+
 def _cut(kind: WeightKind, arrays: Arrays, linear: Linear) -> Arrays:
     format_ = formats.get(kind)
-    if linear.role in ("o_proj", "down_proj"):
+    if linear.is_row_split:
         return format_.slice_rows(arrays, *linear.row_range)
     return format_.slice_columns(arrays, linear.column_ranges)
 

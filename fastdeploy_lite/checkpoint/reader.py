@@ -172,11 +172,17 @@ def open_folders(
 ) -> list[Checkpoint]:
     """Open model folder `path` for `rank` of `tensor_parallel_size`, also if it has more ranks.
 
-    Returns one checkpoint, or those of the rank folders that together hold what this rank needs:
-    a folder for four ranks serves one, two or four. Raises as `Checkpoint.open`.
+    Returns one checkpoint, or those of the rank folders that together hold what this rank needs: a
+    folder for four ranks serves one, two or four. For eight, each of its folders serves two ranks:
+    the checkpoint then says the size that it was cut for. Raises as `Checkpoint.open`.
     """
     root = Path(path)
     count = len(rank_numbers(root)) if root.is_dir() else 0
+    if count > 1 and tensor_parallel_size > count and tensor_parallel_size % count == 0:
+        share = tensor_parallel_size // count
+        folders = [Checkpoint.open(root, count, rank // share, config_name)]
+        _check_number(root, folders[0], count)
+        return folders
     if count < 2 or count == tensor_parallel_size or count % tensor_parallel_size:
         return [Checkpoint.open(root, tensor_parallel_size, rank, config_name)]
     share = count // tensor_parallel_size
@@ -199,7 +205,7 @@ def _check_number(root: Path, folder: Checkpoint, count: int) -> None:
             f" of {config.vocab_size} embeddings), expected rank0 to rank{made_for - 1}; download"
             " the others"
         )
-    reason = obstacle(config, count)
+    reason = obstacle(config, count, for_files=True)
     if reason is not None:
         raise CheckpointError(
             f"{root}: found {count} rank folders, which a model of these sizes cannot have:"

@@ -33,6 +33,7 @@ from fastdeploy_lite.request.messages import (
     ToCore,
 )
 from fastdeploy_lite.utils.errors import RequestError, one_line
+from fastdeploy_lite.utils.processes import STOPPED_SECONDS, state_of
 
 IDLE_SILENCE_SECONDS = 5.0  # ten times the interval at which an idle core reports
 STEP_SILENCE_SECONDS = 300.0  # the longest step that is believed: a full prefill on a slow CPU
@@ -92,7 +93,8 @@ class AsyncEngineClient:
         assert self._process.stdin is not None
         start = StartLine(self._directory, self._args.to_dict())
         self._process.stdin.write(msgspec.json.encode(start) + b"\n")
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+        work = (self._read(), self._watch(), self._watch_for_a_stop())
+        self._tasks = [asyncio.create_task(task) for task in work]
         try:
             await self._ready_event.wait()
         except BaseException:
@@ -294,6 +296,22 @@ class AsyncEngineClient:
         # Its last words may still be in the socket, and say more than an exit status.
         await asyncio.sleep(0.2)
         self._die(f"the engine process ended {_exit_text(code)}")
+
+    async def _watch_for_a_stop(self) -> None:
+        """End a process that a signal has stopped: it would be silent for ever."""
+        assert self._process is not None
+        since: float | None = None
+        while self._process.returncode is None:
+            await asyncio.sleep(STOPPED_SECONDS / 6)
+            if state_of(self._process.pid)[0] != "T":
+                since = None
+                continue
+            since = since or time.monotonic()
+            if time.monotonic() - since > STOPPED_SECONDS:
+                self._die("the engine process is stopped (SIGSTOP)")
+                with suppress(ProcessLookupError):
+                    self._process.kill()
+                return
 
     def _die(self, reason: str) -> None:
         if self._dead is not None:

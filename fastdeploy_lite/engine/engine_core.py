@@ -631,11 +631,11 @@ def create_core(config: RuntimeConfig, tokenizer: Ernie4_5Tokenizer) -> tuple[En
     Raises:
         FastDeployError: Model, configuration or memory do not allow it; one line says why.
     """
-    # Only the process that computes pays for importing the framework.
-    from fastdeploy_lite.executor.inline import InlineExecutor  # noqa: PLC0415
-
-    executor = InlineExecutor(config)
-    num_blocks = executor.load(show_progress=True)
+    executor = _create_executor(config)
+    try:
+        num_blocks = executor.load(show_progress=True)
+    except ExecutorDeadError as error:
+        raise EngineDeadError(str(error)) from error
     core = EngineCore(config, executor, tokenizer, num_blocks)
     report = executor.report()
     return core, Ready(
@@ -646,6 +646,17 @@ def create_core(config: RuntimeConfig, tokenizer: Ernie4_5Tokenizer) -> tuple[En
         bits_per_expert_weight=report.bits_per_expert_weight,
         row_order=report.row_order,
     )
+
+
+def _create_executor(config: RuntimeConfig) -> Executor:
+    # Only the process that computes pays for importing the framework.
+    if config.parallel.tensor_parallel_size == 1:
+        from fastdeploy_lite.executor.inline import InlineExecutor  # noqa: PLC0415
+
+        return InlineExecutor(config)
+    from fastdeploy_lite.executor.processes import ProcessesExecutor  # noqa: PLC0415
+
+    return ProcessesExecutor(config)
 
 
 def _fits_the_runner(request: EngineRequest, vocab_size: int) -> bool:

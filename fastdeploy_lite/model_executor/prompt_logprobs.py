@@ -24,9 +24,15 @@ class PromptScorer:
     """Scores the prompt tokens of a slice from its hidden states."""
 
     def __init__(
-        self, head: Callable[[Any, Workspace], Any], workspace: Workspace, as_logits: bool
+        self,
+        head: Callable[[Any, Workspace], Any],
+        workspace: Workspace,
+        as_logits: bool,
+        keeps: bool = True,
     ) -> None:
-        """Args: head: hidden [R, H] -> logits [R, V]; as_logits: report logits themselves."""
+        """Args: head: hidden [R, H] -> logits [R, V]; as_logits: report logits themselves;
+        keeps: False where a rank only computes its share of another's logits."""
+        self.keeps = keeps
         self.head = head
         self.workspace = workspace
         self.as_logits = as_logits
@@ -47,7 +53,8 @@ class PromptScorer:
             row = first_row + begin - part.start
             targets = np.asarray(prompt[begin + 1 : end + 1], np.int32)
             logits = self.head(hidden[row : row + end - begin], self.workspace)
-            entries += self._entries(logits, targets, part.sampling.prompt_logprobs or 0)
+            if self.keeps:
+                entries += self._entries(logits, targets, part.sampling.prompt_logprobs or 0)
         return entries
 
     def _entries(

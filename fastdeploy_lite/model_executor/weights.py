@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from fastdeploy_lite.checkpoint import Checkpoint, inventory, row_order
 from fastdeploy_lite.checkpoint.host_weights import (
     FileWeights,
     HostWeights,
+    PartOfFolder,
     PermutedWeights,
     RankFolders,
     check_same_kinds,
@@ -57,8 +58,13 @@ class UndecidedRowOrderError(CheckpointError):
     """The weights of 2-bit experts do not say in which order their rows are stored."""
 
 
-def open_source(config: RuntimeConfig, place: Any, show_progress: bool) -> ParameterSource:
-    """Return where the parameters of `config` come from.
+def open_source(
+    config: RuntimeConfig,
+    place: Any,
+    show_progress: bool,
+    check: Callable[[], None] | None = None,
+) -> ParameterSource:
+    """Return where the parameters of `config` come from; `check` is called before each matrix.
 
     Raises:
         ConfigError, CheckpointError: the checkpoint does not fit the configuration; everything
@@ -69,18 +75,20 @@ def open_source(config: RuntimeConfig, place: Any, show_progress: bool) -> Param
     if config.load.load_choices == "dummy":
         check_tensor_parallel(config.model, parallel.tensor_parallel_size)
         source = DummySource(config, place)
-        if place.is_cpu_place():
-            check_memory(source.nbytes)
+        if place.is_cpu_place() and parallel.rank == 0:
+            check_memory(source.nbytes * parallel.tensor_parallel_size)
         return source
     weights, decision = open_weights(config)
-    if place.is_cpu_place():
-        check_memory(_kept_nbytes(weights, config.model))
+    if place.is_cpu_place() and parallel.rank == 0:
+        check_memory(_kept_nbytes(weights, config.model, parallel.tensor_parallel_size))
     if decision.order == "permuted":
         weights = PermutedWeights(weights)
     if config.model.quantizes_on_load:
-        return QuantizingSource(weights, config.model, place, show_progress)
-    files = CheckpointSource(weights, place, show_progress)
-    files.row_order = decision.describe()
+        files: CheckpointSource = QuantizingSource(weights, config.model, place, show_progress)
+    else:
+        files = CheckpointSource(weights, place, show_progress)
+        files.row_order = decision.describe()
+    files.check = check
     return files
 
 
@@ -100,7 +108,7 @@ def open_weights(config: RuntimeConfig) -> tuple[HostWeights, Decision]:
     for folder in folders:
         inventory.verify(folder)
     check_same_kinds(folders)
-    decision = row_order.decide(folders[0], config.load.row_order)
+    decision = row_order.decide(_deciding_folder(config, folders[0]), config.load.row_order)
     if decision.order is None:
         raise UndecidedRowOrderError(
             f"{folders[0].source}: the row order of the 2-bit experts cannot be told:"
@@ -110,10 +118,23 @@ def open_weights(config: RuntimeConfig) -> tuple[HostWeights, Decision]:
         log.info("2-bit rows: %s", decision.describe())
     if decision.warning:
         log.warning("%s: %s", folders[0].source, decision.warning)
+    if len(folders) == 1 and folders[0].tensor_parallel_size < parallel.tensor_parallel_size:
+        part = PartOfFolder(folders[0], parallel.tensor_parallel_size, parallel.rank)
+        return part, decision
     if len(folders) == 1:
         return FileWeights(folders[0]), decision
     ranks = RankFolders(folders, parallel.tensor_parallel_size, parallel.rank)
     return ranks, decision
+
+
+def _deciding_folder(config: RuntimeConfig, own: Checkpoint) -> Checkpoint:
+    """The same checkpoint for every rank and every size, since all must decide alike."""
+    parallel, name = config.parallel, Path(config.model.source).name
+    if parallel.tensor_parallel_size == 1:
+        return own
+    if own.is_presharded:
+        return Checkpoint.open(config.model_path, own.tensor_parallel_size, 0, name)
+    return Checkpoint.open(config.model_path, config_name=name)
 
 
 def check_memory(needed: int) -> None:
@@ -126,23 +147,27 @@ def check_memory(needed: int) -> None:
         )
 
 
-def _kept_nbytes(weights: HostWeights, model: ModelConfig) -> int:
-    """Bytes of the weights as they are kept: those of the files, or of what is made of them."""
+def _kept_nbytes(weights: HostWeights, model: ModelConfig, ranks: int) -> int:
+    """Bytes of the weights as all ranks of this host keep them: those of the files, or of what is
+    made of them."""
+    is_whole = isinstance(weights, FileWeights) and not weights.checkpoint.is_presharded
+    copies = 1 if is_whole else ranks
     if not model.quantizes_on_load:
-        return weights.nbytes
+        return weights.nbytes * copies
     wanted = {linear.module: linear.kind for linear in model_linears(model)}
     made = bf16 = 0
-    for linear in weights.linears.values():
+    for linear in model_linears(model) if is_whole else weights.linears.values():
         rows, columns = linear.in_features, linear.out_features
         made += formats.get(wanted[linear.module]).nbytes(rows, columns)
         bf16 += formats.get("dense").nbytes(rows, columns)
-    return max(weights.nbytes - bf16, 0) + made
+    return (max(weights.nbytes - bf16, 0) + made) * copies
 
 
 class CheckpointSource:
     """Parameters of one rank of a checkpoint whose headers have been verified."""
 
     row_order = ""
+    check: Callable[[], None] | None = None
 
     def __init__(
         self, checkpoint: Checkpoint | HostWeights, place: Any, show_progress: bool = False
@@ -183,12 +208,14 @@ class CheckpointSource:
         packed = [self._pack(linear, [(None, arrays)]) for arrays in parts]
         return packed[0] if len(packed) == 1 else SegmentedWeight(tuple(packed))
 
-    def experts(self, layer: int, name: str) -> Weight:
+    def experts(self, layer: int, name: str) -> Weight | None:
         """See ParameterSource.
 
         A down projection that ranks keep apart needs gate and up in the same parts.
         """
         linears = [self._linears[module] for module in self._expert_modules(layer, name)]
+        if not linears[0].in_features * linears[0].out_features:
+            return None
         if self._stays_apart(layer):
             return self._segments(linears)
         stream = ((i, self._only_part(linear)) for i, linear in enumerate(linears))
@@ -269,6 +296,8 @@ class CheckpointSource:
     def _fill(
         self, weight: PackedWeight, expert: int | None, linear: Linear, found: Arrays
     ) -> None:
+        if self.check is not None:
+            self.check()
         try:
             arrays = formats.get(self._kind(linear)).for_kernel(self._converted(linear, found))
             ops.fill_weight(weight, expert, **arrays)
@@ -390,10 +419,12 @@ class DummySource:
         linear = self._linears[module]
         return self._random(module, linear.kind, linear.in_features, linear.out_features)
 
-    def experts(self, layer: int, name: str) -> PackedWeight:
+    def experts(self, layer: int, name: str) -> PackedWeight | None:
         """See ParameterSource."""
         first = self._linears[self.config.family.expert_module(layer, 0, name)]
         sizes = (first.in_features, first.out_features)
+        if not sizes[0] * sizes[1]:
+            return None
         return self._random(first.module, first.kind, *sizes, self.config.moe_num_experts)
 
     def embedding(self) -> PackedWeight:

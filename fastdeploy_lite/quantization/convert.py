@@ -133,7 +133,7 @@ def quantize_checkpoint(
     config = target_config(ranks[0].config, scheme, w4_end_layer, row_order)
     verify(ranks[0])
     if tensor_parallel_size > 1:
-        check_tensor_parallel(config, tensor_parallel_size)
+        check_tensor_parallel(config, tensor_parallel_size, for_files=True)
     check_sizes(model_linears(config), config.source)
     output = Path(output_dir)
     prepare_output(Path(model_dir), output, force)

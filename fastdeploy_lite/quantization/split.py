@@ -19,6 +19,7 @@ from fastdeploy_lite.checkpoint.inventory import (
     read_lm_head,
     verify,
 )
+from fastdeploy_lite.checkpoint.linears import check_tensor_parallel
 from fastdeploy_lite.checkpoint.tensor import DTYPES
 from fastdeploy_lite.checkpoint.writer import write_json
 from fastdeploy_lite.quantization.convert import copy_companions, prepare_output
@@ -49,6 +50,7 @@ def split_checkpoint(
         raise ConfigError(
             f"{model_dir}: these are folders of ranks already, expected a whole model"
         )
+    check_tensor_parallel(ranks[0].config, size, for_files=True)
     verify(ranks[0])
     prepare_output(Path(model_dir), output, force)
     for checkpoint in ranks:

@@ -35,11 +35,16 @@ class MemoryReport:
 
 
 def bytes_per_block(config: RuntimeConfig, dtype: str) -> int:
-    """Return the bytes of one block of 64 tokens over all layers, keys and values."""
+    """Return a rank's bytes of one block of 64 tokens over all layers, keys and values."""
     model = config.model
     itemsize = 4 if dtype == "float32" else 2
-    per_layer = 2 * model.num_key_value_heads * BLOCK_SIZE * model.head_dim * itemsize
+    per_layer = 2 * local_kv_heads(config) * BLOCK_SIZE * model.head_dim * itemsize
     return per_layer * config.num_kv_layers
+
+
+def local_kv_heads(config: RuntimeConfig) -> int:
+    """Return how many KV heads a rank holds; ranks share heads that are fewer than they are."""
+    return max(1, config.model.num_key_value_heads // config.parallel.tensor_parallel_size)
 
 
 def most_useful_blocks(config: RuntimeConfig) -> int:

@@ -18,8 +18,8 @@ import paddle
 
 from fastdeploy_lite import device
 from fastdeploy_lite.checkpoint.host_weights import PermutedWeights
-from fastdeploy_lite.checkpoint.location import rank_numbers, sibling_repository
 from fastdeploy_lite.config import BLOCK_SIZE, RuntimeConfig
+from fastdeploy_lite.distributed.communicator import Communicator
 from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder
 from fastdeploy_lite.model_executor import ops, order_probe
 from fastdeploy_lite.model_executor.draft_weights import open_draft
@@ -62,14 +62,25 @@ class ModelRunner:
     Call `load_model`, `profile_num_blocks`, `allocate_kv_cache`, then `execute` per step.
     """
 
-    def __init__(self, config: RuntimeConfig) -> None:
+    def __init__(self, config: RuntimeConfig, communicator: Communicator | None = None) -> None:
         """Choose the device; nothing is loaded yet.
+
+        Args:
+            config: its `parallel` says which rank this is.
+            communicator: to the other ranks, None where there are none.
 
         Raises:
             ConfigError: the device or the tensor-parallel degree cannot be had.
         """
-        _refuse_tensor_parallelism(config)
+        if communicator is None and config.parallel.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size {config.parallel.tensor_parallel_size}: this command runs a"
+                " model in one process: set it to 1"
+            )
         self.config = config
+        self.communicator = communicator
+        # Tokens are sampled by the first rank alone; the others are told with the next step.
+        self._samples = config.parallel.rank == 0
         self.place = device.activate(config.parallel.rank, config.device)
         self.dtype = device.activation_dtype(self.place)
         self.workspace = Workspace(self.place)
@@ -81,19 +92,24 @@ class ModelRunner:
         self._kv_caches: list[KVCache] = []
         self._teacher_caches: list[KVCache] = []
         self._graphs: DecodeGraphs | None = None
+        self._check_loading: Callable[[], None] | None = None
         self._decode_batches: dict[int, ForwardBatch] = {}
         self._drafting: Drafting | None = None
 
-    def load_model(self, show_progress: bool = False) -> None:
+    def load_model(
+        self, show_progress: bool = False, check: Callable[[], None] | None = None
+    ) -> None:
         """Load all weights and build the step's buffers.
 
         Args:
             show_progress: draw bars of bytes and of layers on stderr.
+            check: called before each matrix; what it raises ends the loading.
 
         Raises:
             CheckpointError, ConfigError, FastDeployError: one line naming file and key, or memory.
         """
         started = time.perf_counter()
+        self._check_loading = check
         try:
             self._load(self.config, show_progress)
         except UndecidedRowOrderError as undecided:
@@ -105,9 +121,10 @@ class ModelRunner:
         model = config.model
         table = cos_sin_table(limits.max_model_len, model.head_dim, model.rope_theta)
         cos_sin = ops.fix(paddle.to_tensor(table, place=self.place))
-        with open_source(config, self.place, show_progress) as source:
+        more = {} if self.communicator is None else {"communicator": self.communicator}
+        with open_source(config, self.place, show_progress, self._check_loading) as source:
             self._row_order = source.row_order
-            self.model = ModelRegistry.get_class(model)(model, source, cos_sin, self.dtype)
+            self.model = ModelRegistry.get_class(model)(model, source, cos_sin, self.dtype, **more)
             is_permuted = isinstance(getattr(source, "weights", None), PermutedWeights)
         if config.has_draft_model:
             self._load_draft(config, cos_sin, is_permuted)
@@ -127,7 +144,9 @@ class ModelRunner:
             max_rows=config.max_logit_rows,
         )
         as_logits = config.logprobs_mode.endswith("_logits")
-        self._prompts = PromptScorer(self.model.logits, self._scratch, as_logits)
+        self._prompts = PromptScorer(
+            self.model.logits, self._scratch, as_logits, keeps=self._samples
+        )
 
     def _load_draft(self, config: RuntimeConfig, cos_sin: Any, is_permuted: bool) -> None:
         limits = config.scheduler
@@ -197,7 +216,9 @@ class ModelRunner:
         """Bytes that the KV cache may take, after a step of the largest size has run on a card."""
         utilization = self.config.cache.gpu_memory_utilization
         if self.place.is_cpu_place():
-            return utilization * ops.memory_info(self.place)[0]
+            # All ranks of this host share what is free.
+            free = ops.memory_info(self.place)[0]
+            return utilization * free / self.config.parallel.tensor_parallel_size
         self._run_largest_step()
         free, total = ops.memory_info(self.place)
         reserved = kv_budget.largest_sampling_bytes(self.config)
@@ -239,7 +260,8 @@ class ModelRunner:
 
     def _new_caches(self, num_blocks: int) -> list[KVCache]:
         model = self.config.model
-        shape = [num_blocks, model.num_key_value_heads, BLOCK_SIZE, model.head_dim]
+        heads = kv_budget.local_kv_heads(self.config)
+        shape = [num_blocks, heads, BLOCK_SIZE, model.head_dim]
 
         def blocks() -> Any:
             return ops.fix(paddle.empty(shape, dtype=self.dtype, device=self.place))
@@ -256,14 +278,15 @@ class ModelRunner:
                 in any order.
 
         Returns:
-            One result per slice, in order.
+            One result per slice, in order; on ranks that do not sample all are empty.
 
         Raises:
+            PeerFailedError, PeerLostError: another rank does not compute its part.
             ValueError: a slice exceeds the step's limits or names blocks that do not exist.
         """
         shape = self._inputs.prepare(slices)
         for part in slices:
-            if part.fresh:
+            if part.fresh and self._samples:
                 self._sampling.table.admit(part)
         sampled = [index for index, part in enumerate(slices) if part.sample]
         results = [SliceResult() for _ in slices]
@@ -278,6 +301,8 @@ class ModelRunner:
             count = sum(slices[index].num_rows for index in sampled)
             if sampled:
                 logits = self.model.logits(self._sampled_rows(hidden, count), self.workspace)
+        if not self._samples:
+            return results
         if sampled:
             found = self._sample(logits, [slices[index] for index in sampled])
             for index, result in zip(sampled, found, strict=True):
@@ -444,16 +469,3 @@ class ModelRunner:
             bits_per_expert_weight=bits_per_weight(weights["experts"]),
             row_order=self._row_order,
         )
-
-
-def _refuse_tensor_parallelism(config: RuntimeConfig) -> None:
-    degree = config.parallel.tensor_parallel_size
-    if degree == 1:
-        return
-    folder = config.model_path
-    is_presharded = len(rank_numbers(folder)) > 1
-    advice = f" and use {sibling_repository(folder.name, 1)}" if is_presharded else ""
-    raise ConfigError(
-        f"{folder}: tensor_parallel_size {degree} is not supported by this version: "
-        f"set it to 1{advice}"
-    )

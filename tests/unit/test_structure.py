@@ -39,6 +39,7 @@ LAYERS: dict[str, int] = {
     "quantization": 2,
     "model_executor.ops": 3,
     "model_executor.workspace": 3,
+    "distributed": 4,
     "model_executor.layers": 4,
     "model_executor.models": 5,
     "model_executor": 6,

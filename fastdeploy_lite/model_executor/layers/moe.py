@@ -32,9 +32,14 @@ class MoE:
     """Sum of the chosen experts' SwiGLU outputs and of the shared experts."""
 
     def __init__(
-        self, router: Router, up_gate: Weight, down: Weight, shared: GatedMLP | None
+        self,
+        router: Router,
+        up_gate: Weight | None,
+        down: Weight | None,
+        shared: GatedMLP | None,
     ) -> None:
-        """Args: up_gate: E x [H, 2I]; down: E x [I, H]; shared: one fused MLP or None."""
+        """Args: up_gate: E x [H, 2I]; down: E x [I, H]; both None on a rank that has no part of
+        the experts; shared: one fused MLP or None."""
         self.router = router
         self.up_gate = up_gate
         self.down = down
@@ -46,8 +51,11 @@ class MoE:
         Whoever takes the sum adds them on its way: a kernel for that alone would cost a small step
         more than the sum.
         """
-        ids, weights = self.router(x, workspace)
         out = workspace.get("moe", x.shape, x.dtype)
+        if self.up_gate is None or self.down is None:
+            out.fill_(0)
+            return out, None if self.shared is None else self.shared(x, workspace)
+        ids, weights = self.router(x, workspace)
         if isinstance(self.up_gate, PackedWeight) and isinstance(self.down, PackedWeight):
             ops.fused_moe(x, ids, weights, self.up_gate, self.down, out, workspace)
         else:

@@ -26,8 +26,9 @@ class ParameterSource(Protocol):
     def linear(self, module: str) -> Weight:
         """Weight of the linear `module`."""
 
-    def experts(self, layer: int, name: str) -> Weight:
-        """Linear `name` of all routed experts of decoder layer `layer`."""
+    def experts(self, layer: int, name: str) -> Weight | None:
+        """Linear `name` of all routed experts of decoder layer `layer`; None where this rank has
+        no part of them."""
 
     def embedding(self) -> PackedWeight:
         """The table [V, H] as a dense weight [H, V] that also serves as a tied head."""

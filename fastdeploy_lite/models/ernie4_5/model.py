@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastdeploy_lite.distributed.communicator import Communicator
+from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.attention import Attention
 from fastdeploy_lite.model_executor.layers.embedding import Embedding, LogitsHead
 from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch
@@ -51,8 +53,10 @@ class DecoderLayer:
         layer: int,
         cos_sin: Any,
         block: str | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         """Load the parameters of decoder layer `layer`, or of a dense block of another name."""
+        self.communicator = communicator
         prefix, eps = block or f"ernie.layers.{layer}", config.rms_norm_eps
         self.input_norm = RMSNorm(source.vector(f"{prefix}.input_layernorm.weight"), eps)
         self.attention = Attention(
@@ -78,10 +82,21 @@ class DecoderLayer:
             x = self.input_norm(residual, workspace)
         else:
             x = self.input_norm.after_adding(update[0], residual, workspace, update[1])
-        x = self.post_attention_norm.after_adding(self.attention(x, batch), residual, workspace)
+        attended, _ = self._of_all_ranks((self.attention(x, batch), None))
+        x = self.post_attention_norm.after_adding(attended, residual, workspace)
         if isinstance(self.mlp, MoE):
-            return self.mlp(x, workspace)
-        return self.mlp(x, workspace), None
+            return self._of_all_ranks(self.mlp(x, workspace))
+        return self._of_all_ranks((self.mlp(x, workspace), None))
+
+    def _of_all_ranks(self, update: Update) -> Update:
+        """What all ranks' rows of the last matrix make together."""
+        if self.communicator is None:
+            return update
+        total, other = update
+        if other is not None:
+            ops.add_inplace(total, other)
+        self.communicator.all_reduce(total)
+        return total, None
 
 
 class Ernie4_5_MoeForCausalLM:  # noqa: N801 - the architecture's name in config.json
@@ -90,7 +105,12 @@ class Ernie4_5_MoeForCausalLM:  # noqa: N801 - the architecture's name in config
     family = FAMILY
 
     def __init__(
-        self, config: ModelConfig, source: ParameterSource, cos_sin: Any, dtype: str
+        self,
+        config: ModelConfig,
+        source: ParameterSource,
+        cos_sin: Any,
+        dtype: str,
+        communicator: Communicator | None = None,
     ) -> None:
         """Load all parameters from `source`.
 
@@ -99,16 +119,17 @@ class Ernie4_5_MoeForCausalLM:  # noqa: N801 - the architecture's name in config
             source: parameters in model order.
             cos_sin: float32 [max positions, head_dim], see layers.rotary.
             dtype: Paddle dtype name of activations.
+            communicator: to the other ranks, None where there are none.
         """
         self.config = config
         table = source.embedding()
-        self.embedding = Embedding(table, dtype)
+        self.embedding = Embedding(table, dtype, communicator)
         self.layers = [
-            DecoderLayer(config, source, layer, cos_sin)
+            DecoderLayer(config, source, layer, cos_sin, communicator=communicator)
             for layer in source.layers(config.num_hidden_layers)
         ]
         self.norm = RMSNorm(source.vector("ernie.norm.weight"), config.rms_norm_eps)
-        self.head = LogitsHead(source.head() or table)
+        self.head = LogitsHead(source.head() or table, communicator)
 
     def __call__(self, batch: ForwardBatch) -> Any:
         """Return the normalised hidden states [T, H] of a step."""
@@ -137,5 +158,6 @@ class Ernie4_5_MoeForCausalLM:  # noqa: N801 - the architecture's name in config
             if dense is not None:
                 found["mlp"] += [dense.up_gate.weight, dense.down.weight]
             if isinstance(layer.mlp, MoE):
-                found["experts"] += [layer.mlp.up_gate, layer.mlp.down]
+                experts = (layer.mlp.up_gate, layer.mlp.down)
+                found["experts"] += [weight for weight in experts if weight is not None]
         return found

@@ -22,7 +22,8 @@ from fastdeploy_lite.checkpoint.inventory import (
     verify,
 )
 from fastdeploy_lite.checkpoint.tensor import float32_to_bfloat16
-from fastdeploy_lite.utils.errors import CheckpointError, FastDeployError
+from fastdeploy_lite.quantization.split import split_checkpoint
+from fastdeploy_lite.utils.errors import CheckpointError, ConfigError, FastDeployError
 
 EXPERT = "ernie.layers.1.mlp.experts.0.down_proj"
 Change = Callable[[dict[str, Any]], None]
@@ -335,12 +336,15 @@ def test_a_rank_of_another_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [3, 8])
 def test_degrees_that_do_not_divide(tmp_path: Path, size: int) -> None:
     write_tiny_model(tmp_path, layers=2, vocab_size=64)
-    refused(tmp_path, f"tensor_parallel_size {size}", "this model allows 1, 2", size=size)
+    refused(tmp_path, f"tensor_parallel_size {size}", "this model allows 1, 2, 4", size=size)
 
 
-def test_two_bit_tiles_limit_the_degree(tmp_path: Path) -> None:
-    write_tiny_model(tmp_path, layers=2, vocab_size=64)
-    refused(tmp_path, "moe_intermediate_size 256 is not a multiple of 4 x 128", size=4)
+def test_two_bit_tiles_limit_the_ranks_that_have_a_part_of_the_experts(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model", layers=2, vocab_size=64)
+    for size in (1, 2, 4):
+        load_all(tmp_path / "model", size)
+    with pytest.raises(ConfigError, match="moe_intermediate_size 256 is less than 4 x 128"):
+        split_checkpoint(tmp_path / "model", tmp_path / "cut", 4)  # a file can't be empty
 
 
 @pytest.mark.parametrize(

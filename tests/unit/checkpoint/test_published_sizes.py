@@ -119,6 +119,17 @@ def test_one_expert_of_two_bits() -> None:
     assert sum(map(nbytes, parts)) == 22_861_824
 
 
-def test_eight_ranks_are_impossible() -> None:
-    with pytest.raises(ConfigError, match=r"3584 is not a multiple of 8 x 128.* allows 1, 2, 4$"):
-        check_tensor_parallel(model_300b(), 8)
+def test_eight_ranks_get_three_or_four_steps_of_128_rows() -> None:
+    config = model_300b()
+    check_tensor_parallel(config, 8)
+    rows = []
+    for rank in range(8):
+        linears = {linear.module: linear for linear in model_linears(config, 8, rank)}
+        down = linears[f"{CCQ_LAYER}.experts.9.down_proj"]
+        gate, up = linears[f"{CCQ_LAYER}.experts.9.up_gate_proj"].column_ranges
+        assert gate == down.row_range
+        assert up == tuple(3584 + at for at in down.row_range)
+        rows.append(down.in_features // 128)
+    assert sorted(rows) == [3] * 4 + [4] * 4
+    with pytest.raises(ConfigError, match=r"size 3: 8 KV heads neither divide nor can be repeated"):
+        check_tensor_parallel(config, 3)

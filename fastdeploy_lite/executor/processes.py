@@ -1,0 +1,170 @@
+"""Several ranks that share each layer: the first in this process, each other in one of its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fastdeploy_lite import _ops_cpu, device, envs
+from fastdeploy_lite.checkpoint.linears import check_tensor_parallel
+from fastdeploy_lite.config import ParallelConfig, RuntimeConfig
+from fastdeploy_lite.distributed.communicator import (
+    PeerFailedError,
+    PeerLostError,
+    SharedMemory,
+    SharedMemoryCommunicator,
+)
+from fastdeploy_lite.executor.base import Executor, ExecutorReport
+from fastdeploy_lite.executor.inline import report_of
+from fastdeploy_lite.executor.messages import (
+    Allocate,
+    Blocks,
+    CountBlocks,
+    Held,
+    Loaded,
+    SliceWriter,
+    StepFailed,
+)
+from fastdeploy_lite.executor.rank_process import Start
+from fastdeploy_lite.executor.ranks import RankProcesses
+from fastdeploy_lite.request.step import SequenceSlice, SliceResult
+from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.worker.model_runner import ModelRunner
+
+
+class RankError(RuntimeError):
+    """A step failed on another rank."""
+
+
+class ProcessesExecutor(Executor):
+    """Runs a model over the CPU processes of one host."""
+
+    def __init__(self, config: RuntimeConfig) -> None:
+        """Check what can be checked; nothing is started yet.
+
+        Raises:
+            ConfigError: the model or the device cannot be had at this size.
+        """
+        size = config.parallel.tensor_parallel_size
+        if config.device != "cpu" and device.decide().is_cuda:
+            raise ConfigError(
+                f"tensor_parallel_size {size}: this version splits a model between CPU processes"
+                f" only: set it to 1, or set {device.DEVICE_VARIABLE}=cpu"
+            )
+        if config.has_draft_model:
+            raise ConfigError(
+                f"tensor_parallel_size {size}: the speculative method mtp runs on one rank only: use"
+                " ngram or suffix, or set tensor_parallel_size to 1"
+            )
+        check_tensor_parallel(config.model, size)
+        self.config = config
+        self._threads = _ops_cpu.num_threads()
+        self._ranks: RankProcesses | None = None
+        self._writer = SliceWriter()
+        self._memory: Counter[str] = Counter()
+        self._load_seconds = 0.0
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks from 1."""
+        return [] if self._ranks is None else self._ranks.pids
+
+    def load(self, show_progress: bool = False) -> int:
+        """See Executor."""
+        try:
+            return self._load(show_progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, show_progress: bool) -> int:
+        size = self.config.parallel.tensor_parallel_size
+        widest = -(-self.config.model.vocab_size // size)
+        memory = SharedMemory(size, widest)
+        self._communicator = SharedMemoryCommunicator(memory, 0)
+        threads = envs.FD_LITE_NUM_THREADS or max(1, self._threads // size)
+        starts = []
+        for rank in range(1, size):
+            config = replace(self.config, parallel=ParallelConfig(size, rank))
+            starts.append(Start(config, memory.fd, widest, threads))
+        self._ranks = ranks = RankProcesses(
+            starts, memory.fd, self._communicator.late, self._communicator.lose
+        )
+        memory.close()  # the others have inherited it
+        _ops_cpu.set_num_threads(threads)
+        self.runner = ModelRunner(self.config, self._communicator)
+        try:
+            self.runner.load_model(show_progress, ranks.check)
+        except PeerLostError as error:
+            ranks.give_up(str(error))
+            raise
+        seconds = [found.seconds for found in ranks.answers() if isinstance(found, Loaded)]
+        self._load_seconds = max([self.runner.load_seconds, *seconds])
+        return self._allocate(ranks)
+
+    def _allocate(self, ranks: RankProcesses) -> int:
+        """Give every rank the same number of KV blocks, once all of them hold their weights."""
+        ranks.send(CountBlocks())
+        counts = [found.count for found in ranks.answers() if isinstance(found, Blocks)]
+        num_blocks = min([self.runner.profile_num_blocks(), *counts])
+        ranks.send(Allocate(num_blocks))
+        self.runner.allocate_kv_cache(num_blocks)
+        for found in ranks.answers():
+            if isinstance(found, Held):
+                self._memory.update(found.memory)
+        return num_blocks
+
+    def execute(self, slices: Sequence[SequenceSlice]) -> list[SliceResult]:
+        """See Executor."""
+        ranks = self._ranks
+        assert ranks is not None
+        ranks.check()
+        ranks.send(self._writer.step(slices))
+        try:
+            results, failure = self._compute(slices)
+            if self._communicator.agree(results is not None):
+                assert results is not None
+                return results
+        except PeerLostError as error:
+            ranks.give_up(str(error))
+            raise
+        raise self._verdict(ranks, failure)
+
+    def _compute(
+        self, slices: Sequence[SequenceSlice]
+    ) -> tuple[list[SliceResult] | None, Exception | None]:
+        """This rank's part: results, or None and what failed here if it was not another rank."""
+        try:
+            return self.runner.execute(slices), None
+        except PeerFailedError:
+            return None, None
+        except PeerLostError:
+            raise
+        except Exception as error:
+            self._communicator.fail()
+            return None, error
+
+    def _verdict(self, ranks: RankProcesses, failure: Exception | None) -> Exception:
+        """What a step failed of, from all ranks together."""
+        for number, found in enumerate(ranks.answers(), 1):
+            if failure is None and isinstance(found, StepFailed) and found.reason:
+                failure = RankError(f"rank {number}: {found.reason}")
+        return failure or RankError("a rank failed without a reason")
+
+    def report(self) -> ExecutorReport:
+        """See Executor."""
+        own = report_of(self.runner)
+        memory = dict(Counter(own.memory) + self._memory)
+        return replace(own, memory=memory, load_seconds=self._load_seconds)
+
+    def check(self) -> None:
+        """See Executor."""
+        if self._ranks is not None:
+            self._ranks.check()
+
+    def close(self) -> None:
+        """See Executor."""
+        if self._ranks is not None:
+            self._ranks.close()
+            _ops_cpu.set_num_threads(self._threads)

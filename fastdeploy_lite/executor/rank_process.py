@@ -1,0 +1,159 @@
+"""One rank beyond the first as a process of its own; `executor.ranks` starts it.
+
+Standard input stays open as long as the parent lives; when it closes, or the parent dies in any
+other way, this process ends at once, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgspec
+
+from fastdeploy_lite import _ops_cpu, plugins
+from fastdeploy_lite.config import RuntimeConfig
+from fastdeploy_lite.distributed.communicator import (
+    PeerFailedError,
+    PeerLostError,
+    SharedMemory,
+    SharedMemoryCommunicator,
+)
+from fastdeploy_lite.executor.inline import report_of
+from fastdeploy_lite.executor.messages import (
+    Allocate,
+    Blocks,
+    CountBlocks,
+    FromRank,
+    Held,
+    Loaded,
+    RankFatal,
+    SliceReader,
+    Step,
+    StepFailed,
+    ToRank,
+)
+from fastdeploy_lite.executor.verdict import describe
+from fastdeploy_lite.utils.errors import FastDeployError
+from fastdeploy_lite.utils.logging import init_console_logging, write_console
+from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
+from fastdeploy_lite.worker.model_runner import ModelRunner
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Start:
+    """What the parent sends first, pickled: it is this very program, over a private socket."""
+
+    def __init__(self, config: RuntimeConfig, memory_fd: int, widest: int, threads: int) -> None:
+        """Args: config: of this rank; memory_fd, widest: see SharedMemory; threads: of ops."""
+        self.config = config
+        self.memory_fd = memory_fd
+        self.widest = widest
+        self.threads = threads
+
+
+class RankLoop:
+    """Receives steps and computes this rank's part of each.
+
+    Args:
+        connection: to the first rank.
+        start: what to run.
+    """
+
+    def __init__(self, connection: Connection, start: Start) -> None:
+        parallel = start.config.parallel
+        memory = SharedMemory(parallel.tensor_parallel_size, start.widest, start.memory_fd)
+        self._connection = connection
+        self._communicator = SharedMemoryCommunicator(memory, parallel.rank)
+        self._runner = ModelRunner(start.config, self._communicator)
+        self._reader = SliceReader()
+        self._decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+
+    def run(self) -> None:
+        """Load the model and serve until the parent goes."""
+        self._runner.load_model()
+        self._send(Loaded(self._runner.load_seconds))
+        while True:
+            try:
+                raw = self._connection.recv_bytes()
+            except EOFError:
+                return
+            self._handle(self._decoder.decode(raw))
+
+    def _handle(self, message: ToRank) -> None:
+        match message:
+            case Step():
+                self._compute(message)
+            case CountBlocks():
+                self._send(Blocks(self._runner.profile_num_blocks()))
+            case Allocate():
+                self._runner.allocate_kv_cache(message.num_blocks)
+                self._send(Held(report_of(self._runner).memory))
+
+    def _compute(self, step: Step) -> None:
+        reason = ""
+        try:
+            self._runner.execute(self._reader.slices(step))
+            sound = True
+        except PeerFailedError:
+            sound = False
+        except PeerLostError:
+            raise
+        except Exception as error:
+            self._communicator.fail()
+            write_console(traceback.format_exc())
+            reason, sound = describe(error), False
+        if not self._communicator.agree(sound):
+            self._send(StepFailed(reason))
+
+    def _send(self, message: FromRank) -> None:
+        self._connection.send_bytes(msgspec.msgpack.encode(message))
+
+
+def _die_with_parent(parent: int) -> None:
+    """Arrange for the end of this process when its parent's ends, even while it is stopped."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before
+        os._exit(3)
+
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        os._exit(3)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main(descriptor: int, parent: int) -> int:
+    """Run the process; returns its exit status."""
+    prepare_standard_streams()
+    init_console_logging()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's to answer
+    _die_with_parent(parent)
+    connection: Any = Connection(descriptor)
+    try:
+        start: Start = pickle.loads(connection.recv_bytes())
+        _ops_cpu.set_num_threads(start.threads)
+        plugins.load_plugins(plugins.MODELS)
+        RankLoop(connection, start).run()
+    except PeerLostError:
+        return 1  # whoever is to blame says why
+    except BaseException as error:  # also MemoryError: the parent must hear the reason
+        is_users = isinstance(error, FastDeployError)
+        if not is_users:
+            write_console(traceback.format_exc())
+        text = str(error) if is_users else describe(error)
+        with suppress(OSError):  # it may be gone
+            connection.send_bytes(msgspec.msgpack.encode(RankFatal(text, is_users)))
+        return 1
+    return 0

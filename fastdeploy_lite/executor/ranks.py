@@ -1,0 +1,229 @@
+"""The processes of the ranks beyond the first: their birth, their words, and their end.
+
+One thread starts them, reads what they say and watches them. What ends one of them ends all: the
+first reason is kept, everybody who waits in a collective is released, and no process is left.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import msgspec
+
+from fastdeploy_lite.executor.base import ExecutorDeadError
+from fastdeploy_lite.executor.messages import FromRank, RankFatal, ToRank
+from fastdeploy_lite.utils.errors import FastDeployError
+from fastdeploy_lite.utils.processes import STOPPED_SECONDS, state_of
+
+LOOK_SECONDS = 0.25
+IDLE_SECONDS = 6.0  # a rank that others wait for, and that uses no processor for so long, hangs
+END_SECONDS = 2.0
+# Not `-m`, which looks into the working directory first: the process must run this very package.
+_RUN_RANK = """\
+import sys
+sys.path[:] = {path!r}
+from fastdeploy_lite.executor.rank_process import main
+sys.exit(main({descriptor}, {parent}))
+"""
+
+
+class _Rank:
+    """One process and what is known of it."""
+
+    def __init__(self, number: int, process: subprocess.Popen[bytes], connection: Any) -> None:
+        self.number = number
+        self.process = process
+        self.connection = connection
+        self.inbox: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
+        self.fatal: RankFatal | None = None
+        self.stopped_since: float | None = None
+        self.last_ticks = -1
+        self.busy_at = 0.0
+
+
+class RankProcesses:
+    """All ranks but the first, which this process is.
+
+    Args:
+        starts: what to send to each process first; pickled.
+        memory_fd: descriptor that they inherit.
+        late: returns the ranks that others wait for.
+        release: lets everybody who waits for a rank give up.
+    """
+
+    def __init__(
+        self,
+        starts: Sequence[object],
+        memory_fd: int,
+        late: Callable[[], list[int]],
+        release: Callable[[], None],
+    ) -> None:
+        self._starts = [pickle.dumps(start) for start in starts]
+        self._memory_fd = memory_fd
+        self._late = late
+        self._release = release
+        self._ranks: list[_Rank] = []
+        self._reason: str | None = None
+        self._is_users = False
+        self._closing = threading.Event()
+        self._started = threading.Event()
+        self._decoder: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
+        # The kernel ends the children when the thread that made them ends: it must be this one.
+        self._thread = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
+        self._thread.start()
+        self._started.wait()
+        self.check()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, by rank from 1."""
+        return [rank.process.pid for rank in self._ranks]
+
+    # What the engine's thread calls ---------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise what ended a rank.
+
+        Raises:
+            FastDeployError: the user's fault, such as a file that is damaged.
+            ExecutorDeadError: anything else.
+        """
+        if self._reason is None:
+            return
+        raise FastDeployError(self._reason) if self._is_users else ExecutorDeadError(self._reason)
+
+    def give_up(self, reason: str) -> None:
+        """End all ranks for a reason that the caller has found, unless there is one already."""
+        deadline = time.monotonic() + 2 * LOOK_SECONDS
+        while self._reason is None and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS / 10)  # the watch may know better why
+        self._lose(reason)
+        self.check()
+
+    def send(self, message: ToRank) -> None:
+        """Tell every rank; raises as `check`."""
+        raw = msgspec.msgpack.encode(message)
+        for rank in self._ranks:
+            try:
+                rank.connection.send_bytes(raw)
+            except OSError:
+                self.give_up(f"rank {rank.number} cannot be reached")
+
+    def answers(self) -> list[FromRank]:
+        """Return one answer of every rank, in their order; raises as `check`."""
+        found = []
+        for rank in self._ranks:
+            while True:
+                self.check()
+                with suppress(queue.Empty):
+                    found.append(rank.inbox.get(timeout=LOOK_SECONDS))
+                    break
+        return found
+
+    def close(self) -> None:
+        """End all processes and wait until they are gone; idempotent."""
+        self._closing.set()
+        self._thread.join()
+
+    # The watch ------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        try:
+            for number, start in enumerate(self._starts, 1):
+                self._ranks.append(self._start(number, start))
+        except Exception as error:  # no process, no memory
+            self._lose(f"a rank cannot be started: {type(error).__name__}: {error}")
+        finally:
+            self._started.set()
+        while not self._closing.is_set() and self._reason is None:
+            self._listen()
+            self._look()
+        self._end()
+        self._closing.wait()  # outlives the last child, see __init__
+
+    def _start(self, number: int, start: bytes) -> _Rank:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            code = _RUN_RANK.format(path=sys.path, descriptor=theirs.fileno(), parent=os.getpid())
+            process = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True,
+                pass_fds=(theirs.fileno(), self._memory_fd),
+            )  # fmt: skip
+        connection = Connection(ours.detach())
+        rank = _Rank(number, process, connection)
+        connection.send_bytes(start)
+        return rank
+
+    def _listen(self) -> None:
+        connections = {rank.connection: rank for rank in self._ranks}
+        for connection in wait(list(connections), LOOK_SECONDS):
+            rank = connections[connection]
+            try:
+                message = self._decoder.decode(rank.connection.recv_bytes())
+            except (EOFError, OSError):
+                self._lose(self._last_words(rank))
+                return
+            if isinstance(message, RankFatal):
+                rank.fatal = message
+                self._lose(self._last_words(rank))
+            else:
+                rank.inbox.put(message)
+
+    def _last_words(self, rank: _Rank) -> str:
+        if rank.fatal is not None:
+            self._is_users = self._reason is None and rank.fatal.is_users
+            return rank.fatal.reason if rank.fatal.is_users else self._name(rank, rank.fatal.reason)
+        try:
+            code = rank.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            return self._name(rank, "closed its connection")
+        if code < 0:
+            return self._name(rank, f"was ended by signal {signal.Signals(-code).name}")
+        return self._name(rank, f"ended with exit status {code}")
+
+    def _look(self) -> None:
+        """Notice processes that are stopped, or asleep while others wait for them."""
+        late, now = self._late(), time.monotonic()
+        for rank in self._ranks:
+            state, ticks = state_of(rank.process.pid)
+            if state != "T":
+                rank.stopped_since = None
+            elif rank.stopped_since is None:
+                rank.stopped_since = now
+            elif now - rank.stopped_since > STOPPED_SECONDS:
+                self._lose(self._name(rank, "is stopped (SIGSTOP)"))
+            if rank.number not in late or ticks != rank.last_ticks:
+                rank.busy_at = now
+            elif now - rank.busy_at > IDLE_SECONDS:
+                self._lose(self._name(rank, f"has hung for {IDLE_SECONDS:g} s inside a step"))
+            rank.last_ticks = ticks
+
+    @staticmethod
+    def _name(rank: _Rank, text: str) -> str:
+        return f"rank {rank.number} (process {rank.process.pid}): {text}"
+
+    def _lose(self, reason: str) -> None:
+        if self._reason is None:
+            self._reason = reason
+        self._release()
+
+    def _end(self) -> None:
+        for rank in self._ranks:
+            rank.process.kill()  # also what is stopped; nothing of theirs needs to be saved
+        for rank in self._ranks:
+            rank.process.wait()
+            if rank.process.stdin is not None:
+                rank.process.stdin.close()
+            rank.connection.close()

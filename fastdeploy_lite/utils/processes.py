@@ -1,0 +1,21 @@
+"""What the kernel says of another process of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+STOPPED_SECONDS = 3.0
+"""A process that is stopped (SIGSTOP) for longer will not come back in time for who waits."""
+
+
+def state_of(pid: int) -> tuple[str, int]:
+    """Return state letter and used processor ticks of a process, ("", 0) when it is gone.
+
+    `T` is stopped by a signal, `t` by a debugger. Source: proc_pid_stat(5).
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "", 0
+    fields = text.rpartition(")")[2].split()
+    return fields[0], int(fields[11]) + int(fields[12])

@@ -1,0 +1,282 @@
+"""A model over several processes is the model in one: logits, tokens, memory, failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from model_driver import Running, generate, make_runner, sequences
+from tiny_model import write_tiny_model
+
+from fastdeploy_lite.config import (
+    LoadConfig,
+    ModelConfig,
+    ParallelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+)
+from fastdeploy_lite.executor.base import ExecutorDeadError
+from fastdeploy_lite.executor.processes import ProcessesExecutor, RankError
+from fastdeploy_lite.executor.verdict import run_step
+from fastdeploy_lite.quantization.convert import quantize_checkpoint
+from fastdeploy_lite.request.step import SamplerParams
+from fastdeploy_lite.speculation.config import SpeculativeConfig
+from fastdeploy_lite.utils.errors import ConfigError, FastDeployError
+
+RNG = np.random.default_rng(5)
+PROMPTS = [[int(i) for i in RNG.integers(0, 8192, n)] for n in (1, 70, 33)]
+LENGTH, COUNT = 128, 12
+WIDE: dict[str, Any] = {"moe_intermediate_size": 512, "intermediate_size": 512}
+
+
+def settings(folder: Path, size: int, **runtime: Any) -> RuntimeConfig:
+    return RuntimeConfig(
+        model_path=folder,
+        model=ModelConfig.from_dir(folder),
+        scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=256, max_model_len=LENGTH),
+        parallel=ParallelConfig(size),
+        device="cpu",
+        **runtime,
+    )
+
+
+@contextmanager
+def ranks(folder: Path, size: int, **runtime: Any) -> Iterator[ProcessesExecutor]:
+    executor = ProcessesExecutor(settings(folder, size, **runtime))
+    try:
+        executor.load()
+        yield executor
+    finally:
+        executor.close()
+
+
+def run(executor: Any, chunk: int = 40) -> list[Running]:
+    running = sequences(PROMPTS, LENGTH)
+    generate(executor, running, COUNT, chunk)
+    return running
+
+
+def assert_alike(found: list[Running], wanted: list[Running]) -> None:
+    """The same logits but for rounding; the same tokens but where two were nearly as likely."""
+    for one, other in zip(found, wanted, strict=True):
+        for step, (row, expected) in enumerate(zip(one.rows, other.rows, strict=True)):
+            np.testing.assert_allclose(row, expected, atol=2e-3)
+            if one.output[step] != other.output[step]:
+                first, second = np.sort(expected)[-2:]
+                assert second - first < 2e-3
+                break
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "order"),
+    [
+        ("bf16", 2, "natural"),
+        ("bf16", 4, "natural"),
+        ("wint8", 2, "natural"),
+        ("wint4", 2, "natural"),
+        ("w4w2", 2, "natural"),
+        ("w4w2", 4, "permuted"),
+        ("2bits", 2, "permuted"),
+        ("2bits", 4, "natural"),
+    ],
+)
+def test_any_size_gives_the_same_answers(tmp_path: Path, kind: Any, size: int, order: Any) -> None:
+    """Four ranks share two KV heads, and two steps of 128 rows of 2-bit experts."""
+    folder = write_tiny_model(tmp_path, kind=kind, tied=size == 2, seed=3)
+    load = LoadConfig(row_order=order)
+    wanted = run(make_runner(folder, length=LENGTH, load=load))
+    with ranks(folder, size, load=load) as executor:
+        found = run(executor)
+        again = run(executor, chunk=7)
+    assert_alike(found, wanted)
+    for one, other in zip(found, again, strict=True):  # any batch, any chunks: the same bits
+        assert one.output == other.output
+        np.testing.assert_array_equal(one.rows, other.rows)
+
+
+@pytest.mark.parametrize(("cut", "size"), [(2, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize("scheme", ["2bits", "wint8"])
+def test_rank_folders_run_at_their_own_and_at_other_sizes(
+    tmp_path: Path, cut: int, size: int, scheme: Any
+) -> None:
+    """Each folder is quantised by itself, so that rows have scales of their own."""
+    source = write_tiny_model(tmp_path / "bf16", kind="bf16", experts=2, **WIDE)
+    folder = tmp_path / "cut"
+    quantize_checkpoint(source, folder, scheme=scheme, tensor_parallel_size=cut, progress=False)
+    wanted = run(make_runner(folder, length=LENGTH))
+    with ranks(folder, size) as executor:
+        assert_alike(run(executor), wanted)
+
+
+def test_three_steps_of_rows_for_two_ranks(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, kind="2bits", moe_intermediate_size=384)
+    wanted = run(make_runner(folder, length=LENGTH))
+    with ranks(folder, 2) as executor:
+        assert_alike(run(executor), wanted)
+
+
+def test_weights_quantised_while_loading(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, kind="bf16")
+    config = settings(folder, 2)
+    model = config.model.with_quantization("wint8")
+    wanted = run(make_runner(folder, length=LENGTH, model=model))
+    executor = ProcessesExecutor(replace(config, model=model))
+    try:
+        executor.load()
+        # A rank's rows have scales of their own: rounding differs by more than sums do.
+        found = run(executor)
+    finally:
+        executor.close()
+    for one, other in zip(found, wanted, strict=True):
+        assert np.abs(one.rows[0] - other.rows[0]).max() < 0.05 * np.abs(other.rows[0]).max()
+
+
+def test_prompt_logprobs_and_guesses(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, kind="w4w2")
+    alone = make_runner(folder, length=LENGTH)
+    params = SamplerParams(temperature=0.0, prompt_logprobs=2, logprobs=1)
+    with ranks(folder, 2) as executor:
+        results = []
+        for one in (alone, executor):
+            (running,) = sequences([PROMPTS[1]], LENGTH, sampling=params)
+            (result,) = one.execute([running.slice(100)])
+            running.take(result)
+            results.append(result)
+            plain = list(running.output)
+            part = running.slice(1)  # a right guess and a wrong one
+            (first,) = one.execute([part])
+            running.take(first)
+            again = sequences([PROMPTS[1] + plain], LENGTH)[0]
+            guessed = again.slice(100)
+            guessed.token_ids = [*guessed.token_ids, running.output[1], 5, 6]
+            guessed.draft_token_ids = [running.output[1], 5, 6]
+            (checked,) = one.execute([guessed])
+            assert checked.token_ids[0] == running.output[1]
+            assert len(checked.token_ids) == 2
+    assert results[0].token_ids == results[1].token_ids
+    found, wanted = (
+        [entry.logprob for entry in result.prompt_logprobs or ()] for result in results
+    )
+    assert len(wanted) == len(PROMPTS[1]) - 1
+    assert found == pytest.approx(wanted, abs=1e-3)
+
+
+def test_memory_is_shared_among_the_ranks(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, kind="w4w2", tied=False)
+    alone = make_runner(folder, length=LENGTH)
+    with ranks(folder, 2) as executor:
+        report = executor.report()
+        assert report.num_blocks == executor.runner.num_blocks
+        own = executor.runner.memory_report()
+        for role, size in alone.memory_report().weights.items():
+            assert own.weights[role] < 0.6 * size, role
+            assert report.memory[f"weights.{role}"] == pytest.approx(size, rel=0.05)
+
+
+def test_a_step_that_fails_fails_for_all_and_the_next_one_is_sound(tmp_path: Path) -> None:
+    """What only one rank meets is the verdict of all, and costs only the request to blame."""
+    folder = write_tiny_model(tmp_path, kind="2bits")
+    wanted = run(make_runner(folder, length=LENGTH))
+    with ranks(folder, 2) as executor:
+        good, bad = sequences(PROMPTS[:2], LENGTH)
+        parts = [good.slice(100), bad.slice(100)]
+        parts[1].token_ids = [*list(parts[1].token_ids)[:-1], 8192]  # outside the vocabulary
+        verdict = run_step(executor, parts)
+        assert verdict.results[0].token_ids == wanted[0].output[:1]
+        assert "token id 8192" in (verdict.results[1].error or "")
+        assert not verdict.is_broken
+        run(executor)
+        executor.runner.model.layers[1].mlp = None  # this rank only
+        with pytest.raises(TypeError):
+            executor.execute([sequences(PROMPTS[1:2], LENGTH)[0].slice(100)])
+
+
+def test_a_failure_of_another_rank_is_told_with_its_reason(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, kind="2bits")
+    with ranks(folder, 2) as executor:
+        (one,) = sequences(PROMPTS[1:2], LENGTH)
+        part = one.slice(100)
+        message = executor._writer.step([part])
+        message.slices[0].new_blocks[0] = 10**6
+        executor._writer.step = lambda _: message  # type: ignore[method-assign]
+        with pytest.raises(RankError, match=r"^rank 1: ValueError: .*block table"):
+            executor.execute([part])
+        del executor._writer.step  # type: ignore[method-assign]
+        run(executor)
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_rank_that_is_lost_ends_all_within_ten_seconds(
+    tmp_path: Path, sent: signal.Signals, busy: bool
+) -> None:
+    folder = write_tiny_model(tmp_path, kind="2bits")
+    with ranks(folder, 4) as executor:
+        pids = executor.pids
+        assert len(pids) == 3
+        os.kill(pids[1], sent)
+        started = time.monotonic()
+        reason = "stopped" if sent == signal.SIGSTOP else f"was ended by signal {sent.name}"
+        with pytest.raises(ExecutorDeadError, match=rf"^rank 2 \(process {pids[1]}\):? .*{reason}"):
+            while time.monotonic() - started < 20:
+                run(executor) if busy else executor.check()
+        assert time.monotonic() - started < 10
+    assert gone(pids)
+
+
+def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, kind="2bits", tensor_parallel_size=2)
+    damaged = folder / "rank1" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    executor = ProcessesExecutor(settings(folder, 2))
+    with pytest.raises(FastDeployError, match=r"rank1/model\.safetensors"):
+        executor.load()
+    assert gone(executor.pids)
+
+
+def test_sizes_that_do_not_divide_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path)
+    with pytest.raises(ConfigError, match=r"size 3: .*; this model allows 1, 2, 4$"):
+        ProcessesExecutor(settings(folder, 3))
+    assert json.loads((folder / "config.json").read_text())["num_attention_heads"] == 4
+
+
+def test_guesses_of_a_prediction_layer_are_refused(tmp_path: Path) -> None:
+    config = settings(write_tiny_model(tmp_path), 2, speculative=SpeculativeConfig(method="mtp"))
+    with pytest.raises(ConfigError, match=r"size 2: .* mtp .*use ngram or suffix"):
+        ProcessesExecutor(config)
+
+
+def test_ranks_end_with_their_parent(tmp_path: Path) -> None:
+    """Whatever happens to it; also a rank that is stopped at that moment."""
+    folder = write_tiny_model(tmp_path, kind="2bits")
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # no pytest in here
+        try:
+            executor = ProcessesExecutor(settings(folder, 4))
+            executor.load()
+            os.kill(executor.pids[0], signal.SIGSTOP)
+            os.write(write, json.dumps(executor.pids).encode())
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    pids = json.loads(os.read(read, 1000))
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 5
+    while not gone(pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert gone(pids)
