@@ -54,8 +54,8 @@ class ProcessesExecutor(Executor):
             )
         if config.has_draft_model:
             raise ConfigError(
-                f"tensor_parallel_size {size}: the speculative method mtp runs on one rank only: use"
-                " ngram or suffix, or set tensor_parallel_size to 1"
+                f"tensor_parallel_size {size}: speculation by mtp runs on one rank only: use"
+                " ngram or suffix, or set it to 1"
             )
         check_tensor_parallel(config.model, size)
         self.config = config
