@@ -35,14 +35,16 @@ BASE_FLAGS = [
 ]
 
 # Every set beyond "plain" is optional: a compiler that refuses the flags leaves the set out.
+AVX512_FLAGS = [
+    *["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mavx512f", "-mavx512bw", "-mavx512dq"],
+    *["-mavx512vl", "-mavx512vnni", "-mavx512vbmi", "-mprefer-vector-width=512"],
+]
 ISA_FLAGS: dict[str, list[str]] = {
     "plain": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
     "avxvnni": ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mavxvnni"],
-    "avx512": [
-        *["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mavx512f", "-mavx512bw", "-mavx512dq"],
-        *["-mavx512vl", "-mavx512vnni", "-mavx512vbmi", "-mprefer-vector-width=512"],
-    ],
+    "avx512": AVX512_FLAGS,
+    "amx": [*AVX512_FLAGS, "-mamx-tile", "-mamx-int8"],
 }
 X86_MACHINES = {"x86_64", "amd64", "AMD64"}
 

@@ -7,12 +7,16 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
 #define FD_X86 1
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace fd {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kPlain, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512};
+constexpr Isa kAll[] = {Isa::kPlain, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512, Isa::kAmx};
 
 #ifdef FD_X86
 struct Registers {
@@ -35,6 +39,18 @@ unsigned saved_state() {
   return low;
 }
 
+// Linux hands out the tile registers on request only, to the whole process: their 8 KiB make every
+// signal frame larger. It refuses where an alternate signal stack is too small for that.
+bool tiles_granted() {
+#ifdef __linux__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
 bool processor_runs(Isa isa) {
   if (isa == Isa::kPlain) return true;
   const Registers basic = cpuid(1, 0), extended = cpuid(7, 0), more = cpuid(7, 1);
@@ -44,10 +60,13 @@ bool processor_runs(Isa isa) {
                     has(extended.b, 8) /* BMI2 */;
   if (isa == Isa::kAvx2) return avx2;
   if (isa == Isa::kAvxVnni) return avx2 && has(more.a, 4);
-  return avx2 && (state & 0xe6) == 0xe6 && has(extended.b, 16) /* F */ &&
-         has(extended.b, 17) /* DQ */ && has(extended.b, 30) /* BW */ &&
-         has(extended.b, 31) /* VL */ && has(extended.c, 1) /* VBMI */ &&
-         has(extended.c, 11) /* VNNI */;
+  const bool avx512 = avx2 && (state & 0xe6) == 0xe6 && has(extended.b, 16) /* F */ &&
+                      has(extended.b, 17) /* DQ */ && has(extended.b, 30) /* BW */ &&
+                      has(extended.b, 31) /* VL */ && has(extended.c, 1) /* VBMI */ &&
+                      has(extended.c, 11) /* VNNI */;
+  if (isa == Isa::kAvx512) return avx512;
+  return avx512 && (state & 0x60000) == 0x60000 && has(extended.d, 24) /* AMX-TILE */ &&
+         has(extended.d, 25) /* AMX-INT8 */ && tiles_granted();
 }
 #else
 bool processor_runs(Isa isa) { return isa == Isa::kPlain; }
@@ -71,6 +90,12 @@ bool compiled(Isa isa) {
 #endif
     case Isa::kAvx512:
 #ifdef FD_HAVE_AVX512
+      return true;
+#else
+      return false;
+#endif
+    case Isa::kAmx:
+#ifdef FD_HAVE_AMX
       return true;
 #else
       return false;
@@ -109,6 +134,8 @@ const char* isa_name(Isa isa) {
       return "avxvnni";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAmx:
+      return "amx";
   }
   return "unknown";
 }

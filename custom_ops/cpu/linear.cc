@@ -41,17 +41,18 @@ thread_local Scratch scratch;
 void multiply_rows(const PackedWeight& weight, const Rows& input, int64_t count, float* out,
                    int64_t out_stride) {
   parallel_for(weight.tiles(), tile_grain(weight, count), [&](int64_t begin, int64_t end) {
-    multiply_tiles(weight, 0, begin, end, input, nullptr, count, out, out_stride);
+    multiply_tiles(weight, 0, begin, end, input, count, out, out_stride);
   });
 }
 
-// As many rows as stay in the L2 cache while all tiles pass by. Reading the weights once more for
-// every 16 rows or more costs little beside the products; reading the rows from further away for
-// every tile cost half of the speed at K = 8192.
+// Quantised weights are decoded once for all rows of a block, and their kernels see to it that the
+// digits come from the cache. Dense ones want as many rows as stay in the L2 cache while all tiles
+// pass by: reading the weights once more for every 16 rows or more costs little beside the
+// products.
 int64_t block_rows(const PackedWeight& weight) {
+  if (weight.quantized()) return kMaxRows;
   constexpr int64_t kCacheBytes = 1 << 20;
-  const int64_t row_bytes = weight.quantized() ? digit_bytes(1, weight.in_features)
-                                               : weight.in_features * int64_t{sizeof(float)};
+  const int64_t row_bytes = weight.in_features * int64_t{sizeof(float)};
   return std::clamp<int64_t>(kCacheBytes / row_bytes / 16 * 16, 16, kMaxRows);
 }
 

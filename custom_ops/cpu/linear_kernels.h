@@ -52,14 +52,20 @@ struct TileJob {
   const float* code_scale;     // per column, ccq only
   const float* code_offset;    // per column, ccq only
   const int8_t* digits;        // [rows][K / 64][3][64]
+  int64_t digit_stride;        // bytes of a row of digits: digit_row_bytes(depth)
   const GroupNumbers* groups;  // [rows][K / 64]
   const float* x;              // dense only
   int64_t x_stride;
-  const int32_t* rows;  // which rows of digits / x; null: 0, 1, 2 ...
-  int num_rows;         // at most kMaxRows
-  float* out;           // row i of the result goes to out + i * out_stride
+  int num_rows;  // at most kMaxRows
+  float* out;    // row i of the result goes to out + i * out_stride
   int64_t out_stride;
 };
+
+// An odd number of cache lines, so that the same group of neighbouring rows does not fall into the
+// same set of a cache.
+constexpr int64_t digit_row_bytes(int64_t depth) {
+  return (depth / kGroupRows * kDigits | 1) * kGroupRows;
+}
 
 struct LinearKernels {
   // offset: 32 for ccq, 128 for int8, 8 for int4.

@@ -1,6 +1,7 @@
 // Mixture of experts: routing, and the experts' SwiGLU MLPs over the tokens routed to them.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <vector>
@@ -84,7 +85,10 @@ Assignment assign(const int32_t* ids, int64_t stride, int64_t tokens, int64_t to
 // Addresses inside the workspace, for one block of tokens.
 struct Buffers {
   float* hidden;   // [pairs][2 * Im]: gate and up; the gate half then takes the product
-  float* outputs;  // [pairs][H]
+  float* outputs;  // [pairs][H]; until the down projection, the pairs' inputs lie here
+  float* pair_x;   // [pairs][H] where up_gate is dense, else null
+  int8_t* pair_digits;
+  GroupNumbers* pair_groups;
   int8_t* token_digits;
   GroupNumbers* token_groups;
   int8_t* hidden_digits;
@@ -103,11 +107,19 @@ Buffers lay_out(uint8_t* base, int64_t tokens, int64_t top_k, const PackedWeight
   };
   Buffers b{};
   b.hidden = reinterpret_cast<float*>(take(pairs * up_gate.out_features * 4));
-  b.outputs = reinterpret_cast<float*>(take(pairs * down.out_features * 4));
+  const int64_t depth = up_gate.in_features, quantized_bytes = digit_bytes(pairs, depth);
+  const int64_t input_bytes =
+      up_gate.quantized() ? quantized_bytes + group_bytes(pairs, depth) : pairs * depth * 4;
+  uint8_t* shared = take(std::max(pairs * down.out_features * 4, input_bytes));
+  b.outputs = reinterpret_cast<float*>(shared);
   if (up_gate.quantized()) {
+    b.pair_digits = reinterpret_cast<int8_t*>(shared);
+    b.pair_groups = reinterpret_cast<GroupNumbers*>(shared + quantized_bytes);
     b.token_digits = reinterpret_cast<int8_t*>(take(digit_bytes(tokens, up_gate.in_features)));
     b.token_groups =
         reinterpret_cast<GroupNumbers*>(take(group_bytes(tokens, up_gate.in_features)));
+  } else {
+    b.pair_x = b.outputs;
   }
   if (down.quantized()) {
     b.hidden_digits = reinterpret_cast<int8_t*>(take(digit_bytes(pairs, down.in_features)));
@@ -117,10 +129,28 @@ Buffers lay_out(uint8_t* base, int64_t tokens, int64_t top_k, const PackedWeight
   return b;
 }
 
+// One row a token becomes one row a pair, so that the rows of an expert follow one another. The
+// copies are small beside the products (1 part in 70 of them for 256 tokens of 21B).
+Rows gather_pairs(const PackedWeight& weight, const Assignment& assignment, const Rows& tokens,
+                  const Buffers& b) {
+  const int64_t depth = weight.in_features, pairs = assignment.tokens.size();
+  parallel_for(pairs, std::max<int64_t>(1, 32768 / depth), [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const Rows row = skip_rows(weight, tokens, assignment.tokens[pair]);
+      if (weight.quantized()) {
+        std::memcpy(b.pair_digits + digit_bytes(pair, depth), row.digits, digit_bytes(1, depth));
+        std::copy_n(row.groups, weight.groups(), b.pair_groups + pair * weight.groups());
+      } else {
+        std::copy_n(row.x, depth, b.pair_x + pair * depth);
+      }
+    }
+  });
+  return {b.pair_x, depth, b.pair_digits, b.pair_groups};
+}
+
 // All tiles of all experts that have pairs: the expert's pairs of `input` times its weights.
-// `by_token`: the input has one row a token, else one row a pair.
 void multiply_experts(const PackedWeight& weight, const Assignment& assignment, const Rows& input,
-                      bool by_token, float* out) {
+                      float* out) {
   const int64_t tiles = weight.tiles(), active = assignment.experts.size();
   const int64_t pairs = assignment.tokens.size();
   const int64_t grain = tile_grain(weight, (pairs + active - 1) / active);
@@ -129,10 +159,8 @@ void multiply_experts(const PackedWeight& weight, const Assignment& assignment, 
       const int64_t a = unit / tiles, first = assignment.first_pair[a];
       const int64_t count = assignment.first_pair[a + 1] - first;
       const int64_t tile = unit % tiles, stop = std::min(tiles, tile + end - unit);
-      multiply_tiles(weight, assignment.experts[a], tile, stop,
-                     skip_rows(weight, input, by_token ? 0 : first),
-                     by_token ? assignment.tokens.data() + first : nullptr, count,
-                     out + first * weight.out_features, weight.out_features);
+      multiply_tiles(weight, assignment.experts[a], tile, stop, skip_rows(weight, input, first),
+                     count, out + first * weight.out_features, weight.out_features);
       unit += stop - tile;
     }
   });
@@ -180,16 +208,15 @@ void moe_block(const TensorView& x, const TensorView& ids, const TensorView& wei
     quantize_rows(in, x.strides[0], tokens, up_gate.in_features, up_gate.offset(), b.token_digits,
                   b.token_groups);
   }
-  multiply_experts(up_gate, assignment, {in, x.strides[0], b.token_digits, b.token_groups}, true,
-                   b.hidden);
+  const Rows token_rows{in, x.strides[0], b.token_digits, b.token_groups};
+  multiply_experts(up_gate, assignment, gather_pairs(up_gate, assignment, token_rows, b), b.hidden);
   activate(up_gate, pairs, b.hidden);
   if (down.quantized()) {
     quantize_rows(b.hidden, up_gate.out_features, pairs, down.in_features, down.offset(),
                   b.hidden_digits, b.hidden_groups);
   }
   multiply_experts(down, assignment,
-                   {b.hidden, up_gate.out_features, b.hidden_digits, b.hidden_groups}, false,
-                   b.outputs);
+                   {b.hidden, up_gate.out_features, b.hidden_digits, b.hidden_groups}, b.outputs);
   combine(assignment, b.outputs, weights, first_token, out);
 }
 

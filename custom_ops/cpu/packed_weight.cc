@@ -66,8 +66,7 @@ void quantize_rows(const float* x, int64_t stride, int64_t rows, int64_t depth, 
   const int64_t groups_per_row = depth / kGroupRows;
   parallel_for(rows, std::max<int64_t>(1, 16384 / depth), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      kernels.quantize_row(x + i * stride, depth, offset,
-                           digits + i * groups_per_row * kGroupDigitBytes,
+      kernels.quantize_row(x + i * stride, depth, offset, digits + digit_bytes(i, depth),
                            groups + i * groups_per_row);
     }
   });
@@ -82,8 +81,7 @@ Rows skip_rows(const PackedWeight& weight, const Rows& input, int64_t count) {
 }
 
 void multiply_tiles(const PackedWeight& weight, int64_t expert, int64_t begin, int64_t end,
-                    const Rows& input, const int32_t* rows, int64_t count, float* out,
-                    int64_t out_stride) {
+                    const Rows& input, int64_t count, float* out, int64_t out_stride) {
   const LinearKernels& kernels = pick(linear_kernels_tables);
   void (*const by_kind[])(const TileJob&) = {kernels.bf16, kernels.f32, kernels.int8, kernels.int4,
                                              kernels.ccq};
@@ -99,12 +97,11 @@ void multiply_tiles(const PackedWeight& weight, int64_t expert, int64_t begin, i
     job.code_scale = weight.code_scale + column;
     job.code_offset = weight.code_offset + column;
   }
+  job.digit_stride = digit_row_bytes(weight.in_features);
   job.out_stride = out_stride;
   for (int64_t first = 0; first < count; first += kMaxRows) {
     job.num_rows = static_cast<int>(std::min<int64_t>(kMaxRows, count - first));
-    // Without a list the rows follow one another, so a later block begins further on.
-    const Rows block = skip_rows(weight, input, rows ? 0 : first);
-    job.rows = rows ? rows + first : nullptr;
+    const Rows block = skip_rows(weight, input, first);
     job.x = block.x;
     job.x_stride = block.x_stride;
     job.digits = block.digits;

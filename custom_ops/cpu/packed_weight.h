@@ -70,20 +70,17 @@ struct Rows {
 Rows skip_rows(const PackedWeight& weight, const Rows& input, int64_t count);
 
 // Bytes of digits and of group numbers that `rows` rows of `depth` elements take.
-inline int64_t digit_bytes(int64_t rows, int64_t depth) {
-  return rows * (depth / kGroupRows) * kGroupDigitBytes;
-}
+inline int64_t digit_bytes(int64_t rows, int64_t depth) { return rows * digit_row_bytes(depth); }
 inline int64_t group_bytes(int64_t rows, int64_t depth) {
   return rows * (depth / kGroupRows) * static_cast<int64_t>(sizeof(GroupNumbers));
 }
 void quantize_rows(const float* x, int64_t stride, int64_t rows, int64_t depth, int32_t offset,
                    int8_t* digits, GroupNumbers* groups);
 
-// Rows `rows[0 .. count)` (null: 0 .. count) of `input` times the tiles [begin, end); the result's
-// row i goes to out + i * out_stride, where `out` is column 0 of the whole result.
+// Rows 0 .. count of `input` times the tiles [begin, end); the result's row i goes to
+// out + i * out_stride, where `out` is column 0 of the whole result.
 void multiply_tiles(const PackedWeight& weight, int64_t expert, int64_t begin, int64_t end,
-                    const Rows& input, const int32_t* rows, int64_t count, float* out,
-                    int64_t out_stride);
+                    const Rows& input, int64_t count, float* out, int64_t out_stride);
 
 // Tiles that make a piece of work worth a thread, for `rows` rows.
 int64_t tile_grain(const PackedWeight& weight, int64_t rows);

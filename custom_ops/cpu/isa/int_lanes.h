@@ -10,7 +10,7 @@
 
 namespace fd::FD_ISA {
 
-#if defined(FD_ISA_AVX512)
+#if defined(FD_LANES_512)
 
 // 4 rows x 2 tiles x 3 digits are 24 sums of the 32 registers. Two tiles share the broadcast
 // digits: with one, the load ports limit the speed, and at one row the latency of three chains of
@@ -30,6 +30,7 @@ struct WideQuads {  // bytes up to 255
 };
 
 FD_INLINE I16 splat_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+FD_INLINE I16 load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 FD_INLINE I16 load_bytes(const uint8_t* p) {
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))};
 }

@@ -12,7 +12,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(FD_ISA_AVX512) || defined(FD_ISA_AVX2) || defined(FD_ISA_AVXVNNI)
+#if defined(FD_ISA_AVX512) || defined(FD_ISA_AMX)
+#define FD_LANES_512 1
+#endif
+#if defined(FD_LANES_512) || defined(FD_ISA_AVX2) || defined(FD_ISA_AVXVNNI)
 #define FD_LANES_X86 1
 // GCC 12 warns of its own undefined-by-intent registers (its bug 105593).
 #pragma GCC diagnostic push
@@ -26,7 +29,7 @@
 
 namespace fd::FD_ISA {
 
-#if defined(FD_ISA_AVX512)
+#if defined(FD_LANES_512)
 
 struct F16 {
   __m512 v;

@@ -1,83 +1,12 @@
 // Linear maps over packed weights: tiles of 16 columns times a block of rows.
 #include "../linear_kernels.h"
-#include "int_lanes.h"
+#include "amx_rows.h"
+#include "weight_formats.h"
 
 namespace fd::FD_ISA {
 namespace {
 
-// --- formats: how sixteen quads of a group are read, and the scale of a group --------------------
-
-// How far ahead of the decoder a tile is fetched. The processor's own prefetching stops at every
-// 4 KiB page, and decoding keeps too many instructions in flight to look past it: fetching by hand
-// is what lets the ccq kernel read from memory as fast as from cache.
-constexpr int64_t kFetchAhead = 2048;
-
-struct Ccq {
-  static constexpr int kGroupBytes = kCcqBlockBytes / 2;
-  F16 code_scale, code_offset;
-  const uint8_t* tile;
-
-  Ccq(const TileJob& job, int index)
-      : code_scale(load(job.code_scale + index * kTileColumns)),
-        code_offset(load(job.code_offset + index * kTileColumns)),
-        tile(job.tile + index * job.tile_bytes) {}
-
-  const uint8_t* group(int64_t g) const {
-    return tile + (g >> 1) * kCcqBlockBytes + (g & 1) * kCcqGroupBytes;
-  }
-  static Quads load_stored(const uint8_t* p) { return load_quads(p); }
-  Quads quad(const uint8_t* group, int q) const {
-    return decode_ccq(group + q * kTileColumns, code_scale, code_offset);
-  }
-  F16 factor(int64_t g, F16 scale) const {
-    const I16 both = load_bytes(tile + (g >> 1) * kCcqBlockBytes + 2 * kCcqGroupBytes);
-    const I16 local = (g & 1) ? bit_and(both, 15) : shift_right(both, 4);
-    return mul(to_float(local), scale);
-  }
-};
-
-struct Int8 {
-  static constexpr int kGroupBytes = kInt8GroupBytes;
-  const uint8_t* tile;
-
-  Int8(const TileJob& job, int index) : tile(job.tile + index * job.tile_bytes) {}
-  const uint8_t* group(int64_t g) const { return tile + g * kInt8GroupBytes; }
-  static WideQuads load_stored(const uint8_t* p) { return load_wide_quads(p); }
-  WideQuads quad(const uint8_t* group, int q) const { return load_wide_quads(group + q * 64); }
-  F16 factor(int64_t, F16 scale) const { return scale; }
-};
-
-struct Int4 {
-  static constexpr int kGroupBytes = kInt4GroupBytes;
-  const uint8_t* tile;
-
-  Int4(const TileJob& job, int index) : tile(job.tile + index * job.tile_bytes) {}
-  const uint8_t* group(int64_t g) const { return tile + g * kInt4GroupBytes; }
-  static Quads load_stored(const uint8_t* p) { return load_quads(p); }
-  Quads quad(const uint8_t* group, int q) const {
-    return load_nibbles(group + (q >> 1) * 64, q & 1);
-  }
-  F16 factor(int64_t, F16 scale) const { return scale; }
-};
-
 // --- one group of some rows ----------------------------------------------------------------------
-
-struct Row {
-  const int8_t* digits;
-  const GroupNumbers* groups;
-};
-
-FD_INLINE Row row_of(const TileJob& job, int i) {
-  const int64_t row = job.rows ? job.rows[i] : i;
-  const int64_t groups = job.depth / kGroupRows;
-  return {job.digits + row * groups * kGroupDigitBytes, job.groups + row * groups};
-}
-
-// The exact sum of a group is 65536 h + 256 m + l; |256 h + m| < 2^29.
-FD_INLINE F16 join(const I16 (&sums)[kDigits]) {
-  const I16 upper = add(shift_left(sums[0], 8), sums[1]);
-  return fma(to_float(upper), splat(256.0f), to_float(sums[2]));
-}
 
 // Adds group g of kRows rows to `total`. `quad(t, q)` gives the weights of rows 4q .. 4q + 3 of
 // tile t, `factor(t, scale)` what the sum of a group is worth.
@@ -109,21 +38,6 @@ FD_INLINE void add_group(const Row* rows, int64_t g, const QuadAt& quad, const F
       total[r][t] = fma(join(sums[r][t]), factor(t, scale), total[r][t]);
     }
   }
-}
-
-// Row `row` of tile `tile` of the job.
-FD_INLINE void store_columns(const TileJob& job, int row, int tile, F16 value) {
-  float* out = job.out + row * job.out_stride + tile * kTileColumns;
-  const int columns = job.columns - tile * kTileColumns;
-  if (columns >= kTileColumns) {
-    store(out, value);
-  } else {
-    store_first(out, value, columns);
-  }
-}
-
-FD_INLINE void store_scaled(const TileJob& job, int row, int tile, F16 total) {
-  store_columns(job, row, tile, mul(total, load(job.scale + tile * kTileColumns)));
 }
 
 template <typename Format, int kTiles>
@@ -167,10 +81,10 @@ void stream_rows(const TileJob& job, int first_tile) {
     }
     add_group<kRows, kTiles>(
         rows, g, [&](int t, int q) { return formats.tile[t].quad(weights[t], q); },
-        [&](int t, F16 scale) { return formats.tile[t].factor(g, scale); }, total);
+        [&](int t, F16 scale) { return Format::factor(formats.tile[t].local(g), scale); }, total);
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int t = 0; t < kTiles; ++t) store_scaled(job, r, first_tile + t, total[r][t]);
+    for (int t = 0; t < kTiles; ++t) store_total(job, r, first_tile + t, groups, total[r][t]);
   }
 }
 
@@ -193,22 +107,26 @@ __attribute__((noinline)) void add_decoded(const TileJob& job,
   add_group<kRows, kTiles>(
       rows, g,
       [&](int t, int q) { return Format::load_stored(decoded + t * kTileBytesDecoded + q * 64); },
-      [&](int t, F16 scale) { return formats.tile[t].factor(g, scale); }, total);
+      [&](int t, F16 scale) { return Format::factor(formats.tile[t].local(g), scale); }, total);
   for (int r = 0; r < kRows; ++r) {
     for (int t = 0; t < kTiles; ++t) store(kept + (r * kTiles + t) * kTileColumns, total[r][t]);
   }
 }
 
-// Many rows: a group is decoded once into the L1 cache and used for all rows.
+// Many rows: a group is decoded once into the L1 cache and used for all rows. Groups [begin, end).
 template <typename Format, int kTiles>
-void decode_then_rows(const TileJob& job, int first_tile) {
+void decode_then_rows(const TileJob& job, int first_tile, int64_t begin, int64_t end) {
   alignas(64) uint8_t decoded[kTiles * kTileBytesDecoded];
   alignas(64) float totals[kMaxRows * kTiles * kTileColumns];
-  memset(totals, 0, sizeof(float) * kTiles * kTileColumns * (size_t)job.num_rows);
+  for (int i = 0; i < job.num_rows; ++i) {
+    for (int t = 0; t < kTiles; ++t) {
+      const F16 total = begin == 0 ? splat(0.0f) : load_total(job, i, first_tile + t);
+      store(totals + (i * kTiles + t) * kTileColumns, total);
+    }
+  }
   const auto formats = formats_of(job, first_tile, (Formats<Format, kTiles>*)nullptr);
-  const int64_t groups = job.depth / kGroupRows;
   const int whole = job.num_rows - job.num_rows % kRowBlock;
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t g = begin; g < end; ++g) {
     for (int t = 0; t < kTiles; ++t) {
       const uint8_t* weights = formats.tile[t].group(g);
       uint8_t* to = decoded + t * kTileBytesDecoded;
@@ -223,30 +141,58 @@ void decode_then_rows(const TileJob& job, int first_tile) {
   }
   for (int i = 0; i < job.num_rows; ++i) {
     for (int t = 0; t < kTiles; ++t) {
-      store_scaled(job, i, first_tile + t, load(totals + (i * kTiles + t) * kTileColumns));
+      store_total(job, i, first_tile + t, end, load(totals + (i * kTiles + t) * kTileColumns));
     }
   }
 }
 
 template <typename Format, int kTiles>
-FD_INLINE void multiply(const TileJob& job, int first_tile) {
+FD_INLINE void stream(const TileJob& job, int first_tile) {
   if (job.num_rows == 1) return stream_rows<Format, 1, kTiles>(job, first_tile);
   if constexpr (kRowBlock == 4) {
     if (job.num_rows == 2) return stream_rows<Format, 2, kTiles>(job, first_tile);
     if (job.num_rows == 3) return stream_rows<Format, 3, kTiles>(job, first_tile);
     if (job.num_rows == 4) return stream_rows<Format, 4, kTiles>(job, first_tile);
   }
-  decode_then_rows<Format, kTiles>(job, first_tile);
+}
+
+// Groups [begin, end) of all tiles; all groups where the rows are streamed.
+template <typename Format>
+void multiply_by_vectors(const TileJob& job, int64_t begin, int64_t end) {
+  const int tiles = (job.columns + kTileColumns - 1) / kTileColumns;
+  const bool few = job.num_rows <= kRowBlock;
+  int tile = 0;
+  for (; tile + kTileBlock <= tiles; tile += kTileBlock) {
+    if (few) {
+      stream<Format, kTileBlock>(job, tile);
+    } else {
+      decode_then_rows<Format, kTileBlock>(job, tile, begin, end);
+    }
+  }
+  for (; tile < tiles; ++tile) {
+    if (few) {
+      stream<Format, 1>(job, tile);
+    } else {
+      decode_then_rows<Format, 1>(job, tile, begin, end);
+    }
+  }
 }
 
 template <typename Format>
 void quantized_tiles(const TileJob& job) {
-  const int tiles = (job.columns + kTileColumns - 1) / kTileColumns;
-  int tile = 0;
-  for (; tile + kTileBlock <= tiles; tile += kTileBlock) {
-    multiply<Format, kTileBlock>(job, tile);
+  const int64_t groups = job.depth / kGroupRows;
+  if (job.num_rows <= kRowBlock) return multiply_by_vectors<Format>(job, 0, groups);
+  const int64_t step = depth_groups(job);
+  for (int64_t begin = 0; begin < groups; begin += step) {
+    const int64_t end = begin + step < groups ? begin + step : groups;
+#ifdef FD_ISA_AMX
+    if (job.num_rows >= kMinTileRows) {
+      multiply_by_tiles<Format>(job, begin, end);
+      continue;
+    }
+#endif
+    multiply_by_vectors<Format>(job, begin, end);
   }
-  for (; tile < tiles; ++tile) multiply<Format, 1>(job, tile);
 }
 
 // --- activations ---------------------------------------------------------------------------------
@@ -329,7 +275,7 @@ FD_INLINE void dense_rows(const TileJob& job, int index, int first) {
   const float* x[kRows];
   F16 sums[kRows][2];
   for (int r = 0; r < kRows; ++r) {
-    x[r] = job.x + (job.rows ? job.rows[first + r] : first + r) * job.x_stride;
+    x[r] = job.x + (first + r) * job.x_stride;
     sums[r][0] = sums[r][1] = splat(0.0f);
   }
   for (int64_t k = 0; k < job.depth; k += 2) {

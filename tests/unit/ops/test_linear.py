@@ -93,6 +93,36 @@ def test_many_rows_are_cut_in_blocks(kind: str) -> None:
         np.testing.assert_array_equal(bits(found[i]), bits(multiply(x[i : i + 1], weight)[0]))
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "ccq"])
+@pytest.mark.parametrize(("k", "tokens"), [(4352, 6), (2176, 200), (1152, 256)])
+def test_a_deep_weight_is_walked_in_stretches(kind: str, k: int, tokens: int) -> None:
+    """Totals wait in `out` between two stretches of K, beside columns that are not ours."""
+    weight, _ = make(kind, k, 48)
+    x = activations(tokens, k)
+    expected = np.concatenate([multiply(x[i : i + 1], weight) for i in range(tokens)])
+    for name in ISAS:
+        wide = paddle.full([tokens, 80], 7.0)
+        with isa(name), threads(2):
+            ops.linear(tensor(x), weight, wide[:, 16:64])
+        found = wide.numpy()
+        np.testing.assert_array_equal(bits(found[:, 16:64]), bits(expected), name)
+        assert (found[:, :16] == 7).all(), name
+        assert (found[:, 64:] == 7).all(), name
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "ccq"])
+@pytest.mark.parametrize("tokens", [5, 15, 16, 17, 31, 33, 47, 48, 255])
+def test_blocks_of_rows_have_the_same_bits_everywhere(kind: str, tokens: int) -> None:
+    """Numbers of rows around the height of a tile register, extreme rows among them."""
+    weight, _ = make(kind, 256, 40 if kind == "ccq" else 48)
+    x = activations(tokens, 256)
+    x[0] = 0
+    x[1, 70] = np.inf
+    x[-1] = np.float32(1e-40)
+    x[-2, 200] = np.nan
+    assert_same_everywhere(lambda: multiply(x, weight))
+
+
 @pytest.mark.parametrize("kind", ["f32", "int4", "ccq"])
 def test_strided_rows_in_and_out(kind: str) -> None:
     weight, _ = make(kind, 128, 48)

@@ -1,0 +1,127 @@
+// The quantised formats of weights as the kernels of an instruction set read them, and what all of
+// those kernels do alike with a group's sums.
+#pragma once
+
+#include "../linear_kernels.h"
+#include "int_lanes.h"
+
+namespace fd::FD_ISA {
+
+// How sixteen quads of a group are read, and what a group's sums are worth: local(g) for the
+// columns, factor() for a row of that scale.
+
+// How far ahead of the decoder a tile is fetched. The processor's own prefetching stops at every
+// 4 KiB page, and decoding keeps too many instructions in flight to look past it: fetching by hand
+// is what lets the ccq kernel read from memory as fast as from cache.
+constexpr int64_t kFetchAhead = 2048;
+
+struct Ccq {
+  static constexpr int kGroupBytes = kCcqBlockBytes / 2;
+  static constexpr int kOffset = ccq::kFieldOffset;
+  F16 code_scale, code_offset;
+  const uint8_t* tile;
+
+  Ccq(const TileJob& job, int index)
+      : code_scale(load(job.code_scale + index * kTileColumns)),
+        code_offset(load(job.code_offset + index * kTileColumns)),
+        tile(job.tile + index * job.tile_bytes) {}
+
+  const uint8_t* group(int64_t g) const {
+    return tile + (g >> 1) * kCcqBlockBytes + (g & 1) * kCcqGroupBytes;
+  }
+  static Quads load_stored(const uint8_t* p) { return load_quads(p); }
+  Quads quad(const uint8_t* group, int q) const {
+    return decode_ccq(group + q * kTileColumns, code_scale, code_offset);
+  }
+  F16 local(int64_t g) const {
+    const I16 both = load_bytes(tile + (g >> 1) * kCcqBlockBytes + 2 * kCcqGroupBytes);
+    return to_float((g & 1) ? bit_and(both, 15) : shift_right(both, 4));
+  }
+  static F16 factor(F16 local, F16 scale) { return mul(local, scale); }
+};
+
+struct Int8 {
+  static constexpr int kGroupBytes = kInt8GroupBytes;
+  static constexpr int kOffset = 128;
+  const uint8_t* tile;
+
+  Int8(const TileJob& job, int index) : tile(job.tile + index * job.tile_bytes) {}
+  const uint8_t* group(int64_t g) const { return tile + g * kInt8GroupBytes; }
+  static WideQuads load_stored(const uint8_t* p) { return load_wide_quads(p); }
+  WideQuads quad(const uint8_t* group, int q) const { return load_wide_quads(group + q * 64); }
+  F16 local(int64_t) const { return splat(1.0f); }
+  static F16 factor(F16, F16 scale) { return scale; }
+};
+
+struct Int4 {
+  static constexpr int kGroupBytes = kInt4GroupBytes;
+  static constexpr int kOffset = 8;
+  const uint8_t* tile;
+
+  Int4(const TileJob& job, int index) : tile(job.tile + index * job.tile_bytes) {}
+  const uint8_t* group(int64_t g) const { return tile + g * kInt4GroupBytes; }
+  static Quads load_stored(const uint8_t* p) { return load_quads(p); }
+  Quads quad(const uint8_t* group, int q) const {
+    return load_nibbles(group + (q >> 1) * 64, q & 1);
+  }
+  F16 local(int64_t) const { return splat(1.0f); }
+  static F16 factor(F16, F16 scale) { return scale; }
+};
+
+// --- a group's sums, and the results -----------------------------------------------------------
+
+struct Row {
+  const int8_t* digits;
+  const GroupNumbers* groups;
+};
+
+FD_INLINE Row row_of(const TileJob& job, int i) {
+  return {job.digits + i * job.digit_stride, job.groups + i * (job.depth / kGroupRows)};
+}
+
+// The exact sum of a group is 65536 h + 256 m + l; |256 h + m| < 2^29.
+FD_INLINE F16 join(const I16 (&sums)[kDigits]) {
+  const I16 upper = add(shift_left(sums[0], 8), sums[1]);
+  return fma(to_float(upper), splat(256.0f), to_float(sums[2]));
+}
+
+// Row `row` of tile `tile` of the job.
+FD_INLINE void store_columns(const TileJob& job, int row, int tile, F16 value) {
+  float* out = job.out + row * job.out_stride + tile * kTileColumns;
+  const int columns = job.columns - tile * kTileColumns;
+  if (columns >= kTileColumns) {
+    store(out, value);
+  } else {
+    store_first(out, value, columns);
+  }
+}
+
+// The total of the groups [0, end): the result once all are in, else kept in its place.
+FD_INLINE void store_total(const TileJob& job, int row, int tile, int64_t end, F16 total) {
+  const bool whole = end * kGroupRows == job.depth;
+  const F16 scale = load(job.scale + tile * kTileColumns);
+  store_columns(job, row, tile, whole ? mul(total, scale) : total);
+}
+FD_INLINE F16 load_total(const TileJob& job, int row, int tile) {
+  const float* kept = job.out + row * job.out_stride + tile * kTileColumns;
+  return load_first(kept, job.columns - tile * kTileColumns, 0.0f);
+}
+
+// --- depth
+// -----------------------------------------------------------------------------------------
+
+// As many groups as keep the digits of all rows in half of a small L2 cache while the tiles pass
+// by: reading them from further away for every tile cost half of the speed at K = 8192. Totals wait
+// in the results between two stretches, which is little traffic beside the digits' own.
+constexpr int64_t kDigitCacheBytes = 1 << 20;
+constexpr int64_t kMinDepthGroups = 16;
+constexpr int64_t kMaxDepthGroups = 64;
+
+FD_INLINE int64_t depth_groups(const TileJob& job) {
+  const int64_t groups = kDigitCacheBytes / (job.num_rows * kGroupDigitBytes);
+  return groups < kMinDepthGroups   ? kMinDepthGroups
+         : groups < kMaxDepthGroups ? groups
+                                    : kMaxDepthGroups;
+}
+
+}  // namespace fd::FD_ISA
