@@ -35,5 +35,7 @@ def test_native_code_is_formatted() -> None:
 
 
 def test_shell_scripts_parse() -> None:
-    for script in [*(REPOSITORY / "entrypoints").glob("*.sh"), REPOSITORY / ".ci" / "run"]:
+    folders = ("deploy", "entrypoints", "examples")
+    scripts = [path for folder in folders for path in (REPOSITORY / folder).glob("*.sh")]
+    for script in [*scripts, REPOSITORY / ".ci" / "run"]:
         run(["bash", "-n", str(script)])

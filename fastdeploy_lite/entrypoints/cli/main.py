@@ -36,6 +36,7 @@ SUBCOMMANDS = {
     "inspect": "say what is in a model folder, without loading it",
     "quantize": "turn a bf16 checkpoint into a 2-bit one",
     "eval": "perplexity, divergence from another model, or multiple choice on your text",
+    "random-model": "write a small bf16 checkpoint of random weights, to try quantize",
     "split": "cut a checkpoint into folders for several ranks",
     "collect-env": "print what a bug report needs",
     "completion": "print the completion script of a shell",
