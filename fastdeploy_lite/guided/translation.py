@@ -10,6 +10,7 @@ from typing import Any
 import llguidance
 
 from fastdeploy_lite.guided.closed_objects import close_objects
+from fastdeploy_lite.guided.layout import layout_options
 from fastdeploy_lite.guided.spec import GuidedSpec, invalid, short_reason
 from fastdeploy_lite.utils.errors import RequestError
 
@@ -17,9 +18,6 @@ from fastdeploy_lite.utils.errors import RequestError
 MAX_SPEC_BYTES = 65536
 MAX_CHOICES = 4096
 MAX_NESTING = 64
-# A blank, or a line break and its indentation: every usual layout.  A small model left alone with
-# free JSON whitespace emits nothing else until its length limit.
-WHITESPACE = r"\x20|\r?\n[\x20\t]{0,32}"
 
 
 def grammar_text(spec: GuidedSpec) -> str:
@@ -49,7 +47,7 @@ def grammar_text(spec: GuidedSpec) -> str:
 
 def _json_grammar(schema: Any, spec: GuidedSpec) -> str:
     schema = _checked_schema(schema, spec)
-    layout = _layout(spec.any_whitespace)
+    layout: Any = layout_options(schema, spec.any_whitespace)
     return str(llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=layout))
 
 
@@ -62,13 +60,6 @@ def _checked_schema(schema: Any, spec: GuidedSpec) -> dict[str, Any]:
         raise ValueError(f"a schema is a JSON object or a bool, found {type(schema).__name__}")
     check_nesting(schema)
     return close_objects(schema) if spec.closes_objects else schema
-
-
-def _layout(any_whitespace: bool) -> Any:
-    """llguidance's options for where JSON may hold whitespace."""
-    if any_whitespace:
-        return {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
-    return {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def check_nesting(value: Any) -> None:
@@ -213,12 +204,11 @@ def _structural_tag(spec: GuidedSpec) -> str:
     if not isinstance(triggers, list) or not all(isinstance(t, str) and t for t in triggers):
         raise ValueError("'triggers' must be a list of non-empty strings")
     check_nesting(structures)
-    layout = _layout(spec.any_whitespace)
-    tags = [_tag(structure, triggers, layout, spec) for structure in structures]
+    tags = [_tag(structure, triggers, spec) for structure in structures]
     return str(llguidance.StructTag.to_grammar(tags, assume_special=False))
 
 
-def _tag(structure: Any, triggers: list[str], layout: Any, spec: GuidedSpec) -> Any:
+def _tag(structure: Any, triggers: list[str], spec: GuidedSpec) -> Any:
     if not isinstance(structure, dict) or not isinstance(structure.get("begin"), str):
         raise ValueError("every structure needs the text 'begin'")
     begin, end = structure["begin"], structure.get("end", "")
@@ -229,7 +219,7 @@ def _tag(structure: Any, triggers: list[str], layout: Any, spec: GuidedSpec) -> 
         raise ValueError("'end' must be text")
     schema = structure.get("schema")
     schema = _checked_schema({} if schema is None else schema, spec)
-    schema = {**schema, "x-guidance": layout}
+    schema = {**schema, "x-guidance": layout_options(schema, spec.any_whitespace)}
     return llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=end)
 
 

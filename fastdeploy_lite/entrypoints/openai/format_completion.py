@@ -144,7 +144,7 @@ class CompletionFormat:
             if first:
                 writers[choice.index] = _LogprobsWriter(answer, choice, service)
                 if answer.body.return_token_ids:
-                    opening, later = [self._opening(piece)], -len(piece.token_ids)
+                    opening, later = [self._opening(answer, piece)], -len(piece.token_ids)
                     yield self._event(answer, opening, continuous, later)
             waiting.append(self._delta(answer, piece, writers[choice.index], first))
             if piece.finished or len(waiting) >= size:
@@ -169,9 +169,9 @@ class CompletionFormat:
         return value
 
     @staticmethod
-    def _opening(piece: Piece) -> dict[str, Any]:
+    def _opening(answer: Completion, piece: Piece) -> dict[str, Any]:
         choice = piece.choice
-        return {
+        value = {
             "index": choice.index,
             "text": "",
             "prompt_token_ids": choice.request.prompt_token_ids,
@@ -179,6 +179,9 @@ class CompletionFormat:
             "prompt_tokens": choice.prompt_text,
             "completion_tokens": None,
         }
+        if answer.body.prompt_logprobs is not None:
+            value["prompt_logprobs"] = _prompt_logprobs(answer, piece.prompt_logprobs)
+        return value
 
     def _delta(
         self, answer: Completion, piece: Piece, writer: _LogprobsWriter, first: bool
@@ -198,8 +201,9 @@ class CompletionFormat:
         }
         if body.return_token_ids:
             value["completion_tokens"] = piece.text
-        if body.prompt_logprobs is not None and first:
-            value["prompt_logprobs"] = _prompt_logprobs(answer, piece.prompt_logprobs)
+        if body.prompt_logprobs is not None:
+            rows = piece.prompt_logprobs if first and not body.return_token_ids else None
+            value["prompt_logprobs"] = _prompt_logprobs(answer, rows)
         if piece.finished:
             value["finish_reason"] = choice.finish_reason
             value["speculate_metrics"] = choice.speculate_metrics()

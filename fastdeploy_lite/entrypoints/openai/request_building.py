@@ -239,7 +239,9 @@ def _check_count(name: str, value: int, service: Service) -> None:
         )
     if limit != -1 and value > limit:
         raise RequestError(
-            f"Invalid value for '{name}': must be less than or equal to {limit}.", param=name
+            f"Number of {name} requested ({value}) exceeds maximum allowed value ({limit}): "
+            f"it must be less than or equal to {limit}.",
+            param=name,
         )
 
 

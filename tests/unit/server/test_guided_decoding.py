@@ -124,6 +124,11 @@ def test_json_whitespace_is_bounded(compile_spec: Compile, tokenizer: Ernie4_5To
         assert not accepts(grammar.matcher(), tokenizer, empty), empty
     for laid_out in ('{\r\n\t\t"a": 1\n}', "{\n" + " " * 32 + '"a" : [1 , 2] }'):
         assert accepts(grammar.matcher(), tokenizer, laid_out), laid_out
+    flat = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    flat = compile_spec("json_schema", flat | {"additionalProperties": False})
+    for blanks, answer in ((4, True), (5, False)):
+        text = "{\n" + " " * blanks + '"a": 1}'
+        assert accepts(flat.matcher(), tokenizer, text) is answer
     for whitespace, answer in ((True, True), (False, False)):
         tag = compile_spec("structural_tag", TAG, any_whitespace=whitespace).matcher()
         assert accepts(tag, tokenizer, '<f>{\n  "a": true}</f>') is answer
