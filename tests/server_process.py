@@ -35,6 +35,7 @@ class ServerProcess:
 
     Attributes:
         port: Its port.
+        metrics_port: Where its metrics are; the same, unless a test sets it.
         process: The process.
     """
 
@@ -49,7 +50,7 @@ class ServerProcess:
         stderr: int | None = None,
     ) -> None:
         self.folder = folder
-        self.port = free_port() if port is None else port
+        self.port = self.metrics_port = free_port() if port is None else port
         folder.mkdir(parents=True, exist_ok=True)
         self.stderr_path = folder / "stderr.txt"
         command = [
@@ -112,7 +113,7 @@ class ServerProcess:
 
     def metric(self, name: str) -> float:
         """One unlabelled sample of /metrics."""
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text
         line = next(x for x in text.splitlines() if x.startswith(f"{name} "))
         return float(line.split()[1])
 

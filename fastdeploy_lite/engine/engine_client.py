@@ -196,7 +196,7 @@ class AsyncEngineClient:
         self._send(Abort(None if request_ids is None else list(request_ids)))
 
     async def control(self, action: Literal["pause", "resume", "reset"]) -> None:
-        """Pause or resume scheduling, or drop all requests and cached prefixes.
+        """Pause (ends all requests, refuses new ones), resume, or drop requests and prefixes.
 
         Returns when that is done and `stats` tell of it.
 

@@ -30,6 +30,7 @@ from fastdeploy_lite.guided.matcher import Grammar
 from fastdeploy_lite.guided.paced import PacedMatcher
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.request.messages import (
+    PAUSED,
     EngineOutput,
     EngineRequest,
     EngineStats,
@@ -182,6 +183,8 @@ class EngineCore:
         """Why the core cannot run a request: it does not trust its clients to have checked."""
         sampling, count = request.sampling, len(request.prompt_token_ids)
         limits = self.config.scheduler
+        if self._stats.paused:  # it was on its way while another client paused
+            return 503, PAUSED
         if not count or sampling.max_tokens < 1 or not sampling.eos_token_ids:
             return 400, "The request has no prompt, no room for output, or no EOS id"
         if count + sampling.max_tokens > limits.max_model_len:
@@ -243,11 +246,12 @@ class EngineCore:
                 self._outbox.append(self._end(active, "abort", 499, "Aborted"))
 
     def pause(self) -> None:
-        """Schedule nothing until `resume`."""
+        """End everything, and refuse requests until `resume`."""
         self._stats.paused = True
+        self.abort()
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Take requests again after `pause`."""
         self._stats.paused = False
 
     def reset(self) -> None:
@@ -268,7 +272,7 @@ class EngineCore:
         """Whether `step` has something to do or to say."""
         if self._outbox or self._compiling:
             return True
-        return self._scheduler.has_sequences and not self._stats.paused
+        return self._scheduler.has_sequences
 
     @property
     def num_waiting(self) -> int:
@@ -292,7 +296,7 @@ class EngineCore:
         started = time.perf_counter()
         self._patience = MASK_PATIENCE
         self._collect_compiled()
-        plan = [] if self._stats.paused else self._scheduler.schedule()
+        plan = self._scheduler.schedule()
         outputs, self._outbox = self._outbox, []
         if plan:
             self._run(plan, outputs)

@@ -206,9 +206,13 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     request_ids: list[str] | None
 
 
+PAUSED = "The engine is paused: POST /v1/resume first"  # the message of an error 503
+
+
 class Control(msgspec.Struct, frozen=True, tag="control"):
-    """pause: schedule nothing; resume: go on; reset: abort all and forget cached prefixes;
-    shutdown: end the process; check: verify that no KV block and no request is lost."""
+    """pause: abort all and refuse requests; resume: take them again; reset: abort all and forget
+    cached prefixes; shutdown: end the process; check: verify that no KV block and no request is
+    lost."""
 
     action: Literal["pause", "resume", "reset", "shutdown", "check"]
 

@@ -385,7 +385,6 @@ def _add_control(app: FastAPI, service: Service) -> None:
         """End what runs with `finish_reason` abort, and refuse requests until resumed."""
         service.check_alive()
         await service.client.control("pause")
-        await service.client.abort(None)
         return {"status": "success", "request_id": "control-pause", "result": None}
 
     @app.post("/v1/resume", responses=unavailable, tags=["control"])

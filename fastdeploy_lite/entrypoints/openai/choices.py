@@ -153,7 +153,7 @@ async def _one(service: Service, sequence: Choice) -> AsyncGenerator[Any, None]:
     stream = cast("AsyncGenerator[EngineOutput, None]", service.client.generate(request))
     try:
         async with aclosing(stream):
-            news = await _first(service, stream)
+            news = await service.within_wait(anext(stream), request.arrival_time)
             while True:
                 output = service.outputs.process(news)
                 observer.note(news, output)
@@ -166,21 +166,13 @@ async def _one(service: Service, sequence: Choice) -> AsyncGenerator[Any, None]:
         service.outputs.discard(request.request_id)
 
 
-async def _first(service: Service, stream: AsyncGenerator[EngineOutput, None]) -> EngineOutput:
-    """The first message, within the waiting time."""
-    wait = service.max_waiting_time if service.max_waiting_time >= 0 else None
-    try:
-        return await asyncio.wait_for(anext(stream), wait)
-    except asyncio.TimeoutError:
-        text = f"Request waiting time exceeded {service.max_waiting_time:g} s"
-        raise ServiceError(text, 500, "timeout_error", "timeout") from None
-
-
 def _raise_error(output: RequestOutput) -> None:
     """Turn an engine-side failure into an exception; an abort is an ordinary end."""
     if output.error_code in (0, 200) or output.outputs.finish_reason == "abort":
         return
     text = output.error_msg or "generation failed"
+    if output.error_code == 429:
+        raise ServiceError(text, 429, "rate_limit_error", "rate_limit_exceeded")
     if 400 <= output.error_code < 500:
         raise RequestError(text)
     if output.error_code == 503:

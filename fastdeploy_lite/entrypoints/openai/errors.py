@@ -108,7 +108,7 @@ def describe(error: Exception) -> tuple[int, dict[str, dict[str, str | None]]]:
 def from_exception(error: Exception) -> Response:
     """The response of any exception."""
     status, body = describe(error)
-    headers = {"Retry-After": "1"} if status == 503 else None
+    headers = {"Retry-After": "1"} if status in (429, 503) else None
     return json_response(body, status, headers)
 
 

@@ -128,7 +128,8 @@ class Handler(Generic[Given_contra]):
         text = "Create %s request %s: %s"
         request_log.log_request(log, level, text, form.name, answer.id, content(body))
         for prompt in answer.prompts:
-            prepared, shown = await service.prepare(prepare, prompt, answer.shows_prompt)
+            work = service.prepare(prepare, prompt, answer.shows_prompt)
+            prepared, shown = await service.within_wait(work, arrival)
             for copy in expand(service, answer.id, prepared, n):
                 parser = form.parser(answer, copy, service)
                 choice = Choice(len(answer.choices), copy, parser, shown)

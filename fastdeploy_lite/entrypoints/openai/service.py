@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,11 +13,12 @@ from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine_client import AsyncEngineClient
 from fastdeploy_lite.engine.output_processor import OutputProcessor
-from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError
+from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError, ServiceError
 from fastdeploy_lite.entrypoints.openai.lanes import Lane
 from fastdeploy_lite.entrypoints.openai.output_parser import OutputParsers
 from fastdeploy_lite.input.preprocess import Preprocessor
 from fastdeploy_lite.metrics.metrics import ServerMetrics
+from fastdeploy_lite.request.messages import PAUSED
 from fastdeploy_lite.request.user_request import Request
 from fastdeploy_lite.utils.errors import RequestError
 
@@ -102,7 +105,39 @@ class Service:
         """
         self.check_alive()
         if self.client.stats.paused:
-            raise EngineUnavailableError("The engine is paused: POST /v1/resume first")
+            raise EngineUnavailableError(PAUSED)
+
+    def remaining_wait(self, arrival: float) -> float | None:
+        """How much longer a request may wait for its first token.
+
+        Args:
+            arrival: When it came, seconds since the epoch.
+
+        Returns:
+            Seconds; None for ever.
+        """
+        if self.max_waiting_time < 0:
+            return None
+        return max(arrival + self.max_waiting_time - time.time(), 0.0)
+
+    async def within_wait(self, waiting: Awaitable[Result], arrival: float) -> Result:
+        """Await what comes before the first token, as long as its request may wait.
+
+        Args:
+            waiting: Cancelled when the time is over.
+            arrival: When the request came, seconds since the epoch.
+
+        Returns:
+            Its result.
+
+        Raises:
+            ServiceError: The time is over.
+        """
+        try:
+            return await asyncio.wait_for(waiting, self.remaining_wait(arrival))
+        except asyncio.TimeoutError:
+            text = f"Request waiting time exceeded {self.max_waiting_time:g} s"
+            raise ServiceError(text, 500, "timeout_error", "timeout") from None
 
     def find_active(self, name: str) -> str | None:
         """The public id of a request in flight, named with or without its prefix.

@@ -455,12 +455,18 @@ def test_a_full_queue_answers_at_once() -> None:
 def test_pause_and_resume() -> None:
     core = make_core()
     core.add(make_request("r", [11], 5))
+    core.step()
+    core.add(make_request("waits", [11], 5))
     core.pause()
+    core.add(make_request("late", [11], 5))  # it was on its way
+    outputs = core.step()
+    assert [(o.request_id, o.finish_reason, o.error_code) for o in outputs] == [
+        ("r", "abort", 499), ("waits", "abort", 499), ("late", "error", 503),
+    ]  # fmt: skip
     assert not core.has_work
-    assert core.step() == []
+    core.check_integrity()
     core.resume()
-    assert core.has_work
-    assert len(core.step()) == 1
+    assert len(tokens(run(core, make_request("r", [11], 5))["r"])) == 5
 
 
 def test_stats_and_times_tell_the_truth() -> None:

@@ -142,11 +142,11 @@ def test_requests_through_the_process(preprocessor: Preprocessor, tmp_path: Path
 
     async def pause(client: AsyncEngineClient) -> None:
         await client.control("pause")
-        task = asyncio.create_task(collect(client, request(preprocessor, "p", 5)))
-        await until(lambda: client.stats.paused and client.stats.num_waiting == 1)
-        assert not task.done()
+        assert client.stats.paused
+        late = await collect(client, request(preprocessor, "late", 5))
+        assert late[-1].error_code == 503
         await client.control("resume")
-        assert len(tokens(await task)) == 5
+        assert len(tokens(await collect(client, request(preprocessor, "p", 5)))) == 5
         await client.control("reset")
         await until(lambda: client.stats.num_cached_blocks == 0)
 
