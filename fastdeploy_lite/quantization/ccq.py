@@ -5,8 +5,6 @@ Everything of the format is here under the name that scripts use, beside `encode
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from fastdeploy_lite.formats.ccq import (
     CODE_MASK,
     FIELD_MASK,
@@ -29,11 +27,7 @@ from fastdeploy_lite.formats.ccq import (
     pack_local_scale,
     unpack_local_scale,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy.typing as npt
+from fastdeploy_lite.quantization.ccq_search import encode
 
 __all__ = [
     "CODE_MASK",
@@ -58,17 +52,3 @@ __all__ = [
     "pack_local_scale",
     "unpack_local_scale",
 ]
-
-
-def encode(
-    weight: npt.NDArray[Any], *, codes: Sequence[tuple[float, float]] | None = None
-) -> CCQWeight:
-    """Encode a finite real matrix ``[K, N]`` (K a multiple of 128), minimising squared error.
-
-    ``codes`` lists the (code_scale, code_zp) pairs that columns may use; None searches them.
-    Deterministic. See ``ccq_search.encode`` for the method, its cost and its errors.
-    """
-    # Here because the search imports this module.
-    from fastdeploy_lite.quantization.ccq_search import encode as search  # noqa: PLC0415
-
-    return search(weight, codes=codes)

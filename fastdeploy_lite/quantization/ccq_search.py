@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fastdeploy_lite.quantization import ccq
+from fastdeploy_lite.formats import ccq
 from fastdeploy_lite.quantization.ccq_codes import CODES
 from fastdeploy_lite.quantization.code_search import code_books, search
 from fastdeploy_lite.quantization.weight_only import check_finite, check_matrix
@@ -31,7 +31,7 @@ from fastdeploy_lite.utils.arrays import bfloat16_to_float32, float32_to_bfloat1
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fastdeploy_lite.quantization.ccq import ArrayF32, ArrayU8, CCQWeight
+    from fastdeploy_lite.formats.ccq import ArrayF32, ArrayU8, CCQWeight
 
     ArrayF64: TypeAlias = npt.NDArray[np.float64]
 

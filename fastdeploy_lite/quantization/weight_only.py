@@ -22,7 +22,7 @@ import numpy.typing as npt
 from fastdeploy_lite.utils.arrays import bfloat16_to_float32, float32_to_bfloat16
 
 if TYPE_CHECKING:
-    from fastdeploy_lite.quantization.ccq import ArrayF32
+    from fastdeploy_lite.formats.ccq import ArrayF32
 
 COLUMNS_AT_ONCE = 128
 """Columns are converted in blocks whose float32 values stay in the cache: 2.5 ns a weight for any

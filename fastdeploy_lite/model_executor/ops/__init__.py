@@ -15,6 +15,7 @@ from fastdeploy_lite.model_executor.ops.dense import embedding, linear
 from fastdeploy_lite.model_executor.ops.dummy import randomize_weight
 from fastdeploy_lite.model_executor.ops.moe import fused_moe, route
 from fastdeploy_lite.model_executor.ops.norm import add_rms_norm, rms_norm
+from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight, SegmentedWeight, Weight
 from fastdeploy_lite.model_executor.ops.sampling import (
     mask_logits,
     process_logits,
@@ -30,14 +31,7 @@ from fastdeploy_lite.model_executor.ops.transfer import (
     memory_info,
     upload,
 )
-from fastdeploy_lite.model_executor.ops.weights import (
-    PackedWeight,
-    SegmentedWeight,
-    Weight,
-    allocate_weight,
-    fill_weight,
-    finish_weight,
-)
+from fastdeploy_lite.model_executor.ops.weights import allocate_weight, fill_weight, finish_weight
 
 __all__ = [
     "PackedWeight",

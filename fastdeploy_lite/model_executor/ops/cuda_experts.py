@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fastdeploy_lite import _ops_cuda
 from fastdeploy_lite.model_executor.ops import cuda_runtime as runtime
 from fastdeploy_lite.model_executor.ops._view import Tensor
-from fastdeploy_lite.model_executor.ops.weights import PackedWeight
+from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight
 
 Array = npt.NDArray[Any]
 

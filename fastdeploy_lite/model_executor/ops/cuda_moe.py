@@ -8,7 +8,7 @@ from fastdeploy_lite import _ops_cuda
 from fastdeploy_lite.model_executor.ops import cuda_runtime as runtime
 from fastdeploy_lite.model_executor.ops._view import Arguments, ScratchSource, Tensor
 from fastdeploy_lite.model_executor.ops.cuda_experts import CudaExperts
-from fastdeploy_lite.model_executor.ops.weights import PackedWeight
+from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight
 
 DIRECT_TOKENS = 2
 """Up to this batch experts hardly ever coincide: every slot is read as its own tile, unsorted."""

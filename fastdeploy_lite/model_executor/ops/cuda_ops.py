@@ -18,7 +18,7 @@ from fastdeploy_lite.model_executor.ops import cuda_weights
 from fastdeploy_lite.model_executor.ops._view import Tensor, View
 from fastdeploy_lite.model_executor.ops.cuda_runtime import address, scratch, stream
 from fastdeploy_lite.model_executor.ops.cuda_weights import CudaWeight
-from fastdeploy_lite.model_executor.ops.weights import PackedWeight
+from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight
 
 SMALL_WEIGHT = 8 << 20
 """A weight of so many elements is not enough work for tall tiles to fill a card."""

@@ -6,7 +6,8 @@ import numpy as np
 
 from fastdeploy_lite import formats
 from fastdeploy_lite.model_executor.ops._dispatch import native, place_kind
-from fastdeploy_lite.model_executor.ops.weights import PackedWeight, fill_weight
+from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight
+from fastdeploy_lite.model_executor.ops.weights import fill_weight
 
 
 def randomize_weight(weight: PackedWeight, seed: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastdeploy_lite.model_executor.ops._view import Arguments, ScratchSource, Tensor
-from fastdeploy_lite.model_executor.ops.weights import PackedWeight
+from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight
 
 
 def route(

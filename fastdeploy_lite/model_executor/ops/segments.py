@@ -11,7 +11,7 @@ from fastdeploy_lite.model_executor.ops._view import ScratchSource, Tensor
 from fastdeploy_lite.model_executor.ops.activation import add_inplace, gather_rows
 from fastdeploy_lite.model_executor.ops.dense import linear
 from fastdeploy_lite.model_executor.ops.moe import fused_moe
-from fastdeploy_lite.model_executor.ops.weights import SegmentedWeight, Weight
+from fastdeploy_lite.model_executor.ops.packed_weight import SegmentedWeight, Weight
 
 _SMALLEST = 256
 _rows: dict[tuple[str, int, int], list[Tensor]] = {}
