@@ -4,6 +4,12 @@
 // The weights go in as signed bytes, their offset taken off while they are decoded, so that the
 // sums begin at zero; they are the same integers as with an offset undone at the start. A group's
 // sums are then joined and scaled as everywhere else.
+//
+// The tile unit needs 48 cycles for a group of a 16 x 16 tile, its stores another 48 and joining
+// the sums 56 or more of the vector unit, so all three must run side by side. What decides is where
+// things lie and in which order they are asked for (cycles a group and tile, measured): digits read
+// from the L2 cache and sums joined after the products 195; digits of a block in the L1 cache, one
+// product's instructions strewn among the joining of an earlier one's sums, 121.
 #pragma once
 
 #ifdef FD_ISA_AMX
@@ -12,10 +18,10 @@
 
 namespace fd::FD_ISA {
 
-// Below, the vector unit's stream is faster: a tile instruction costs as much for one row as the
-// set-up of a block does.
-constexpr int kMinTileRows = 5;
-constexpr int kMaxTileRows = 16;
+// Up to kRowBlock rows are streamed: a tile instruction takes as long for one row as for 16.
+constexpr int kMinTileRows = kRowBlock + 1;
+constexpr int kTileRows16 = 16;
+constexpr int kWeightTileBytes = kGroupQuads * 64;
 
 // --- the instructions ----------------------------------------------------------------------------
 //
@@ -49,11 +55,11 @@ FD_INLINE void tile_dot() {
                    : "memory");
 }
 
-// Shapes the registers for blocks of `rows` rows, and gives them back at the end: other code then
-// runs, and other threads are switched to, without the burden of their state.
+// Shapes the registers, and gives them back at the end: other code then runs, and other threads are
+// switched to, without the burden of their state.
 class TileShape {
  public:
-  explicit TileShape(int rows) {
+  TileShape() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -61,7 +67,7 @@ class TileShape {
     } config;
     for (int i = 0; i < kOddSums + kDigits; ++i) {
       config.row_bytes[i] = 64;
-      config.rows[i] = (uint8_t)(i == kWeightTile ? kGroupQuads : rows);
+      config.rows[i] = kTileRows16;
     }
     __asm__ volatile("ldtilecfg (%0)" ::"r"(&config) : "memory");
   }
@@ -70,122 +76,208 @@ class TileShape {
   ~TileShape() { __asm__ volatile("tilerelease" ::: "memory"); }
 };
 
-// --- one group -----------------------------------------------------------------------------------
+// --- what a stretch of K is worked on with -------------------------------------------------------
+
+// Groups whose digits, of 16 rows, stay in the L1 cache while a panel's tiles pass by.
+constexpr int kStretchGroups = 8;
+// Tiles of weights decoded at once. Panel and totals stay in the L2 cache; the digits of all rows
+// are read from further away once for a panel.
+constexpr int kPanelTiles = 16;
+
+// The weights [tiles][groups] of a stretch, and the totals of the panel over all of K.
+struct alignas(64) Panel {
+  uint8_t weights[kPanelTiles * kStretchGroups * kWeightTileBytes];
+  float local[kPanelTiles * kStretchGroups][kTileColumns];
+  float totals[kPanelTiles][kMaxRows][kTileColumns];
+};
+
+// Up to 16 rows of a stretch. `groups` is even: a last odd one is followed by an empty one, whose
+// digits and scales are 0 and which so leaves the totals as they are.
+struct alignas(64) RowTile {
+  int8_t digits[kStretchGroups][kDigits][kTileRows16][kGroupRows];
+  float scales[kStretchGroups][kTileRows16];
+  int groups;
+
+  void fill(const TileJob& job, int first_row, int rows, int64_t begin, int count) {
+    groups = count + count % 2;
+    for (int r = 0; r < rows; ++r) {
+      const Row row = row_of(job, first_row + r);
+      const int8_t* from = row.digits + begin * kGroupDigitBytes;
+      for (int g = 0; g < count; ++g) {
+        for (int d = 0; d < kDigits; ++d, from += kGroupRows) {
+          memcpy(digits[g][d][r], from, kGroupRows);
+        }
+        scales[g][r] = row.groups[begin + g].scale;
+      }
+    }
+    if (groups == count) return;
+    memset(digits[count], 0, sizeof(digits[count]));
+    memset(scales[count], 0, sizeof(scales[count]));
+  }
+};
+
+template <typename Format>
+void decode_stretch(const Format& format, int64_t begin, int count, int groups, uint8_t* weights,
+                    float (*local)[kTileColumns]) {
+  const __m512i offset = _mm512_set1_epi8((char)Format::kOffset);
+  for (int g = 0; g < count; ++g) {
+    const uint8_t* stored = format.group(begin + g);
+    const uint8_t* ahead = stored + kStretchGroups * Format::kGroupBytes;  // the next stretch
+    for (int i = 0; i < Format::kGroupBytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+    for (int q = 0; q < kGroupQuads; ++q) {
+      const __m512i signed_quad = _mm512_sub_epi8(format.quad(stored, q).v, offset);
+      _mm512_store_si512(weights + g * kWeightTileBytes + q * 64, signed_quad);
+    }
+    store(local[g], format.local(begin + g));
+  }
+  for (int g = count; g < groups; ++g) store(local[g], splat(0.0f));
+}
+
+// --- one group of one tile -----------------------------------------------------------------------
 
 struct alignas(64) TileSums {
-  int32_t of[kDigits][kMaxTileRows][kTileColumns];
+  int32_t of[kDigits][kTileRows16][kTileColumns];
 };
 
-template <int kFirst>
-FD_INLINE void multiply_digits(const int8_t* digits, int64_t stride, TileSums& sums) {
-  tile_zero<kFirst>();
-  tile_load<kDigitTile>(digits, stride);
-  tile_dot<kFirst>();
-  tile_zero<kFirst + 1>();
-  tile_load<kDigitTile>(digits + kGroupRows, stride);
-  tile_dot<kFirst + 1>();
-  tile_zero<kFirst + 2>();
-  tile_load<kDigitTile>(digits + 2 * kGroupRows, stride);
-  tile_dot<kFirst + 2>();
-  tile_store<kFirst>(sums.of[0], 64);
-  tile_store<kFirst + 1>(sums.of[1], 64);
-  tile_store<kFirst + 2>(sums.of[2], 64);
-}
+template <int kRows>
+struct Totals {
+  F16 row[kRows];
+};
 
-// Rows [first, last) of a block: their sums join `totals` [rows][16].
-template <typename Format>
-FD_INLINE void join_rows(const TileSums& sums, const float* scales, F16 local, int first, int last,
-                         float* totals) {
-#pragma GCC unroll 4
-  for (int r = first; r < last; ++r) {
+// What the vector unit does in a step: `sums` times their scales join the totals.
+struct Joining {
+  const TileSums* sums;
+  const float* scales;
+  F16 local;
+};
+
+// Sixth kPart of the rows.
+template <typename Format, int kRows, int kPart>
+FD_INLINE void join_part(const Joining& job, Totals<kRows>& totals) {
+#pragma GCC unroll 16
+  for (int r = kRows * kPart / 6; r < kRows * (kPart + 1) / 6; ++r) {
+    const TileSums& sums = *job.sums;
     const I16 digits[kDigits] = {load_ints(sums.of[0][r]), load_ints(sums.of[1][r]),
                                  load_ints(sums.of[2][r])};
-    float* total = totals + r * kTileColumns;
-    store(total, fma(join(digits), Format::factor(local, splat(scales[r])), load(total)));
+    const F16 factor = Format::factor(job.local, splat(job.scales[r]));
+    totals.row[r] = fma(join(digits), factor, totals.row[r]);
   }
 }
 
-// The rows of a job in blocks of equal height. The last block ends with the last row and so may
-// begin among the rows of the block before it, whose sums it computes once more and drops.
-struct RowBlocks {
-  int rows, count, height;
-
-  explicit RowBlocks(int num_rows)
-      : rows(num_rows),
-        count((num_rows + kMaxTileRows - 1) / kMaxTileRows),
-        height((num_rows + count - 1) / count) {}
-  int begin(int block) const { return block + 1 < count ? block * height : rows - height; }
-  int skipped(int block) const { return block * height - begin(block); }
-};
-
-template <typename Format>
-void decode_signed(const Format& format, int64_t g, uint8_t* decoded) {
-  const uint8_t* weights = format.group(g);
-  for (int q = 0; q < kGroupQuads; ++q) {
-    const __m512i stored = format.quad(weights, q).v;
-    _mm512_store_si512(decoded + q * 64,
-                       _mm512_sub_epi8(stored, _mm512_set1_epi8(Format::kOffset)));
-  }
+// Three stages of a pipeline: products of one group into the registers from kNew on, the sums of
+// the group before out of those from kOld on to `sums`, and the sums before those joined.
+template <typename Format, int kNew, int kOld, int kRows>
+FD_INLINE void step(const uint8_t* weights, const int8_t* digits, TileSums& sums,
+                    const Joining& joining, Totals<kRows>& totals) {
+  constexpr int kDigitBytes = kTileRows16 * kGroupRows;
+  tile_load<kWeightTile>(weights, 64);
+  tile_zero<kNew>();
+  tile_load<kDigitTile>(digits, kGroupRows);
+  tile_dot<kNew>();
+  join_part<Format, kRows, 0>(joining, totals);
+  tile_store<kOld>(sums.of[0], 64);
+  join_part<Format, kRows, 1>(joining, totals);
+  tile_zero<kNew + 1>();
+  tile_load<kDigitTile>(digits + kDigitBytes, kGroupRows);
+  tile_dot<kNew + 1>();
+  join_part<Format, kRows, 2>(joining, totals);
+  tile_store<kOld + 1>(sums.of[1], 64);
+  join_part<Format, kRows, 3>(joining, totals);
+  tile_zero<kNew + 2>();
+  tile_load<kDigitTile>(digits + 2 * kDigitBytes, kGroupRows);
+  tile_dot<kNew + 2>();
+  join_part<Format, kRows, 4>(joining, totals);
+  tile_store<kOld + 2>(sums.of[2], 64);
+  join_part<Format, kRows, 5>(joining, totals);
 }
 
-// One group of one column tile for all rows. While the tile unit works on a block, the vector unit
-// joins the sums of the one before.
-template <typename Format>
-FD_INLINE void add_group_of_tile(const TileJob& job, const RowBlocks& blocks, const Format& format,
-                                 int64_t g, const float* scales, float* totals) {
-  alignas(64) uint8_t decoded[kGroupQuads * 64];
+// A stretch of kRows rows from `first_row` on, for `tiles` tiles of the panel. The products run two
+// groups ahead of the joining, on into the next tile; the last two read what lies behind the
+// weights and are dropped.
+template <typename Format, int kRows>
+void multiply_stretch(const RowTile& rows, int first_row, int tiles, Panel& panel) {
   TileSums even, odd;
-  decode_signed(format, g, decoded);
-  tile_load<kWeightTile>(decoded, 64);
-  const F16 local = format.local(g);
-  const int8_t* digits = job.digits + g * kGroupDigitBytes;
-  const auto join_block = [&](int block, const TileSums& sums) {
-    const int begin = blocks.begin(block);
-    join_rows<Format>(sums, scales + begin, local, blocks.skipped(block), blocks.height,
-                      totals + begin * kTileColumns);
+  Totals<kRows> none;
+  for (int r = 0; r < kRows; ++r) none.row[r] = splat(0.0f);
+  const Joining nothing = {&even, rows.scales[0], splat(0.0f)};
+  const uint8_t* weights = panel.weights;
+  int group = 0;
+  const auto next_digits = [&] {
+    const int8_t* digits = rows.digits[group][0][0];
+    group = group + 1 < rows.groups ? group + 1 : 0;
+    return digits;
   };
-  for (int block = 0; block < blocks.count; block += 2) {
-    multiply_digits<kEvenSums>(digits + blocks.begin(block) * job.digit_stride, job.digit_stride,
-                               even);
-    if (block > 0) join_block(block - 1, odd);
-    if (block + 1 < blocks.count) {
-      multiply_digits<kOddSums>(digits + blocks.begin(block + 1) * job.digit_stride,
-                                job.digit_stride, odd);
+  memset(&even, 0, sizeof(even));
+  step<Format, kEvenSums, kOddSums, kRows>(weights, next_digits(), odd, nothing, none);
+  weights += kWeightTileBytes;
+  step<Format, kOddSums, kEvenSums, kRows>(weights, next_digits(), even, nothing, none);
+  weights += kWeightTileBytes;
+  const float (*local)[kTileColumns] = panel.local;
+  for (int t = 0; t < tiles; ++t) {
+    Totals<kRows> totals;
+    float (*kept)[kTileColumns] = panel.totals[t] + first_row;
+    for (int r = 0; r < kRows; ++r) totals.row[r] = load(kept[r]);
+    for (int g = 0; g < rows.groups; g += 2, local += 2, weights += 2 * kWeightTileBytes) {
+      const Joining first = {&even, rows.scales[g], load(local[0])};
+      step<Format, kEvenSums, kOddSums, kRows>(weights, next_digits(), odd, first, totals);
+      const Joining second = {&odd, rows.scales[g + 1], load(local[1])};
+      step<Format, kOddSums, kEvenSums, kRows>(weights + kWeightTileBytes, next_digits(), even,
+                                               second, totals);
     }
-    join_block(block, even);
+    for (int r = 0; r < kRows; ++r) store(kept[r], totals.row[r]);
   }
-  if (blocks.count % 2 == 0) join_block(blocks.count - 1, odd);
 }
 
-// Scales of groups [begin, end), so that the rows of a group follow one another.
-struct RowScales {
-  float of[kMaxDepthGroups][kMaxRows];
+// --- a job ---------------------------------------------------------------------------------------
 
-  RowScales(const TileJob& job, int64_t begin, int64_t end) {
-    const int64_t groups = job.depth / kGroupRows;
-    for (int64_t r = 0; r < job.num_rows; ++r) {
-      for (int64_t g = begin; g < end; ++g) of[g - begin][r] = job.groups[r * groups + g].scale;
+// Groups [begin, begin + count) of the tiles [first, first + tiles).
+template <typename Format>
+void add_stretch(const TileJob& job, int first, int tiles, int64_t begin, int count, Panel& panel) {
+  const int groups = count + count % 2;
+  for (int t = 0; t < tiles; ++t) {
+    decode_stretch(Format(job, first + t), begin, count, groups,
+                   panel.weights + t * groups * kWeightTileBytes, panel.local + t * groups);
+  }
+  RowTile tile;
+  for (int row = 0; row < job.num_rows; row += kTileRows16) {
+    const int rows = job.num_rows - row < kTileRows16 ? job.num_rows - row : kTileRows16;
+    tile.fill(job, row, rows, begin, count);
+    if (rows <= 4) {
+      multiply_stretch<Format, 4>(tile, row, tiles, panel);
+    } else if (rows <= 8) {
+      multiply_stretch<Format, 8>(tile, row, tiles, panel);
+    } else if (rows <= 12) {
+      multiply_stretch<Format, 12>(tile, row, tiles, panel);
+    } else {
+      multiply_stretch<Format, 16>(tile, row, tiles, panel);
     }
   }
-};
+}
 
-// Groups [begin, end) of all tiles of the job.
+FD_INLINE Panel& thread_panel() {
+  static thread_local Panel panel;
+  return panel;
+}
+
+// All rows of a job, of which there are at least kMinTileRows.
 template <typename Format>
-void multiply_by_tiles(const TileJob& job, int64_t begin, int64_t end) {
-  const RowBlocks blocks(job.num_rows);
-  const TileShape shape(blocks.height);
-  const RowScales scales(job, begin, end);
-  alignas(64) float totals[kMaxRows * kTileColumns];
-  for (int tile = 0; tile * kTileColumns < job.columns; ++tile) {
-    const Format format(job, tile);
-    for (int r = 0; r < job.num_rows; ++r) {
-      store(totals + r * kTileColumns, begin == 0 ? splat(0.0f) : load_total(job, r, tile));
+void multiply_by_tiles(const TileJob& job) {
+  Panel& panel = thread_panel();
+  const TileShape shape;
+  const int64_t groups = job.depth / kGroupRows;
+  const int all = (job.columns + kTileColumns - 1) / kTileColumns;
+  for (int first = 0; first < all; first += kPanelTiles) {
+    const int tiles = all - first < kPanelTiles ? all - first : kPanelTiles;
+    for (int t = 0; t < tiles; ++t) memset(panel.totals[t], 0, (size_t)job.num_rows * 64);
+    for (int64_t begin = 0; begin < groups; begin += kStretchGroups) {
+      const int64_t left = groups - begin;
+      const int count = (int)(left < kStretchGroups ? left : kStretchGroups);
+      add_stretch<Format>(job, first, tiles, begin, count, panel);
     }
-    for (int64_t g = begin; g < end; ++g) {
-      add_group_of_tile(job, blocks, format, g, scales.of[g - begin], totals);
-    }
     for (int r = 0; r < job.num_rows; ++r) {
-      store_total(job, r, tile, end, load(totals + r * kTileColumns));
+      for (int t = 0; t < tiles; ++t) {
+        store_total(job, r, first + t, groups, load(panel.totals[t][r]));
+      }
     }
   }
 }

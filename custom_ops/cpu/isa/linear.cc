@@ -88,6 +88,8 @@ void stream_rows(const TileJob& job, int first_tile) {
   }
 }
 
+#ifndef FD_ISA_AMX
+
 constexpr int kTileBytesDecoded = kGroupQuads * 64;
 
 // Rows [first, first + kRows) of group g, whose decoded quads lie in `decoded`. Not inlined: inside
@@ -113,11 +115,16 @@ __attribute__((noinline)) void add_decoded(const TileJob& job,
   }
 }
 
+// Rows that share a decoded group. More do not pay: decoding takes a twentieth of the time for 64,
+// and with 256 the totals leave no room in the L1 cache (60 instead of 80 G multiply-adds/s,
+// AVX-512).
+constexpr int kVectorRows = 64;
+
 // Many rows: a group is decoded once into the L1 cache and used for all rows. Groups [begin, end).
 template <typename Format, int kTiles>
 void decode_then_rows(const TileJob& job, int first_tile, int64_t begin, int64_t end) {
   alignas(64) uint8_t decoded[kTiles * kTileBytesDecoded];
-  alignas(64) float totals[kMaxRows * kTiles * kTileColumns];
+  alignas(64) float totals[kVectorRows * kTiles * kTileColumns];
   for (int i = 0; i < job.num_rows; ++i) {
     for (int t = 0; t < kTiles; ++t) {
       const F16 total = begin == 0 ? splat(0.0f) : load_total(job, i, first_tile + t);
@@ -146,6 +153,8 @@ void decode_then_rows(const TileJob& job, int first_tile, int64_t begin, int64_t
   }
 }
 
+#endif  // FD_ISA_AMX
+
 template <typename Format, int kTiles>
 FD_INLINE void stream(const TileJob& job, int first_tile) {
   if (job.num_rows == 1) return stream_rows<Format, 1, kTiles>(job, first_tile);
@@ -156,43 +165,60 @@ FD_INLINE void stream(const TileJob& job, int first_tile) {
   }
 }
 
-// Groups [begin, end) of all tiles; all groups where the rows are streamed.
 template <typename Format>
-void multiply_by_vectors(const TileJob& job, int64_t begin, int64_t end) {
+void stream_tiles(const TileJob& job) {
   const int tiles = (job.columns + kTileColumns - 1) / kTileColumns;
-  const bool few = job.num_rows <= kRowBlock;
+  int tile = 0;
+  for (; tile + kTileBlock <= tiles; tile += kTileBlock) stream<Format, kTileBlock>(job, tile);
+  for (; tile < tiles; ++tile) stream<Format, 1>(job, tile);
+}
+
+#ifndef FD_ISA_AMX
+// Groups [begin, end) of all tiles.
+template <typename Format>
+void multiply_groups(const TileJob& job, int64_t begin, int64_t end) {
+  const int tiles = (job.columns + kTileColumns - 1) / kTileColumns;
   int tile = 0;
   for (; tile + kTileBlock <= tiles; tile += kTileBlock) {
-    if (few) {
-      stream<Format, kTileBlock>(job, tile);
-    } else {
-      decode_then_rows<Format, kTileBlock>(job, tile, begin, end);
-    }
+    decode_then_rows<Format, kTileBlock>(job, tile, begin, end);
   }
-  for (; tile < tiles; ++tile) {
-    if (few) {
-      stream<Format, 1>(job, tile);
-    } else {
-      decode_then_rows<Format, 1>(job, tile, begin, end);
-    }
-  }
+  for (; tile < tiles; ++tile) decode_then_rows<Format, 1>(job, tile, begin, end);
+}
+
+// As many groups as keep the digits of a block of rows in half of a small L2 cache while the tiles
+// pass by: reading them from further away for every tile cost half of the speed at K = 8192. Totals
+// wait in the results between two stretches, which is little traffic beside the digits' own.
+FD_INLINE int64_t stretch_groups(int rows) {
+  constexpr int64_t kDigitCacheBytes = 1 << 20;
+  return kDigitCacheBytes / ((int64_t)rows * kGroupDigitBytes);
 }
 
 template <typename Format>
-void quantized_tiles(const TileJob& job) {
+void multiply_by_vectors(const TileJob& job) {
   const int64_t groups = job.depth / kGroupRows;
-  if (job.num_rows <= kRowBlock) return multiply_by_vectors<Format>(job, 0, groups);
-  const int64_t step = depth_groups(job);
-  for (int64_t begin = 0; begin < groups; begin += step) {
-    const int64_t end = begin + step < groups ? begin + step : groups;
-#ifdef FD_ISA_AMX
-    if (job.num_rows >= kMinTileRows) {
-      multiply_by_tiles<Format>(job, begin, end);
-      continue;
+  for (int first = 0; first < job.num_rows; first += kVectorRows) {
+    const Row row = row_of(job, first);
+    TileJob block = job;
+    block.digits = row.digits;
+    block.groups = row.groups;
+    block.num_rows = job.num_rows - first < kVectorRows ? job.num_rows - first : kVectorRows;
+    block.out = job.out + first * job.out_stride;
+    const int64_t step = stretch_groups(block.num_rows);
+    for (int64_t begin = 0; begin < groups; begin += step) {
+      multiply_groups<Format>(block, begin, begin + step < groups ? begin + step : groups);
     }
-#endif
-    multiply_by_vectors<Format>(job, begin, end);
   }
+}
+#endif
+
+template <typename Format>
+void quantized_tiles(const TileJob& job) {
+  if (job.num_rows <= kRowBlock) return stream_tiles<Format>(job);
+#ifdef FD_ISA_AMX
+  multiply_by_tiles<Format>(job);
+#else
+  multiply_by_vectors<Format>(job);
+#endif
 }
 
 // --- activations ---------------------------------------------------------------------------------

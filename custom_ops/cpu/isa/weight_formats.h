@@ -107,21 +107,4 @@ FD_INLINE F16 load_total(const TileJob& job, int row, int tile) {
   return load_first(kept, job.columns - tile * kTileColumns, 0.0f);
 }
 
-// --- depth
-// -----------------------------------------------------------------------------------------
-
-// As many groups as keep the digits of all rows in half of a small L2 cache while the tiles pass
-// by: reading them from further away for every tile cost half of the speed at K = 8192. Totals wait
-// in the results between two stretches, which is little traffic beside the digits' own.
-constexpr int64_t kDigitCacheBytes = 1 << 20;
-constexpr int64_t kMinDepthGroups = 16;
-constexpr int64_t kMaxDepthGroups = 64;
-
-FD_INLINE int64_t depth_groups(const TileJob& job) {
-  const int64_t groups = kDigitCacheBytes / (job.num_rows * kGroupDigitBytes);
-  return groups < kMinDepthGroups   ? kMinDepthGroups
-         : groups < kMaxDepthGroups ? groups
-                                    : kMaxDepthGroups;
-}
-
 }  // namespace fd::FD_ISA
