@@ -1,0 +1,148 @@
+"""A server whose model is split over several processes: answers, load, and what ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import storm
+from server_process import ServerProcess, running_server
+from tiny_model import write_tiny_model
+
+from fastdeploy_lite import LLM, SamplingParams
+
+CHAT = "/v1/chat/completions"
+FLAGS = ("--tensor-parallel-size", "2", "--max-model-len", "1024", "--max-num-seqs", "16")
+BODY: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Tell me of the moon over the old river."}],
+    "max_tokens": 24,
+    "temperature": 0,
+}
+LONG = {**BODY, "max_tokens": 900, "min_tokens": 800}
+PROMPTS = ["白日依山尽，", "The quick brown fox", "def main():", "Once upon a time", "1, 2, 3, 4,"]
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    flags = (*FLAGS, "--num-gpu-blocks-override", "160", "--max-concurrency", "1024")
+    with running_server(tmp_path_factory.mktemp("split"), flags) as server:
+        yield server
+
+
+def ranks(server: ServerProcess) -> list[psutil.Process]:
+    """The processes of the ranks beyond the first."""
+    return [p for p in server.family() if any("rank_process" in word for word in p.cmdline())]
+
+
+def load(server: ServerProcess, count: int = 3) -> list[threading.Thread]:
+    def post() -> None:
+        try:
+            httpx.post(f"{server.url}{CHAT}", json=LONG, timeout=60)
+        except httpx.HTTPError:
+            pass  # the server ends
+
+    threads = [threading.Thread(target=post) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 20
+    while server.metric("fastdeploy:num_requests_running") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return threads
+
+
+def answer(server: ServerProcess) -> Any:
+    found = httpx.post(f"{server.url}{CHAT}", json=BODY, timeout=60)
+    return found.status_code, found.json().get("choices")
+
+
+def test_demo_answers_are_those_of_one_process_at_any_size() -> None:
+    greedy = SamplingParams(temperature=0, max_tokens=32, logprobs=1)
+    found = []
+    for size in (1, 2, 4):
+        llm = LLM("demo", tensor_parallel_size=size, max_model_len=512, enable_logprob=True)
+        outputs = llm.generate(PROMPTS, greedy, use_tqdm=False)
+        found.append([list(output.outputs.token_ids) for output in outputs])
+        llm.llm_engine.shutdown()
+    assert found[0] == found[1] == found[2]
+
+
+def test_answers_over_http(split: ServerProcess, server: ServerProcess) -> None:
+    assert len(ranks(split)) == 1
+    assert answer(split) == answer(server)
+    refused = httpx.post(f"{split.url}{CHAT}", json={**BODY, "top_p": 9})
+    assert refused.status_code == 400
+
+
+def test_storm_over_two_ranks(split: ServerProcess) -> None:
+    storm.check(split, clients=12, seconds=6.0, bodies=6)
+
+
+@pytest.mark.parametrize(
+    ("who", "sent", "reason"),
+    [
+        ("rank", signal.SIGKILL, "rank 1 (process {pid}): was ended by signal SIGKILL"),
+        ("rank", signal.SIGSTOP, "rank 1 (process {pid}): is stopped (SIGSTOP)"),
+        ("engine", signal.SIGSTOP, "the engine process is stopped (SIGSTOP)"),
+    ],
+)
+def test_a_rank_that_is_lost_under_load_ends_the_server(
+    tmp_path: Path, who: str, sent: signal.Signals, reason: str
+) -> None:
+    with running_server(tmp_path / "s", FLAGS) as server:
+        threads = load(server)
+        family = server.family()
+        (rank,) = ranks(server)
+        engine = psutil.Process(rank.pid).parent()
+        assert engine is not None
+        victim = rank.pid if who == "rank" else engine.pid
+        started = time.monotonic()
+        os.kill(victim, sent)
+        assert server.wait(10) != 0
+        assert time.monotonic() - started < 10
+        for thread in threads:
+            thread.join(10)
+        last = [line for line in server.stderr.splitlines() if line.strip()][-1]
+        assert reason.format(pid=victim) in last
+        assert not any(process.is_running() for process in family)
+
+
+def test_health_fails_and_a_restarted_engine_has_all_ranks(tmp_path: Path) -> None:
+    with running_server(tmp_path / "s", (*FLAGS, "--restart-engine")) as server:
+        before = answer(server)
+        (rank,) = ranks(server)
+        os.kill(rank.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 2
+        while httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        server.wait_ready()
+        deadline = time.monotonic() + 60
+        while answer(server) != before:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        (again,) = ranks(server)
+        assert again.pid != rank.pid
+        assert not rank.is_running()
+
+
+def test_a_rank_that_cannot_load_has_the_last_word(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "m", kind="2bits", tensor_parallel_size=2)
+    damaged = folder / "rank1" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    server = ServerProcess(tmp_path / "s", *FLAGS, model=str(folder))
+    try:
+        assert server.wait(60) != 0
+        last = [line for line in server.stderr.splitlines() if line.strip()][-1]
+        assert "rank1/model.safetensors" in last
+        assert "Traceback" not in server.stderr
+    finally:
+        server.kill()
