@@ -6,7 +6,23 @@ from collections.abc import Sequence
 
 import msgspec
 
+from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.request.step import SamplerParams, SequenceSlice
+
+
+class Start(msgspec.Struct):
+    """What a rank is to run, sent first.
+
+    Attributes:
+        config: of this rank.
+        memory_fd, widest: see `SharedMemory`.
+        threads: of ops.
+    """
+
+    config: RuntimeConfig
+    memory_fd: int
+    widest: int
+    threads: int
 
 
 class RankSlice(msgspec.Struct, array_like=True):
@@ -78,6 +94,16 @@ class RankFatal(msgspec.Struct, tag=True):
 
 ToRank = Step | CountBlocks | Allocate
 FromRank = Loaded | Blocks | Held | StepFailed | RankFatal
+
+
+def encode_start(start: Start) -> bytes:
+    """Return the message."""
+    return msgspec.msgpack.encode(start, enc_hook=str)  # paths
+
+
+def decode_start(raw: bytes) -> Start:
+    """Return what was encoded; ValidationError if it is anything else."""
+    return msgspec.msgpack.decode(raw, type=Start, dec_hook=lambda kind, text: kind(text))
 
 
 class SliceWriter:

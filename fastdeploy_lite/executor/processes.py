@@ -24,9 +24,9 @@ from fastdeploy_lite.executor.messages import (
     Held,
     Loaded,
     SliceWriter,
+    Start,
     StepFailed,
 )
-from fastdeploy_lite.executor.rank_process import Start
 from fastdeploy_lite.executor.ranks import RankProcesses
 from fastdeploy_lite.request.step import SequenceSlice, SliceResult
 from fastdeploy_lite.utils.errors import ConfigError

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pickle
 import signal
+import socket
 import sys
 import threading
 import traceback
 from contextlib import suppress
-from multiprocessing.connection import Connection
-from typing import Any
 
 import msgspec
 
 from fastdeploy_lite import _ops_cpu, plugins
-from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.distributed.communicator import (
     PeerFailedError,
     PeerLostError,
     SharedMemory,
     SharedMemoryCommunicator,
 )
+from fastdeploy_lite.executor.channel import Channel
 from fastdeploy_lite.executor.inline import report_of
 from fastdeploy_lite.executor.messages import (
     Allocate,
@@ -37,9 +35,11 @@ from fastdeploy_lite.executor.messages import (
     Loaded,
     RankFatal,
     SliceReader,
+    Start,
     Step,
     StepFailed,
     ToRank,
+    decode_start,
 )
 from fastdeploy_lite.executor.verdict import describe
 from fastdeploy_lite.utils.errors import FastDeployError
@@ -50,29 +50,18 @@ from fastdeploy_lite.worker.model_runner import ModelRunner
 _PR_SET_PDEATHSIG = 1
 
 
-class Start:
-    """What the parent sends first, pickled: it is this very program, over a private socket."""
-
-    def __init__(self, config: RuntimeConfig, memory_fd: int, widest: int, threads: int) -> None:
-        """Args: config: of this rank; memory_fd, widest: see SharedMemory; threads: of ops."""
-        self.config = config
-        self.memory_fd = memory_fd
-        self.widest = widest
-        self.threads = threads
-
-
 class RankLoop:
     """Receives steps and computes this rank's part of each.
 
     Args:
-        connection: to the first rank.
+        channel: to the first rank.
         start: what to run.
     """
 
-    def __init__(self, connection: Connection, start: Start) -> None:
+    def __init__(self, channel: Channel, start: Start) -> None:
         parallel = start.config.parallel
         memory = SharedMemory(parallel.tensor_parallel_size, start.widest, start.memory_fd)
-        self._connection = connection
+        self._channel = channel
         self._communicator = SharedMemoryCommunicator(memory, parallel.rank)
         self._runner = ModelRunner(start.config, self._communicator)
         self._reader = SliceReader()
@@ -84,7 +73,7 @@ class RankLoop:
         self._send(Loaded(self._runner.load_seconds))
         while True:
             try:
-                raw = self._connection.recv_bytes()
+                raw = self._channel.receive()
             except EOFError:
                 return
             self._handle(self._decoder.decode(raw))
@@ -116,7 +105,7 @@ class RankLoop:
             self._send(StepFailed(reason))
 
     def _send(self, message: FromRank) -> None:
-        self._connection.send_bytes(msgspec.msgpack.encode(message))
+        self._channel.send(msgspec.msgpack.encode(message))
 
 
 def _die_with_parent(parent: int) -> None:
@@ -140,12 +129,12 @@ def main(descriptor: int, parent: int) -> int:
     init_console_logging()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's to answer
     _die_with_parent(parent)
-    connection: Any = Connection(descriptor)
+    channel = Channel(socket.socket(fileno=descriptor))
     try:
-        start: Start = pickle.loads(connection.recv_bytes())
+        start = decode_start(channel.receive())
         _ops_cpu.set_num_threads(start.threads)
         plugins.load_plugins(plugins.MODELS)
-        RankLoop(connection, start).run()
+        RankLoop(channel, start).run()
     except PeerLostError:
         return 1  # whoever is to blame says why
     except BaseException as error:  # also MemoryError: the parent must hear the reason
@@ -154,6 +143,6 @@ def main(descriptor: int, parent: int) -> int:
             write_console(traceback.format_exc())
         text = str(error) if is_users else describe(error)
         with suppress(OSError):  # it may be gone
-            connection.send_bytes(msgspec.msgpack.encode(RankFatal(text, is_users)))
+            channel.send(msgspec.msgpack.encode(RankFatal(text, is_users)))
         return 1
     return 0

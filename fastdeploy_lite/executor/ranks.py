@@ -7,8 +7,8 @@ first reason is kept, everybody who waits in a collective is released, and no pr
 from __future__ import annotations
 
 import os
-import pickle
 import queue
+import selectors
 import signal
 import socket
 import subprocess
@@ -17,18 +17,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing.connection import Connection, wait
-from typing import Any
 
 import msgspec
 
 from fastdeploy_lite.executor.base import ExecutorDeadError
-from fastdeploy_lite.executor.messages import FromRank, RankFatal, ToRank
+from fastdeploy_lite.executor.channel import Channel
+from fastdeploy_lite.executor.messages import FromRank, RankFatal, Start, ToRank, encode_start
 from fastdeploy_lite.utils.errors import FastDeployError
 from fastdeploy_lite.utils.processes import STOPPED_SECONDS, state_of
 
 LOOK_SECONDS = 0.25
-IDLE_SECONDS = 6.0  # a rank that others wait for, and that uses no processor for so long, hangs
+IDLE_SECONDS = 4.0  # a rank that sleeps for so long while others wait for it hangs
 END_SECONDS = 2.0
 # Not `-m`, which looks into the working directory first: the process must run this very package.
 _RUN_RANK = """\
@@ -42,10 +41,10 @@ sys.exit(main({descriptor}, {parent}))
 class _Rank:
     """One process and what is known of it."""
 
-    def __init__(self, number: int, process: subprocess.Popen[bytes], connection: Any) -> None:
+    def __init__(self, number: int, process: subprocess.Popen[bytes], channel: Channel) -> None:
         self.number = number
         self.process = process
-        self.connection = connection
+        self.channel = channel
         self.inbox: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
         self.fatal: RankFatal | None = None
         self.stopped_since: float | None = None
@@ -57,7 +56,7 @@ class RankProcesses:
     """All ranks but the first, which this process is.
 
     Args:
-        starts: what to send to each process first; pickled.
+        starts: what to send to each process first.
         memory_fd: descriptor that they inherit.
         late: returns the ranks that others wait for.
         release: lets everybody who waits for a rank give up.
@@ -65,18 +64,19 @@ class RankProcesses:
 
     def __init__(
         self,
-        starts: Sequence[object],
+        starts: Sequence[Start],
         memory_fd: int,
         late: Callable[[], list[int]],
         release: Callable[[], None],
     ) -> None:
-        self._starts = [pickle.dumps(start) for start in starts]
+        self._starts = [encode_start(start) for start in starts]
         self._memory_fd = memory_fd
         self._late = late
         self._release = release
         self._ranks: list[_Rank] = []
         self._reason: str | None = None
         self._is_users = False
+        self._selector = selectors.DefaultSelector()
         self._closing = threading.Event()
         self._started = threading.Event()
         self._decoder: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
@@ -117,7 +117,7 @@ class RankProcesses:
         raw = msgspec.msgpack.encode(message)
         for rank in self._ranks:
             try:
-                rank.connection.send_bytes(raw)
+                rank.channel.send(raw)
             except OSError:
                 self.give_up(f"rank {rank.number} cannot be reached")
 
@@ -161,17 +161,16 @@ class RankProcesses:
                 [sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True,
                 pass_fds=(theirs.fileno(), self._memory_fd),
             )  # fmt: skip
-        connection = Connection(ours.detach())
-        rank = _Rank(number, process, connection)
-        connection.send_bytes(start)
+        rank = _Rank(number, process, Channel(ours))
+        rank.channel.send(start)
+        self._selector.register(rank.channel, selectors.EVENT_READ, rank)
         return rank
 
     def _listen(self) -> None:
-        connections = {rank.connection: rank for rank in self._ranks}
-        for connection in wait(list(connections), LOOK_SECONDS):
-            rank = connections[connection]
+        for key, _ in self._selector.select(LOOK_SECONDS):
+            rank: _Rank = key.data
             try:
-                message = self._decoder.decode(rank.connection.recv_bytes())
+                message = self._decoder.decode(rank.channel.receive())
             except (EOFError, OSError):
                 self._lose(self._last_words(rank))
                 return
@@ -204,10 +203,11 @@ class RankProcesses:
                 rank.stopped_since = now
             elif now - rank.stopped_since > STOPPED_SECONDS:
                 self._lose(self._name(rank, "is stopped (SIGSTOP)"))
-            if rank.number not in late or ticks != rank.last_ticks:
+            is_asleep = state != "R" and ticks == rank.last_ticks  # not short of a processor
+            if rank.number not in late or not is_asleep:
                 rank.busy_at = now
             elif now - rank.busy_at > IDLE_SECONDS:
-                self._lose(self._name(rank, f"has hung for {IDLE_SECONDS:g} s inside a step"))
+                self._lose(self._name(rank, f"has slept for {IDLE_SECONDS:g} s inside a step"))
             rank.last_ticks = ticks
 
     @staticmethod
@@ -220,10 +220,11 @@ class RankProcesses:
         self._release()
 
     def _end(self) -> None:
+        self._selector.close()
         for rank in self._ranks:
             rank.process.kill()  # also what is stopped; nothing of theirs needs to be saved
         for rank in self._ranks:
             rank.process.wait()
             if rank.process.stdin is not None:
                 rank.process.stdin.close()
-            rank.connection.close()
+            rank.channel.close()

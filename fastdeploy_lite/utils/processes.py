@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-STOPPED_SECONDS = 3.0
+STOPPED_SECONDS = 1.5
 """A process that is stopped (SIGSTOP) for longer will not come back in time for who waits."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -44,10 +45,8 @@ def ranks(server: ServerProcess) -> list[psutil.Process]:
 
 def load(server: ServerProcess, count: int = 3) -> list[threading.Thread]:
     def post() -> None:
-        try:
+        with contextlib.suppress(httpx.HTTPError):  # the server ends
             httpx.post(f"{server.url}{CHAT}", json=LONG, timeout=60)
-        except httpx.HTTPError:
-            pass  # the server ends
 
     threads = [threading.Thread(target=post) for _ in range(count)]
     for thread in threads:

@@ -103,6 +103,7 @@ class ApiServer:
         self._stopping = asyncio.Event()
         self._stopped_by: signal.Signals | None = None
         self._exit_code = 0
+        self._cause: str | None = None
         self._tracer: Tracer | None = None
         self._service: Service
         self._application: Application
@@ -285,6 +286,8 @@ class ApiServer:
         await asyncio.gather(*serving, *background, return_exceptions=True)
         await self._service.client.shutdown()
         self._service.close()
+        if self._cause is not None:  # last, where a user looks first
+            console.error("Ended, because the engine is dead: %s", self._cause)
         return self._exit_code
 
     def _announce_urls(self) -> None:
@@ -321,7 +324,7 @@ class ApiServer:
             console.error("The engine is dead: %s", reason)
             if not self._http.restart_engine:
                 self._application.admission.closed_reason = "Worker Service Not Healthy"
-                self._exit_code = 1
+                self._exit_code, self._cause = 1, reason
                 await asyncio.sleep(LAST_WORDS_SECONDS)
                 self._stopping.set()
                 return

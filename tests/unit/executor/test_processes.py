@@ -238,6 +238,20 @@ def test_a_rank_that_is_lost_ends_all_within_ten_seconds(
     assert gone(pids)
 
 
+def test_a_rank_that_sleeps_while_others_wait_is_lost(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, kind="2bits")
+    with ranks(folder, 2) as executor:
+        time.sleep(5)  # between steps all may sleep
+        run(executor)
+        watch = executor._ranks
+        assert watch is not None
+        watch.send = lambda _: None  # type: ignore[method-assign]
+        started = time.monotonic()
+        with pytest.raises(ExecutorDeadError, match=r"^rank 1 \(process \d+\): has slept"):
+            run(executor)
+        assert time.monotonic() - started < 10
+
+
 def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path, kind="2bits", tensor_parallel_size=2)
     damaged = folder / "rank1" / "model.safetensors"
