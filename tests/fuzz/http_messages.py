@@ -34,6 +34,7 @@ SCHEMAS: list[Any] = [
     {"type": "array", "minItems": 2**31, "items": {}}, {"type": "array", "items": False},
     {"type": "object", "required": ["a"] * 100}, {"type": "object", "properties": {"</s>": True}},
     {"type": ["string", "null", "x"]}, {"allOf": [{"$ref": "#"}, {"type": "string"}]}, {"not": {}},
+    {"$defs": [1]}, {"definitions": "x", "$ref": "#/definitions/x"}, {"properties": [1]},
     {"anyOf": []}, {"oneOf": [{}] * 50}, {"type": None}, {"minimum": float("nan")},
     {"type": "object", "patternProperties": {"(": {}}}, {"type": "object", "minProperties": 10**30},
 ]  # fmt: skip
@@ -217,6 +218,22 @@ def _odd_request(rng: random.Random) -> Message:
     return Message(path, data, port, rng.choice(METHODS), headers)
 
 
+def _nested(rng: random.Random, body: dict[str, Any]) -> dict[str, Any]:
+    """A body with one value wrapped in as many levels as are allowed, or a few more."""
+    value: Any = rng.choice(("x", {"type": "string"}))
+    key = rng.choice(("items", "a", "properties", "$ref", "content"))
+    for _ in range(rng.choice((30, 60, 64, 100, 120, 126, 127, 128, 129, 400))):
+        value = {key: value} if rng.random() < 0.8 else [value]
+    name = rng.choice(("guided_json", "metadata", "suffix", "chat_template_kwargs", "messages",
+                       "logits_processors_args", "tools", "input", "reasoning"))  # fmt: skip
+    wrapped: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "hi", "x": value}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": value}}],
+        "input": [{"type": "function_call_output", "output": value}],
+    }
+    return {**body, name: wrapped.get(name, value), "tool_choice": rng.choice(("required", "auto"))}
+
+
 def _damaged(rng: random.Random, data: bytes) -> bytes:
     at = rng.randrange(len(data))
     piece = rng.choice((b"", b"\x00", b"\xff", b"[", b'"', b"1e999", b"\\ud800", b"-", b"9" * 5000))
@@ -234,5 +251,7 @@ def message(number: int) -> Message:
     if kind < 0.12:
         return _text_route(rng)
     path, body = body_of(rng)
+    if kind < 0.14:
+        body = _nested(rng, body)
     data = json.dumps(body).encode()
-    return Message(path, _damaged(rng, data) if kind < 0.16 else data)
+    return Message(path, _damaged(rng, data) if 0.14 < kind < 0.18 else data)

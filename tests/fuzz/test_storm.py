@@ -28,7 +28,7 @@ SECONDS = float(os.environ.get("FD_LITE_STORM_SECONDS", "12"))
 CLIENTS = 12
 REPORT_SECONDS = 60.0
 LEFT, ABORTED, REFUSED = 0.15, 0.05, 0.05  # shares of the requests
-PAUSE_EVERY = 15.0
+PAUSE_EVERY = min(SECONDS / 2, 60.0)
 FLAGS = ("--max-model-len", "512", "--max-num-seqs", "16", "--enable-logprob",
          "--num-gpu-blocks-override", "14", "--reasoning-parser", "think",
          "--tool-call-parser", "hermes")  # fmt: skip
@@ -219,8 +219,8 @@ class Storm:
         await asyncio.sleep(0.1)
 
     async def _pauser(self, end: float) -> None:
-        while time.monotonic() + PAUSE_EVERY / 2 < end:
-            await asyncio.sleep(PAUSE_EVERY / 2)
+        while time.monotonic() + PAUSE_EVERY < end:
+            await asyncio.sleep(PAUSE_EVERY)
             self._pauses += 1
             self._paused = True
             (await self._client.post("/v1/pause")).raise_for_status()

@@ -40,6 +40,7 @@ Model = TypeVar("Model", bound=BaseModel)
 BODY_SECONDS = 60.0  # a client that sends slower than this holds a connection for nothing
 ARRIVING_BODIES = 4  # so many bodies of full size may be arriving together
 KEY = "fastdeploy_lite.body"
+MOST_LEVELS = 128  # of nesting: whatever walks a body behind this door may recurse
 CONTAINER_WEIGHT = 8  # an object, a list or a member costs as much as so many numbers
 _SECOND_LOOK_BYTES = 1 << 20  # a faulty body up to this size is read again to name its fault
 _SCAN_BYTES = 64 << 10
@@ -53,12 +54,15 @@ class BodyScan:
         size: Bytes so far.
         weight: Values so far, containers and members weighted; exact outside of strings.
         highest: The highest byte so far; says how wide the decoded text is.
+        deepest: Most levels of nesting so far.
     """
 
     def __init__(self) -> None:
         self.size = 0
         self.weight = 0
         self.highest = 0
+        self.deepest = 0
+        self._level = 0
         self._in_string = False
         self._tail = b""
 
@@ -87,10 +91,20 @@ class BodyScan:
         inside = np.logical_xor.accumulate(quotes) ^ self._in_string
         outside = codes[~inside]
         self._in_string = bool(inside[-1])
-        opened = (outside == ord("{")) | (outside == ord("[")) | (outside == ord(":"))
-        containers = int(np.count_nonzero(opened))
+        opened = (outside == ord("{")) | (outside == ord("["))
+        members = int(np.count_nonzero(outside == ord(":")))
+        containers = int(np.count_nonzero(opened)) + members
         commas = int(np.count_nonzero(outside == ord(",")))
         self.weight += commas + CONTAINER_WEIGHT * containers
+        self._follow_nesting(opened, (outside == ord("}")) | (outside == ord("]")))
+
+    def _follow_nesting(self, opened: np.ndarray, closed: np.ndarray) -> None:
+        brackets = opened | closed
+        if brackets.any():
+            steps = np.where(opened[brackets], 1, -1)
+            levels = self._level + np.cumsum(steps)
+            self.deepest = max(self.deepest, int(levels.max()))
+            self._level = int(levels[-1])
 
     def decoded_bytes(self, data: bytes) -> int:
         """A bound on the memory of the decoded texts.
@@ -164,6 +178,9 @@ class BoundedBody:
                 f"counts as {CONTAINER_WEIGHT}): send less at once"
             )
             await refuse(send, 400, _body_error(text))
+        elif scan.deepest > MOST_LEVELS:
+            text = f"the body is nested deeper than {MOST_LEVELS} levels"
+            await refuse(send, 400, _body_error(text))
         elif scan.decoded_bytes(body) > 2 * self._limit:
             text = f"text with characters beyond U+FFFF is limited to {self._limit // 2} bytes"
             await refuse(send, 413, _body_error(f"the body is too large: {text}"))
@@ -189,7 +206,7 @@ class BoundedBody:
             parts += part
             self._arriving[me] = len(parts)
             too_much = scan.size > self._limit or scan.weight > self._values
-            if too_much or not message.get("more_body"):
+            if too_much or scan.deepest > MOST_LEVELS or not message.get("more_body"):
                 return bytes(parts)
             self._make_room(me)
 

@@ -6,11 +6,12 @@ A named function: the output is the JSON of its arguments. `required`: the outpu
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from fastdeploy_lite.entrypoints.openai.protocol import (
     ChatCompletionRequest,
@@ -78,9 +79,19 @@ def _hoisted(index: int, parameters: Mapping[str, Any], definitions: dict[str, A
 
     moved = renamed(parameters)
     for group in ("$defs", "definitions"):
-        for name, value in (moved.pop(group, None) or {}).items():
-            definitions[f"{index}.{name}"] = value
+        held = moved.pop(group, None)
+        if isinstance(held, Mapping):  # what is no schema, the compiler refuses by its place
+            definitions.update((f"{index}.{name}", value) for name, value in held.items())
+        elif held is not None:
+            moved[group] = held
     return moved
+
+
+class _Call(msgspec.Struct):
+    """An element of a list of calls; the arguments stay as they were written, numbers included."""
+
+    name: str
+    arguments: msgspec.Raw
 
 
 @dataclass(slots=True)
@@ -105,9 +116,8 @@ class CallReader:
             return self._feed_arguments(text)
         deltas = []
         for element in self._elements(text):
-            call = json.loads(element)
-            arguments = json.dumps(call["arguments"], ensure_ascii=False)
-            deltas.append(self._begin(call["name"], arguments))
+            call = msgspec.json.decode(element, type=_Call)
+            deltas.append(self._begin(call.name, bytes(call.arguments).decode()))
         return deltas
 
     def _feed_arguments(self, text: str) -> list[DeltaToolCall]:

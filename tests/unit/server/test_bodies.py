@@ -42,6 +42,12 @@ def weight_of(value: Any) -> int:
     return 0
 
 
+def levels_of(value: Any) -> int:
+    """Nesting, written with the decoded value."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, dict | list) + max(map(levels_of, inner), default=0)
+
+
 @settings(max_examples=300, deadline=None)
 @given(JSON, st.booleans(), st.randoms(use_true_random=False))
 def test_the_scan_counts_values_at_any_cut(value: Any, ascii_: bool, rng: random.Random) -> None:
@@ -52,6 +58,7 @@ def test_the_scan_counts_values_at_any_cut(value: Any, ascii_: bool, rng: random
         scan.feed(data[at:end])
         at = end
     assert (scan.size, scan.weight) == (len(data), weight_of(value))
+    assert scan.deepest == levels_of(value)
 
 
 @pytest.mark.parametrize(("text", "width"), [("abc", 1), ("é" * 9, 1), ("中", 2), ("a😀", 4)])
@@ -97,6 +104,16 @@ def test_many_values_are_refused_before_their_end() -> None:
     status, body = asyncio.run(drive(bounded(10_000), parts))
     assert status == 400
     assert "more than 100 values" in body["error"]["message"]
+
+
+def test_deep_nesting_is_refused_before_its_end() -> None:
+    level = b'{"a":['
+    parts = [level * 64, b"[", b"never read"]
+    status, body = asyncio.run(drive(bounded(10_000, 10_000), parts))
+    assert status == 400
+    assert "nested deeper than 128 levels" in body["error"]["message"]
+    whole = level * 64 + b"]}" * 64 + b"[" * 100
+    assert asyncio.run(drive(bounded(10_000, 10_000), [whole]))[0] == 200
 
 
 def test_wide_text_is_limited_by_what_it_decodes_to() -> None:

@@ -131,6 +131,22 @@ def test_arguments_of_a_named_function_stream(arguments: dict[str, Any], cuts: l
     )
 
 
+def test_numbers_of_a_call_stay_as_they_were_written() -> None:
+    for number in ("9" * 5000, "1e999", "-0.0", "0.1000"):
+        reader = CallReader("")
+        reader.feed('[{"name": "a", "arguments": {"x": ' + number + "}}]")
+        assert reader.calls[0].function.arguments == '{"x": ' + number + "}"
+
+
+@pytest.mark.parametrize("group", ["$defs", "definitions"])
+@pytest.mark.parametrize("value", [[1], "x", 3, True])
+def test_definitions_that_are_none_reach_the_compiler(group: str, value: Any) -> None:
+    parameters = {"type": "object", group: value}
+    demanded = schema(request("required", parameters))
+    assert demanded is not None
+    assert demanded["items"]["anyOf"][1]["properties"]["arguments"] == parameters
+
+
 def test_a_list_that_was_cut_gives_its_whole_calls_only() -> None:
     reader = CallReader("")
     reader.feed('[{"name": "a", "arguments": {"x": "]}"}}, {"name": "b", "argum')
