@@ -19,6 +19,7 @@ from server_process import ServerProcess, running_server
 from tiny_model import write_tiny_model
 
 from fastdeploy_lite import LLM, SamplingParams
+from fastdeploy_lite.engine.sampling_params import GuidedDecodingParams
 
 CHAT = "/v1/chat/completions"
 FLAGS = ("--tensor-parallel-size", "2", "--max-model-len", "1024", "--max-num-seqs", "16")
@@ -70,6 +71,31 @@ def test_demo_answers_are_those_of_one_process_at_any_size() -> None:
         llm = LLM("demo", tensor_parallel_size=size, max_model_len=512, enable_logprob=True)
         outputs = llm.generate(PROMPTS, greedy, use_tqdm=False)
         found.append([list(output.outputs.token_ids) for output in outputs])
+        llm.llm_engine.shutdown()
+    assert found[0] == found[1] == found[2]
+
+
+def test_guesses_and_constraints_over_two_ranks() -> None:
+    """What is decided on the first rank alone reaches the others as tokens."""
+    params = [
+        SamplingParams(temperature=0, max_tokens=40),
+        SamplingParams(temperature=0.8, seed=7, max_tokens=40, repetition_penalty=1.2),
+        SamplingParams(
+            temperature=0, max_tokens=40, guided_decoding=GuidedDecodingParams(regex="(ab|cd){9}")
+        ),
+        SamplingParams(temperature=0, max_tokens=40, prompt_logprobs=1),
+        SamplingParams(temperature=1, seed=3, top_p=0.9, max_tokens=40, min_tokens=30),
+    ]
+    found = []
+    for size, method in ((1, "naive"), (2, "ngram"), (2, "suffix")):
+        llm = LLM(
+            "demo", tensor_parallel_size=size, max_model_len=512, enable_logprob=True,
+            speculative_config={"method": method, "adaptive": False},
+            guided_decoding_backend="auto",
+        )  # fmt: skip
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+        found.append([list(output.outputs.token_ids) for output in outputs])
+        llm.llm_engine.check_integrity()
         llm.llm_engine.shutdown()
     assert found[0] == found[1] == found[2]
 
