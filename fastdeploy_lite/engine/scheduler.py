@@ -4,6 +4,8 @@ Continuous batching: every step, each decoding sequence computes one token, and 
 token budget goes to prefill chunks, first come first served. A sequence gets the blocks of all its
 known tokens when it is admitted, so that only decoding can run out of blocks; then the sequence
 admitted last gives up its blocks, returns to the front of the queue and is recomputed later.
+
+A prefix that a step is just computing is computed once: who could use it next waits for that step.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Callable
 from enum import Enum
 
 from fastdeploy_lite.config import SchedulerConfig
-from fastdeploy_lite.engine.kv_cache import BlockManager, DigestChain, token_range
+from fastdeploy_lite.engine.kv_cache import BlockManager, Digest, DigestChain, token_range
 from fastdeploy_lite.request.messages import EngineRequest
 
 
@@ -89,6 +91,24 @@ class Sequence:
         count = (self.num_tokens - 1) // blocks.block_size
         digests = self._chain.up_to(count, self.prompt_token_ids, self.output_token_ids)
         return blocks.find_prefix(digests[:count])
+
+    def is_next_computed(
+        self, blocks: BlockManager, prefix: list[int], coming: set[Digest]
+    ) -> bool:
+        """Whether the block after `prefix` is among those that others are computing."""
+        if not (blocks.enable_prefix_caching and self.can_use_prefix):
+            return False
+        count = (self.num_tokens - 1) // blocks.block_size
+        if len(prefix) >= count:
+            return False
+        digests = self._chain.up_to(count, self.prompt_token_ids, self.output_token_ids)
+        return digests[len(prefix)] in coming
+
+    def completed_by(self, count: int, block_size: int) -> list[Digest]:
+        """Digests of the prompt's blocks that `count` more computed tokens fill."""
+        first = self.num_computed // block_size
+        last = min(self.num_computed + count, len(self.prompt_token_ids)) // block_size
+        return self._chain.up_to(last, self.prompt_token_ids, self.output_token_ids)[first:last]
 
     def publish(self, blocks: BlockManager, most_tokens: int) -> None:
         """Make the full blocks among the first `most_tokens` computed tokens findable."""
@@ -248,9 +268,17 @@ class Scheduler:
         sequence.slot, sequence.num_computed = -1, 0
 
     def _admit(self, plan: list[tuple[Sequence, int]], budget: int) -> None:
+        coming: set[Digest] = set()
+        known = 0
         while self.waiting and budget and self._free_slots:
             sequence = self.waiting[0]
             prefix = sequence.findable_prefix(self.blocks)
+            for other, count in plan[known:]:
+                if count > 1:
+                    coming.update(other.completed_by(count, self.blocks.block_size))
+            known = len(plan)
+            if sequence.is_next_computed(self.blocks, prefix, coming):
+                return
             num_cached = len(prefix) * self.blocks.block_size
             count = sequence.num_tokens - num_cached
             if count > budget and not self.config.enable_chunked_prefill:

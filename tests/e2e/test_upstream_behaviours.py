@@ -255,6 +255,11 @@ class TestCompletions:
                 total += event.usage.prompt_tokens
         assert total == count
 
+    def test_a_prefix_within_a_batch_counts_as_cached(self, http: httpx.Client) -> None:
+        ids = [10 + (7 * place) % 4000 for place in range(200)]
+        answer = post(http, COMPLETION, prompt=[ids, [*ids, 5], ids], max_tokens=2)
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 2 * 192
+
     def test_several_choices_stream(self, client: openai.OpenAI) -> None:
         fields: dict[str, Any] = {"model": "default", "prompt": "Hello", "n": 2, "max_tokens": 30}
         events = list(client.completions.create(**fields, stream=True))

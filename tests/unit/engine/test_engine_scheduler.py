@@ -118,6 +118,32 @@ def test_prefix_cache_serves_whole_blocks_and_leaves_one_token() -> None:
     assert (stats.prefix_queries, stats.prefix_hits, stats.prefix_hit_tokens) == (3, 2, 320)
 
 
+@pytest.mark.parametrize("budget", [100, 512])
+def test_a_prefix_of_one_batch_is_computed_once(budget: int) -> None:
+    """Those who come together share what the first computes, and it counts as cached."""
+    core = make_core(64, max_num_batched_tokens=budget)
+    shared = prompt(200)
+    ends: dict[str, list[int]] = {"a": [], "b": [], "c": [9, 8, 7], "d": [5] * 70}
+    requests = [make_request(name, [*shared, *end], max_tokens=3) for name, end in ends.items()]
+    outputs = run(core, *requests)
+    for request in requests:
+        assert tokens(outputs[request.request_id]) == lone(request)
+    cached = {name: outputs[name][-1].num_cached_tokens for name in ends}
+    assert cached == {"a": 0, "b": 192, "c": 192, "d": 192}
+    computed = sum(count for step in runner_of(core).steps for _, _, count in step if count > 1)
+    assert computed == 200 + 8 + 11 + 78
+
+
+def test_nobody_waits_for_a_prefix_that_it_cannot_use() -> None:
+    """Without the cache, or where every position must be computed, all begin at once."""
+    for prefix, scores in ((False, None), (True, 0)):
+        core = make_core(64, max_num_batched_tokens=512, prefix=prefix)
+        for name in "ab":
+            core.add(make_request(name, prompt(100), max_tokens=3, prompt_logprobs=scores))
+        core.step()
+        assert runner_of(core).steps == [[("a", 0, 100), ("b", 0, 100)]]
+
+
 @pytest.mark.parametrize(("output_caching", "cached"), [(True, 128), (False, 64)])
 def test_generated_tokens_are_reused_when_configured(output_caching: bool, cached: int) -> None:
     core = make_core(output_caching=output_caching)
