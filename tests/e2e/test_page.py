@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -458,6 +459,26 @@ def test_the_server_tab_without_metrics_says_why(driver: WebDriver, script: Scri
     page.click(page.all("[role=tab]")[1])
     page.wait(lambda: "--metrics-port" in page.body)
     page.problems()  # the browser notes each 404
+
+
+def test_the_rate_of_tokens_is_steady_when_the_totals_come_in_jumps(
+    driver: WebDriver, script: ScriptedServer
+) -> None:
+    """100 tokens a second, told every other second; and it starts without a spike."""
+    script.metrics = metrics_text(5000)
+    page = Page(driver).open(script.url)
+    page.click(page.all("[role=tab]")[1])
+    started = time.monotonic()
+    while time.monotonic() - started < 10:
+        script.metrics = metrics_text(5000 + 200 * int((time.monotonic() - started) / 2))
+        time.sleep(0.05)
+    most = int(re.findall(r"at most (\d+)", page.body)[0])
+    assert 60 <= most <= 160
+    assert page.problems() == []
+
+
+def metrics_text(tokens: int) -> str:
+    return f"fastdeploy:generation_tokens_total {tokens}\nfastdeploy:prompt_tokens_total 100\n"
 
 
 # Against the demo model ---------------------------------------------------------------------------

@@ -8,9 +8,10 @@ import { changed, state } from "./store.js";
 
 const PERIOD_MS = 1000;
 const POINTS = 120;
+const WINDOW_MS = 3500;
 const PREFIX = "fastdeploy:";
 
-const seen = { samples: null, failure: null, healthy: true, version: "", history: [] };
+const seen = { samples: null, failure: null, healthy: true, version: "", totals: [], history: [] };
 
 const value = (name) => seen.samples?.get(PREFIX + name) ?? 0;
 
@@ -27,31 +28,31 @@ async function look() {
   changed();
 }
 
-/** Rates from the differences of counters: the server's own are means over ten seconds. */
+/** Rates over some seconds, from the differences of counters (the server's own are means over ten). The engine tells its
+ * totals only now and then, so the difference of two looks at them may hold the tokens of much more or less than their distance. */
 function remember() {
-  const now = {
-    time: performance.now(), generated: value("generation_tokens_total"), prompt: value("prompt_tokens_total"),
-    running: value("num_requests_running"),
-  };
-  const before = seen.history.at(-1);
-  const seconds = before ? (now.time - before.time) / 1000 : 0;
-  const rate = (key) => (seconds > 0 ? Math.max(now[key] - before[key], 0) / seconds : 0);
-  now.generationRate = rate("generated");
-  now.promptRate = rate("prompt");
-  seen.history.push(now);
+  const now = { time: performance.now(), generated: value("generation_tokens_total"), prompt: value("prompt_tokens_total") };
+  const last = seen.totals.at(-1);
+  if (last && (now.generated < last.generated || now.prompt < last.prompt)) seen.totals = []; // the server is a new one
+  seen.totals.push(now);
+  while (now.time - seen.totals[1]?.time >= WINDOW_MS) seen.totals.shift();
+  const before = seen.totals[0];
+  const seconds = (now.time - before.time) / 1000;
+  if (seconds * 1000 < WINDOW_MS) return;
+  seen.history.push({ generationRate: (now.generated - before.generated) / seconds, promptRate: (now.prompt - before.prompt) / seconds });
   seen.history.splice(0, seen.history.length - POINTS);
 }
 
 function Chart({ title, field }) {
   const values = seen.history.map((h) => h[field]);
-  const latest = values.at(-1) ?? 0;
+  const latest = values.at(-1);
   const top = Math.max(...values, 1);
   const x = (i) => ((i + POINTS - values.length) / (POINTS - 1)) * 300;
   const y = (v) => 70 - (v / top) * 64;
   const line = values.map((v, i) => `${x(i).toFixed(1)},${y(v).toFixed(1)}`).join(" ");
   const area = values.length ? `${x(0).toFixed(1)},70 ${line} 300,70` : "";
   return html`<section class="card chart"><h3>${title}</h3>
-    <p class="figure">${number(latest, latest < 100 ? 1 : 0)}</p>
+    <p class="figure">${latest === undefined ? "–" : number(latest, latest < 100 ? 1 : 0)}</p>
     <svg viewBox="0 0 300 72" preserveAspectRatio="none" role="img" aria-label=${`${title}, ${t("lastMinutes")}`}>
       <polygon points=${area} /><polyline points=${line} /></svg>
     <p class="help">${t("lastMinutes")}, ${t("most", { value: number(Math.max(...values, 0)) })}</p></section>`;
