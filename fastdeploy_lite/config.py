@@ -155,16 +155,25 @@ class LoadConfig:
     """Where weights come from. `default` and `default_v1` read files, `dummy` makes them up.
 
     `row_order`: in which order 2-bit experts store their rows; auto asks the files.
+    `lm_head_quantization`: wint8 makes an int8 head of the bf16 one, on the CPU.
     """
 
     load_choices: LoadChoice = "default"
     row_order: WantedOrder = "auto"
+    lm_head_quantization: Literal["wint8"] | None = None
 
     def __post_init__(self) -> None:
         if self.load_choices not in get_args(LoadChoice):
             _refuse("load_choices", self.load_choices, f"one of {', '.join(get_args(LoadChoice))}")
         if self.row_order not in get_args(WantedOrder):
             _refuse("wint2_row_order", self.row_order, f"one of {', '.join(get_args(WantedOrder))}")
+        if self.lm_head_quantization not in (None, "wint8"):
+            _refuse("lm_head_quantization", self.lm_head_quantization, "wint8")
+
+    @property
+    def head_kind(self) -> Literal["dense", "int8"]:
+        """Format in which the output head is kept."""
+        return "dense" if self.lm_head_quantization is None else "int8"
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,12 @@ class EngineArgs:
         _quantization,
         "quantise a bf16 checkpoint while loading: wint8, wint4 or JSON; a quantised one stays",
     )
+    lm_head_quantization: str | None = _flag(
+        None,
+        _text_or_none,
+        "keep the output head in another form, on the CPU: wint8 halves what it reads a token",
+        choices=("wint8",),
+    )
     load_choices: str = _flag(
         "default", str, "where weights come from", choices=("default", "default_v1", "dummy")
     )
@@ -420,7 +426,8 @@ class EngineArgs:
 
     def _load_config(self) -> LoadConfig:
         row_order = self.wint2_row_order or envs.FD_LITE_WINT2_ROW_ORDER or "auto"
-        return LoadConfig(self.load_choices, row_order)  # type: ignore[arg-type]  # checked there
+        head = self.lm_head_quantization
+        return LoadConfig(self.load_choices, row_order, head)  # type: ignore[arg-type]  # checked there
 
     def _scheduler_config(self, model: ModelConfig, quiet: bool) -> SchedulerConfig:
         length = min(self.max_model_len, model.max_position_embeddings)

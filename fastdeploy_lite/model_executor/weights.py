@@ -40,7 +40,7 @@ from fastdeploy_lite.checkpoint.reader import open_folders
 from fastdeploy_lite.checkpoint.row_order import Decision
 from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.formats import Arrays
-from fastdeploy_lite.model_executor import ops
+from fastdeploy_lite.model_executor import int8_head, ops
 from fastdeploy_lite.model_executor.layers.parameters import ParameterSource
 from fastdeploy_lite.model_executor.ops import PackedWeight, SegmentedWeight, Weight
 from fastdeploy_lite.models.family import ModelConfig
@@ -71,16 +71,20 @@ def open_source(
             that headers tell is checked before any data is read.
         FastDeployError: main memory does not suffice.
     """
-    parallel = config.parallel
+    parallel, ranks = config.parallel, config.parallel.tensor_parallel_size
+    head_nbytes = 0
+    if config.load.head_kind == "int8":
+        int8_head.check_head(config.model, ranks, place)
+        head_nbytes = int8_head.head_nbytes(config.model, ranks)
     if config.load.load_choices == "dummy":
-        check_tensor_parallel(config.model, parallel.tensor_parallel_size)
+        check_tensor_parallel(config.model, ranks)
         source = DummySource(config, place)
         if place.is_cpu_place() and parallel.rank == 0:
-            check_memory(source.nbytes * parallel.tensor_parallel_size)
+            check_memory(source.nbytes * ranks + head_nbytes)
         return source
     weights, decision = open_weights(config)
     if place.is_cpu_place() and parallel.rank == 0:
-        check_memory(_kept_nbytes(weights, config.model, parallel.tensor_parallel_size))
+        check_memory(_kept_nbytes(weights, config.model, ranks) + head_nbytes)
     if decision.order == "permuted":
         weights = PermutedWeights(weights)
     if config.model.quantizes_on_load:
@@ -88,7 +92,7 @@ def open_source(
     else:
         files = CheckpointSource(weights, place, show_progress)
         files.row_order = decision.describe()
-    files.check = check
+    files.check, files.head_kind = check, config.load.head_kind
     return files
 
 
@@ -168,6 +172,7 @@ class CheckpointSource:
 
     row_order = ""
     check: Callable[[], None] | None = None
+    head_kind: WeightKind = "dense"
 
     def __init__(
         self, checkpoint: Checkpoint | HostWeights, place: Any, show_progress: bool = False
@@ -267,8 +272,16 @@ class CheckpointSource:
 
     def head(self) -> PackedWeight | None:
         """See ParameterSource."""
-        found = self.weights.head()
-        return None if found is None else self._dense(*found, self.config.family.head_key)
+        found, key = self.weights.head(), self.config.family.head_key
+        if self.head_kind == "int8":
+            table, transposed = found or (self.weights.embedding(), True)
+            try:
+                weight = int8_head.int8_head(table.T if transposed else table, self.place)
+            except ValueError as error:
+                raise self._blame(key, error) from error
+            self._advance(table.nbytes if found else 0)
+            return self._finish(weight, key)
+        return None if found is None else self._dense(*found, key)
 
     def vector(self, key: str) -> Any:
         """See ParameterSource."""
@@ -387,6 +400,7 @@ class DummySource:
         """Args: config: its model, parallel and seed matter; place: where weights are kept."""
         self.config: ModelConfig = config.model
         self.place = place
+        self.head_kind = config.load.head_kind
         self.seed = config.seed
         parallel = config.parallel
         self._ranks = parallel.tensor_parallel_size
@@ -433,9 +447,9 @@ class DummySource:
 
     def head(self) -> PackedWeight | None:
         """See ParameterSource."""
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.head_kind == "dense":
             return None
-        return self._random("lm_head", "dense", *self._table_sizes())
+        return self._random("lm_head", self.head_kind, *self._table_sizes())
 
     def vector(self, key: str) -> Any:
         """See ParameterSource."""

