@@ -155,7 +155,7 @@ class ProcessesExecutor(Executor):
     def report(self) -> ExecutorReport:
         """See Executor."""
         own = report_of(self.runner)
-        memory = dict(Counter(own.memory) + self._memory)
+        memory = {name: size + self._memory[name] for name, size in own.memory.items()}
         return replace(own, memory=memory, load_seconds=self._load_seconds)
 
     def check(self) -> None:

@@ -7,6 +7,7 @@ other way, this process ends at once, whatever it is doing.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -127,6 +128,7 @@ def main(descriptor: int, parent: int) -> int:
     """Run the process; returns its exit status."""
     prepare_standard_streams()
     init_console_logging()
+    logging.disable(logging.WARNING)  # the first rank has said it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's to answer
     _die_with_parent(parent)
     channel = Channel(socket.socket(fileno=descriptor))

@@ -231,6 +231,7 @@ def test_memory_is_shared_among_the_ranks(tmp_path: Path) -> None:
         report = executor.report()
         assert report.num_blocks == executor.runner.num_blocks
         own = executor.runner.memory_report()
+        assert {"kv_cache", "workspace", "sampling"} <= set(report.memory)
         for role, size in alone.memory_report().weights.items():
             assert own.weights[role] < 0.6 * size, role
             assert report.memory[f"weights.{role}"] == pytest.approx(size, rel=0.05)
