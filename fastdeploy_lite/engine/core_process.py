@@ -22,6 +22,7 @@ import zmq
 
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine_core import EngineCore, create_core
+from fastdeploy_lite.executor.base import ExecutorDeadError
 from fastdeploy_lite.input.preprocess import load_tokenizer
 from fastdeploy_lite.request.messages import (
     Abort,
@@ -256,7 +257,7 @@ def main() -> int:
         return 0
     except BaseException as error:  # also MemoryError: the parent must hear the reason
         # A fault of the user's is one line; a fault of ours needs its traceback, on the console.
-        if not isinstance(error, FastDeployError):
+        if not _says_all(error):
             write_console(traceback.format_exc())  # a stalled console must not keep it alive
         log.error("The engine ended", exc_info=error)
         flush_logs()  # the parent may end this process as soon as it has heard
@@ -268,6 +269,9 @@ def main() -> int:
 
 def _reason(error: BaseException) -> str:
     text = str(error)
-    return one_line(
-        text if isinstance(error, FastDeployError) else f"{type(error).__name__}: {text}"
-    )
+    return one_line(text if _says_all(error) else f"{type(error).__name__}: {text}")
+
+
+def _says_all(error: BaseException) -> bool:
+    """Whether the message is the whole story: the user's fault, or the end of another process."""
+    return isinstance(error, FastDeployError) or isinstance(error.__cause__, ExecutorDeadError)
