@@ -230,8 +230,8 @@ def read_embedding(checkpoint: Checkpoint) -> Array:
     """Return the embedding table [V, H], bf16 bits (uint16) or float32: this rank's rows."""
     shape = (_file_vocab_size(checkpoint), checkpoint.config.hidden_size)
     key = checkpoint.config.family.embedding_key
-    table = checkpoint.expect(key, _DENSE, shape, finite=True)
-    return table.data[_vocab_slice(checkpoint)]
+    table = checkpoint.expect(key, _DENSE, shape)
+    return _finite_part(table, (_vocab_slice(checkpoint),))
 
 
 def read_lm_head(checkpoint: Checkpoint) -> tuple[Array, bool] | None:
@@ -245,10 +245,17 @@ def read_lm_head(checkpoint: Checkpoint) -> tuple[Array, bool] | None:
         return None
     vocab = _file_vocab_size(checkpoint)
     shapes = ((hidden, vocab), (vocab, hidden))
-    head = checkpoint.expect(key, _DENSE, shapes, finite=True).data
+    head = checkpoint.expect(key, _DENSE, shapes)
     transposed = head.shape != (hidden, vocab)
     part = _vocab_slice(checkpoint)
-    return (head[part] if transposed else head[:, part]), transposed
+    return _finite_part(head, (part,) if transposed else (slice(None), part)), transposed
+
+
+def _finite_part(tensor: HostTensor, part: tuple[slice, ...]) -> Array:
+    """Cut before anything is read: other ranks' pages stay in the file."""
+    cut = replace(tensor, data=tensor.data[part])
+    check_finite(cut)
+    return cut.data
 
 
 def _has_head(checkpoint: Checkpoint) -> bool:
