@@ -20,9 +20,10 @@ import psutil
 import pytest
 from server_process import ServerProcess, environment, running_server
 
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETION, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 HELLO: list[Any] = [{"role": "user", "content": "hi"}]
 SHORT = {"messages": HELLO, "max_tokens": 2}
+TOOL = {"type": "function", "function": {"name": "f"}}
 BODY_BYTES = 4 << 20  # the default of FD_LITE_MAX_BODY_BYTES
 VALUES = 250_000  # nearly the default of FD_LITE_MAX_BODY_VALUES
 HEAVY = 31_000  # the same in containers or members
@@ -70,6 +71,12 @@ BODIES: dict[str, tuple[str, str]] = {
     "choices": (CHAT, json.dumps(SHORT)[:-1] + ',"guided_choice":[' + '"a",' * VALUES + '"b"]}'),
     "detokenize": ("/detokenize", '{"tokens":' + ids(VALUES) + "}"),
     "a thousand prompts": (COMPLETION, json.dumps({"max_tokens": 1, "prompt": ["a"] * 1024})),
+    "items": (RESPONSES, json.dumps({"input": [HELLO[0]] * 9000, "max_output_tokens": 1})),
+    "included": (RESPONSES, '{"input":"hi","include":[' + "1," * VALUES + "1]}"),
+    "tools": (CHAT, json.dumps({**SHORT, "tools": [TOOL] * 6000})),
+    "items' tools": (RESPONSES, '{"input":"hi","tools":[' + "{}," * (HEAVY - 3000) + "{}]}"),
+    "side channel": (COMPLETION, '{"suffix":{"x":1},"prompt":' + ids(VALUES) + "}"),
+    "aborted": ("/v1/abort_requests", '{"req_ids":[' + '"a",' * VALUES + '"b"]}'),
     "tokenize": ("/tokenize", '{"prompt":"' + "hello " * (BODY_BYTES // 6 - 50) + '"}'),
 }  # fmt: skip
 

@@ -48,7 +48,7 @@ from fastdeploy_lite.entrypoints.openai.protocol import (
     TokenizeRequest,
 )
 from fastdeploy_lite.entrypoints.openai.responses_protocol import ResponsesRequest
-from fastdeploy_lite.entrypoints.openai.service import ID_PREFIXES, Service
+from fastdeploy_lite.entrypoints.openai.service import Service
 from fastdeploy_lite.entrypoints.openai.serving_models import list_models
 from fastdeploy_lite.entrypoints.openai.tracing import Tracer
 from fastdeploy_lite.metrics.metrics import CONTENT_TYPE, ServerMetrics
@@ -419,10 +419,8 @@ def _add_control(app: FastAPI, service: Service) -> None:
         if not body.abort_all and not wanted and body.request_id is None:
             text = "give req_ids, or abort_all: true"
             raise RequestError(text, param="req_ids", code="missing_required_parameter")
-        aborted = await _abort(service, body)
-        missing = [name for name in wanted if service.find_active(name) is None]
-        missing = [name for name in missing if not any(_same_id(name, a) for a in aborted)]
-        found = [{"request_id": name} for name in aborted]
+        missing = [name for name in dict.fromkeys(wanted) if service.find_active(name) is None]
+        found = [{"request_id": name} for name in await _abort(service, body)]
         result = {"aborted": found, "not_found": missing}
         return errors.json_response({"status": "success", "result": result})
 
@@ -432,16 +430,12 @@ async def _abort(service: Service, body: AbortRequest) -> list[str]:
     service.check_alive()
     wanted = [*(body.request_ids or []), *(body.req_ids or [])]
     wanted += [body.request_id] if body.request_id else []
-    found = map(service.find_active, wanted)
+    found = dict.fromkeys(map(service.find_active, wanted))
     known = list(service.active) if body.abort_all else [name for name in found if name]
     ids = [engine_id for name in known for engine_id in service.active[name]]
     if ids:
         await service.client.abort(ids)
     return known
-
-
-def _same_id(given: str, public_id: str) -> bool:
-    return public_id in (given, *(prefix + given for prefix in ID_PREFIXES))
 
 
 def _add_disabled(app: FastAPI) -> None:

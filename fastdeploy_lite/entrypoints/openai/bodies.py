@@ -40,6 +40,8 @@ Model = TypeVar("Model", bound=BaseModel)
 BODY_SECONDS = 60.0  # a client that sends slower than this holds a connection for nothing
 ARRIVING_BODIES = 4  # so many bodies of full size may be arriving together
 KEY = "fastdeploy_lite.body"
+_SIZE_KEY = "fastdeploy_lite.body_size"
+_LARGE_BYTES = 64 << 10  # what costs the loop a millisecond is worth a thread
 MOST_LEVELS = 128  # of nesting: whatever walks a body behind this door may recurse
 CONTAINER_WEIGHT = 8  # an object, a list or a member costs as much as so many numbers
 _SECOND_LOOK_BYTES = 1 << 20  # a faulty body up to this size is read again to name its fault
@@ -255,13 +257,21 @@ async def parse(request: Request, model: type[Model]) -> Model:
         RequestError: It is not JSON, or holds text that cannot be encoded.
     """
     _check_type(request)
-    value = decode(request.scope.pop(KEY, b""))
+    data = request.scope.pop(KEY, b"")
+    request.scope[_SIZE_KEY] = len(data)
+    value = decode(data)
+    del data
     await asyncio.sleep(0)  # two short stays on the loop instead of a long one
     try:
         with _without_collection():
             return model.model_validate(value)
     except ValidationError as failure:
         raise RequestValidationError(failure.errors(include_url=False)) from None
+
+
+def is_large(request: Request) -> bool:
+    """Whether the body that `parse` read is worth a thread for what is done with it next."""
+    return bool(request.scope.get(_SIZE_KEY, 0) > _LARGE_BYTES)
 
 
 def decode(body: bytes) -> Any:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from fastdeploy_lite.entrypoints.openai import errors
 from fastdeploy_lite.entrypoints.openai.answer import Answer
+from fastdeploy_lite.entrypoints.openai.bodies import is_large
 from fastdeploy_lite.entrypoints.openai.choices import Choice, Piece, run
 from fastdeploy_lite.entrypoints.openai.output_parser import OutputParser
 from fastdeploy_lite.entrypoints.openai.request_building import (
@@ -101,7 +102,7 @@ class Handler(Generic[Given_contra]):
             JSON, a stream, or an error.
         """
         try:
-            return await while_connected(http, self._create(body))
+            return await while_connected(http, self._create(body, is_large(http)))
         except ClientGoneError:
             return Response(status_code=499)  # nobody reads it
         except MergedBodyError as error:
@@ -109,8 +110,8 @@ class Handler(Generic[Given_contra]):
         except Exception as error:
             return errors.from_exception(error)
 
-    async def _create(self, body: Given_contra) -> Response:
-        answer = await self._prepare(body)
+    async def _create(self, body: Given_contra, large: bool) -> Response:
+        answer = await self._prepare(body, large)
         if answer.body.stream:
             return EventStream(self._encoded(answer))
         async with aclosing(self._pieces(answer)) as pieces:
@@ -118,10 +119,13 @@ class Handler(Generic[Given_contra]):
                 pass
         return errors.json_response(self._form.whole(answer, self._service))
 
-    async def _prepare(self, body: Given_contra) -> Answer[Any]:
+    async def _prepare(self, body: Given_contra, large: bool) -> Answer[Any]:
         service, form, arrival = self._service, self._form, time.time()
         service.check_accepting()
-        answer = form.open(body, service, arrival)
+        if large:  # side channels and converted items are walked and checked again
+            answer = await service.in_thread(form.open, body, service, arrival)
+        else:
+            answer = form.open(body, service, arrival)
         n = answer.body.n or 1
         check_count(len(answer.prompts), n)
         level = RequestLogLevel.LIFECYCLE

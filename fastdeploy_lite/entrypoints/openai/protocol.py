@@ -7,6 +7,7 @@ of a stream are assembled where they are sent, because there unset and null diff
 
 from __future__ import annotations
 
+import sys
 import time
 import uuid
 from typing import Annotated, Any, Literal
@@ -22,6 +23,10 @@ MAX_PROMPTS = 1024
 # Coarse bounds, so that no list is walked for long before the exact limits are checked.
 MAX_LISTED_IDS = 16384
 MAX_CHOICE_TEXTS = 8192
+MAX_TOOLS = 1024
+MAX_ABORTED = 4096  # ids in one request to abort
+
+_LARGEST_FLOAT = int(sys.float_info.max)
 
 _LEGACY_GUIDED = (
     "guided_json",
@@ -38,22 +43,23 @@ def _first_bad_bias(value: Any) -> Any:
         if len(value) > MAX_LISTED_IDS:
             raise ValueError(f"logit_bias: {len(value)} entries, the limit is {MAX_LISTED_IDS}")
         for key, number in value.items():
-            if not isinstance(number, int | float):
+            if not isinstance(number, int | float) or abs(number) > _LARGEST_FLOAT:
                 raise ValueError(f"logit_bias: expected numbers, found {quote({key: number})}")
     return value
 
 
-class _FirstFault(FailFast):
+class FirstFault(FailFast):
     """A list of a million faults is one fault: validation stops at the first."""
 
     __hash__ = object.__hash__  # unions of annotated types want it
 
 
-Ids = Annotated[list[int], _FirstFault()]
-FewIds = Annotated[list[int], _FirstFault(), Field(max_length=MAX_LISTED_IDS)]
-FewTexts = Annotated[list[str], _FirstFault(), Field(max_length=MAX_CHOICE_TEXTS)]
-IdLists = Annotated[list[Ids], _FirstFault()]
-Texts = Annotated[list[str], _FirstFault()]
+Ids = Annotated[list[int], FirstFault()]
+FewIds = Annotated[list[int], FirstFault(), Field(max_length=MAX_LISTED_IDS)]
+FewTexts = Annotated[list[str], FirstFault(), Field(max_length=MAX_CHOICE_TEXTS)]
+AbortedIds = Annotated[list[str], FirstFault(), Field(max_length=MAX_ABORTED)]
+IdLists = Annotated[list[Ids], FirstFault()]
+Texts = Annotated[list[str], FirstFault()]
 Bias = Annotated[dict[str, float], BeforeValidator(_first_bad_bias)]
 
 
@@ -99,6 +105,9 @@ class ChatCompletionToolsParam(BaseModel):
     function: FunctionDefinition
 
 
+Tools = Annotated[list[ChatCompletionToolsParam], FirstFault(), Field(max_length=MAX_TOOLS)]
+
+
 class NamedFunction(BaseModel):
     """The name inside a `tool_choice`."""
 
@@ -137,7 +146,7 @@ class ResponseFormat(BaseModel):
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaResponseFormat | None = None
-    structures: Annotated[list[StructuralTag], _FirstFault()] | None = None
+    structures: Annotated[list[StructuralTag], FirstFault()] | None = None
     triggers: Texts | None = None
 
     @model_validator(mode="after")
@@ -216,7 +225,7 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
-    tools: Annotated[list[ChatCompletionToolsParam], _FirstFault()] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     structural_tag: str | None = None
@@ -284,15 +293,15 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """Body of `POST /detokenize`."""
 
-    tokens: Annotated[list[Annotated[int, Field(ge=0)]], _FirstFault()]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], FirstFault()]
 
 
 class AbortRequest(BaseModel):
     """Body of `POST /v1/abort` and of upstream's `POST /v1/abort_requests` (`req_ids`)."""
 
     request_id: str | None = None
-    request_ids: Texts | None = None
-    req_ids: Texts | None = None
+    request_ids: AbortedIds | None = None
+    req_ids: AbortedIds | None = None
     abort_all: bool = False
 
 

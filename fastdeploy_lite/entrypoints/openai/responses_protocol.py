@@ -7,7 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fastdeploy_lite.entrypoints.openai.protocol import ChatCompletionRequest, GenerationRequest
+from fastdeploy_lite.entrypoints.openai.protocol import (
+    MAX_TOOLS,
+    ChatCompletionRequest,
+    FirstFault,
+    GenerationRequest,
+)
 from fastdeploy_lite.entrypoints.openai.request_building import MergedBodyError
 from fastdeploy_lite.utils.errors import RequestError, quote
 
@@ -17,6 +22,7 @@ _SHARED = (
     "chat_template", "chat_template_kwargs", "reasoning_max_tokens", "parallel_tool_calls",
     "top_logprobs",
 )  # fmt: skip
+_MOST_INCLUDED = 256
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
@@ -62,13 +68,13 @@ class ResponsesRequest(GenerationRequest):
     input: str | Annotated[list[Any], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = None
-    tools: list[ResponseTool] | None = None
+    tools: Annotated[list[ResponseTool], FirstFault(), Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = True
     text: TextOptions | None = None
     reasoning: dict[str, Any] | None = None
     top_logprobs: int | None = None
-    include: list[str] | None = None
+    include: Annotated[list[str], FirstFault(), Field(max_length=_MOST_INCLUDED)] | None = None
     metadata: dict[str, Any] | None = None
     previous_response_id: str | None = None
     store: bool | None = None

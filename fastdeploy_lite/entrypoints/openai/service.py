@@ -148,7 +148,9 @@ class Service:
         Returns:
             The id; None when there is none.
         """
-        names = (name, *(prefix + name for prefix in ID_PREFIXES))
+        if name in self.active:
+            return name
+        names = (prefix + name for prefix in ID_PREFIXES)
         return next((n for n in names if n in self.active), None)
 
     def engine_id(self, public_id: str) -> str:

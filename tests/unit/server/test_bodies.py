@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import time
+import typing
 from typing import Any
 
 import pytest
@@ -13,15 +14,19 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, FailFast
 from test_middleware import drive
 
 from fastdeploy_lite.entrypoints.openai import bodies, errors, middleware
 from fastdeploy_lite.entrypoints.openai.bodies import BodyScan, BoundedBody, decode, parse
 from fastdeploy_lite.entrypoints.openai.protocol import (
+    AbortRequest,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    TokenizeRequest,
 )
+from fastdeploy_lite.entrypoints.openai.responses_protocol import ResponsesRequest
 from fastdeploy_lite.utils.errors import RequestError
 
 JSON = st.recursive(
@@ -245,6 +250,36 @@ def test_a_thousand_faults_cost_as_much_as_one(
     seconds, error = refusal(model, json.dumps(fields).encode())
     assert error["param"] == param  # the field, not a branch of its type
     assert seconds < 0.5  # it was seconds; the stall is measured in test_server_limits
+
+
+def lists_in(kind: Any, where: str) -> list[tuple[str, Any]]:
+    """All list types inside an annotation, each with its own metadata."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return lists_of(kind)
+    metadata = ()
+    if typing.get_origin(kind) is typing.Annotated:
+        kind, *metadata = typing.get_args(kind)
+    found = [(where, (kind, metadata))] if typing.get_origin(kind) is list else []
+    return found + [item for inner in typing.get_args(kind) for item in lists_in(inner, where)]
+
+
+def lists_of(model: type[BaseModel]) -> list[tuple[str, Any]]:
+    hints = typing.get_type_hints(model, include_extras=True)
+    fields = [(f"{model.__name__}.{name}", hints[name]) for name in model.model_fields]
+    return [item for where, kind in fields for item in lists_in(kind, where)]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [ChatCompletionRequest, CompletionRequest, ResponsesRequest, TokenizeRequest,
+     DetokenizeRequest, AbortRequest],
+)  # fmt: skip
+def test_every_list_of_a_body_stops_at_its_first_fault(model: type[BaseModel]) -> None:
+    found = lists_of(model)
+    assert found
+    for where, (kind, metadata) in found:
+        takes_all = typing.get_args(kind) == (Any,)
+        assert takes_all or any(isinstance(m, FailFast) for m in metadata), f"{where}: {kind}"
 
 
 def test_other_sites_cannot_post_forms() -> None:
