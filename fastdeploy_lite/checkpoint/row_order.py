@@ -8,9 +8,12 @@ channels is clearly positive in the right order of down's rows and near zero in 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -20,9 +23,10 @@ import numpy.typing as npt
 from fastdeploy_lite import formats
 from fastdeploy_lite.checkpoint import inventory
 from fastdeploy_lite.checkpoint.reader import Checkpoint
-from fastdeploy_lite.formats import Arrays
+from fastdeploy_lite.formats import Arrays, ccq
 from fastdeploy_lite.formats.ccq import RowOrder, to_true_order
 from fastdeploy_lite.models.linear import Linear
+from fastdeploy_lite.utils.arrays import Array
 
 log = logging.getLogger(__name__)
 
@@ -114,9 +118,11 @@ def measure(checkpoint: Checkpoint, linears: list[Linear] | None = None, seed: i
     found: list[tuple[float, float, int]] = []
     evidence = Evidence(0, 0.0, 0.0, 0.0)
     for stop in ROUNDS:
-        for index in chosen[len(found) : stop]:
-            found.append(expert_correlations(*_expert_arrays(checkpoint, candidates[int(index)])))
-            checkpoint.release()
+        sample = [candidates[int(index)] for index in chosen[len(found) : stop]]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            arrays = (_expert_arrays(checkpoint, linear) for linear in sample)
+            found += pool.map(lambda pair: expert_correlations(*pair), arrays)
+        checkpoint.release()
         evidence = weigh(found)
         if evidence.order is not None or len(found) == len(candidates):
             break
@@ -150,25 +156,45 @@ def expert_correlations(up_gate: Arrays, down: Arrays) -> tuple[float, float, in
 
 def _column_sizes(arrays: Arrays) -> Floats:
     """Root mean square of the columns [N], from some of the rows."""
-    format_ = formats.get("ccq")
     rows = arrays["weight_scale"].shape[0] * 128
     if rows > _MOST_MEASURED:
         start = (rows - _MOST_MEASURED) // 256 * 128
-        arrays = format_.slice_rows(arrays, start, start + _MOST_MEASURED)
-    return _root_mean_square(format_.decode(arrays), 0)
+        arrays = formats.get("ccq").slice_rows(arrays, start, start + _MOST_MEASURED)
+    codes, local, scale = _codes(arrays)
+    sums = _squares().sum(axis=0, dtype=np.int16)[codes]
+    groups = sums.reshape(len(local), -1, len(scale)).sum(axis=1, dtype=np.int64)
+    mean = (groups * np.square(local, dtype=np.int64)).sum(axis=0) / (4 * len(codes))
+    result: Floats = np.sqrt(mean) * scale
+    return result
 
 
 def _row_sizes(arrays: Arrays) -> Floats:
     """Root mean square of the stored rows [K], from some of the columns."""
-    format_ = formats.get("ccq")
     if arrays["super_scales"].shape[0] > _MOST_MEASURED:
-        arrays = format_.slice_columns(arrays, [(0, _MOST_MEASURED)])
-    return _root_mean_square(format_.decode(arrays), 1)
-
-
-def _root_mean_square(matrix: npt.NDArray[np.float32], axis: int) -> Floats:
-    result: Floats = np.sqrt(np.square(matrix, dtype=np.float64).mean(axis))
+        arrays = formats.get("ccq").slice_columns(arrays, [(0, _MOST_MEASURED)])
+    codes, local, scale = _codes(arrays)
+    worth = np.square(local * scale)[:, :, None]  # [K / 64, N, 1]
+    grouped = codes.reshape(len(local), -1, len(scale))
+    sums = [squares[grouped] @ worth for squares in _squares()]
+    result: Floats = np.sqrt(np.stack(sums, axis=2).ravel() / len(scale))
     return result
+
+
+@functools.cache
+def _squares() -> npt.NDArray[np.int16]:
+    """Square of each of the four integers that a 15-bit code stands for, [4, 32768].
+
+    Looking squares up takes a fraction of the time that decoding the weights does.
+    """
+    values = ccq.code_values(np.arange(ccq.CODE_MASK + 1)).astype(np.int16)
+    return np.ascontiguousarray((values * values).T)
+
+
+def _codes(arrays: Arrays) -> tuple[Array, Array, Floats]:
+    """15-bit codes [K / 4, N], local scales [K / 64, N] and super scales [N]."""
+    codes = ccq.decode_codes(arrays["quant_weight"], arrays["code_scale"], arrays["code_zp"])
+    local = ccq.unpack_local_scale(arrays["weight_scale"])
+    return codes & ccq.CODE_MASK, local, arrays["super_scales"].astype(np.float64)
 
 
 def _ranks(values: Floats) -> Floats:

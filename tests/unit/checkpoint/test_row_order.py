@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny_model import write_tiny_model
 
+from fastdeploy_lite import formats
 from fastdeploy_lite.assets import demo_path
 from fastdeploy_lite.checkpoint import Checkpoint, row_order
 from fastdeploy_lite.checkpoint.inventory import other_half, rank_linears, read_linear
@@ -158,3 +160,24 @@ def test_an_unknown_order_in_config_json_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"row_order: found 'up', expected 'natural' or 'perm"):
         Checkpoint.open(folder)
+
+
+def test_sizes_are_those_of_the_decoded_weights() -> None:
+    rng = np.random.default_rng(5)
+    up_gate, down = (_random_arrays(rng, k, n) for k, n in ((1536, 48), (256, 1100)))
+    decode = formats.get("ccq").decode
+    inner = np.square(decode(up_gate), dtype=np.float64)[256 : 256 + 1024]
+    found = row_order._column_sizes(up_gate)
+    np.testing.assert_allclose(found, np.sqrt(inner.mean(0)), rtol=1e-6)
+    first = np.square(decode(down), dtype=np.float64)[:, :1024]
+    np.testing.assert_allclose(row_order._row_sizes(down), np.sqrt(first.mean(1)), rtol=1e-6)
+
+
+def _random_arrays(rng: np.random.Generator, k: int, n: int) -> dict[str, Any]:
+    return {
+        "quant_weight": rng.integers(0, 256, (k // 4, n), dtype=np.uint8),
+        "weight_scale": rng.integers(0, 256, (k // 128, n), dtype=np.uint8),
+        "super_scales": rng.uniform(0.5, 2, n).astype(np.float32),
+        "code_scale": rng.uniform(90, 130, n).astype(np.float32),
+        "code_zp": rng.uniform(-50, 50, n).astype(np.float32),
+    }
