@@ -49,7 +49,14 @@ def test_load_lists_routes(http: httpx.Client) -> None:
 
 def test_documentation(http: httpx.Client) -> None:
     assert http.get("/docs").status_code == 200
-    assert CHAT in http.get("/openapi.json").json()["paths"]
+    paths = http.get("/openapi.json").json()["paths"]
+    assert CHAT in paths
+    for path in ("/v1/embeddings", "/v1/reward"):  # what is not served says so, there and here
+        entry = paths[path]["post"]
+        assert list(entry["responses"]) == ["501"] and entry["summary"].startswith("Not served")
+        answer = http.post(path, json={"input": "x"})
+        assert answer.status_code == 501 and "pooling model" in answer.json()["error"]["message"]
+    assert "501" not in paths[CHAT]["post"]["responses"]
     assert set(http.get("/version").json()) == {"version", "details"}
 
 

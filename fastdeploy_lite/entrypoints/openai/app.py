@@ -65,7 +65,6 @@ _STATUSES = {
     413: "The body is too large",
     429: "Too many requests at the same time",
     500: "The service failed, or the request waited too long",
-    501: "This kind of model is not served",
     503: "The engine is starting, draining or gone",
 }
 _BODIES = (
@@ -286,13 +285,16 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         body = errors.error_body(text, "invalid_request_error", "model", "model_not_found")
         return errors.json_response(body, 404)
 
-    for path in ("/v1/embeddings", "/v1/reward"):
-        app.add_api_route(path, _generates_only, methods=["POST"], responses={501: ERRORS[501]},
-                          tags=["generation"])  # fmt: skip
+    for path, product in (("/v1/embeddings", "embeddings"), ("/v1/reward", "rewards")):
+        app.add_api_route(
+            path, _generates_only, methods=["POST"], tags=["not served"],
+            summary=f"Not served: {product} need a pooling model", status_code=501,
+            response_model=ErrorResponse, response_description="Always: this server generates text",
+        )  # fmt: skip
 
 
 async def _generates_only(request: Request) -> Response:
-    """Pooling models only: this server generates text."""
+    """Answers 501, whatever is sent: upstream serves this route with pooling models only."""
     path = request.scope["path"]
     text = f"{path} needs a pooling model; this server generates text: use /v1/chat/completions"
     body = errors.error_body(text, "invalid_request_error", None, "not_implemented")
