@@ -45,18 +45,20 @@ MOST_DRAFT_TOKENS = 256
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """Sampling defaults and stop ids of generation_config.json; None where the file is silent."""
+    """Sampling defaults and stop ids of generation_config.json; None where the file is silent.
+
+    `others` has the keys of the file that are no defaults here.
+    """
 
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dir(
@@ -77,14 +79,13 @@ class GenerationDefaults:
         return cls(
             temperature=fields.number("temperature", None, minimum=0.0),
             top_p=fields.number("top_p", None, minimum=0.0, maximum=1.0),
-            top_k=fields.integer("top_k", None, minimum=-1),
-            min_p=fields.number("min_p", None, minimum=0.0, maximum=1.0),
             repetition_penalty=fields.number("repetition_penalty", None, minimum=1e-6),
             frequency_penalty=fields.number("frequency_penalty", None, minimum=-2.0, maximum=2.0),
             presence_penalty=fields.number("presence_penalty", None, minimum=-2.0, maximum=2.0),
             bos_token_id=fields.integer("bos_token_id", None),
             eos_token_id=fields.token_ids("eos_token_id", ()),
             pad_token_id=fields.integer("pad_token_id", None),
+            others={name: value for name, value in data.items() if name not in cls.__annotations__},
         )
 
 

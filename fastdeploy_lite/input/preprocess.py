@@ -6,12 +6,12 @@ Defaults resolve as explicit value, then the model's generation_config.json, the
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -36,7 +36,7 @@ from fastdeploy_lite.request.params import (
 )
 from fastdeploy_lite.request.step import SamplerParams
 from fastdeploy_lite.request.user_request import Request
-from fastdeploy_lite.utils.errors import RequestError, quote
+from fastdeploy_lite.utils.errors import ConfigError, RequestError, quote
 from fastdeploy_lite.utils.logging import get_logger
 from fastdeploy_lite.utils.request_log import content
 from fastdeploy_lite.utils.text import is_encodable
@@ -47,6 +47,13 @@ BUILT_IN_DEFAULTS: Mapping[str, float] = {
     "repetition_penalty": 1.0,
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
+}
+_RESOLVED = {"top_k", "seed", "logprobs", "prompt_logprobs"}  # here, from what else is known
+_TAKEN_OVER: Mapping[str, Callable[[Any], Any]] = {
+    field.name: type(field.default)
+    for field in dataclasses.fields(SamplerParams)
+    if field.name in {other.name for other in dataclasses.fields(SamplingParams)}
+    and field.name not in {*_RESOLVED, *BUILT_IN_DEFAULTS}
 }
 # The sampler computes in float32: what a request may legally ask for must neither vanish nor
 # overflow there, also after one factor has met the others.
@@ -204,7 +211,7 @@ class Preprocessor:
         if not request.add_generation_prompt or request.disable_chat_template:
             return self._thinking.at_end(ids)
         try:
-            without = self.render(replace(request, add_generation_prompt=False))
+            without = self.render(dataclasses.replace(request, add_generation_prompt=False))
         except RequestError:  # a template that insists on it
             return self._thinking.at_end(ids)
         common = _common_length(text, without)
@@ -337,22 +344,20 @@ class Preprocessor:
         )
 
     def _sampler(self, params: SamplingParams, arguments: dict[str, Any]) -> SamplerParams:
-        resolved = {name: self._resolve(params, name) for name in BUILT_IN_DEFAULTS}
+        resolved: dict[str, Any] = {name: self._resolve(params, name) for name in BUILT_IN_DEFAULTS}
         resolved["repetition_penalty"] = _clamp(resolved["repetition_penalty"], *PENALTY_RANGE)
         if resolved["temperature"] > 0.0:
             resolved["temperature"] = _clamp(resolved["temperature"], *TEMPERATURE_RANGE)
         seed = random.randint(0, MAX_SEED) if params.seed is None else int(params.seed)
         return SamplerParams(
             **resolved,
+            **_taken_over(params),
             top_k=self._top_k(params.top_k),
-            min_p=float(params.min_p or 0.0),
             seed=seed,
             logit_bias=self._logit_bias(arguments.get("logit_bias")) if self._biases else None,
             banned_ids=self._banned_ids(params),
             logprobs=self._logprobs(params.logprobs, "logprobs"),
             prompt_logprobs=self._logprobs(params.prompt_logprobs, "prompt_logprobs"),
-            temp_scaled_logprobs=bool(params.temp_scaled_logprobs),
-            top_p_normalized_logprobs=bool(params.top_p_normalized_logprobs),
         )
 
     def _top_k(self, value: int) -> int:
@@ -612,10 +617,22 @@ def _stop_limit(what: str, name: str, limit: int) -> RequestError:
     )
 
 
+def _taken_over(params: SamplingParams) -> dict[str, Any]:
+    """Parameters that the sampler takes as they are; None stands for its own default."""
+    given = {name: getattr(params, name) for name in _TAKEN_OVER}
+    return {name: _TAKEN_OVER[name](value) for name, value in given.items() if value is not None}
+
+
 def _warn_of_unused(generation: GenerationDefaults) -> None:
     """Requests cannot tell "no top_k" from "the default", so the file's are not applied."""
-    for name in ("top_k", "min_p"):
-        value = getattr(generation, name)
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    for name, value in generation.others.items():
+        if name not in names:
+            continue
+        try:
+            SamplingParams(**{name: value})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"generation_config.json: {error}") from None
         if value:
             _log.warning(
                 "generation_config.json: %s %s is not applied: send it with requests", name, value

@@ -90,10 +90,7 @@ class Drafting:
         self._greedy = PackedBuffer(
             {
                 "out": ([max_seqs], "int32"),
-                **{name: ([max_seqs], "float32") for name in ("temperature", "top_p", "min_p")},
-                **{name: ([max_seqs], "int64") for name in ("seeds", "steps")},
-                "top_k": ([max_seqs], "int32"),
-                "forced": ([max_seqs], "int32"),
+                **{name: ([max_seqs], dtype) for name, dtype in ops.SAMPLE_ROWS.items()},
             },
             place,
         )
@@ -201,7 +198,7 @@ class Drafting:
 
     def _best(self, hidden: Any) -> npt.NDArray[np.int32]:
         logits = self.model.logits(hidden, self._workspace)
-        names = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps", "forced", "out")
+        names = (*ops.SAMPLE_ROWS, "out")
         columns = [ops.fix(self._greedy.device[name][: logits.shape[0]]) for name in names]
         ops.sample(logits, *columns)
         self._greedy.download("out")

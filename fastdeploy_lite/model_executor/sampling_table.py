@@ -15,15 +15,17 @@ from fastdeploy_lite.model_executor.layers.sampler import SamplingTensors
 from fastdeploy_lite.model_executor.static_buffers import PackedBuffer
 from fastdeploy_lite.request.step import SamplerParams, SequenceSlice
 
+_STEP_FIELDS = ("steps", "forced")  # the only ones that change from step to step
+# Column of the table and the parameter in it, where their names differ.
+_PARAMETERS = {
+    "repetition": "repetition_penalty",
+    "frequency": "frequency_penalty",
+    "presence": "presence_penalty",
+    "seeds": "seed",
+}
 _ROW_FIELDS = {
-    "temperature": "float32",
-    "top_p": "float32",
-    "min_p": "float32",
-    "repetition": "float32",
-    "frequency": "float32",
-    "presence": "float32",
-    "top_k": "int32",
-    "seeds": "int64",
+    **{name: dtype for name, dtype in ops.SAMPLE_ROWS.items() if name not in _STEP_FIELDS},
+    **dict.fromkeys(("repetition", "frequency", "presence"), "float32"),
 }
 _NO_LOGPROBS = -2
 Edits = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
@@ -61,8 +63,7 @@ class SamplingTable:
         self._inputs = PackedBuffer(
             {
                 "slots": ([self.max_rows], "int32"),
-                "steps": ([self.max_rows], "int64"),
-                "forced": ([self.max_rows], "int32"),
+                **{name: ([self.max_rows], ops.SAMPLE_ROWS[name]) for name in _STEP_FIELDS},
                 "edit_offsets": ([self.max_rows + 1], "int32"),
                 **{name: ([self.max_rows], dtype) for name, dtype in _ROW_FIELDS.items()},
             },
@@ -110,15 +111,8 @@ class SamplingTable:
         )
 
     def _write_row(self, slot: int, params: SamplerParams) -> None:
-        table = self._columns
-        table["temperature"][slot] = params.temperature
-        table["top_p"][slot] = params.top_p
-        table["min_p"][slot] = params.min_p
-        table["top_k"][slot] = params.top_k
-        table["repetition"][slot] = params.repetition_penalty
-        table["frequency"][slot] = params.frequency_penalty
-        table["presence"][slot] = params.presence_penalty
-        table["seeds"][slot] = params.seed
+        for name, column in self._columns.items():
+            column[slot] = getattr(params, _PARAMETERS.get(name, name))
         self._logprobs[slot] = _NO_LOGPROBS if params.logprobs is None else params.logprobs
         self._counts_tokens[slot] = params.uses_penalties
         edits = self._edits_of(params)
@@ -203,8 +197,10 @@ class SamplingTable:
         self._inputs.upload()
         named = {name: tensor[:count] for name, tensor in self._inputs.device.items()}
         named["edit_offsets"] = self._inputs.device["edit_offsets"][: count + 1]
+        draw = {name: named.pop(name) for name in ops.SAMPLE_ROWS}
         return SamplingTensors(
             **named,
+            draw=draw,
             edit_ids=self._edit_buffer.device["ids"],
             edit_values=self._edit_buffer.device["values"],
             occurrences=self._occurrences if self._counts_tokens[slots].any() else None,

@@ -161,6 +161,14 @@ def test_no_circle_of_files() -> None:
         pytest.fail(" -> ".join(error.args[1]))
 
 
+def test_a_sampling_parameter_is_named_in_few_files() -> None:
+    """Declared for the user, the wire and the step, taken by the op and its stubs; the rest of the
+    road carries it by name."""
+    files = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")]
+    named = [path.name for path in files if "min_p" in path.read_text(encoding="utf-8")]
+    assert len(named) <= 6, named
+
+
 def test_engine_and_input_are_one_way() -> None:
     for module, path in modules():
         if module.startswith(("input.", "guided", "request.")):

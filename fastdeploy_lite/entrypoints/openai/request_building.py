@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import uuid
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from fastdeploy_lite.entrypoints.openai.protocol import (
     MAX_SEED,
     ChatCompletionRequest,
     CompletionRequest,
+    GenerationRequest,
 )
 from fastdeploy_lite.entrypoints.openai.service import Service
 from fastdeploy_lite.request.params import TOOL_CHOICE, GuidedDecodingParams, SamplingParams
@@ -24,11 +26,15 @@ from fastdeploy_lite.utils.logging import get_logger
 Body = TypeVar("Body", bound=BaseModel)
 _log = get_logger("api_server")
 _LONGEST_ID = 256
-_PLAIN_FIELDS = (
-    "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k",
-    "min_p", "seed", "min_tokens", "ignore_eos", "bad_words", "bad_words_token_ids",
-    "temp_scaled_logprobs", "top_p_normalized_logprobs",
-)  # fmt: skip
+# Fields of a body that mean more, or something else, than the parameter of their name.
+_READ_APART = {
+    "n", "max_tokens", "prompt_logprobs", "stop", "stop_token_ids", "logits_processors_args",
+}  # fmt: skip
+_PLAIN_FIELDS = tuple(
+    field.name
+    for field in dataclasses.fields(SamplingParams)
+    if field.name in GenerationRequest.model_fields and field.name not in _READ_APART
+)
 
 
 class MergedBodyError(RequestError):

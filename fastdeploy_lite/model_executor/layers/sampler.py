@@ -1,7 +1,7 @@
 """From logits to tokens on the device, in the order that FastDeploy documents.
 
 guided mask -> raw log-probabilities -> custom processors -> bans and bias -> repetition, frequency,
-presence -> temperature -> processed log-probabilities -> min_p -> top_k -> top_p -> draw.
+presence -> temperature -> processed log-probabilities -> filters and draw of `ops.sample`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ class SamplingTensors:
 
     Attributes:
         slots: int32 [R], row of `occurrences`.
-        temperature, top_p, min_p, repetition, frequency, presence: float32 [R].
-        top_k, forced: int32 [R].
-        seeds, steps: int64 [R].
+        repetition, frequency, presence: float32 [R].
+        draw: what `ops.sample` takes by name, see `ops.SAMPLE_ROWS`.
         edit_offsets: int32 [R + 1] into the two below.
         edit_ids, edit_values: int32 and float32 [n], added to the logits of their row.
         occurrences: int32 [slots, V], None while no request counts tokens.
@@ -28,16 +27,10 @@ class SamplingTensors:
     """
 
     slots: Any
-    temperature: Any
-    top_p: Any
-    min_p: Any
     repetition: Any
     frequency: Any
     presence: Any
-    top_k: Any
-    forced: Any
-    seeds: Any
-    steps: Any
+    draw: dict[str, Any]
     edit_offsets: Any
     edit_ids: Any
     edit_values: Any
@@ -61,7 +54,7 @@ def process(logits: Any, rows: SamplingTensors) -> None:
         rows.repetition,
         rows.frequency,
         rows.presence,
-        rows.temperature,
+        rows.draw["temperature"],
         rows.edit_offsets,
         rows.edit_ids,
         rows.edit_values,
@@ -70,16 +63,6 @@ def process(logits: Any, rows: SamplingTensors) -> None:
 
 def draw(logits: Any, rows: SamplingTensors, out: Any) -> None:
     """Write one token id per row to int32 `out` [R] and count it where tokens are counted."""
-    ops.sample(
-        logits,
-        rows.temperature,
-        rows.top_k,
-        rows.top_p,
-        rows.min_p,
-        rows.seeds,
-        rows.steps,
-        rows.forced,
-        out,
-    )
+    ops.sample(logits, **rows.draw, out=out)
     if rows.occurrences is not None:
         ops.update_occurrences(rows.occurrences, rows.slots, out, prompt=False)

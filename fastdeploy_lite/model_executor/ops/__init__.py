@@ -17,6 +17,7 @@ from fastdeploy_lite.model_executor.ops.moe import fused_moe, route
 from fastdeploy_lite.model_executor.ops.norm import add_rms_norm, rms_norm
 from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight, SegmentedWeight, Weight
 from fastdeploy_lite.model_executor.ops.sampling import (
+    SAMPLE_ROWS,
     mask_logits,
     process_logits,
     sample,
@@ -34,6 +35,7 @@ from fastdeploy_lite.model_executor.ops.transfer import (
 from fastdeploy_lite.model_executor.ops.weights import allocate_weight, fill_weight, finish_weight
 
 __all__ = [
+    "SAMPLE_ROWS",
     "PackedWeight",
     "SegmentedWeight",
     "Weight",

@@ -5,6 +5,8 @@ Logits are float32 [R, V] everywhere, one row per sequence that gets a token in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastdeploy_lite.model_executor.ops._view import Arguments, Tensor
 
 
@@ -106,6 +108,18 @@ def update_occurrences(occurrences: Tensor, slots: Tensor, token_ids: Tensor, pr
         args.view("token_ids", token_ids, "int32", slot_view[2][0]),
         prompt,
     )
+
+
+# What `sample` takes beside the logits and the output, in order, one value a row.
+SAMPLE_ROWS: Mapping[str, str] = {
+    "temperature": "float32",
+    "top_k": "int32",
+    "top_p": "float32",
+    "min_p": "float32",
+    "seeds": "int64",
+    "steps": "int64",
+    "forced": "int32",
+}
 
 
 def sample(

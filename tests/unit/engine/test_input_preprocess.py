@@ -17,7 +17,7 @@ from fastdeploy_lite.engine.request import Request
 from fastdeploy_lite.engine.sampling_params import GuidedDecodingParams, SamplingParams
 from fastdeploy_lite.input.preprocess import MAX_BAD_WORDS, Preprocessor, load_tokenizer
 from fastdeploy_lite.request.messages import EngineSampling
-from fastdeploy_lite.utils.errors import RequestError
+from fastdeploy_lite.utils.errors import ConfigError, RequestError
 
 RENDERED = "<|begin_of_sentence|>User: Hi\nAssistant: "
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -162,6 +162,24 @@ def test_lengths_are_clamped_to_the_room(pre: Preprocessor) -> None:
     assert sampling(pre, max_tokens=10_000_000).max_tokens == 256 - length
     assert sampling(pre, max_tokens=7).max_tokens == 7
     assert sampling(pre).eos_token_ids == (2, 7)
+
+
+@pytest.mark.parametrize(("key", "value"), [("top_k", 40), ("min_p", 0.1)])
+def test_what_a_file_gives_in_vain_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str, value: float
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(demo_path(), folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({key: value, "transformers_version": "5.0"}))
+    with caplog.at_level("WARNING"):
+        Preprocessor(EngineArgs(model=str(folder)).create_runtime_config())
+    assert [r.getMessage() for r in caplog.records if "not applied" in r.getMessage()] == [
+        f"generation_config.json: {key} {value} is not applied: send it with requests"
+    ]
+    file.write_text(json.dumps({key: "x"}))
+    with pytest.raises(ConfigError, match=key):
+        Preprocessor(EngineArgs(model=str(folder)).create_runtime_config())
 
 
 def test_top_k_off_in_both_spellings(pre: Preprocessor) -> None:
