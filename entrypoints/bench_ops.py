@@ -4,14 +4,18 @@
     python entrypoints/bench_ops.py [--threads 1,2] [--kinds ccq,int8] [--tokens 1,16]
 
 For every instruction set of this machine, kind of weight and number of tokens: milliseconds a call,
-GB/s of packed weights, the share of the read bandwidth measured just before, and G multiply-adds a
-second. Weights are random and larger than the caches (--megabytes a kind, walked through in turn).
+GB/s of packed weights, the share of the read bandwidth, and G multiply-adds a second, each the
+median of rounds in which all of a kind and thread count take turns, reading memory among them, so
+that whatever else the machine does disturbs all alike; the spread stands in parentheses.
+Weights are random and larger than the caches (--megabytes a kind, walked through in turn).
 FD_LITE_CPU_ISA and FD_LITE_NUM_THREADS force one instruction set or thread count elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,8 +28,7 @@ from fastdeploy_lite.benchmarks.ceilings import read_bandwidth
 from fastdeploy_lite.model_executor import ops
 
 KINDS = ("ccq", "int4", "int8", "bf16", "f32")
-MIN_SECONDS = 0.4
-ROUNDS = 3
+ROUND_SECONDS = 0.15
 
 
 def random_arrays(kind: str, k: int, n: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -63,17 +66,20 @@ def make_weights(kind: str, k: int, n: int, megabytes: int) -> list[ops.PackedWe
     return weights
 
 
-def best_seconds(call: Callable[[], None]) -> float:
-    """Seconds of one call: the best round's mean, so that other processes disturb least."""
+def mean_seconds(call: Callable[[], None]) -> float:
+    """Seconds of one call, from as many as fill a round's share of time."""
     call()
-    best = float("inf")
-    for _ in range(ROUNDS):
-        calls, begin = 0, time.perf_counter()
-        while (spent := time.perf_counter() - begin) < MIN_SECONDS / ROUNDS:
-            call()
-            calls += 1
-        best = min(best, spent / calls)
-    return best
+    calls, begin = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begin) < ROUND_SECONDS:
+        call()
+        calls += 1
+    return spent / calls
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median (least to greatest)."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
@@ -83,17 +89,23 @@ def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         weights = make_weights(kind, k, n, options.megabytes)
         for threads in options.threads:
             _ops_cpu.set_num_threads(threads)
-            bandwidth = read_bandwidth(options.megabytes << 20) / 1e9
-            for isa in options.isas:
-                _ops_cpu.set_isa(isa)
-                for tokens in options.tokens:
-                    seconds = linear_seconds(weights, tokens)
-                    speed = weights[0].nbytes / seconds / 1e9
-                    yield (
-                        *(kind, isa, str(threads), str(tokens), f"{seconds * 1e3:.3f}"),
-                        *(f"{speed:.2f}", f"{bandwidth:.2f}", f"{100 * speed / bandwidth:.0f} %"),
-                        f"{tokens * k * n / seconds / 1e9:.1f}",
-                    )
+            cases = list(itertools.product(options.isas, options.tokens))
+            found: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+            bandwidth = []
+            for _ in range(options.rounds):
+                bandwidth.append(read_bandwidth(options.megabytes << 20) / 1e9)
+                for isa, tokens in cases:
+                    _ops_cpu.set_isa(isa)
+                    found[isa, tokens].append(linear_seconds(weights, tokens))
+            for (isa, tokens), seconds in found.items():
+                speeds = [weights[0].nbytes / s / 1e9 for s in seconds]
+                share = statistics.median(speeds) / statistics.median(bandwidth)
+                yield (
+                    *(kind, isa, str(threads), str(tokens)),
+                    f"{statistics.median(seconds) * 1e3:.3f}",
+                    *(spread(speeds, 1), spread(bandwidth, 1), f"{100 * share:.0f} %"),
+                    spread([tokens * k * n / s / 1e9 for s in seconds], 1),
+                )
 
 
 def linear_seconds(weights: Sequence[ops.PackedWeight], tokens: int) -> float:
@@ -107,7 +119,7 @@ def linear_seconds(weights: Sequence[ops.PackedWeight], tokens: int) -> float:
         ops.linear(x, weights[turn % len(weights)], out)
         turn += 1
 
-    return best_seconds(call)
+    return mean_seconds(call)
 
 
 def parse_options() -> argparse.Namespace:
@@ -121,6 +133,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--in-features", type=int, default=8192)
     parser.add_argument("--out-features", type=int, default=7168)
     parser.add_argument("--megabytes", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
     return parser.parse_args()
 
 
