@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,14 +17,15 @@ from tqdm import tqdm
 from fastdeploy_lite.calibration.encoder import CalibratedEncoder, CalibrationSettings
 from fastdeploy_lite.calibration.report import memory, totals, write
 from fastdeploy_lite.calibration.text import calibration_windows
+from fastdeploy_lite.calibration.tuning import Tuner, TuningSettings, fold
 from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
 from fastdeploy_lite.checkpoint.inventory import plain_nbytes, verify
 from fastdeploy_lite.checkpoint.linears import Linear, check_sizes, model_linears
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization import convert
-from fastdeploy_lite.quantization.journal import Journal, LayerResult
-from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.quantization.journal import FileTensor, Journal, LayerResult
+from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 DEFAULT_TOKENS = 65536
 WINDOW = 1024
@@ -42,13 +44,17 @@ class CalibrationText:
 
 @dataclass
 class CalibratedReport:
-    """What a conversion did; `layers` are the figures of each, as in report.json."""
+    """What a conversion did; `layers` are the figures of each, as in report.json.
+
+    `tuning` has the nats from the bf16 model on windows held back, before and after, and the steps.
+    """
 
     seconds: float = 0.0
     resumed_layers: int = 0
     output_bytes: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    tuning: dict[str, float] | None = None
 
 
 def quantize_with_calibration(
@@ -59,6 +65,7 @@ def quantize_with_calibration(
     *,
     scheme: convert.Scheme = "w4w2",
     w4_end_layer: int | None = None,
+    tuning: TuningSettings | None = None,
     shard_bytes: int = 4 << 30,
     force: bool = False,
     progress: bool = True,
@@ -67,8 +74,10 @@ def quantize_with_calibration(
 
     Finished layers are kept in the folder `output_dir` + `.unfinished` until all are done: a run
     that was killed goes on after the last of them when it is started again with the same model,
-    text and settings, and ends with the same bytes. Other arguments are those of
-    `convert.quantize_checkpoint`.
+    text and settings, and ends with the same bytes; of tuning nothing is kept. Other arguments are
+    those of `convert.quantize_checkpoint`.
+
+    tuning: how scales and norms learn from the bf16 model once all is encoded; None: they do not.
 
     Raises:
         ConfigError: arguments, text, a quantised input, or other settings than the unfinished run.
@@ -83,14 +92,17 @@ def quantize_with_calibration(
     _check_output(Path(model_dir), output, force)
     windows = _read_text(Path(model_dir), checkpoint.config, text)
     described = _describe(checkpoint, windows, text, settings, config)
+    if tuning is not None:
+        described["tuning"] = asdict(tuning)
     journal = Journal(output.with_name(output.name + JOURNAL_SUFFIX), described)
     report = CalibratedReport(settings=described)
     layers = _Layers(checkpoint, config, windows, settings, journal, report)
     layers.run(progress)
+    tuned = {} if tuning is None else layers.tune(tuning, text.seed, progress)
     convert.prepare_output(Path(model_dir), output, force)
     with CheckpointWriter(output, dict(config.raw), shard_bytes) as writer:
         for key, array, dtype in layers.tensors():
-            writer.add(key, array, dtype)
+            writer.add(key, *tuned.get(key, (array, dtype)))
             report.output_bytes += array.nbytes
     convert.copy_companions(Path(model_dir), output)
     report.seconds = time.perf_counter() - started
@@ -150,6 +162,22 @@ class _Layers:
                 self.journal.forget_state(layer - 1)
             self._report.layers.append(result.figures)
             bar.set_postfix_str(f"stream error {result.figures['stream_error']:.4f}")
+
+    def tune(self, settings: TuningSettings, seed: int, progress: bool) -> dict[str, FileTensor]:
+        """Let scales and norms of the encoded layers learn; the tensors that change, by key."""
+        draft = self.journal.folder / "draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        with CheckpointWriter(draft, dict(self.config.raw)) as writer:
+            for key, array, dtype in self.tensors():
+                writer.add(key, array, dtype)
+        last = self.journal.load(self.config.num_hidden_layers - 1)
+        if last is None or not last.state:
+            raise CheckpointError(f"{self.journal.folder}: changed while it was in use")
+        quantized = Checkpoint.open(draft)
+        tuner = Tuner(quantized, self._windows, last.state["reference"], settings)
+        found = tuner.run(seed, progress)
+        self._report.tuning = {"before": found.before, "after": found.after, "steps": found.steps}
+        return fold(quantized, found.gains)
 
     def tensors(self) -> Iterator[tuple[str, Any, str]]:
         """All tensors of the output, in the order in which a loader wants them."""
@@ -242,4 +270,9 @@ def summary(report: CalibratedReport) -> str:
         )
     worst = max((layer["stream_error"] for layer in report.layers), default=0.0)
     lines.append(f"the residual stream is off by {worst:.4f} of its square at most")
+    if report.tuning is not None:
+        lines.append(
+            f"tuned: {report.tuning['after']:.4f} nats from the bf16 model on windows held back, "
+            f"{report.tuning['before']:.4f} before"
+        )
     return "\n".join([*lines, "see report.html in the output folder"])

@@ -151,11 +151,22 @@ def page(content: Mapping[str, Any], plots: Sequence[str]) -> str:
         "svg{max-width:100%;height:auto}</style>"
         f"<h1>Quantisation report</h1><p>{content['output_bytes'] / 2**20:.1f} MiB, "
         f"{content['bits_per_weight']:.3f} bits a weight over all linears, made in "
-        f"{content['seconds']:.0f} s.</p>"
+        f"{content['seconds']:.0f} s.</p>{_tuning(content)}"
         "<h2>Formats</h2><table><tr><th>format</th><th>million weights</th><th>bits each</th>"
         f"<th>relative squared error</th></tr>{formats_}</table>"
         "<h2>Expected memory, one sequence</h2><table><tr><th>context</th><th>card, GiB</th>"
         f"<th>CPU, GiB</th></tr>{room}</table>"
         f"<h2>Layers</h2>{''.join(plots)}"
         f"<h2>Settings</h2><table>{settings}</table></html>\n"
+    )
+
+
+def _tuning(content: Mapping[str, Any]) -> str:
+    found = content.get("tuning")
+    if found is None:
+        return ""
+    return (
+        f"<p>Scales and norms were tuned in {found['steps']:.0f} steps: on windows held back, the "
+        f"next token's distribution is {found['after']:.4f} nats from the bf16 model's, "
+        f"{found['before']:.4f} before.</p>"
     )

@@ -100,6 +100,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the encoder knows: nothing; the size of each input; their correlations; these "
         "and the errors of what lies before (default)",
     )
+    text.add_argument(
+        "--tune",
+        type=int,
+        nargs="?",
+        const=2,
+        metavar="EPOCHS",
+        help="then let all scales and norms learn from the bf16 model on the same text (default 2 "
+        "passes over it)",
+    )
     text.add_argument("--seed", type=int, default=0, help="of the draw of text (default 0)")
     parser.add_argument("--num-threads", type=int, metavar="N", help="default: all CPUs")
     parser.add_argument("--force", action="store_true", help="replace a model in --output")
@@ -111,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.bits is not None:
             args.moe_w4_end_layer = _layers_for_bits(args)
+        _check_tuning(args)
         text = _convert(args) if args.calibration is None else _calibrate(args)
     except (FastDeployError, OSError) as error:
         print(f"fastdeploy-lite quantize: {error}", file=sys.stderr)
@@ -118,6 +128,15 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(text)
     return 0
+
+
+def _check_tuning(args: argparse.Namespace) -> None:
+    if args.tune is None:
+        return
+    if args.calibration is None:
+        raise ConfigError("--tune needs --calibration: it learns from that text")
+    if args.tune < 1:
+        raise ConfigError(f"--tune: found {args.tune}, expected at least 1 pass over the text")
 
 
 def _layers_for_bits(args: argparse.Namespace) -> int:
@@ -155,6 +174,7 @@ def _calibrate(args: argparse.Namespace) -> str:
     # Here because it needs the engine, and Paddle, which the data-free way does without.
     from fastdeploy_lite.calibration import convert  # noqa: PLC0415
     from fastdeploy_lite.calibration.encoder import CalibrationSettings  # noqa: PLC0415
+    from fastdeploy_lite.calibration.tuning import TuningSettings  # noqa: PLC0415
 
     if args.num_threads is not None:
         if args.num_threads < 1:
@@ -167,6 +187,7 @@ def _calibrate(args: argparse.Namespace) -> str:
         CalibrationSettings(method=args.calibration_method, row_order=args.row_order),
         scheme=args.scheme,
         w4_end_layer=args.moe_w4_end_layer,
+        tuning=None if args.tune is None else TuningSettings(epochs=args.tune),
         shard_bytes=args.shard_size,
         force=args.force,
         progress=not args.quiet,
