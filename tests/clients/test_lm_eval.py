@@ -136,7 +136,7 @@ metric_list: [{{metric: acc}}]
 
 
 class TestHarness:
-    """The harness itself; `pip install 'lm-eval[api]'`, which takes no torch from 0.4.11 on."""
+    """The harness itself; `pip install 'lm-eval[api]'`, 0.4.13 of which needs no torch."""
 
     def model(self, server: ServerProcess, name: str, path: str, **options: Any) -> Any:
         models = pytest.importorskip("lm_eval.models.openai_completions")
