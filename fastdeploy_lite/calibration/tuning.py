@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import paddle
-import paddle.nn.functional as F  # noqa: N812 - its usual name
 from tqdm import tqdm
 
 from fastdeploy_lite.calibration.trainable import TrainableModel
@@ -185,14 +184,20 @@ class Tuner:
     def _loss(self, rows: Any, reference: ArrayF32) -> Any:
         """Sum over tokens of the divergence from the bf16 model."""
         with paddle.no_grad():
-            wanted = F.log_softmax(self.model.logits(paddle.to_tensor(reference), learnt=False), -1)
-        found = F.log_softmax(self.model.logits(rows), -1)
+            wanted = _log_softmax(self.model.logits(paddle.to_tensor(reference), learnt=False))
+        found = _log_softmax(self.model.logits(rows))
         return (wanted.exp() * (wanted - found)).sum()
 
     def _blocks(self, count: int) -> Iterator[slice]:
         size = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
         for start in range(0, count, size):
             yield slice(start, min(start + size, count))
+
+
+def _log_softmax(logits: Any) -> Any:
+    """Over the last axis. Paddle's own takes 100 times as long on a CPU."""
+    shifted = logits - logits.detach().max(-1, keepdim=True)
+    return shifted - shifted.exp().sum(-1, keepdim=True).log()
 
 
 class _Adam:
