@@ -185,7 +185,8 @@ def test_looping_templates_do_not_delay_plain_requests(server: ServerProcess) ->
         for _ in range(3):
             started = time.monotonic()
             httpx.post(server.url + CHAT, json=SHORT, timeout=60).raise_for_status()
-            assert time.monotonic() - started < 5  # it was 87 s
+            spent = time.monotonic() - started
+            assert spent < 5 * slowdown()  # it was 87 s
         for thread in threads:
             thread.join(180)
 
