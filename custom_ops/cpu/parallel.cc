@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu_quota.h"
+#include "relax.h"
 
 namespace fd {
 namespace {
@@ -22,14 +23,6 @@ namespace {
 // Long enough to bridge the Python code between two ops of a step (tens of microseconds would be
 // felt by other processes on a shared core), short against a sleeping thread's wake-up (~50 us).
 constexpr std::chrono::microseconds kSpin{20};
-
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
 
 template <typename Condition>
 bool spin_until(const Condition& done) {

@@ -12,6 +12,7 @@
 #include <string>
 
 #include "parallel.h"
+#include "relax.h"
 
 namespace fd {
 namespace {
@@ -25,14 +26,6 @@ constexpr std::chrono::microseconds kSpin{30};
 constexpr long kNapNanoseconds = 20'000'000;
 constexpr int kStepBits = 32;
 constexpr int64_t kGrain = 1 << 15;  // floats that a thread adds up at once
-
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
 
 long futex(std::atomic<uint32_t>* word, int operation, uint32_t value, const timespec* limit) {
   return syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), operation, value, limit, nullptr, 0);

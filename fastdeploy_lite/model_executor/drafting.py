@@ -75,18 +75,21 @@ class Drafting:
         self.model = model
         self._workspace = workspace
         width = -(-max_model_len // BLOCK_SIZE)
-        rows = {name: ([max_seqs], "int32") for name in ("tokens", "positions", "slots", "lengths")}
+        rows = {
+            name: ([max_seqs], "int32")
+            for name in ("token_ids", "positions", "slot_mapping", "context_lens")
+        }
         self._inputs = PackedBuffer(
             {
                 "following": ([max_tokens], "int32"),
                 **rows,
                 "rows": ([max_seqs], "int32"),
-                "cu_seqlens": ([max_seqs + 1], "int32"),
+                "cu_seqlens_q": ([max_seqs + 1], "int32"),
                 "block_tables": ([max_seqs, width], "int32"),
             },
             place,
         )
-        self._inputs.host["cu_seqlens"][:] = np.arange(max_seqs + 1)
+        self._inputs.host["cu_seqlens_q"][:] = np.arange(max_seqs + 1)
         self._greedy = PackedBuffer(
             {
                 "out": ([max_seqs], "int32"),
@@ -156,7 +159,11 @@ class Drafting:
             self._fill(guesses, slices)
             self._inputs.upload()
             rows = self._gathered("draft_kept", hidden, len(going))
-            hidden = self.model(self._batch(len(guesses), caches), rows)
+            count = len(guesses)
+            batch = ForwardBatch.of_buffers(
+                self._inputs.device, count, count, caches, self._workspace
+            )
+            hidden = self.model(batch, rows)
             for guess in guesses:
                 guess.position += 1
 
@@ -166,28 +173,11 @@ class Drafting:
         for row, guess in enumerate(guesses):
             table = slices[guess.index].block_table
             block, offset = divmod(guess.position, BLOCK_SIZE)
-            host["tokens"][row] = guess.tokens[-1]
+            host["token_ids"][row] = guess.tokens[-1]
             host["positions"][row] = guess.position
-            host["slots"][row] = table[block] * BLOCK_SIZE + offset
-            host["lengths"][row] = guess.position + 1
+            host["slot_mapping"][row] = table[block] * BLOCK_SIZE + offset
+            host["context_lens"][row] = guess.position + 1
             host["block_tables"][row, : len(table)] = table
-
-    def _batch(self, count: int, caches: Sequence[KVCache]) -> ForwardBatch:
-        tensors = self._inputs.device
-
-        def head(name: str, length: int) -> Any:
-            return ops.fix(tensors[name][:length])
-
-        return ForwardBatch(
-            token_ids=head("tokens", count),
-            positions=head("positions", count),
-            slot_mapping=head("slots", count),
-            cu_seqlens_q=head("cu_seqlens", count + 1),
-            context_lens=head("lengths", count),
-            block_tables=head("block_tables", count),
-            kv_caches=caches,
-            workspace=self._workspace,
-        )
 
     def _gathered(self, name: str, hidden: Any, count: int) -> Any:
         """Rows of `hidden` that the buffer "rows" names, in memory that the layer leaves alone."""

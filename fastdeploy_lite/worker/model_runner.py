@@ -370,19 +370,8 @@ class ModelRunner:
 
     def _batch(self, num_tokens: int, num_seqs: int) -> ForwardBatch:
         tensors = self._inputs.buffer.device
-
-        def head(name: str, count: int) -> Any:
-            return ops.fix(tensors[name][:count])
-
-        return ForwardBatch(
-            token_ids=head("token_ids", num_tokens),
-            positions=head("positions", num_tokens),
-            slot_mapping=head("slot_mapping", num_tokens),
-            cu_seqlens_q=head("cu_seqlens_q", num_seqs + 1),
-            context_lens=head("context_lens", num_seqs),
-            block_tables=head("block_tables", num_seqs),
-            kv_caches=self._kv_caches,
-            workspace=self.workspace,
+        return ForwardBatch.of_buffers(
+            tensors, num_tokens, num_seqs, self._kv_caches, self.workspace
         )
 
     def _score_prompts(

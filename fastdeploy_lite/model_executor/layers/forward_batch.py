@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastdeploy_lite.model_executor.ops import fix
 from fastdeploy_lite.model_executor.workspace import Workspace
 
 KVCache = tuple[Any, Any]
@@ -35,6 +36,31 @@ class ForwardBatch:
     block_tables: Any
     kv_caches: Sequence[KVCache]
     workspace: Workspace
+
+    @classmethod
+    def of_buffers(
+        cls,
+        tensors: Mapping[str, Any],
+        num_tokens: int,
+        num_seqs: int,
+        kv_caches: Sequence[KVCache],
+        workspace: Workspace,
+    ) -> ForwardBatch:
+        """The first tokens and sequences of static buffers that are named as the attributes."""
+
+        def head(name: str, count: int) -> Any:
+            return fix(tensors[name][:count])
+
+        return cls(
+            token_ids=head("token_ids", num_tokens),
+            positions=head("positions", num_tokens),
+            slot_mapping=head("slot_mapping", num_tokens),
+            cu_seqlens_q=head("cu_seqlens_q", num_seqs + 1),
+            context_lens=head("context_lens", num_seqs),
+            block_tables=head("block_tables", num_seqs),
+            kv_caches=kv_caches,
+            workspace=workspace,
+        )
 
     @property
     def decode_only(self) -> bool:
