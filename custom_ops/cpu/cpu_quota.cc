@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
-#include <fstream>
-#include <sstream>
 #include <string>
 
 namespace fd {
@@ -16,19 +15,28 @@ double ratio(double quota, double period) {
   return quota > 0 && period > 0 ? quota / period : kNone;
 }
 
-double number_in(const std::string& path) {
-  std::ifstream file(path);
-  double value = 0;
-  return file >> value ? value : 0;
+// Empty for a file that cannot be read. C streams: those of C++ find their locale's facets by ids
+// that two copies of libstdc++ in one process share, and with a module that carries its own copy,
+// as some toolchains link it, reading a number jumped into the wrong facet.
+std::string content(const std::string& path) {
+  std::string text;
+  if (FILE* file = std::fopen(path.c_str(), "re")) {
+    char part[512];
+    for (size_t n; (n = std::fread(part, 1, sizeof part, file)) > 0;) text.append(part, n);
+    std::fclose(file);
+  }
+  return text;
 }
+
+// A first word that is no number ("max") counts as 0.
+double number_in(const std::string& path) { return std::strtod(content(path).c_str(), nullptr); }
 
 // Version 2: "max 100000" or "150000 100000" (microseconds a period).
 double quota_v2(const std::string& folder) {
-  std::ifstream file(folder + "/cpu.max");
-  std::string quota;
-  double period = 0;
-  if (!(file >> quota >> period) || quota == "max") return kNone;
-  return ratio(std::strtod(quota.c_str(), nullptr), period);
+  const std::string text = content(folder + "/cpu.max");
+  char* rest = nullptr;
+  const double quota = std::strtod(text.c_str(), &rest);
+  return rest == text.c_str() ? kNone : ratio(quota, std::strtod(rest, nullptr));
 }
 
 double quota_v1(const std::string& folder) {
@@ -51,14 +59,17 @@ double strictest(const std::string& mount, std::string path, Quota quota) {
 }  // namespace
 
 int cpu_quota(const std::string& groups, const std::string& root) {
-  std::ifstream file(groups);
+  const std::string text = content(groups);
   double least = kNone;
-  for (std::string line; std::getline(file, line);) {  // "id:controllers:path"
-    std::istringstream parts(line);
-    std::string id, controllers, path;
-    std::getline(parts, id, ':');
-    std::getline(parts, controllers, ':');
-    std::getline(parts, path);
+  for (size_t start = 0; start < text.size();) {  // "id:controllers:path"
+    const size_t end = std::min(text.find('\n', start), text.size());
+    const std::string line = text.substr(start, end - start);
+    start = end + 1;
+    const size_t first = line.find(':');
+    const size_t second = first == line.npos ? line.npos : line.find(':', first + 1);
+    if (second == line.npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const std::string path = line.substr(second + 1);
     if (path.empty() || path[0] != '/') continue;
     if (controllers.empty()) {
       least = smaller(least, strictest(root, path, quota_v2));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -200,3 +201,13 @@ def test_front_end_imports_without_paddle(module: str) -> None:
     """The HTTP process must not load the framework: it would cost memory and touch the device."""
     code = f"import sys, {module}; sys.exit('paddle' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_native_modules_use_no_streams_of_the_c_plus_plus_library() -> None:
+    """A module that carries its own libstdc++ beside Paddle's reads numbers through wrong facets."""
+    sources = [path for path in (PACKAGE.parent / "custom_ops").rglob("*.[ch]*") if path.is_file()]
+    assert sources
+    streams = re.compile(
+        r"#include <(fstream|iomanip|iostream|istream|locale|ostream|regex|sstream)>"
+    )
+    assert [str(path) for path in sources if streams.search(path.read_text("utf-8"))] == []
