@@ -204,7 +204,7 @@ def test_front_end_imports_without_paddle(module: str) -> None:
 
 
 def test_native_modules_use_no_streams_of_the_c_plus_plus_library() -> None:
-    """A module that carries its own libstdc++ beside Paddle's reads numbers through wrong facets."""
+    """A module with a libstdc++ of its own beside Paddle's reads numbers through wrong facets."""
     sources = [path for path in (PACKAGE.parent / "custom_ops").rglob("*.[ch]*") if path.is_file()]
     assert sources
     streams = re.compile(
