@@ -28,6 +28,7 @@ DEVICE_VARIABLE = "FD_LITE_DEVICE"
 CUDA_MODULE = "fastdeploy_lite._ops_cuda"
 _PADDLE_LAYOUT = "[%(asctime)-15s] [%(levelname)8s] %(filename)s"
 _KINDS: tuple[DeviceKind, ...] = ("gpu", "nvidia", "cpu")
+_active: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,10 @@ def activate(index: int = 0, wanted: str | None = None) -> Any:
         wanted: "cpu" to leave a card alone, else the decided kind or None.
 
     Raises:
-        ConfigError: the card does not exist, or `wanted` is not what was decided.
+        ConfigError: the card does not exist, `wanted` is not what was decided, or this process
+            computes on another kind of device already: its ops would take the new one's tensors.
     """
+    global _active  # noqa: PLW0603 - Paddle's current device is the process's, too
     prepare_environment()
     import paddle  # noqa: PLC0415 - only the process that computes pays for the import
 
@@ -102,13 +105,20 @@ def activate(index: int = 0, wanted: str | None = None) -> Any:
             f"device {kind!r} was asked for but this process runs on {decided.kind!r}: "
             f"{decided.reason}"
         )
+    if _active not in (None, kind):
+        raise ConfigError(
+            f"device {kind!r} was asked for but this process computes on {_active!r} already: "
+            "use a process for each"
+        )
     if kind == "cpu":
         paddle.set_device("cpu")
+        _active = kind
         return paddle.CPUPlace()
     try:
         paddle.set_device(f"{kind}:{index}")
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(f"device {kind}:{index} cannot be used: {error}") from error
+    _active = kind
     return paddle.CUDAPlace(index) if kind == "gpu" else paddle.CustomPlace(kind, index)
 
 

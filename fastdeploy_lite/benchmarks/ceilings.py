@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import paddle
 
 from fastdeploy_lite.model_executor import ops
+from fastdeploy_lite.model_executor.backend import paddle
 
 COPY_BYTES = 4 << 30
 READ_BYTES = 512 << 20

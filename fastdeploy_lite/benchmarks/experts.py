@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fastdeploy_lite.benchmarks.ceilings import Ceilings
 from fastdeploy_lite.benchmarks.timing import call_seconds, graph_seconds, random_bf16
 from fastdeploy_lite.model_executor import ops
+from fastdeploy_lite.model_executor.backend import paddle
 from fastdeploy_lite.model_executor.workspace import Workspace
 
 COLD_BYTES = 1 << 30  # layers are taken in turn until one pass reads so much: beyond any cache
@@ -146,8 +147,6 @@ def uniform_routing(rng: np.random.Generator, tokens: int, shape: Shape) -> npt.
 
 
 def _put(array: npt.NDArray[Any], dtype: str, place: Any) -> Any:
-    import paddle  # noqa: PLC0415 - after the device is prepared
-
     tensor = paddle.empty(list(array.shape), dtype=dtype, device=place)
     ops.upload(np.ascontiguousarray(array), tensor)
     return tensor

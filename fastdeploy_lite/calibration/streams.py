@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import paddle
 
 from fastdeploy_lite import device
 from fastdeploy_lite.checkpoint import Checkpoint, inventory
 from fastdeploy_lite.config import BLOCK_SIZE
 from fastdeploy_lite.model_executor import ops
+from fastdeploy_lite.model_executor.backend import paddle
 from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch
 from fastdeploy_lite.model_executor.layers.moe import MoE
 from fastdeploy_lite.model_executor.layers.rotary import cos_sin_table

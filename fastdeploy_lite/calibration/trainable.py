@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import paddle
-import paddle.nn.functional as F  # noqa: N812 - its usual name
 
 from fastdeploy_lite import formats
 from fastdeploy_lite.checkpoint import Checkpoint, inventory
 from fastdeploy_lite.checkpoint.linears import model_linears
 from fastdeploy_lite.formats.ccq import to_true_order
+from fastdeploy_lite.model_executor.backend import paddle
 from fastdeploy_lite.model_executor.layers.rotary import cos_sin_table
 from fastdeploy_lite.models.linear import Linear
 from fastdeploy_lite.utils.arrays import bfloat16_to_float32
@@ -114,7 +113,9 @@ class TrainableModel:
 
     def _mlp(self, constants: _Layer, layer: int, expert: int | None, x: Any) -> Any:
         gate, up = self._linear(constants, layer, ("up_gate_proj", expert), x).chunk(2, -1)
-        return self._linear(constants, layer, ("down_proj", expert), F.silu(gate) * up)
+        return self._linear(
+            constants, layer, ("down_proj", expert), paddle.nn.functional.silu(gate) * up
+        )
 
     def _attention(self, constants: _Layer, layer: int, x: Any) -> Any:
         config = self.config
@@ -132,7 +133,7 @@ class TrainableModel:
         scores = paddle.matmul(query, key, transpose_y=True) * size**-0.5
         future = paddle.triu(paddle.full([length, length], -1e30), 1)
         scores = scores.reshape([batch, shared, heads // shared, length, length]) + future
-        weights = F.softmax(scores, -1).reshape([batch, shared, -1, length])
+        weights = paddle.nn.functional.softmax(scores, -1).reshape([batch, shared, -1, length])
         found = paddle.matmul(weights, value).reshape([batch, heads, length, size])
         found = found.transpose([0, 2, 1, 3]).reshape([batch, length, heads * size])
         return self._linear(constants, layer, ("o_proj", None), found)
@@ -148,7 +149,7 @@ class TrainableModel:
         """Weighted sum of the routed experts' outputs for x [T, H]; zeros without experts."""
         if constants.router is None:
             return paddle.zeros_like(x)
-        probability = F.softmax(paddle.matmul(x, constants.router), -1)
+        probability = paddle.nn.functional.softmax(paddle.matmul(x, constants.router), -1)
         chosen = _choose(probability.numpy(), constants.bias, self.config.moe_k)
         weight = paddle.take_along_axis(probability, paddle.to_tensor(chosen), 1)
         weight = weight / weight.sum(1, keepdim=True)

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import paddle
 from tqdm import tqdm
 
 from fastdeploy_lite.calibration.trainable import TrainableModel
 from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import resolve_kind
 from fastdeploy_lite.checkpoint.linears import model_linears
+from fastdeploy_lite.model_executor.backend import paddle
 from fastdeploy_lite.quantization.journal import FileTensor
 from fastdeploy_lite.utils.arrays import bfloat16_to_float32, float32_to_bfloat16
 from fastdeploy_lite.utils.errors import ConfigError

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import paddle
 
 from fastdeploy_lite import device
 from fastdeploy_lite.checkpoint.host_weights import PermutedWeights
@@ -22,6 +21,7 @@ from fastdeploy_lite.config import BLOCK_SIZE, RuntimeConfig
 from fastdeploy_lite.distributed.communicator import Communicator
 from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder
 from fastdeploy_lite.model_executor import ops, order_probe
+from fastdeploy_lite.model_executor.backend import paddle
 from fastdeploy_lite.model_executor.draft_weights import open_draft
 from fastdeploy_lite.model_executor.drafting import Drafting
 from fastdeploy_lite.model_executor.input_batch import BatchShape, InputBatch

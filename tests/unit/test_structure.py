@@ -211,3 +211,40 @@ def test_native_modules_use_no_streams_of_the_c_plus_plus_library() -> None:
         r"#include <(fstream|iomanip|iostream|istream|locale|ostream|regex|sstream)>"
     )
     assert [str(path) for path in sources if streams.search(path.read_text("utf-8"))] == []
+
+
+FIRST_IMPORT = """
+import importlib, os, sys
+from fastdeploy_lite import device
+
+class FirstPaddle:
+    prepared = False
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "paddle":
+            os._exit(0 if self.prepared else 9)
+
+watch = FirstPaddle()
+device.prepare_environment = lambda: setattr(watch, "prepared", True)
+sys.meta_path.insert(0, watch)
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            pass
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9:
+        print(name)
+"""
+
+
+def test_whatever_is_imported_first_paddle_comes_after_its_plug_in() -> None:
+    """Paddle reads the folder of its plug-ins once, while it is imported."""
+    names = [f"{PACKAGE.name}.{name}" for name, _ in modules() if name not in ("", "__main__")]
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_IMPORT, *names],
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.split() == []

@@ -92,6 +92,15 @@ def test_asking_a_cpu_process_for_a_card(monkeypatch: pytest.MonkeyPatch) -> Non
     assert device.activation_dtype(device.activate()) == "float32"
 
 
+def test_a_process_computes_on_one_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two were tried in one process: the ops of the one read the tensors of the other."""
+    pretend(monkeypatch, cards=1, cuda_paddle=False, module=True, plugin=True)
+    monkeypatch.setattr(device, "_active", "nvidia")
+    monkeypatch.setattr(paddle_device, "register", lambda: None)
+    with pytest.raises(ConfigError, match="'cpu' was asked for but this process computes on 'nv"):
+        device.activate(0, "cpu")
+
+
 def test_hidden_cards_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert device._count_cards() == 0
