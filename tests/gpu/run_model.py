@@ -3,9 +3,9 @@
     python run_model.py MODEL REQUEST.json RESULT.npz
 
 FD_LITE_DEVICE names the device. REQUEST: {"prompts": [[ids]], "max_tokens": n, "sampling": {...}}
-generates; {"sequences": [[ids]], "load": {...}} gives the logits of all positions (key "i"), and for
-the last one the experts of every layer in ascending order ("experts i") and the scores that they
-were chosen by ("scores i").
+generates; {"sequences": [[ids]], "load": {...}} gives the logits of all positions (key "i") and,
+for the last one, the experts of every layer in ascending order ("experts i") and the scores that
+they were chosen by ("scores i").
 """
 
 from __future__ import annotations
