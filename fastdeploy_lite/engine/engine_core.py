@@ -325,7 +325,9 @@ class EngineCore:
     def _run(self, plan: list[tuple[Sequence, int]], outputs: list[EngineOutput]) -> None:
         batch: list[tuple[_Active, SequenceSlice]] = []
         now = time.time()
-        guesses = {} if self._speculator is None else self._guesses(self._speculator, plan)
+        speculator = self._speculator
+        is_idle = speculator is None or speculator.rests()
+        guesses = {} if speculator is None or is_idle else self._guesses(speculator, plan)
         for sequence, count in plan:
             active = self._active[sequence.request.request_id]
             if not active.scheduled:

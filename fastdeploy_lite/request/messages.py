@@ -113,7 +113,9 @@ class DraftCounts(msgspec.Struct, array_like=True):
         self.drafted += drafted
         self.accepted += accepted
         self.steps += 1
-        self.checks += drafted > 0
+        if not drafted:
+            return
+        self.checks += 1
         for counts, count in ((self.checked_at, drafted), (self.accepted_at, accepted)):
             counts.extend([0] * (count - len(counts)))
             for place in range(count):

@@ -73,6 +73,26 @@ class HitRates:
             self._shared.note(matched, hits, missed)
 
 
+class Average:
+    """A mean in which old values fade; 0 before the first."""
+
+    def __init__(self) -> None:
+        self._weight = self._sum = 0.0
+
+    def note(self, value: float) -> None:
+        """Record one value; an interruption counts as at most four times the mean."""
+        if self._weight >= 4:
+            value = min(value, 4 * self.value)
+        fade = 1.0 - 1.0 / STEPS_REMEMBERED
+        self._weight = self._weight * fade + 1.0
+        self._sum = self._sum * fade + value
+
+    @property
+    def value(self) -> float:
+        """The mean."""
+        return self._sum / self._weight if self._weight else 0.0
+
+
 class StepLine:
     """Seconds of a step as a line over its tokens, by least squares over the last steps."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from fastdeploy_lite.speculation.drafters import (
     DrafterFactory,
     ModelDrafter,
 )
-from fastdeploy_lite.speculation.rates import HitRates, StepLine
+from fastdeploy_lite.speculation.rates import Average, HitRates, StepLine
 
 # A guess must be expected to pay this much more than it costs: estimates are noisy, and a guess
 # that just breaks even only adds jitter.
@@ -26,9 +27,10 @@ TRIED_TOKENS = 3
 STEPS_TRIED = 8
 # After so many steps without a checked guess, one is tried again: costs change, too.
 STEPS_BETWEEN_TRIES = 500
-# After so many steps in which no guess paid, guesses are made, and judged, in one of so many only.
+# After so many steps in which no guess paid, looking for guesses is the cost that is left: pauses
+# follow. A text that begins to repeat waits for their end.
 STEPS_UNTIL_REST = 32
-REST_STEPS = 8
+SHORTEST_REST, LONGEST_REST = 8, 16
 # A draft layer's work is part of every step; so often one goes without, to know what that costs.
 STEPS_BETWEEN_PLAIN = 64
 
@@ -48,13 +50,54 @@ class Candidate(NamedTuple):
 class _Memory:
     """One sequence: its drafter, how good it has been, and the guess that is open."""
 
-    __slots__ = ("counts", "draft", "drafter", "rates")
+    __slots__ = ("_drafter", "_unread", "counts", "draft", "rates")
 
     def __init__(self, drafter: Drafter, shared: HitRates) -> None:
-        self.drafter = drafter
+        self._drafter = drafter
+        self._unread: list[int] = []
         self.rates = HitRates(shared)
         self.draft: Draft = NOTHING
         self.counts = DraftCounts()
+
+    def add(self, tokens: Sequence[int], drafts: Sequence[int]) -> None:
+        """New tokens of the sequence, and what a draft layer thinks comes next."""
+        self._unread.extend(tokens)
+        if isinstance(self._drafter, ModelDrafter):
+            self.drafter()
+            self._drafter.offer(drafts)
+
+    def drafter(self) -> Drafter:
+        """The drafter, once it has read all tokens: while guesses rest it needs to read none."""
+        if self._unread:
+            self._drafter.extend(self._unread)
+            self._unread = []
+        return self._drafter
+
+
+class _Rest:
+    """When to look for guesses at all."""
+
+    def __init__(self) -> None:
+        self._without = 0  # looks in which nothing was worth checking
+        self._pause = SHORTEST_REST
+        self.left = 0  # steps of the present pause
+
+    def is_over(self) -> bool:
+        """Count a step, and say whether it looks for guesses."""
+        if self.left:
+            self.left -= 1
+            return False
+        return True
+
+    def note(self, has_guesses: bool) -> None:
+        """Record what a look found."""
+        if has_guesses:
+            self._without, self._pause = 0, SHORTEST_REST
+            return
+        self._without += 1
+        if self._without >= STEPS_UNTIL_REST:
+            self.left = self._pause
+            self._pause = min(2 * self._pause, LONGEST_REST)
 
 
 class Speculator:
@@ -76,7 +119,10 @@ class Speculator:
         self._memories: dict[str, _Memory] = {}
         self._rates = HitRates()
         self._plain, self._checking = StepLine(), StepLine()
-        self._steps_without = 0
+        self._rest = _Rest()
+        self._steps_unchecked = 0
+        self._own_seconds = Average()
+        self._own_unfinished = 0.0
         self.totals = DraftCounts()
 
     # A sequence's life ---------------------------------------------------------------------------
@@ -90,7 +136,7 @@ class Speculator:
         """A sequence has ended, whatever ended it; unknown ids are ignored."""
         memory = self._memories.pop(request_id, None)
         if memory is not None:
-            memory.drafter.finish()
+            memory.drafter().finish()
 
     def counts(self, request_id: str) -> DraftCounts | None:
         """How the guesses for a sequence did; None if nothing is guessed for it."""
@@ -98,6 +144,13 @@ class Speculator:
         return None if memory is None else memory.counts
 
     # A step --------------------------------------------------------------------------------------
+
+    def rests(self) -> bool:
+        """Whether the next step goes without guesses; asked once a step, before `choose`."""
+        if self._rest.is_over():
+            return False
+        self._end_choice({})
+        return True
 
     def choose(self, candidates: Sequence[Candidate], budget: int) -> dict[str, list[int]]:
         """Choose what to check in the next step.
@@ -109,16 +162,18 @@ class Speculator:
         Returns:
             Guessed tokens by request id; sequences without a guess are left out.
         """
+        started = time.perf_counter()
         chosen = self._choose(candidates, budget)
-        self._steps_without = 0 if chosen else self._steps_without + 1
-        self._steps += 1
-        self.num_drafts = self.config.most_tokens if self._wants_drafts() else 0
+        self._own_unfinished = time.perf_counter() - started
+        if self.config.adaptive:
+            self._rest.note(bool(chosen))
+        self._end_choice(chosen)
         return chosen
 
-    @property
-    def _is_resting(self) -> bool:
-        """While nothing pays, looking for guesses is the cost that is left."""
-        return self._steps_without > STEPS_UNTIL_REST and self._steps_without % REST_STEPS > 0
+    def _end_choice(self, chosen: dict[str, list[int]]) -> None:
+        self._steps += 1
+        self._steps_unchecked = 0 if chosen else self._steps_unchecked + 1
+        self.num_drafts = self.config.most_tokens if self._wants_drafts() else 0
 
     def _wants_drafts(self) -> bool:
         """Whether a draft layer is to guess in this step, for the next one."""
@@ -127,14 +182,13 @@ class Speculator:
         if not self.config.adaptive:
             return True
         is_known = self._plain.count >= STEPS_TRIED and self._steps % STEPS_BETWEEN_PLAIN
-        return bool(is_known) and not self._is_resting
+        return bool(is_known) and not self._rest.left
 
     def _choose(self, candidates: Sequence[Candidate], budget: int) -> dict[str, list[int]]:
-        resting = self._is_resting
+        if candidates and self._own_unfinished:
+            self._own_seconds.note(self._own_unfinished / len(candidates))
         for candidate in candidates:
-            self._guess(candidate, is_resting=resting)
-        if resting:
-            return {}
+            self._guess(candidate)
         lengths = {c.request_id: self._length(c, len(candidates)) for c in candidates}
         if self.config.adaptive and not self._pays(lengths, len(candidates)):
             lengths = self._trial(candidates)
@@ -164,16 +218,18 @@ class Speculator:
             return
         for counts in (memory.counts, self.totals):
             counts.note(checked, len(tokens) - 1)
+        memory.add(tokens, drafts)
+        if memory.draft is NOTHING:
+            return
+        started = time.perf_counter()
         # A guess that was not checked is judged by its first token: the account costs nothing.
         judged = memory.draft.tokens[: max(checked, 1)]
         pairs = zip(judged, tokens, strict=False)
         hits = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(judged), len(tokens)))
         if judged and tokens:
             memory.rates.note(memory.draft.matched, hits, hits < min(len(judged), len(tokens)))
-        memory.drafter.extend(tokens)
-        if isinstance(memory.drafter, ModelDrafter):
-            memory.drafter.offer(drafts)
         memory.draft = NOTHING
+        self._own_unfinished += time.perf_counter() - started
 
     def note_step(self, tokens: int, checked: bool, seconds: float) -> None:
         """Record a step of decoding sequences only.
@@ -190,13 +246,12 @@ class Speculator:
 
     # Decisions -----------------------------------------------------------------------------------
 
-    def _guess(self, candidate: Candidate, is_resting: bool) -> None:
+    def _guess(self, candidate: Candidate) -> None:
         memory = self._memories.get(candidate.request_id)
         if memory is None:
             return
         most = min(self.config.most_tokens, candidate.room)
-        is_idle = is_resting or most < 1
-        memory.draft = NOTHING if is_idle else memory.drafter.propose(most)
+        memory.draft = memory.drafter().propose(most) if most > 0 else NOTHING
 
     def _rate(self, request_id: str) -> float:
         memory = self._memories.get(request_id)
@@ -238,13 +293,13 @@ class Speculator:
         for request_id, length in lengths.items():
             rate = self._rate(request_id)
             won += sum(rate**i for i in range(1, length + 1))
-        seconds = self._checking.seconds(count + checked)
+        seconds = self._checking.seconds(count + checked) + self._own_seconds.value * count
         return (count + won) * self._plain_seconds(count) > MARGIN * count * seconds
 
     def _trial(self, candidates: Sequence[Candidate]) -> dict[str, int]:
         """Short guesses of sequences that are often right, while or when costs are not known."""
         learning = self._checking.count < STEPS_TRIED and self._plain.count >= STEPS_TRIED
-        due = self._steps_without % STEPS_BETWEEN_TRIES >= STEPS_BETWEEN_TRIES - REST_STEPS
+        due = self._steps_unchecked >= STEPS_BETWEEN_TRIES
         if not learning and not due:
             return {}
         # Different lengths, so that a line can be drawn through their costs.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import time
 from collections.abc import Callable
 
 import pytest
@@ -49,7 +51,8 @@ def run(
     known = dict.fromkeys(texts, 8)
     spent = 0.0
     while known:
-        chosen = speculator.choose([Candidate(r, 100) for r in known], 512)
+        candidates = [Candidate(r, 100) for r in known]
+        chosen = {} if speculator.rests() else speculator.choose(candidates, 512)
         size = len(known) + sum(map(len, chosen.values()))
         seconds = fixed + per_token * size + (steps_of_setup * fixed if chosen else 0.0)
         seconds *= rng.uniform(0.9, 1.1)
@@ -203,3 +206,32 @@ def test_guesses_for_other_tokens_are_forgotten() -> None:
     assert speculator.choose([Candidate("a", 2)], 512) == {"a": [5, 6]}
     speculator.note_tokens("a", [5, 6, 9], 2)  # the layer said nothing more
     assert speculator.choose([Candidate("a", 100)], 512) == {}
+
+
+def test_while_nothing_repeats_few_steps_look_for_guesses() -> None:
+    """On a card a step takes half a millisecond, and looking is what is left of the cost."""
+    speculator, looks = Speculator(SpeculativeConfig("suffix")), 0
+    speculator.start("a", list(range(100)))
+    for step in range(1000):
+        if not speculator.rests():
+            looks += 1
+            assert speculator.choose([Candidate("a", 9)], 9) == {}
+        speculator.note_step(1, False, 1.0)
+        speculator.note_tokens("a", [100 + step], 0)
+    assert looks < 100
+    assert speculator.totals.steps == 1000
+    # What was not read at once is there when it is needed.
+    speculator.note_tokens("a", [50, 51, 52, 53, 54, 55], 0)
+    while speculator.rests():
+        pass
+    assert speculator._memories["a"].drafter().propose(3).tokens == [56, 57, 58]
+
+
+def test_the_time_of_guessing_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: 1e-3 * next(clock))
+    cheap = run("ngram", [repetitive()], 1.0, 0.01)
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: 100.0 * next(clock))
+    assert cheap > 3.0
+    assert run("ngram", [repetitive()], 1.0, 0.01) == pytest.approx(1.0, abs=0.1)
