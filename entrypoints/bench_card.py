@@ -5,24 +5,32 @@
     python entrypoints/bench_card.py --shape 300b  # 300B-A47B, needs a 141 GB card
     python entrypoints/bench_card.py --model DIR   # real weights
     python entrypoints/bench_card.py --ops         # linear maps, each kind, no model
+    python entrypoints/bench_card.py --shape 300b --layers 27 --tensor-parallel-size 2   # two cards
 
 For each batch size: milliseconds a step (whole engine step and graph alone), tokens a second, bytes
 that the step has to read and their rate as a share of the copy bandwidth measured in the same run.
 Bytes are weights (every dense one and the experts that the batch uses) and the KV cache at that
 context. With dummy weights all tokens come to look alike and would share their experts; trained
 routers spread them, so the chosen experts are replaced by uniformly drawn ones.
+
+Over several cards the bytes are those of one of them, and the share of the sums is what a step's
+graph takes less without them (the other card is then not waited for, either).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
+import math
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import bench_ranks
 
 from fastdeploy_lite import device
 from fastdeploy_lite.config import (
@@ -30,6 +38,7 @@ from fastdeploy_lite.config import (
     CacheConfig,
     LoadConfig,
     ModelConfig,
+    ParallelConfig,
     RuntimeConfig,
     SchedulerConfig,
 )
@@ -109,7 +118,9 @@ def runtime_config(args: argparse.Namespace) -> RuntimeConfig:
     if args.model:
         model, load = ModelConfig.from_dir(Path(args.model)), "default"
     else:
-        model = ModelConfig.from_dict({**COMMON, **SHAPES[args.shape]}, args.shape)
+        shape = {**COMMON, **SHAPES[args.shape]}
+        shape["num_hidden_layers"] = args.layers or shape["num_hidden_layers"]
+        model = ModelConfig.from_dict(shape, args.shape)
         load = "dummy"
     longest = args.context + args.steps + 2 * BLOCK_SIZE
     longest = max(longest, args.prefill + BLOCK_SIZE)
@@ -122,6 +133,7 @@ def runtime_config(args: argparse.Namespace) -> RuntimeConfig:
             max_num_batched_tokens=args.prefill,
             max_model_len=longest,
         ),
+        parallel=ParallelConfig(args.tensor_parallel_size, args.rank),
         load=LoadConfig(load_choices=load),
         use_cudagraph=not args.eager,
     )
@@ -130,7 +142,9 @@ def runtime_config(args: argparse.Namespace) -> RuntimeConfig:
 class Sequences:
     """Random prompts in blocks of their own, and the slices of their steps."""
 
-    def __init__(self, runner: Any, count: int, context: int, room: int) -> None:
+    def __init__(
+        self, runner: Any, count: int, context: int, room: int, communicator: Any = None
+    ) -> None:
         import numpy as np  # noqa: PLC0415
 
         from fastdeploy_lite.request.step import SamplerParams, SequenceSlice  # noqa: PLC0415
@@ -140,7 +154,7 @@ class Sequences:
         per_sequence = -(-(context + room) // BLOCK_SIZE)
         if count * per_sequence > runner.num_blocks:
             raise SystemExit(f"{count} sequences of {context + room} tokens exceed the KV cache")
-        self._runner, self._slice = runner, SequenceSlice
+        self._runner, self._slice, self._communicator = runner, SequenceSlice, communicator
         self._sampling = SamplerParams(temperature=0.0)
         self._prompts = [random.integers(3, vocab, context).tolist() for _ in range(count)]
         self._outputs: list[list[int]] = [[] for _ in range(count)]
@@ -170,8 +184,8 @@ class Sequences:
             for start in range(0, len(prompt), budget):
                 chunk = prompt[start : start + budget]
                 last = start + len(chunk) == len(prompt)
-                result = self._runner.execute([self.part(index, chunk, start, last)])[0]
-            self._outputs[index] += result.token_ids
+                result = self._step([self.part(index, chunk, start, last)])[0]
+            self._outputs[index] += self._token(index, result)
         return time.perf_counter() - started
 
     def decode(self) -> float:
@@ -181,13 +195,27 @@ class Sequences:
             start = len(self._prompts[index]) + len(output) - 1
             parts.append(self.part(index, [output[-1]], start, True))
         started = time.perf_counter()
-        results = self._runner.execute(parts)
+        results = self._step(parts)
         seconds = time.perf_counter() - started
-        for output, result in zip(self._outputs, results, strict=True):
-            if not result.token_ids:
-                raise SystemExit(f"a step failed: {result.error}")
-            output.extend(result.token_ids)
+        for index, result in enumerate(results):
+            self._outputs[index] += self._token(index, result)
         return seconds
+
+    def _step(self, parts: list[Any]) -> list[Any]:
+        if self._communicator is None:
+            return self._runner.execute(parts)
+        self._communicator.begin()
+        results = self._runner.execute(parts)
+        self._communicator.agree(True)
+        return results
+
+    def _token(self, index: int, result: Any) -> list[int]:
+        """What follows; over several ranks, of which one samples, the same on each."""
+        if self._communicator is not None:
+            return [3 + (len(self._outputs[index]) * 7 + index) % 1000]
+        if not result.token_ids:
+            raise SystemExit(f"a step failed: {result.error}")
+        return result.token_ids
 
 
 class UniformRouting:
@@ -235,81 +263,111 @@ def _device_array(values: Any, place: Any) -> Any:
 
 
 def bytes_per_step(
-    config: ModelConfig, weights: dict[str, int], batch: int, context: int, chosen: float
+    config: RuntimeConfig, weights: dict[str, int], batch: int, context: int, chosen: float
 ) -> float:
-    """Bytes that one decode step has to read at least; chosen: share of the experts it uses."""
+    """Bytes that a card has to read at least for one decode step; chosen: share of the experts."""
+    from fastdeploy_lite.worker.kv_budget import local_kv_heads  # noqa: PLC0415
+
+    model = config.model
     head = weights["head"] or weights["embedding"]
-    moe_layers = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
-    router = moe_layers * config.hidden_size * config.moe_num_experts * 4
-    kv = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    moe_layers = sum(model.is_moe_layer(i) for i in range(model.num_hidden_layers))
+    router = moe_layers * model.hidden_size * model.moe_num_experts * 4
+    kv = 4 * model.num_hidden_layers * local_kv_heads(config) * model.head_dim
     dense = weights["attention"] + weights["mlp"] + head + router
     return dense + chosen * weights["experts"] + batch * context * kv
 
 
-def bench_model(args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+def bench_model(args: argparse.Namespace, bandwidth: float, communicator: Any) -> dict[str, Any]:
     """Load, measure prefill and decode, print the table."""
     from fastdeploy_lite.worker.model_runner import ModelRunner  # noqa: PLC0415
 
     config = runtime_config(args)
-    runner = ModelRunner(config)
-    runner.load_model(show_progress=True)
+    runner = ModelRunner(config, communicator)
+    started = time.perf_counter()
+    runner.load_model(show_progress=args.rank == 0)
     blocks = runner.profile_num_blocks()
     runner.allocate_kv_cache(blocks)
+    ready = time.perf_counter() - started
     memory = runner.memory_report()
     routing = None if args.model else UniformRouting(runner)
-    print(f"loaded in {runner.load_seconds:.1f} s; {blocks} KV blocks")
+    print(f"loaded in {runner.load_seconds:.1f} s, ready in {ready:.1f} s; {blocks} KV blocks")
+    print(f"  of {args.tensor_parallel_size} cards, each:")
     for role, held in {**memory.weights, "kv cache": memory.kv_cache}.items():
         print(f"  {role:10s} {held / GB:8.2f} GB")
     print(f"  {'workspace':10s} {memory.workspace / GB:8.2f} GB")
-    rows = [_prefill_row(runner, args)]
-    for batch in args.batches:
-        rows.append(_decode_row(runner, args, memory.weights, batch, bandwidth, routing))
+    bench = _Bench(args, runner, communicator, memory.weights, bandwidth, routing)
+    rows = [bench.prefill(), *(bench.decode(batch) for batch in args.batches)]
     held = {"weights": memory.weights, "kv_cache": memory.kv_cache, "workspace": memory.workspace}
-    return {"load_s": runner.load_seconds, "memory": held, "rows": rows}
+    return {"load_s": runner.load_seconds, "ready_s": ready, "memory": held, "rows": rows}
 
 
-def _prefill_row(runner: Any, args: argparse.Namespace) -> dict[str, Any]:
-    Sequences(runner, 1, args.prefill, 1).prefill(args.prefill)  # warm up
-    seconds = Sequences(runner, 1, args.prefill, 1).prefill(args.prefill)
-    rate = args.prefill / seconds
-    print(f"prefill of {args.prefill} tokens: {seconds * 1e3:.1f} ms, {rate:.0f} tokens/s")
-    return {"prefill": args.prefill, "ms": seconds * 1e3, "tokens_s": rate}
+@dataclasses.dataclass
+class _Bench:
+    """Times the steps of one runner."""
 
+    args: argparse.Namespace
+    runner: Any
+    communicator: Any
+    weights: dict[str, int]
+    bandwidth: float
+    routing: UniformRouting | None
 
-def _decode_row(
-    runner: Any,
-    args: argparse.Namespace,
-    weights: dict[str, int],
-    batch: int,
-    bandwidth: float,
-    routing: UniformRouting | None,
-) -> dict[str, Any]:
-    sequences = Sequences(runner, batch, args.context, args.steps + 8)
-    sequences.prefill(args.prefill)
-    for _ in range(4):  # the first captures the graph
-        sequences.decode()
-    step = statistics.median(sequences.decode() for _ in range(args.steps))
-    graph = float("nan")
-    if not args.eager:
-        graph = runner._graphs.replay_seconds(runner._graphs.bucket(batch), 20)
-    model = runner.config.model
-    uniform = 1 - (1 - model.moe_k / model.moe_num_experts) ** batch
-    chosen = routing.used(batch) if routing else uniform
-    read = bytes_per_step(model, weights, batch, args.context, chosen)
-    share = read / (step if args.eager else graph) / bandwidth
-    print(
-        f"batch {batch:3d}: step {step * 1e3:7.2f} ms, graph {graph * 1e3:7.2f} ms, "
-        f"{batch / step:7.1f} tokens/s, {read / GB:6.2f} GB a step, {100 * share:5.1f} % of copy"
-    )
-    return {
-        "batch": batch,
-        "step_ms": step * 1e3,
-        "graph_ms": graph * 1e3,
-        "tokens_s": batch / step,
-        "gb": read / GB,
-        "experts": chosen,
-        "share": share,
-    }
+    def _sequences(self, count: int, context: int, room: int) -> Sequences:
+        return Sequences(self.runner, count, context, room, self.communicator)
+
+    def prefill(self) -> dict[str, Any]:
+        """One prompt as long as a step may be."""
+        length = self.args.prefill
+        self._sequences(1, length, 1).prefill(length)  # warm up
+        seconds = self._sequences(1, length, 1).prefill(length)
+        rate = length / seconds
+        print(f"prefill of {length} tokens: {seconds * 1e3:.1f} ms, {rate:.0f} tokens/s")
+        return {"prefill": length, "ms": seconds * 1e3, "tokens_s": rate}
+
+    def decode(self, batch: int) -> dict[str, Any]:
+        """Steps of `batch` sequences, the graph alone, and the graph without sums."""
+        args, runner = self.args, self.runner
+        sequences = self._sequences(batch, args.context, args.steps + 24)
+        sequences.prefill(args.prefill)
+        for _ in range(4):  # the first captures the graph
+            sequences.decode()
+        step = statistics.median(sequences.decode() for _ in range(args.steps))
+        graph = mute = float("nan")
+        if not args.eager:
+            graph = runner._graphs.replay_seconds(runner._graphs.bucket(batch), 20)
+        if not args.eager and self.communicator is not None:
+            mute = self._without_sums(sequences, batch)
+        model = runner.config.model
+        uniform = 1 - (1 - model.moe_k / model.moe_num_experts) ** batch
+        chosen = self.routing.used(batch) if self.routing else uniform
+        read = bytes_per_step(runner.config, self.weights, batch, args.context, chosen)
+        share = read / (step if args.eager else graph) / self.bandwidth
+        sums = "" if math.isnan(mute) else f", {100 * (1 - mute / graph):4.1f} % of it sums"
+        print(
+            f"batch {batch:3d}: step {step * 1e3:7.2f} ms, graph {graph * 1e3:7.2f} ms{sums}, "
+            f"{batch / step:7.1f} tokens/s, {read / GB:6.2f} GB a step, {100 * share:5.1f} % of"
+            " copy"
+        )
+        return {
+            "batch": batch,
+            "step_ms": step * 1e3,
+            "graph_ms": graph * 1e3,
+            "graph_without_sums_ms": mute * 1e3,
+            "tokens_s": batch / step,
+            "gb": read / GB,
+            "experts": chosen,
+            "share": share,
+        }
+
+    def _without_sums(self, sequences: Sequences, batch: int) -> float:
+        whole = self.runner._graphs
+        self.communicator.is_mute, self.runner._graphs = True, self.runner._new_graphs()
+        for _ in range(2):
+            sequences.decode()
+        graphs = self.runner._graphs
+        seconds: float = graphs.replay_seconds(graphs.bucket(batch), 20)
+        self.communicator.is_mute, self.runner._graphs = False, whole
+        return seconds
 
 
 # -- single ops ----------------------------------------------------------------------------------
@@ -396,6 +454,8 @@ def main() -> int:
         type=int,
         help="largest step in which kernels start before the ones ahead have ended; 0: never",
     )
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    bench_ranks.add_arguments(parser)
     parser.add_argument("--output", help="JSON file for the results")
     args = parser.parse_args()
     if isinstance(args.batches, str):
@@ -413,9 +473,13 @@ def main() -> int:
     facts = _ops_cuda.device_facts(0)
     bandwidth = copy_bandwidth()
     print(f"{facts.name}, copy bandwidth {bandwidth / GB:.0f} GB/s (read and written)")
-    result = bench_ops(args, bandwidth) if args.ops else bench_model(args, bandwidth)
-    result.update(card=facts.name, copy_gb_s=bandwidth / GB)
-    if args.output:
+    if args.ops:
+        result = bench_ops(args, bandwidth)
+    else:
+        with bench_ranks.joined(args) as communicator:
+            result = bench_model(args, bandwidth, communicator)
+    result.update(card=facts.name, cards=args.tensor_parallel_size, copy_gb_s=bandwidth / GB)
+    if args.output and args.rank == 0:
         Path(args.output).write_text(json.dumps(result, indent=1), encoding="utf-8")
     return 0
 

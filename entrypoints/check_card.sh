@@ -9,12 +9,13 @@
 # model      whole steps with dummy weights: 21B, and 300B where it fits
 # perplexity of the demo model, card and CPU
 # speculation  tokens a second with and without drafts, answers compared
+# ranks      two cards: sums, failures, demo answers, 21B and half of 300B on one card and on two
 # storm      many clients at once, answers compared with lone runs
 # memcheck, racecheck, initcheck  NVIDIA's compute-sanitizer over the tests of the ops
 #
 # A stage that fails does not stop the others; the exit status says whether one did.
 set -uo pipefail
-[ $# -ge 1 ] || { sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -26,6 +27,13 @@ ops="tests/gpu/test_cuda_moe.py tests/gpu/test_cuda_linear.py tests/gpu/test_cud
 
 fits() {  # GB of memory on the first card
   [ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)" -gt "$(($1 * 954))" ]
+}
+
+bench_ranks() {  # shape, layers: one card against two
+  for size in 1 2; do
+    python entrypoints/bench_card.py --shape "$1" --layers "$2" --batches 1,8,64 -tp $size \
+      --output "$out/ranks_$1_tp$size.json" || return 1
+  done
 }
 
 sanitize() {  # with which tool
@@ -62,6 +70,14 @@ stage() {
           --limit 60000 || return 1
       done ;;
     speculation) python entrypoints/bench_speculation.py --batches 1,4,16 --json "$out/speculation.json" ;;
+    ranks)
+      if [ "$(nvidia-smi -L | wc -l)" -lt 2 ]; then
+        echo "ranks: not run, it needs two cards"
+        return 0
+      fi
+      python -m pytest -q -s -p no:cacheprovider tests/gpu/test_cuda_ranks.py &&
+        python entrypoints/bench_ranks.py -tp 2 --output "$out/sums.json" &&
+        bench_ranks 21b 28 && bench_ranks 300b 27 ;;
     storm) python tests/e2e/storm.py --clients 64 --seconds "${FD_LITE_CHECK_SECONDS:-60}" ;;
     memcheck | racecheck | initcheck) sanitize "$1" ;;
     *) echo "no stage of this name: $1" >&2; return 2 ;;
@@ -69,7 +85,7 @@ stage() {
 }
 
 failed=0
-[ $# -gt 0 ] || set -- build tests kernels model perplexity speculation storm memcheck racecheck
+[ $# -gt 0 ] || set -- build tests kernels model ranks perplexity speculation storm memcheck racecheck
 for name in "$@"; do
   started=$SECONDS
   stage "$name" >"$out/$name.log" 2>&1

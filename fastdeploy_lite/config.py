@@ -139,10 +139,11 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Tensor parallelism: number of ranks and the rank of this process."""
+    """Number of ranks, the rank of this process, and replicas that share this host's memory."""
 
     tensor_parallel_size: int = 1
     rank: int = 0
+    data_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         if self.tensor_parallel_size < 1:

@@ -25,6 +25,7 @@ from fastdeploy_lite.utils.errors import ConfigError
 
 DeviceKind = Literal["gpu", "nvidia", "cpu"]
 DEVICE_VARIABLE = "FD_LITE_DEVICE"
+CARDS_VARIABLE = "CUDA_VISIBLE_DEVICES"
 CUDA_MODULE = "fastdeploy_lite._ops_cuda"
 _PADDLE_LAYOUT = "[%(asctime)-15s] [%(levelname)8s] %(filename)s"
 _KINDS: tuple[DeviceKind, ...] = ("gpu", "nvidia", "cpu")
@@ -86,7 +87,7 @@ def activate(index: int = 0, wanted: str | None = None) -> Any:
     """Import Paddle, make the device current and return its place.
 
     Args:
-        index: card number, the tensor-parallel rank; ignored on CPU.
+        index: number of the card among those visible; ignored on CPU.
         wanted: "cpu" to leave a card alone, else the decided kind or None.
 
     Raises:
@@ -120,6 +121,19 @@ def activate(index: int = 0, wanted: str | None = None) -> Any:
         raise ConfigError(f"device {kind}:{index} cannot be used: {error}") from error
     _active = kind
     return paddle.CUDAPlace(index) if kind == "gpu" else paddle.CustomPlace(kind, index)
+
+
+def visible_cards() -> list[str]:
+    """Names of the cards that this process may see, as `CUDA_VISIBLE_DEVICES` takes them.
+
+    Reads device files, so that no driver context is made.
+    """
+    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    visible = os.environ.get(CARDS_VARIABLE)
+    if visible is None:
+        return [str(number) for number in range(present)]
+    named = [part.strip() for part in visible.split(",")]
+    return [name for name in named if name not in ("", "-1")][:present]
 
 
 def _release_root_logger() -> None:
@@ -182,14 +196,7 @@ def _missing(kind: str) -> str | None:
 
 
 def _count_cards() -> int:
-    """Cards that this process may see; reads device files, so no driver context is made."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if visible is None:
-        return present
-    return min(
-        present, len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
-    )
+    return len(visible_cards())
 
 
 def _has_cuda_module() -> bool:

@@ -53,6 +53,8 @@ void bind_linear(py::module_& m) {
   bind_weight(m);
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("out"), no_gil());
   m.def("embedding", &embedding, py::arg("token_ids"), py::arg("weight"), py::arg("out"), no_gil());
+  m.def("embedding_share", &embedding_share, py::arg("token_ids"), py::arg("weight"),
+        py::arg("first"), py::arg("out"), no_gil());
   m.def(
       "route",
       [](const TensorView& x, const TensorView& gate, const std::optional<TensorView>& bias,

@@ -38,8 +38,11 @@ void bind_ranks(py::module_& m) {
             return static_cast<int>(group.agree(sound, seconds));
           },
           py::arg("sound"), py::arg("seconds"), no_gil())
+      .def("advance", &RankGroup::advance)
       .def("fail", &RankGroup::fail)
       .def("lose", &RankGroup::lose)
+      .def("is_lost", &RankGroup::is_lost)
+      .def("is_failing", &RankGroup::is_failing)
       .def("arrivals", &RankGroup::arrivals);
 }
 

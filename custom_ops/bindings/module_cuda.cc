@@ -7,6 +7,7 @@
 #include "../cuda/gemm.h"
 #include "../cuda/gemm/experts.h"
 #include "../cuda/gemm/pack_experts.h"
+#include "../cuda/nccl.h"
 #include "../cuda/ops.h"
 #include "../cuda/runtime.h"
 #include "../cuda/weight_tiles.cuh"
@@ -157,6 +158,9 @@ void bind_runtime(py::module_& m) {
   m.def("copy", [](Address to, Address from, int64_t bytes, Address stream) {
     fc::copy(at<void>(to), at<const void>(from), bytes, stream_of(stream));
   });
+  m.def("clear", [](Address to, int64_t bytes, Address stream) {
+    fc::clear(at<void>(to), bytes, stream_of(stream));
+  });
   m.def(
       "time_copy",
       [](Address to, Address from, int64_t bytes, int repeats, Address stream) {
@@ -240,10 +244,10 @@ void bind_expert_weights(py::module_& m) {
 }
 
 void bind_rows(py::module_& m) {
-  m.def("embedding", [](Address ids, Address table, Address out, int tokens, int hidden, int vocab,
-                        Address stream) {
+  m.def("embedding", [](Address ids, Address table, Address out, int tokens, int hidden, int first,
+                        int vocab, Address stream) {
     fc::embedding(at<const int>(ids), at<const fc::bf16>(table), at<fc::bf16>(out), tokens, hidden,
-                  vocab, stream_of(stream));
+                  first, vocab, stream_of(stream));
   });
   m.def("rms_norm", [](Address x, Address y, Address residual, Address weight, bool weight_is_float,
                        float eps, Address out, int tokens, int hidden, Address stream) {
@@ -367,6 +371,51 @@ void bind_sampling(py::module_& m) {
         });
 }
 
+/// Without the GIL: each of these may wait for another rank.
+void bind_ranks(py::module_& m) {
+  m.def("nccl_open", &fc::nccl_open, no_gil());
+  m.def("nccl_version", &fc::nccl_version);
+  m.def("nccl_unique_id", [] { return py::bytes(fc::nccl_unique_id()); });
+  py::class_<fc::NcclGroup>(m, "NcclGroup")
+      .def(py::init<const std::string&, int, int, int>(), py::arg("id"), py::arg("rank"),
+           py::arg("ranks"), py::arg("device"), no_gil())
+      .def("set_order", &fc::NcclGroup::set_order, py::arg("in_order"))
+      .def(
+          "all_reduce",
+          [](fc::NcclGroup& group, Address x, bool is_float, int64_t count, Address scratch,
+             int64_t scratch_bytes, Address stream) {
+            group.all_reduce(at<void>(x), is_float, count, at<void>(scratch), scratch_bytes,
+                             stream_of(stream));
+          },
+          no_gil())
+      .def(
+          "all_gather",
+          [](fc::NcclGroup& group, Address x, int64_t rows, int64_t width, Address out,
+             Address scratch, int64_t scratch_bytes, Address stream) {
+            group.all_gather(at<const float>(x), rows, width, at<float>(out), at<void>(scratch),
+                             scratch_bytes, stream_of(stream));
+          },
+          no_gil())
+      .def("abort", &fc::NcclGroup::abort)
+      .def_property_readonly("aborted", &fc::NcclGroup::aborted)
+      .def_property_readonly("ended", &fc::NcclGroup::ended)
+      .def(
+          "wait_idle",
+          [](const fc::NcclGroup& group, double seconds, Address stream) {
+            return group.wait_idle(seconds, stream_of(stream));
+          },
+          no_gil());
+  m.def("sum_of_ranks",
+        [](Address parts, bool is_float, int ranks, int64_t count, Address out, Address stream) {
+          fc::sum_of_ranks(at<const void>(parts), is_float, ranks, count, at<void>(out),
+                           stream_of(stream));
+        });
+  m.def("side_by_side", [](Address parts, int ranks, int64_t rows, int64_t width, Address out,
+                           Address stream) {
+    fc::side_by_side(at<const float>(parts), ranks, rows, width, at<float>(out), stream_of(stream));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_ops_cuda, m) {
@@ -378,4 +427,5 @@ PYBIND11_MODULE(_ops_cuda, m) {
   bind_products(m);
   bind_attention(m);
   bind_sampling(m);
+  bind_ranks(m);
 }

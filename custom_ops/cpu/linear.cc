@@ -81,37 +81,54 @@ void linear(const TensorView& x, const PackedWeight& weight, const TensorView& o
   }
 }
 
+namespace {
+
+/// Row `id` of the table whose columns are held, zeros for an id that is not among them.
+void look_up(const PackedWeight& weight, int64_t id, float* row) {
+  if (id < 0 || id >= weight.out_features) {
+    std::fill(row, row + weight.in_features, 0.0f);
+    return;
+  }
+  const uint8_t* tile = weight.tile(0, id / kTileColumns);
+  for (int64_t k = 0; k < weight.in_features; ++k) {
+    const int64_t element = k * kTileColumns + id % kTileColumns;
+    uint32_t bits;
+    if (weight.kind == WeightKind::kFloat32) {
+      bits = reinterpret_cast<const uint32_t*>(tile)[element];
+    } else {
+      bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(tile)[element]) << 16;
+    }
+    std::memcpy(row + k, &bits, sizeof(bits));
+  }
+}
+
+}  // namespace
+
 void embedding(const TensorView& token_ids, const PackedWeight& weight, const TensorView& out) {
   token_ids.check_rank("token_ids", 1);
-  out.check_rank("out", 2).check_extent("out", 0, token_ids.shape[0]);
-  out.check_extent("out", 1, weight.in_features);
-  if (weight.quantized()) throw std::invalid_argument("weight is quantised, expected dense");
   const int32_t* ids = token_ids.as<int32_t>("token_ids");
-  float* result = out.as<float>("out");
-  const int64_t tokens = token_ids.shape[0], width = weight.in_features;
-  for (int64_t t = 0; t < tokens; ++t) {
+  for (int64_t t = 0; t < token_ids.shape[0]; ++t) {
     if (ids[t] < 0 || ids[t] >= weight.out_features) {
       throw std::invalid_argument("token_ids[" + std::to_string(t) + "] is " +
                                   std::to_string(ids[t]) + ", expected 0 to " +
                                   std::to_string(weight.out_features - 1));
     }
   }
-  parallel_for(tokens, std::max<int64_t>(1, 8192 / width), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const uint8_t* tile = weight.tile(0, ids[t] / kTileColumns);
-      const int64_t column = ids[t] % kTileColumns;
-      float* row = result + t * out.strides[0];
-      for (int64_t k = 0; k < width; ++k) {
-        const int64_t element = k * kTileColumns + column;
-        uint32_t bits;
-        if (weight.kind == WeightKind::kFloat32) {
-          bits = reinterpret_cast<const uint32_t*>(tile)[element];
-        } else {
-          bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(tile)[element]) << 16;
-        }
-        std::memcpy(row + k, &bits, sizeof(bits));
-      }
-    }
+  embedding_share(token_ids, weight, 0, out);
+}
+
+void embedding_share(const TensorView& token_ids, const PackedWeight& weight, int64_t first,
+                     const TensorView& out) {
+  token_ids.check_rank("token_ids", 1);
+  out.check_rank("out", 2).check_extent("out", 0, token_ids.shape[0]);
+  out.check_extent("out", 1, weight.in_features);
+  if (weight.quantized()) throw std::invalid_argument("weight is quantised, expected dense");
+  const int32_t* ids = token_ids.as<int32_t>("token_ids");
+  float* result = out.as<float>("out");
+  const int64_t grain = std::max<int64_t>(1, 8192 / weight.in_features);
+  parallel_for(token_ids.shape[0], grain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      look_up(weight, ids[t] - first, result + t * out.strides[0]);
   });
 }
 

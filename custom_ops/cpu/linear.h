@@ -12,6 +12,9 @@ namespace fd {
 void linear(const TensorView& x, const PackedWeight& weight, const TensorView& out);
 // token_ids int32 [T], weight dense (in_features H, out_features V), out float32 [T, H].
 void embedding(const TensorView& token_ids, const PackedWeight& weight, const TensorView& out);
+/// The same of a table that holds the rows from `first` on; ids of other rows give zeros.
+void embedding_share(const TensorView& token_ids, const PackedWeight& weight, int64_t first,
+                     const TensorView& out);
 
 // x float32 [T, H], gate float32 [H, E], bias float32 [E] or with data == null.
 void route(const TensorView& x, const TensorView& gate, const TensorView& bias,

@@ -172,6 +172,11 @@ RankGroup::Outcome RankGroup::all_gather(const float* x, int64_t rows,
   return Outcome::kDone;
 }
 
+void RankGroup::advance() {
+  ++operation_;
+  arrive();
+}
+
 RankGroup::Outcome RankGroup::agree(bool sound, double seconds) {
   const int parity = static_cast<int>(step_ & 1);
   Shared::Seat& own = shared_->seats[rank_];
@@ -206,6 +211,13 @@ void RankGroup::fail() {
 void RankGroup::lose() {
   shared_->lost.store(1, std::memory_order_release);
   ring();
+}
+
+bool RankGroup::is_lost() const { return shared_->lost.load(std::memory_order_acquire) != 0; }
+
+bool RankGroup::is_failing() const {
+  return shared_->failed_step.load(std::memory_order_acquire) >
+         shared_->seats[rank_].agreed.load(std::memory_order_acquire);
 }
 
 std::vector<uint64_t> RankGroup::arrivals() const {

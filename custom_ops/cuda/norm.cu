@@ -119,11 +119,11 @@ __global__ void add_kernel(bf16* x, const bf16* y, int64_t count) {
 }
 
 template <typename Unit>
-__global__ void gather_kernel(const Unit* x, const int* rows, Unit* out, int64_t width,
+__global__ void gather_kernel(const Unit* x, const int* rows, Unit* out, int64_t width, int first,
                               int source_rows) {
   wait_for_inputs();
   const int64_t to = blockIdx.x;
-  const int from = rows[to];
+  const int from = rows[to] - first;
   const bool valid = from >= 0 && from < source_rows;
   for (int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x; i < width;
        i += int64_t{gridDim.y} * blockDim.x) {
@@ -132,12 +132,21 @@ __global__ void gather_kernel(const Unit* x, const int* rows, Unit* out, int64_t
 }
 
 template <typename Unit>
-void launch_gather(const void* x, const int* rows, void* out, int count, int64_t width,
+void launch_gather(const void* x, const int* rows, void* out, int count, int64_t width, int first,
                    int source_rows, cudaStream_t stream) {
   const int64_t pieces = ceil_div<int64_t>(width, kThreads);
   const dim3 grid(count, static_cast<unsigned>(pieces < 32 ? pieces : 32));
   launch("gather_rows", gather_kernel<Unit>, grid, kThreads, 0, stream, static_cast<const Unit*>(x),
-         rows, static_cast<Unit*>(out), width, source_rows);
+         rows, static_cast<Unit*>(out), width, first, source_rows);
+}
+
+void gather(const void* x, const int* rows, void* out, int count, int64_t row_bytes, int first,
+            int source_rows, cudaStream_t stream) {
+  if (row_bytes % 16 == 0) {
+    launch_gather<uint4>(x, rows, out, count, row_bytes / 16, first, source_rows, stream);
+  } else {
+    launch_gather<uint16_t>(x, rows, out, count, row_bytes / 2, first, source_rows, stream);
+  }
 }
 
 template <typename Weight>
@@ -154,9 +163,9 @@ void launch_norm(const bf16* x, const bf16* y, bf16* residual, const Weight* wei
 
 }  // namespace
 
-void embedding(const int* ids, const bf16* table, bf16* out, int tokens, int hidden, int vocab,
-               cudaStream_t stream) {
-  gather_rows(table, ids, out, tokens, int64_t{hidden} * 2, vocab, stream);
+void embedding(const int* ids, const bf16* table, bf16* out, int tokens, int hidden, int first,
+               int vocab, cudaStream_t stream) {
+  gather(table, ids, out, tokens, int64_t{hidden} * 2, first, vocab, stream);
 }
 
 void rms_norm(const bf16* x, const bf16* y, bf16* residual, const void* weight,
@@ -193,11 +202,7 @@ void add_inplace(bf16* x, const bf16* y, int64_t count, cudaStream_t stream) {
 
 void gather_rows(const void* x, const int* rows, void* out, int count, int64_t row_bytes,
                  int source_rows, cudaStream_t stream) {
-  if (row_bytes % 16 == 0) {
-    launch_gather<uint4>(x, rows, out, count, row_bytes / 16, source_rows, stream);
-  } else {
-    launch_gather<uint16_t>(x, rows, out, count, row_bytes / 2, source_rows, stream);
-  }
+  gather(x, rows, out, count, row_bytes, 0, source_rows, stream);
 }
 
 }  // namespace fd::cuda

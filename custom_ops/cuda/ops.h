@@ -16,8 +16,9 @@ using bf16 = __nv_bfloat16;
 
 // --- elementwise and norms (norm.cu)
 // -------------------------------------------------------------------------
-void embedding(const int* ids, const bf16* table, bf16* out, int tokens, int hidden, int vocab,
-               cudaStream_t stream);
+/// Rows first .. first + vocab - 1 of a table; other ids give zeros.
+void embedding(const int* ids, const bf16* table, bf16* out, int tokens, int hidden, int first,
+               int vocab, cudaStream_t stream);
 /// weight is float32 or bf16 [hidden]. With `residual`, residual += x (or x + y) first and the sum
 /// is normalised; each sum is rounded to bf16.
 void rms_norm(const bf16* x, const bf16* y, bf16* residual, const void* weight,

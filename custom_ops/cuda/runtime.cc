@@ -112,6 +112,10 @@ void copy(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream), "copy");
 }
 
+void clear(void* to, int64_t bytes, cudaStream_t stream) {
+  check(cudaMemsetAsync(to, 0, bytes, stream), "clear");
+}
+
 void synchronize(cudaStream_t stream) { check(cudaStreamSynchronize(stream), "synchronize"); }
 
 double time_copy(void* to, const void* from, int64_t bytes, int repeats, cudaStream_t stream) {

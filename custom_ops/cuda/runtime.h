@@ -26,6 +26,8 @@ void upload(void* device, const void* host, int64_t bytes, cudaStream_t stream);
 /// Copies to the host and waits.
 void download(void* host, const void* device, int64_t bytes, cudaStream_t stream);
 void copy(void* to, const void* from, int64_t bytes, cudaStream_t stream);
+/// Zeros.
+void clear(void* to, int64_t bytes, cudaStream_t stream);
 void synchronize(cudaStream_t stream);
 
 /// Seconds for one device-to-device copy of `bytes`, median of `repeats`, and so the card's copy

@@ -33,12 +33,20 @@ class RankGroup {
   // out [rows, sum of widths] = the ranks' x [rows, widths[rank]] side by side.
   Outcome all_gather(const float* x, int64_t rows, const std::vector<int64_t>& widths, float* out,
                      double seconds);
+  // Shows that this rank comes on in a step whose sums are made elsewhere; in a step without sums
+  // here only.
+  void advance();
   // Ends a step: waits for all ranks and begins the next step; kFailed if one had `sound` false.
   Outcome agree(bool sound, double seconds);
   // Says that the current step has failed here: ranks that wait inside it give up.
   void fail();
   // Says that a rank is gone: whoever waits, or begins to, gives up. Never taken back.
   void lose();
+  // Whether somebody has said so.
+  bool is_lost() const;
+  // Whether a rank has said that a step failed which this rank has not ended yet; for whoever
+  // watches.
+  bool is_failing() const;
 
   // Of each rank, a number that grows with each of its arrivals; for whoever watches.
   std::vector<uint64_t> arrivals() const;

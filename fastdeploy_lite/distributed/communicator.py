@@ -1,7 +1,8 @@
 """Sums and gathers between the ranks that share each layer of a model.
 
-Between CPU processes of one host everything goes through shared memory (`rank_group.h`). The order
-of a sum is that of the ranks, so its bits depend on the tensor-parallel size alone.
+Between CPU processes of one host everything goes through shared memory (`rank_group.h`), between
+cards through NCCL (`distributed.nccl`). The order of a sum is that of the ranks, so its bits depend
+on the tensor-parallel size alone.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import ctypes
 import mmap
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from fastdeploy_lite import _ops_cpu
 from fastdeploy_lite.model_executor.ops._view import Arguments
@@ -39,6 +42,22 @@ class Communicator(ABC):
 
     rank: int
     size: int
+
+    def open(self, forget: Callable[[], None]) -> None:  # noqa: B027 - memory needs none
+        """Meet the other ranks, once the device of this process has been chosen.
+
+        Args:
+            forget: called after a step that failed, where graphs hold what is gone.
+
+        Raises:
+            PeerLostError: a rank does not come.
+        """
+
+    def close(self) -> None:  # noqa: B027 - as above
+        """Leave the other ranks; nothing is called any more."""
+
+    def begin(self) -> None:  # noqa: B027 - sums show it
+        """Say that this rank is at work on a step; the first rank does."""
 
     @abstractmethod
     def all_reduce(self, x: Any) -> None:
@@ -72,6 +91,18 @@ class Communicator(ABC):
     @abstractmethod
     def fail(self) -> None:
         """Say that the step has failed here, so that nobody waits for this rank's numbers."""
+
+    @abstractmethod
+    def lose(self) -> None:
+        """Say that a rank is gone: every wait of every rank ends with PeerLostError."""
+
+    @abstractmethod
+    def late(self) -> list[int]:
+        """Return the ranks that another one is ahead of; all but those waited for are not busy."""
+
+    @abstractmethod
+    def arrivals(self) -> list[int]:
+        """Return of each rank a number that grows as it comes on in a step."""
 
 
 class SharedMemory:
@@ -135,13 +166,44 @@ class SharedMemoryCommunicator(Communicator):
         self._group.fail()
 
     def lose(self) -> None:
-        """Say that a rank is gone: every wait of every rank ends with PeerLostError."""
+        """See Communicator."""
         self._group.lose()
 
     def late(self) -> list[int]:
-        """Return the ranks that another one is ahead of; all but those waited for are not busy."""
+        """See Communicator."""
         arrivals = self._group.arrivals()
         return [rank for rank, arrived in enumerate(arrivals) if arrived < max(arrivals)]
+
+    def arrivals(self) -> list[int]:
+        """See Communicator."""
+        return self._group.arrivals()
+
+    # -- for communicators that only talk here ---------------------------------------------------
+
+    def advance(self) -> None:
+        """Show that this rank comes on in a step without sums here; not beside sums here."""
+        self._group.advance()
+
+    def is_lost(self) -> bool:
+        """Whether somebody has said that a rank is gone."""
+        return self._group.is_lost()
+
+    def is_failing(self) -> bool:
+        """Whether a rank has failed in a step that this one has not ended yet; for any thread."""
+        return self._group.is_failing()
+
+    def first_bytes(self, data: bytes) -> bytes:
+        """Return the first rank's `data` on every rank; as long on each, a multiple of four.
+
+        Raises:
+            PeerFailedError, PeerLostError: they will not come.
+        """
+        own = np.frombuffer(data, np.float32)
+        found = np.empty((self.size, own.size), np.float32)
+        view = (own.ctypes.data, "float32", [1, own.size], [own.size, 1])
+        out = (found.ctypes.data, "float32", [1, found.size], [found.size, 1])
+        self._check(self._group.all_gather(view, [own.size] * self.size, out, self._seconds))
+        return bytes(found[0].tobytes())
 
     def _check(self, outcome: int) -> None:
         if outcome == FAILED:

@@ -38,6 +38,7 @@ QUANTIZATION_NAMES = (
     "w4afp8", "w8a8", "wfp8afp8", "mix_quant", "kvcache",
 )  # fmt: skip
 GUIDED_BACKENDS = ("off", "auto", "xgrammar", "guidance")
+MOST_REPLICAS = 64
 DEFAULT_BATCHED_TOKENS = 8192  # upstream's, where prefill costs milliseconds
 CPU_BATCHED_TOKENS = 1024  # a CPU prefills a chunk in seconds: larger ones stall every decode
 _log = get_logger("console")
@@ -180,7 +181,7 @@ class EngineArgs:
     logits_processors: list[str] | None = _flag(
         None, "list", "class names, or module.path:Class, applied to logits"
     )
-    data_parallel_size: int = _flag(1, int, "replicas; only 1 is available")
+    data_parallel_size: int = _flag(1, int, "replicas of the model behind one port")
     splitwise_role: str = _flag(
         "mixed", str, "only mixed is available", choices=("mixed", "prefill", "decode")
     )
@@ -373,10 +374,9 @@ class EngineArgs:
                 f"splitwise_role {self.splitwise_role!r} is not available: one node does both, "
                 "use mixed"
             )
-        if self.data_parallel_size != 1:
+        if not 1 <= self.data_parallel_size <= MOST_REPLICAS:
             raise ConfigError(
-                f"data_parallel_size must be 1, got {self.data_parallel_size}: start one server "
-                "per replica instead"
+                f"data_parallel_size must be 1 to {MOST_REPLICAS}, got {self.data_parallel_size}"
             )
 
     # Result --------------------------------------------------------------------------------------
@@ -406,7 +406,9 @@ class EngineArgs:
             model=model,
             cache=self._cache_config(scheduler),
             scheduler=scheduler,
-            parallel=ParallelConfig(self.tensor_parallel_size),
+            parallel=ParallelConfig(
+                self.tensor_parallel_size, data_parallel_size=self.data_parallel_size
+            ),
             load=self._load_config(),
             use_cudagraph=self.use_cudagraph,
             cudagraph_capture_sizes=self._capture_sizes(),

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from fastdeploy_lite.config import ModelConfig
 from fastdeploy_lite.engine.args_utils import EngineArgs
-from fastdeploy_lite.engine.engine_client import AsyncEngineClient
 from fastdeploy_lite.engine.output_processor import OutputProcessor
+from fastdeploy_lite.engine.replicas import create_client
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.input.preprocess import Preprocessor
 from fastdeploy_lite.request.outputs import RequestOutput
@@ -24,7 +24,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 class AsyncLLM:
-    """One engine process, driven from one event loop.
+    """One engine process, or replicas of it, driven from one event loop.
 
     Args:
         args: Of the engine.
@@ -32,7 +32,7 @@ class AsyncLLM:
 
     def __init__(self, args: EngineArgs) -> None:
         self.preprocessor = Preprocessor(args.create_runtime_config())
-        self._client = AsyncEngineClient(args)
+        self._client = create_client(args)
         self._outputs = OutputProcessor(self.preprocessor.tokenizer)
         self._names: dict[str, str] = {}  # the caller's, to the engine's
 

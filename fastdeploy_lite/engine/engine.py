@@ -16,6 +16,7 @@ from fastdeploy_lite.engine.output_processor import OutputProcessor
 from fastdeploy_lite.input.preprocess import Preprocessor
 from fastdeploy_lite.request.messages import EngineRequest, EngineStats, Ready
 from fastdeploy_lite.request.outputs import RequestOutput
+from fastdeploy_lite.utils.errors import ConfigError
 
 
 class LLMEngine:
@@ -52,6 +53,11 @@ class LLMEngine:
         Raises:
             FastDeployError: Arguments, model or memory do not allow it; one line says why.
         """
+        if args.data_parallel_size > 1:
+            raise ConfigError(
+                f"data_parallel_size {args.data_parallel_size}: replicas are for a server or"
+                " AsyncLLM: leave it out here, or start one process a replica"
+            )
         preprocessor = Preprocessor(args.create_runtime_config())
         core, ready = create_core(preprocessor.config, preprocessor.tokenizer)
         return cls(preprocessor, core, ready)

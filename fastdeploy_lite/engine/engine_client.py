@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import suppress
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 import zmq
@@ -48,17 +49,111 @@ sys.exit(main())
 """
 
 
+class EngineClient(Protocol):
+    """What a server asks of its engine, be it one process or several; for one event loop."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """The newest counters."""
+        ...
+
+    @property
+    def replica_stats(self) -> list[EngineStats]:
+        """Those of each engine process."""
+        ...
+
+    @property
+    def ready(self) -> Ready | None:
+        """What the engine said when the model was loaded; None before."""
+        ...
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests are computed."""
+        ...
+
+    @property
+    def replicas_healthy(self) -> list[bool]:
+        """Whether each engine process lives and has reported lately."""
+        ...
+
+    @property
+    def engine_pids(self) -> list[int | None]:
+        """Process ids of the engine processes; None before `start`."""
+        ...
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests whose outputs are still awaited here."""
+        ...
+
+    async def start(self) -> None:
+        """Start the engine and wait until the model is loaded.
+
+        Raises:
+            EngineDeadError: It ended instead; the message is the root cause, in one line.
+        """
+
+    async def shutdown(self) -> None:
+        """End the engine, politely at first; idempotent."""
+
+    async def wait_dead(self) -> str:
+        """Wait for the engine's end and return its reason."""
+        ...
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """Send a request and yield its outputs; leaving early aborts it.
+
+        Args:
+            request: Its id must not be in use.
+
+        Yields:
+            Outputs, the last one `finished`.
+
+        Raises:
+            RequestError: The id is in use.
+            EngineDeadError: The engine is dead or dies meanwhile.
+        """
+        ...
+
+    async def abort(self, request_ids: Iterable[str] | None = None) -> None:
+        """End these requests (None: all) with finish reason "abort"; unknown ids are ignored."""
+
+    async def control(self, action: Literal["pause", "resume", "reset"]) -> None:
+        """Pause (ends all requests, refuses new ones), resume, or drop requests and prefixes.
+
+        Returns when that is done and `stats` tell of it.
+
+        Raises:
+            EngineDeadError: The engine is dead or dies meanwhile.
+            RuntimeError: The core found its own books wrong.
+        """
+
+    async def check(self) -> str | None:
+        """Ask the core to verify its own books.
+
+        Returns:
+            None when no KV block and no request is lost, else what is wrong.
+
+        Raises:
+            EngineDeadError: The engine is dead or dies meanwhile.
+        """
+        ...
+
+
 class AsyncEngineClient:
-    """One engine process, used from one event loop.
+    """One engine process; an EngineClient.
 
     Args:
         args: Of the engine; the process builds its configuration from them.
+        variables: Of the environment, for this process alone.
     """
 
-    def __init__(self, args: EngineArgs) -> None:
+    def __init__(self, args: EngineArgs, variables: Mapping[str, str] | None = None) -> None:
         self.stats = EngineStats()
         self.ready: Ready | None = None
         self._args = args
+        self._variables = variables or {}
         self._queues: dict[str, asyncio.Queue[EngineOutput | EngineDeadError]] = {}
         self._checks: list[asyncio.Future[str | None]] = []
         self._dead: str | None = None
@@ -74,11 +169,7 @@ class AsyncEngineClient:
     # Life ----------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the process and wait until the model is loaded.
-
-        Raises:
-            EngineDeadError: It ended instead; the message is the root cause, in one line.
-        """
+        """See EngineClient."""
         self._directory = _private_directory()
         self._context = zmq.Context()
         self._to_core = open_socket(self._context, zmq.PUSH, self._directory, TO_CORE, bind=True)
@@ -89,6 +180,7 @@ class AsyncEngineClient:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", _RUN_CORE.format(path=sys.path),
             stdin=asyncio.subprocess.PIPE, start_new_session=True,
+            env={**os.environ, **self._variables},
         )  # fmt: skip
         assert self._process.stdin is not None
         start = StartLine(self._directory, self._args.to_dict())
@@ -105,7 +197,7 @@ class AsyncEngineClient:
             raise EngineDeadError(self._dead)
 
     async def shutdown(self) -> None:
-        """End the process, politely at first; idempotent."""
+        """See EngineClient."""
         process = self._process
         if process is not None and process.returncode is None:
             if self.ready is not None and self._dead is None:
@@ -143,30 +235,34 @@ class AsyncEngineClient:
         return None if self._process is None else self._process.pid
 
     @property
+    def replicas_healthy(self) -> list[bool]:
+        """See EngineClient."""
+        return [self.is_healthy]
+
+    @property
+    def replica_stats(self) -> list[EngineStats]:
+        """See EngineClient."""
+        return [self.stats]
+
+    @property
+    def engine_pids(self) -> list[int | None]:
+        """See EngineClient."""
+        return [self.engine_pid]
+
+    @property
     def num_unfinished(self) -> int:
-        """Requests whose outputs are still awaited here."""
+        """See EngineClient."""
         return len(self._queues)
 
     async def wait_dead(self) -> str:
-        """Wait for the engine's end and return its reason."""
+        """See EngineClient."""
         await self._death.wait()
         return self._dead or ""
 
     # Requests ------------------------------------------------------------------------------------
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
-        """Send a request and yield its outputs; leaving early aborts it.
-
-        Args:
-            request: Its id must not be in use.
-
-        Yields:
-            Outputs, the last one `finished`.
-
-        Raises:
-            RequestError: The id is in use.
-            EngineDeadError: The engine is dead or dies meanwhile.
-        """
+        """See EngineClient."""
         name = request.request_id
         if self._dead is not None:
             raise EngineDeadError(self._dead)
@@ -192,32 +288,18 @@ class AsyncEngineClient:
                 self._send(Abort([name]))
 
     async def abort(self, request_ids: Iterable[str] | None = None) -> None:
-        """End these requests (None: all) with finish reason "abort"; unknown ids are ignored."""
+        """See EngineClient."""
         self._send(Abort(None if request_ids is None else list(request_ids)))
 
     async def control(self, action: Literal["pause", "resume", "reset"]) -> None:
-        """Pause (ends all requests, refuses new ones), resume, or drop requests and prefixes.
-
-        Returns when that is done and `stats` tell of it.
-
-        Raises:
-            EngineDeadError: The engine is dead or dies meanwhile.
-            RuntimeError: The core found its own books wrong.
-        """
+        """See EngineClient."""
         self._send(Control(action))
         error = await self.check()  # answered after the action: the core works in order
         if error is not None:
             raise RuntimeError(error)
 
     async def check(self) -> str | None:
-        """Ask the core to verify its own books.
-
-        Returns:
-            None when no KV block and no request is lost, else what is wrong.
-
-        Raises:
-            EngineDeadError: The engine is dead or dies meanwhile.
-        """
+        """See EngineClient."""
         answer: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._checks.append(answer)
         self._send(Control("check"))

@@ -17,12 +17,14 @@ class Start(msgspec.Struct):
         config: of this rank.
         memory_fd, widest: see `SharedMemory`.
         threads: of ops.
+        on_cards: whether each rank has a card.
     """
 
     config: RuntimeConfig
     memory_fd: int
     widest: int
     threads: int
+    on_cards: bool
 
 
 class RankSlice(msgspec.Struct, array_like=True):

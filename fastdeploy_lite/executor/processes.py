@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from fastdeploy_lite import _ops_cpu, device, envs
 from fastdeploy_lite.checkpoint.linears import check_tensor_parallel
-from fastdeploy_lite.config import ParallelConfig, RuntimeConfig
+from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.distributed.communicator import (
     PeerFailedError,
     PeerLostError,
     SharedMemory,
-    SharedMemoryCommunicator,
 )
+from fastdeploy_lite.distributed.group import join
 from fastdeploy_lite.executor.base import Executor, ExecutorReport
 from fastdeploy_lite.executor.inline import report_of
 from fastdeploy_lite.executor.messages import (
@@ -38,7 +38,7 @@ class RankError(RuntimeError):
 
 
 class ProcessesExecutor(Executor):
-    """Runs a model over the CPU processes of one host."""
+    """Runs a model over processes of one host, each on its part of the CPU or on its own card."""
 
     def __init__(self, config: RuntimeConfig) -> None:
         """Check what can be checked; nothing is started yet.
@@ -47,11 +47,6 @@ class ProcessesExecutor(Executor):
             ConfigError: the model or the device cannot be had at this size.
         """
         size = config.parallel.tensor_parallel_size
-        if config.device != "cpu" and device.decide().is_cuda:
-            raise ConfigError(
-                f"tensor_parallel_size {size}: this version splits a model between CPU processes"
-                f" only: set it to 1, or set {device.DEVICE_VARIABLE}=cpu"
-            )
         if config.has_draft_model:
             raise ConfigError(
                 f"tensor_parallel_size {size}: speculation by mtp runs on one rank only: use"
@@ -59,6 +54,7 @@ class ProcessesExecutor(Executor):
             )
         check_tensor_parallel(config.model, size)
         self.config = config
+        self._cards = _cards(config)
         self._threads = _ops_cpu.num_threads()
         self._ranks: RankProcesses | None = None
         self._writer = SliceWriter()
@@ -82,15 +78,13 @@ class ProcessesExecutor(Executor):
         size = self.config.parallel.tensor_parallel_size
         widest = -(-self.config.model.vocab_size // size)
         memory = SharedMemory(size, widest)
-        self._communicator = SharedMemoryCommunicator(memory, 0)
+        self._communicator = join(memory, 0, bool(self._cards))
         threads = envs.FD_LITE_NUM_THREADS or max(1, self._threads // size)
         starts = []
         for rank in range(1, size):
-            config = replace(self.config, parallel=ParallelConfig(size, rank))
-            starts.append(Start(config, memory.fd, widest, threads))
-        self._ranks = ranks = RankProcesses(
-            starts, memory.fd, self._communicator.late, self._communicator.lose
-        )
+            config = replace(self.config, parallel=replace(self.config.parallel, rank=rank))
+            starts.append(Start(config, memory.fd, widest, threads, bool(self._cards)))
+        self._ranks = ranks = RankProcesses(starts, memory.fd, self._communicator, self._cards)
         memory.close()  # the others have inherited it
         _ops_cpu.set_num_threads(threads)
         self.runner = ModelRunner(self.config, self._communicator)
@@ -101,13 +95,18 @@ class ProcessesExecutor(Executor):
             raise
         seconds = [found.seconds for found in ranks.answers() if isinstance(found, Loaded)]
         self._load_seconds = max([self.runner.load_seconds, *seconds])
-        return self._allocate(ranks)
+        try:
+            return self._allocate(ranks)
+        except PeerLostError as error:
+            ranks.give_up(str(error))
+            raise
 
     def _allocate(self, ranks: RankProcesses) -> int:
         """Give every rank the same number of KV blocks, once all of them hold their weights."""
         ranks.send(CountBlocks())
+        own = self.runner.profile_num_blocks()  # on cards a step of all ranks together
         counts = [found.count for found in ranks.answers() if isinstance(found, Blocks)]
-        num_blocks = min([self.runner.profile_num_blocks(), *counts])
+        num_blocks = min([own, *counts])
         ranks.send(Allocate(num_blocks))
         self.runner.allocate_kv_cache(num_blocks)
         for found in ranks.answers():
@@ -121,6 +120,7 @@ class ProcessesExecutor(Executor):
         assert ranks is not None
         ranks.check()
         ranks.send(self._writer.step(slices))
+        self._communicator.begin()
         try:
             results, failure = self._compute(slices)
             if self._communicator.agree(results is not None):
@@ -167,4 +167,25 @@ class ProcessesExecutor(Executor):
         """See Executor."""
         if self._ranks is not None:
             self._ranks.close()
+            self._communicator.close()
             _ops_cpu.set_num_threads(self._threads)
+
+
+def _cards(config: RuntimeConfig) -> list[str]:
+    """The card of each rank, none where the model runs on the CPU."""
+    size = config.parallel.tensor_parallel_size
+    if config.device == "cpu" or not device.decide().is_cuda:
+        return []
+    cards = device.visible_cards()
+    if len(cards) < size:
+        raise ConfigError(
+            f"tensor_parallel_size {size}: each rank takes a card and {len(cards)} can be seen:"
+            f" lower it, or set {device.DEVICE_VARIABLE}=cpu"
+        )
+    from fastdeploy_lite.model_executor.ops import cuda_runtime  # noqa: PLC0415 - needs CUDA
+
+    try:
+        cuda_runtime.open_nccl()
+    except RuntimeError as error:
+        raise ConfigError(f"tensor_parallel_size {size}: {error}") from error
+    return cards

@@ -23,8 +23,8 @@ from fastdeploy_lite.distributed.communicator import (
     PeerFailedError,
     PeerLostError,
     SharedMemory,
-    SharedMemoryCommunicator,
 )
+from fastdeploy_lite.distributed.group import join
 from fastdeploy_lite.executor.channel import Channel
 from fastdeploy_lite.executor.inline import report_of
 from fastdeploy_lite.executor.messages import (
@@ -63,7 +63,7 @@ class RankLoop:
         parallel = start.config.parallel
         memory = SharedMemory(parallel.tensor_parallel_size, start.widest, start.memory_fd)
         self._channel = channel
-        self._communicator = SharedMemoryCommunicator(memory, parallel.rank)
+        self._communicator = join(memory, parallel.rank, start.on_cards)
         self._runner = ModelRunner(start.config, self._communicator)
         self._reader = SliceReader()
         self._decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)

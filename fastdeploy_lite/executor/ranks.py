@@ -15,11 +15,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 import msgspec
 
+from fastdeploy_lite.device import CARDS_VARIABLE
+from fastdeploy_lite.distributed.communicator import Communicator
 from fastdeploy_lite.executor.base import ExecutorDeadError
 from fastdeploy_lite.executor.channel import Channel
 from fastdeploy_lite.executor.messages import FromRank, RankFatal, Start, ToRank, encode_start
@@ -29,6 +31,9 @@ from fastdeploy_lite.utils.processes import STOPPED_SECONDS, state_of
 LOOK_SECONDS = 0.25
 IDLE_SECONDS = 4.0  # a rank that sleeps for so long while others wait for it hangs
 END_SECONDS = 2.0
+BUSY_SECONDS = 8.0
+SLOWER = 4  # times as long as the fastest a rank may take: parts differ by a third at most
+TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 # Not `-m`, which looks into the working directory first: the process must run this very package.
 _RUN_RANK = """\
 import sys
@@ -49,7 +54,33 @@ class _Rank:
         self.fatal: RankFatal | None = None
         self.stopped_since: float | None = None
         self.last_ticks = -1
+        self.last_arrival = -1
         self.busy_at = 0.0
+        self.late_since = 0.0
+        self.late_ticks = 0
+
+
+class _Pace:
+    """How long the fastest rank took from one place where ranks wait to the next.
+
+    Attributes:
+        seconds: the last time, not below what the watch can tell apart.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._furthest = 0
+        self._began = time.monotonic()
+
+    def begins(self, now: float) -> None:
+        """A message has been sent: what was before was waiting for it."""
+        self._began = now
+
+    def saw(self, furthest: int, now: float) -> None:
+        """The furthest rank has come so far."""
+        if furthest != self._furthest:
+            self.seconds = now - self._began
+            self._furthest, self._began = furthest, now
 
 
 class RankProcesses:
@@ -58,21 +89,22 @@ class RankProcesses:
     Args:
         starts: what to send to each process first.
         memory_fd: descriptor that they inherit.
-        late: returns the ranks that others wait for.
-        release: lets everybody who waits for a rank give up.
+        communicator: of the first rank; knows who waits for whom, and frees who waits.
+        cards: of each rank, none on the CPU.
     """
 
     def __init__(
         self,
         starts: Sequence[Start],
         memory_fd: int,
-        late: Callable[[], list[int]],
-        release: Callable[[], None],
+        communicator: Communicator,
+        cards: Sequence[str] = (),
     ) -> None:
         self._starts = [encode_start(start) for start in starts]
         self._memory_fd = memory_fd
-        self._late = late
-        self._release = release
+        self._communicator = communicator
+        self._cards = cards
+        self._pace = _Pace()
         self._ranks: list[_Rank] = []
         self._reason: str | None = None
         self._is_users = False
@@ -115,6 +147,7 @@ class RankProcesses:
     def send(self, message: ToRank) -> None:
         """Tell every rank; raises as `check`."""
         raw = msgspec.msgpack.encode(message)
+        self._pace.begins(time.monotonic())
         for rank in self._ranks:
             try:
                 rank.channel.send(raw)
@@ -159,12 +192,17 @@ class RankProcesses:
             code = _RUN_RANK.format(path=sys.path, descriptor=theirs.fileno(), parent=os.getpid())
             process = subprocess.Popen(
                 [sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True,
-                pass_fds=(theirs.fileno(), self._memory_fd),
+                pass_fds=(theirs.fileno(), self._memory_fd), env=self._environment(number),
             )  # fmt: skip
         rank = _Rank(number, process, Channel(ours))
         rank.channel.send(start)
         self._selector.register(rank.channel, selectors.EVENT_READ, rank)
         return rank
+
+    def _environment(self, number: int) -> dict[str, str] | None:
+        if not self._cards:
+            return None
+        return {**os.environ, CARDS_VARIABLE: self._cards[number]}
 
     def _listen(self) -> None:
         for key, _ in self._selector.select(LOOK_SECONDS):
@@ -193,8 +231,10 @@ class RankProcesses:
         return self._name(rank, f"ended with exit status {code}")
 
     def _look(self) -> None:
-        """Notice processes that are stopped, or asleep while others wait for them."""
-        late, now = self._late(), time.monotonic()
+        """Notice processes that are stopped, or do not come on while others wait for them."""
+        late, arrivals = self._communicator.late(), self._communicator.arrivals()
+        now = time.monotonic()
+        self._pace.saw(max(arrivals), now)
         for rank in self._ranks:
             state, ticks = state_of(rank.process.pid)
             if state != "T":
@@ -203,12 +243,25 @@ class RankProcesses:
                 rank.stopped_since = now
             elif now - rank.stopped_since > STOPPED_SECONDS:
                 self._lose(self._name(rank, "is stopped (SIGSTOP)"))
-            is_asleep = state != "R" and ticks == rank.last_ticks  # not short of a processor
-            if rank.number not in late or not is_asleep:
+            arrival = arrivals[rank.number]
+            if rank.number not in late or arrival != rank.last_arrival:
+                rank.late_since, rank.late_ticks = now, ticks
                 rank.busy_at = now
-            elif now - rank.busy_at > IDLE_SECONDS:
-                self._lose(self._name(rank, f"has slept for {IDLE_SECONDS:g} s inside a step"))
+            rank.last_arrival = arrival
+            if state == "R" or ticks != rank.last_ticks:  # at least short of a processor
+                rank.busy_at = now
             rank.last_ticks = ticks
+            self._judge(rank, now)
+
+    def _judge(self, rank: _Rank, now: float) -> None:
+        if now - rank.busy_at > IDLE_SECONDS:
+            self._lose(self._name(rank, f"has slept for {IDLE_SECONDS:g} s inside a step"))
+        used = (rank.last_ticks - rank.late_ticks) / TICKS_A_SECOND
+        waited, allowed = now - rank.late_since, max(BUSY_SECONDS, SLOWER * self._pace.seconds)
+        # A process that others crowd off the processors is slow, not lost.
+        if waited > allowed and used > allowed / 2:
+            text = f"has been busy for {waited:.0f} s with what another rank did in"
+            self._lose(self._name(rank, f"{text} {self._pace.seconds:.1f} s"))
 
     @staticmethod
     def _name(rank: _Rank, text: str) -> str:
@@ -217,7 +270,7 @@ class RankProcesses:
     def _lose(self, reason: str) -> None:
         if self._reason is None:
             self._reason = reason
-        self._release()
+        self._communicator.lose()
 
     def _end(self) -> None:
         self._selector.close()

@@ -81,7 +81,7 @@ class ModelRunner:
         self.communicator = communicator
         # Tokens are sampled by the first rank alone; the others are told with the next step.
         self._samples = config.parallel.rank == 0
-        self.place = device.activate(config.parallel.rank, config.device)
+        self.place = device.activate(0, config.device)  # a rank sees no card but its own
         self.dtype = device.activation_dtype(self.place)
         self.workspace = Workspace(self.place)
         # For what is rare (log-probabilities, evaluation): growing it leaves graphs valid.
@@ -110,6 +110,8 @@ class ModelRunner:
         """
         started = time.perf_counter()
         self._check_loading = check
+        if self.communicator is not None:
+            self.communicator.open(self._forget_graphs)
         try:
             self._load(self.config, show_progress)
         except UndecidedRowOrderError as undecided:
@@ -216,9 +218,12 @@ class ModelRunner:
         """Bytes that the KV cache may take, after a step of the largest size has run on a card."""
         utilization = self.config.cache.gpu_memory_utilization
         if self.place.is_cpu_place():
-            # All ranks of this host share what is free.
+            # All ranks and replicas of this host share what is free.
             free = ops.memory_info(self.place)[0]
-            return utilization * free / self.config.parallel.tensor_parallel_size
+            parallel = self.config.parallel
+            return (
+                utilization * free / (parallel.tensor_parallel_size * parallel.data_parallel_size)
+            )
         self._run_largest_step()
         free, total = ops.memory_info(self.place)
         reserved = kv_budget.largest_sampling_bytes(self.config)
@@ -257,6 +262,10 @@ class ModelRunner:
             self.config.scheduler.max_num_seqs,
             self.config.cudagraph_capture_sizes,
         )
+
+    def _forget_graphs(self) -> None:
+        self._graphs = None  # first: their memory is needed
+        self._graphs = self._new_graphs() if self._kv_caches else None
 
     def _new_caches(self, num_blocks: int) -> list[KVCache]:
         model = self.config.model

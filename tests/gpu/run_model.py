@@ -20,7 +20,7 @@ import numpy as np
 def generate(model: str, request: dict) -> dict[str, np.ndarray]:
     from fastdeploy_lite import LLM, SamplingParams
 
-    llm = LLM(model, max_num_seqs=16, max_model_len=1024, **request.get("engine", {}))
+    llm = LLM(model, **{"max_num_seqs": 16, "max_model_len": 1024, **request.get("engine", {})})
     sampling = {"temperature": 0.0, **request.get("sampling", {})}
     wanted = request["max_tokens"]
     params = [

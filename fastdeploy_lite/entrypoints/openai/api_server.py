@@ -29,7 +29,8 @@ import uvicorn
 from fastdeploy_lite import envs
 from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.engine.args_utils import EngineArgs
-from fastdeploy_lite.engine.engine_client import AsyncEngineClient
+from fastdeploy_lite.engine.engine_client import EngineClient
+from fastdeploy_lite.engine.replicas import create_client
 from fastdeploy_lite.entrypoints.openai.app import (
     Application,
     controller_application,
@@ -174,14 +175,20 @@ class ApiServer:
             self._engine.tool_call_parser,
             self._engine.tool_parser_plugin,
         )
-        client = AsyncEngineClient(self._engine)
-        metrics = ServerMetrics(config.scheduler.max_num_seqs, dataclasses.asdict(config.cache))
+        client = self._create_client()
+        replicas = self._engine.data_parallel_size
+        metrics = ServerMetrics(
+            config.scheduler.max_num_seqs, dataclasses.asdict(config.cache), replicas
+        )
         self._service = Service(
             self._engine, config, client, preprocessor, parsers, metrics,
             self._http.max_waiting_time,
         )  # fmt: skip
         await self._launch(config)
         return self._service
+
+    def _create_client(self) -> EngineClient:
+        return create_client(self._engine, restart=self._http.restart_engine)
 
     async def _launch(self, config: RuntimeConfig) -> None:
         """Start the engine; a signal meanwhile stops it."""
@@ -220,6 +227,8 @@ class ApiServer:
         console.info(
             "Detected %d gpu blocks and 0 cpu blocks in cache (block size: %d).", blocks, size
         )
+        if self._engine.data_parallel_size > 1:
+            console.info("So does each of %d replicas.", self._engine.data_parallel_size)
         console.info(
             "FastDeploy will be serving %d running requests if each sequence reaches its maximum "
             "length: %d", most, length,
@@ -334,7 +343,7 @@ class ApiServer:
         admission = self._application.admission
         admission.closed_reason = "The engine is starting"
         try:
-            old, self._service.client = self._service.client, AsyncEngineClient(self._engine)
+            old, self._service.client = self._service.client, self._create_client()
             await old.shutdown()
             await self._launch(self._service.config)
         except (FastDeployError, RuntimeError, OSError) as error:
@@ -349,8 +358,10 @@ class ApiServer:
         metrics, last_line, last_total = self._service.metrics, time.monotonic(), 0
         while True:
             await asyncio.sleep(STATS_SECONDS)
-            stats = self._service.client.stats
+            client = self._service.client
+            stats = client.stats
             metrics.update(stats)
+            metrics.update_replicas(client.replicas_healthy, client.replica_stats)
             if time.monotonic() - last_line < THROUGHPUT_SECONDS:
                 continue
             last_line = time.monotonic()

@@ -468,7 +468,9 @@ def add_metrics(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", tags=["metrics"])
     async def metrics() -> Response:
         """Prometheus text."""
-        service.metrics.update(service.client.stats)
+        client = service.client
+        service.metrics.update(client.stats)
+        service.metrics.update_replicas(client.replicas_healthy, client.replica_stats)
         return Response(service.metrics.render(), media_type=CONTENT_TYPE)
 
     @app.get("/config-info", tags=["metrics"])

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.engine.args_utils import EngineArgs
-from fastdeploy_lite.engine.engine_client import AsyncEngineClient
+from fastdeploy_lite.engine.engine_client import EngineClient
 from fastdeploy_lite.engine.output_processor import OutputProcessor
 from fastdeploy_lite.entrypoints.openai.errors import EngineUnavailableError, ServiceError
 from fastdeploy_lite.entrypoints.openai.lanes import Lane
@@ -46,7 +46,7 @@ class Service:
 
     args: EngineArgs
     config: RuntimeConfig
-    client: AsyncEngineClient
+    client: EngineClient
     preprocessor: Preprocessor
     parsers: OutputParsers
     metrics: ServerMetrics

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from fastdeploy_lite.distributed.communicator import Communicator
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.ops import PackedWeight
@@ -29,22 +27,12 @@ class Embedding:
         out = workspace.get("residual", shape, self.dtype)
         if self.communicator is None:
             ops.embedding(token_ids, self.weight, out)
-        else:
-            self._look_up_share(self.communicator, token_ids, out, workspace)
+            return out
+        # Each token's row comes from the rank that has it; the others add zeros.
+        first = self.communicator.rank * self.weight.out_features
+        ops.embedding_share(token_ids, self.weight, first, out)
+        self.communicator.all_reduce(out)
         return out
-
-    def _look_up_share(
-        self, communicator: Communicator, token_ids: Any, out: Any, workspace: Workspace
-    ) -> None:
-        """Each token's row comes from the rank that has it; the others add zeros."""
-        count = self.weight.out_features
-        ids = ops.host_array(token_ids) - communicator.rank * count
-        own = (ids >= 0) & (ids < count)
-        local = workspace.get("local_ids", token_ids.shape, "int32")
-        ops.upload(np.where(own, ids, 0).astype(np.int32), local)
-        ops.embedding(local, self.weight, out)
-        ops.host_array(out)[~own] = 0
-        communicator.all_reduce(out)
 
 
 class LogitsHead:

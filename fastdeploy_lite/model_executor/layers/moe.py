@@ -53,7 +53,7 @@ class MoE:
         """
         out = workspace.get("moe", x.shape, x.dtype)
         if self.up_gate is None or self.down is None:
-            out.fill_(0)
+            ops.clear(out)
             return out, None if self.shared is None else self.shared(x, workspace)
         ids, weights = self.router(x, workspace)
         if isinstance(self.up_gate, PackedWeight) and isinstance(self.down, PackedWeight):

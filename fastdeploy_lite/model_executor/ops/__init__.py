@@ -11,7 +11,7 @@ from fastdeploy_lite.model_executor.ops.attention import (
     paged_attention,
     rope_and_cache,
 )
-from fastdeploy_lite.model_executor.ops.dense import embedding, linear
+from fastdeploy_lite.model_executor.ops.dense import embedding, embedding_share, linear
 from fastdeploy_lite.model_executor.ops.dummy import randomize_weight
 from fastdeploy_lite.model_executor.ops.moe import fused_moe, route
 from fastdeploy_lite.model_executor.ops.norm import add_rms_norm, rms_norm
@@ -27,6 +27,7 @@ from fastdeploy_lite.model_executor.ops.sampling import (
 from fastdeploy_lite.model_executor.ops.segments import segmented_linear, segmented_moe
 from fastdeploy_lite.model_executor.ops.transfer import (
     announce_step,
+    clear,
     download,
     host_array,
     memory_info,
@@ -43,9 +44,11 @@ __all__ = [
     "add_rms_norm",
     "allocate_weight",
     "announce_step",
+    "clear",
     "decode_attention",
     "download",
     "embedding",
+    "embedding_share",
     "fill_weight",
     "finish_weight",
     "fix",

@@ -46,6 +46,12 @@ def download(tensor: Tensor) -> npt.NDArray[Any]:
     return host
 
 
+def clear(tensor: Tensor) -> None:
+    """See ops.clear."""
+    nbytes = int(tensor.size) * int(tensor.element_size())
+    _ops_cuda.clear(int(tensor.data_ptr()), nbytes, stream())
+
+
 def announce_step(rows: int) -> None:
     """See ops.announce_step."""
     _ops_cuda.allow_early_start(rows <= runtime.EARLY_START_ROWS)
@@ -121,6 +127,11 @@ def gather_rows(x: View, rows: View, out: View) -> None:
 
 def embedding(token_ids: View, weight: CudaWeight, out: View) -> None:
     """See ops.embedding."""
+    embedding_share(token_ids, weight, 0, out)
+
+
+def embedding_share(token_ids: View, weight: CudaWeight, first: int, out: View) -> None:
+    """See ops.embedding_share."""
     if not weight.rows:
         raise ValueError("embedding: the table must be a dense weight")
     tokens, hidden = out[2]
@@ -130,6 +141,7 @@ def embedding(token_ids: View, weight: CudaWeight, out: View) -> None:
         address(out),
         tokens,
         hidden,
+        first,
         weight.out_features,
         stream(),
     )

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,27 +119,46 @@ def open_blas() -> None:
     Raises:
         RuntimeError: it is nowhere; the message says what to install.
     """
-    tried: list[str] = []
-    for candidate in _blas_candidates():
-        try:
-            _ops_cuda.blas_open(candidate)
-            return
-        except RuntimeError as error:
-            tried.append(str(error))
-    raise RuntimeError(
-        "linear: cuBLASLt was not found, `pip install nvidia-cublas` or install the CUDA toolkit "
-        f"({'; '.join(tried)})"
-    )
+    names = ["libcublasLt.so.13", "libcublasLt.so.12"]
+    names += [f"/usr/local/cuda/lib64/{name}" for name in names]
+    tried = _open_first(_ops_cuda.blas_open, "libcublasLt.so.*", names)
+    if tried:
+        raise RuntimeError(
+            "linear: cuBLASLt was not found, `pip install nvidia-cublas` or install the CUDA"
+            f" toolkit ({tried})"
+        )
 
 
-def _blas_candidates() -> Iterator[str]:
+@functools.cache
+def open_nccl() -> None:
+    """Load NCCL, once: from its wheel or the loader's path.
+
+    Raises:
+        RuntimeError: it is nowhere; the message says what to install.
+    """
+    tried = _open_first(_ops_cuda.nccl_open, "libnccl.so.2", ["libnccl.so.2"])
+    if tried:
+        raise RuntimeError(
+            "several cards need NCCL 2, which was not found: `pip install nvidia-nccl-cu13`"
+            f" (nvidia-nccl-cu12 for a driver of CUDA 12) ({tried})"
+        )
+
+
+def _open_first(load: Callable[[str], None], pattern: str, names: Sequence[str]) -> str:
+    """Load the first library that can be; "" or, if there is none, why not."""
     spec = importlib.util.find_spec("nvidia")
     folders = list(spec.submodule_search_locations or []) if spec else []
+    wheels: list[str] = []
     for folder in folders:
-        yield from map(str, sorted(Path(folder).glob("*/lib/libcublasLt.so.*"), reverse=True))
-    yield from ("libcublasLt.so.13", "libcublasLt.so.12")
-    for version in ("13", "12"):
-        yield f"/usr/local/cuda/lib64/libcublasLt.so.{version}"
+        wheels += map(str, sorted(Path(folder).glob(f"*/lib/{pattern}"), reverse=True))
+    tried: list[str] = []
+    for candidate in (*wheels, *names):
+        try:
+            load(candidate)
+            return ""
+        except RuntimeError as error:
+            tried.append(str(error))
+    return "; ".join(tried)
 
 
 def empty(shape: list[int], dtype: str, place: Any) -> Tensor:

@@ -53,3 +53,26 @@ def embedding(token_ids: Tensor, weight: PackedWeight, out: Tensor) -> None:
         handle,
         args.view("out", out, args.activation, token_ids.shape[0], weight.in_features),
     )
+
+
+def embedding_share(token_ids: Tensor, weight: PackedWeight, first: int, out: Tensor) -> None:
+    """As `embedding`, of a table of which the rows from `first` on are held.
+
+    Args:
+        token_ids: int32 [T]; ids of rows that are not held give zeros.
+        weight: dense, in_features H, out_features as many as rows are held.
+        first: id of the first one.
+        out: [T, H], float32 on CPU, bfloat16 on a card.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape or place, or a quantised weight.
+    """
+    args = Arguments("embedding_share", token_ids)
+    handle = args.weight("weight", weight)
+    args.native()(
+        args.view("token_ids", token_ids, "int32", None),
+        handle,
+        first,
+        args.view("out", out, args.activation, token_ids.shape[0], weight.in_features),
+    )

@@ -51,6 +51,20 @@ def download(tensor: Tensor) -> npt.NDArray[Any]:
     return host_array(tensor)
 
 
+def clear(tensor: Tensor) -> None:
+    """Fill a contiguous tensor with zeros, ordered on the current stream.
+
+    Raises:
+        ValueError: the tensor has gaps.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError(f"clear: a tensor of shape {tensor.shape} has gaps")
+    if place_kind(tensor.place) == "cuda":
+        native("cuda", "clear")(tensor)
+    else:
+        host_array(tensor)[...] = 0
+
+
 def host_array(tensor: Tensor) -> npt.NDArray[Any]:
     """Return a contiguous CPU tensor's own memory as a writable array; bfloat16 as uint16 bits.
 

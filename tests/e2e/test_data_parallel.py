@@ -1,0 +1,148 @@
+"""Two replicas behind one port: answers, counters, and the death of one under load."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from server_process import ServerProcess, running_server
+
+from fastdeploy_lite import LLM
+from fastdeploy_lite.utils.errors import ConfigError
+
+CHAT = "/v1/chat/completions"
+FLAGS = (
+    "--data-parallel-size", "2", "--max-model-len", "1024", "--max-num-seqs", "8",
+    "--num-gpu-blocks-override", "160",
+)  # fmt: skip
+BODY: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Tell me of the moon over the old river."}],
+    "max_tokens": 24,
+    "temperature": 0,
+}
+LONG = {**BODY, "max_tokens": 900, "min_tokens": 800}
+
+
+def engines(server: ServerProcess) -> list[psutil.Process]:
+    return [p for p in server.family() if any("core_process" in word for word in p.cmdline())]
+
+
+def per_replica(server: ServerProcess, name: str) -> dict[str, float]:
+    """Samples of one gauge by replica."""
+    text = httpx.get(f"{server.url}/metrics", timeout=10).text
+    found = re.findall(rf'^fastdeploy:{name}{{replica="(\d+)"}} (\S+)$', text, re.MULTILINE)
+    return {replica: float(value) for replica, value in found}
+
+
+def post_many(server: ServerProcess, count: int, body: dict[str, Any]) -> list[Any]:
+    """Statuses and texts of requests at the same time; fills as they end, join to have all."""
+    found: list[Any] = []
+
+    def post() -> None:
+        answer = httpx.post(f"{server.url}{CHAT}", json=body, timeout=90)
+        text = answer.json()["choices"][0]["message"]["content"] if answer.is_success else ""
+        found.append((answer.status_code, text))
+
+    threads = [threading.Thread(target=post) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    found.append(threads)
+    return found
+
+
+def join(found: list[Any]) -> list[tuple[int, str]]:
+    threads = next(each for each in found if isinstance(each, list))
+    for thread in threads:
+        thread.join(90)
+    return [each for each in found if isinstance(each, tuple)]
+
+
+def wait_running(server: ServerProcess, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while server.metric("fastdeploy:num_requests_running") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def answer(server: ServerProcess) -> Any:
+    found = httpx.post(f"{server.url}{CHAT}", json=BODY, timeout=60)
+    return found.status_code, found.json().get("choices")
+
+
+@pytest.mark.timeout(240)
+def test_answers_counters_and_a_dead_replica(tmp_path: Path, server: ServerProcess) -> None:
+    """What one replica leaves behind, the other one does; without restarts for ever."""
+    expected = answer(server)
+    with running_server(tmp_path / "s", FLAGS) as both:
+        assert len(engines(both)) == 2
+        assert answer(both) == expected
+        short = join(post_many(both, 8, BODY))
+        assert {status for status, _ in short} == {200}
+        assert len({text for _, text in short}) == 1
+        assert sum(per_replica(both, "replica_requests").values()) == 9
+        assert all(per_replica(both, "replica_requests").values())
+        assert both.metric("fastdeploy:max_batch_size") == 16
+        assert both.metric("fastdeploy:max_gpu_block_num") == 320
+
+        found = post_many(both, 6, LONG)
+        wait_running(both, 6)
+        assert per_replica(both, "replica_num_requests_running") == {"0": 3, "1": 3}
+        engines(both)[0].kill()
+        ends = join(found)
+        assert sorted(status for status, _ in ends)[:3] == [200, 200, 200]
+        assert sum(status >= 500 for status, _ in ends) == 3
+        assert httpx.get(f"{both.url}/health").status_code == 200
+        assert sorted(per_replica(both, "replica_up").values()) == [0, 1]
+        assert answer(both) == expected
+        assert both.metric("fastdeploy:prompt_tokens_total") > 0
+        assert "is dead: the engine process ended by signal SIGKILL" in both.stderr
+
+        engines(both)[0].kill()  # the last one
+        assert both.wait(20) != 0
+        last = [line for line in both.stderr.splitlines() if line.strip()][-1]
+        assert last.endswith("the engine is dead: the engine process ended by signal SIGKILL")
+        assert "Traceback" not in both.stderr
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_replica_of_two_ranks_is_started_again(tmp_path: Path) -> None:
+    """Each replica is split over two processes; one rank's death costs its replica alone."""
+    flags = (*FLAGS, "--tensor-parallel-size", "2", "--restart-engine")
+    with running_server(tmp_path / "s", flags) as server:
+        before = answer(server)
+        ranks = [p for p in server.family() if any("rank_process" in w for w in p.cmdline())]
+        assert len(ranks) == 2
+        found = post_many(server, 4, LONG)
+        wait_running(server, 4)
+        os.kill(ranks[0].pid, signal.SIGKILL)
+        deadline = time.monotonic() + 90
+        health = set()
+        while sorted(per_replica(server, "replica_up").values()) != [1, 1] or not health:
+            assert time.monotonic() < deadline
+            health.add(httpx.get(f"{server.url}/health", timeout=10).status_code)
+            time.sleep(0.1)
+        assert health == {200}
+        ends = join(found)
+        assert sum(status >= 500 for status, _ in ends) == 2
+        assert sum(status == 200 for status, _ in ends) == 2
+        assert len(engines(server)) == 2
+        again = join(post_many(server, 4, BODY))
+        assert {(status, text) for status, text in again} == {
+            (200, before[1][0]["message"]["content"])
+        }
+        assert not ranks[0].is_running()
+        server.terminate()
+        assert server.wait(30) == 0
+
+
+def test_replicas_are_not_for_the_offline_class() -> None:
+    with pytest.raises(ConfigError, match="data_parallel_size 2: replicas are for a server"):
+        LLM("demo", data_parallel_size=2)
