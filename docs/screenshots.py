@@ -1,10 +1,13 @@
-"""Takes the pictures of the chat page in docs/images: the demo model in headless Chromium.
+"""Takes the pictures of the chat page and of this site in docs/images, in headless Chromium.
 
 python docs/screenshots.py [FOLDER]
 """
 
 from __future__ import annotations
 
+import functools
+import http.server
+import subprocess
 import sys
 import tempfile
 import threading
@@ -91,12 +94,32 @@ def take(url: str, folder: Path, profiles: Path) -> None:
         save(driver, "page-api")
 
 
+def take_site(folder: Path, scratch: Path) -> None:
+    """A picture of this documentation as a site."""
+    site = scratch / "site"
+    subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(site),
+         "--config-file", "deploy/site/mkdocs.yml"],
+        cwd=ROOT, check=True,
+    )  # fmt: skip
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with browser(scratch / "reader", DESKTOP) as driver:
+            driver.get(f"http://127.0.0.1:{server.server_address[1]}/how_it_works.html")
+            time.sleep(3)
+            driver.save_screenshot(str(folder / "site-how-it-works.png"))
+            print(folder / "site-how-it-works.png")
+        server.shutdown()
+
+
 def main() -> None:
     """Serve the demo model and take every picture."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "images"
     folder.mkdir(parents=True, exist_ok=True)
     flags = ("--max-model-len", "2048", "--num-gpu-blocks-override", "256")
     with tempfile.TemporaryDirectory() as scratch, running_server(Path(scratch), flags) as server:
+        take_site(folder, Path(scratch))
         take(server.url, folder, Path(scratch))
 
 
