@@ -12,8 +12,12 @@ from typing import Any
 from fastdeploy_lite import envs
 from fastdeploy_lite.utils.errors import quote
 
+# Ranges, inclusive: bodies of requests are held to the same ones.
 MAX_SEED = 922337203685477580
 MAX_LOGPROBS = 20
+PENALTIES = (-2.0, 2.0)
+SHARES = (0.0, 1.0)  # of probability: top_p, min_p
+LEAST_TOP_K = -1
 # Each entry is looked at in every step.
 MAX_LOGIT_BIAS = 4096
 MAX_TOKEN_IDS = 10_000
@@ -137,7 +141,7 @@ class SamplingParams:
             raise ValueError(f"n must be at least 1, got {quote(self.n)}.")
         if not _is_int(self.top_k):
             raise TypeError(f"top_k must be an integer, got {type(self.top_k).__name__}")
-        if self.top_k < -1:
+        if self.top_k < LEAST_TOP_K:
             raise ValueError(
                 f"top_k must be 0 or -1 (disable), or at least 1, got {quote(self.top_k)}."
             )
@@ -148,7 +152,7 @@ class SamplingParams:
 
     def _check_numbers(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
-            if not _in_range(name, getattr(self, name), -2.0, 2.0):
+            if not _in_range(name, getattr(self, name), *PENALTIES):
                 raise ValueError(f"{name} must be in [-2, 2], got {getattr(self, name)}.")
         # Comparisons are written so that NaN fails them.
         value = _number("repetition_penalty", self.repetition_penalty, 1.0)
@@ -157,9 +161,9 @@ class SamplingParams:
         value = _number("temperature", self.temperature, 1.0)
         if not 0.0 <= value < float("inf"):
             raise ValueError(f"temperature must be non-negative, got {value}.")
-        if not _in_range("top_p", self.top_p, 0.0, 1.0):
+        if not _in_range("top_p", self.top_p, *SHARES):
             raise ValueError(f"top_p must be in [0, 1], got {self.top_p}.")
-        if not _in_range("min_p", self.min_p, 0.0, 1.0):
+        if not _in_range("min_p", self.min_p, *SHARES):
             raise ValueError(f"min_p must be in [0,1], got {self.min_p}.")
 
     def _check_lengths(self) -> None:

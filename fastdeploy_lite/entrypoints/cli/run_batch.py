@@ -19,7 +19,7 @@ from fastdeploy_lite.entrypoints.openai import api_server
 from fastdeploy_lite.entrypoints.openai.app import create_application
 from fastdeploy_lite.entrypoints.openai.server_args import ServerArgs
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
-from fastdeploy_lite.utils.errors import ConfigError, one_line
+from fastdeploy_lite.utils.errors import ConfigError, one_line, quote
 from fastdeploy_lite.utils.logging import init_file_logging
 
 _JSON = {"content-type": "application/json"}
@@ -123,7 +123,10 @@ async def answer_line(client: httpx.AsyncClient, line: bytes) -> dict[str, Any]:
     }
     try:
         request = json.loads(line)
-        answer["custom_id"] = request["custom_id"]
+        name = request["custom_id"]
+        if not isinstance(name, str):  # it is written back: NaN, for one, is no JSON
+            raise TypeError(f"custom_id must be text, got {quote(name)}")
+        answer["custom_id"] = name
         url, body = request["url"], request["body"]
         if url not in URLS or request.get("method", "POST") != "POST":
             raise ValueError(f"only POST to {' and '.join(URLS)} is possible, got {url!r}")

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from fastdeploy_lite.request.outputs import SpeculateMetrics
+from fastdeploy_lite.request.params import LEAST_TOP_K, MAX_SEED, PENALTIES, SHARES
 from fastdeploy_lite.utils.errors import quote
 
-MAX_SEED = 922337203685477580
 MAX_CHOICES = 128  # of `n`; one request must not fill the whole queue
 MAX_PROMPTS = 1024
 # Coarse bounds, so that no list is walked for long before the exact limits are checked.
@@ -61,6 +61,8 @@ AbortedIds = Annotated[list[str], FirstFault(), Field(max_length=MAX_ABORTED)]
 IdLists = Annotated[list[Ids], FirstFault()]
 Texts = Annotated[list[str], FirstFault()]
 Bias = Annotated[dict[str, float], BeforeValidator(_first_bad_bias)]
+Penalty = Annotated[float, Field(ge=PENALTIES[0], le=PENALTIES[1], allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=SHARES[0], le=SHARES[1], allow_inf_nan=False)]
 
 
 class ErrorInfo(BaseModel):
@@ -164,13 +166,13 @@ class GenerationRequest(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: str | None = "default"
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
     repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(default=None, ge=-1)
-    min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    top_p: Share | None = None
+    top_k: int | None = Field(default=None, ge=LEAST_TOP_K)
+    min_p: Share | None = None
     n: int | None = Field(default=1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     max_tokens: int | None = None

@@ -13,13 +13,17 @@ from pydantic import BaseModel, ValidationError
 from fastdeploy_lite.entrypoints.openai import forced_calls
 from fastdeploy_lite.entrypoints.openai.protocol import (
     MAX_PROMPTS,
-    MAX_SEED,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
 )
 from fastdeploy_lite.entrypoints.openai.service import Service
-from fastdeploy_lite.request.params import TOOL_CHOICE, GuidedDecodingParams, SamplingParams
+from fastdeploy_lite.request.params import (
+    MAX_SEED,
+    TOOL_CHOICE,
+    GuidedDecodingParams,
+    SamplingParams,
+)
 from fastdeploy_lite.utils.errors import RequestError, one_line
 from fastdeploy_lite.utils.logging import get_logger
 

@@ -63,6 +63,17 @@ def test_a_variable_without_keys_opens_no_door(monkeypatch: pytest.MonkeyPatch, 
     assert parse("--api-key", "flag").api_key == ["flag"]
 
 
+def test_keys_on_the_command_line_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Over the file's, and those over the variable's: never a union."""
+    monkeypatch.setenv("FD_API_KEY", "old,older")
+    (tmp_path / "c.yaml").write_text("api_key: [file]")
+    file = ("--config", str(tmp_path / "c.yaml"))
+    assert parse().api_key == ["old", "older"]
+    assert parse(*file).api_key == ["file"]
+    assert parse("--api-key", "a", "--api-key", "b").api_key == ["a", "b"]
+    assert parse(*file, "--api-key", "a").api_key == ["a"]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("FD_LITE_SEND_SECONDS", "soon"), ("FD_LITE_SEND_SECONDS", "0"), ("FD_LOG_LEVEL", "LOUD"),
