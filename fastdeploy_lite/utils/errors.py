@@ -6,22 +6,52 @@ it may quote names taken from damaged files or from users, who must not be able 
 
 from __future__ import annotations
 
+from typing import Any
+
 _LONGEST_QUOTE = 120
 
 
 def one_line(text: object) -> str:
     """Return `text` as one printable line: control and line-breaking characters are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    text = str(text)
+    if text.isprintable():  # a hundred times as fast, and nearly always so
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def quote(value: object) -> str:
     """Return the `repr` of a value found in a file or request, cut to fit a message."""
     try:
-        text = repr(value)
+        text = repr(_beginning(value, [_LONGEST_QUOTE]))
     except (ValueError, RecursionError):  # integers beyond Python's digit limit, endless nesting
         text = f"<{type(value).__name__}>"
-    text = one_line(text)
+    text = one_line(text[: _LONGEST_QUOTE + 1])
     return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."
+
+
+def _beginning(value: Any, room: list[int]) -> Any:
+    """As much of plain data as a quote may show: requests bring lists of a million items.
+
+    Args:
+        value: Whatever was found.
+        room: Items that may still be looked at; counted down.
+
+    Returns:
+        The value, or a copy that begins like it and is longer than a quote.
+    """
+    room[0] -= 1
+    if isinstance(value, str | bytes):
+        return value[: _LONGEST_QUOTE + 1]
+    if isinstance(value, int) and value.bit_length() > 4 * _LONGEST_QUOTE:
+        room[0] = -1  # it fills a quote alone, and takes its time
+    if type(value) in (list, tuple, dict):
+        items: list[Any] = []
+        for item in value.items() if type(value) is dict else value:
+            if room[0] < 0:
+                break
+            items.append(_beginning(item, room))
+        return type(value)(items)
+    return value
 
 
 class FastDeployError(Exception):

@@ -27,6 +27,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 BODY_BYTES = 4 << 20  # the default of FD_LITE_MAX_BODY_BYTES
 VALUES = 250_000  # nearly the default of FD_LITE_MAX_BODY_VALUES
 HEAVY = 31_000  # the same in containers or members
+UNPRINTABLE = "\x85" * (BODY_BYTES // 6 - 100)  # six bytes each as JSON
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
@@ -77,6 +78,18 @@ BODIES: dict[str, tuple[str, str]] = {
     "items' tools": (RESPONSES, '{"input":"hi","tools":[' + "{}," * (HEAVY - 3000) + "{}]}"),
     "side channel": (COMPLETION, '{"suffix":{"x":1},"prompt":' + ids(VALUES) + "}"),
     "aborted": ("/v1/abort_requests", '{"req_ids":[' + '"a",' * VALUES + '"b"]}'),
+    "half a pair behind ids": (COMPLETION, '{"prompt":' + ids(200_000) + ',"stop":"\\ud83d"}'),
+    "half a pair behind texts": (CHAT, '{"messages":[' + '"a",' * VALUES + '"\\ud83d"]}'),
+    "half a pair in lists": (CHAT, '{"x":[' + "[[1]]," * (HEAVY // 3) + '"\\ud83d"]}'),
+    "a number beyond range": (COMPLETION, '{"prompt":' + ids(200_000) + ',"seed":1e999}'),
+    "floats as a bias": (CHAT, '{"messages":[],"logit_bias":{"1":[' + "1.23456," * VALUES + "1]}}"),
+    "an id to escape": (CHAT, json.dumps({**SHORT, "request_id": UNPRINTABLE})),
+    "a user to escape": (CHAT, json.dumps({**SHORT, "user": UNPRINTABLE})),
+    "a model to escape": (CHAT, json.dumps({**SHORT, "model": UNPRINTABLE})),
+    "a tool's name": (CHAT, json.dumps({**SHORT, "tools": [TOOL], "tool_choice": {
+        "type": "function", "function": {"name": UNPRINTABLE}}})),
+    "a role to escape": (CHAT, json.dumps({"messages": [{"role": UNPRINTABLE}]})),
+    "a pattern": (CHAT, json.dumps({**SHORT, "guided_regex": UNPRINTABLE})),
     "tokenize": ("/tokenize", '{"prompt":"' + "hello " * (BODY_BYTES // 6 - 50) + '"}'),
 }  # fmt: skip
 

@@ -24,6 +24,13 @@ def test_models(client: openai.OpenAI, http: httpx.Client) -> None:
     assert entry["parent"] is None
     assert entry["permission"][0]["id"].startswith("modelperm-")
     assert entry["permission"][0]["allow_fine_tuning"] is False
+    for name in ("demo", "default"):  # what every request may call it
+        assert client.models.retrieve(name).id == "demo"
+    for name in ("other", "a/b", "demo/", "%F0%9F%98%80", "x" * 5000):
+        answer = http.get(f"/v1/models/{name}")
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "model_not_found"
+        assert len(answer.text) < 1000
 
 
 def test_probes(http: httpx.Client) -> None:

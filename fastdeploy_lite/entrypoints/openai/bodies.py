@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -46,6 +46,7 @@ MOST_LEVELS = 128  # of nesting: whatever walks a body behind this door may recu
 CONTAINER_WEIGHT = 8  # an object, a list or a member costs as much as so many numbers
 _SECOND_LOOK_BYTES = 1 << 20  # a faulty body up to this size is read again to name its fault
 _SCAN_BYTES = 64 << 10
+_CONTAINERS = (dict, list)  # all that JSON has; no tuple is made for each look
 _REF = "#/components/schemas/{model}"
 
 
@@ -259,7 +260,10 @@ async def parse(request: Request, model: type[Model]) -> Model:
     _check_type(request)
     data = request.scope.pop(KEY, b"")
     request.scope[_SIZE_KEY] = len(data)
-    value = decode(data)
+    if len(data) > _LARGE_BYTES:
+        value = await decode_large(data)
+    else:
+        value = decode(data)
     del data
     await asyncio.sleep(0)  # two short stays on the loop instead of a long one
     try:
@@ -286,17 +290,35 @@ def decode(body: bytes) -> Any:
     Raises:
         RequestError: It is not JSON, or holds a lone surrogate; `param` is the field.
     """
+    decoded, failure = _first_look(body)
+    return decoded if failure is None else _second_look(body, failure)
+
+
+async def decode_large(body: bytes) -> Any:
+    """As `decode`, but what is wrong with a body is found beside the event loop."""
+    decoded, failure = _first_look(body)
+    if failure is None:
+        return decoded
+    return await asyncio.to_thread(_second_look, body, failure)
+
+
+def _first_look(body: bytes) -> tuple[Any, Exception | None]:
     try:
         with _without_collection():
-            return msgspec.json.decode(body)
+            return msgspec.json.decode(body), None
     except (msgspec.DecodeError, ValueError, RecursionError) as failure:
-        if len(body) > _SECOND_LOOK_BYTES:
-            raise _not_json(failure) from None
+        return None, failure
+
+
+def _second_look(body: bytes, failure: Exception) -> Any:
+    """Read what the strict decoder refused: numbers beyond its range, or a fault with a name."""
+    if len(body) > _SECOND_LOOK_BYTES:
+        raise _not_json(failure) from None
     try:
         value = json.loads(body)  # knows NaN and reads lone surrogates, so that they can be named
-        path = find_surrogate(value)
-    except (ValueError, RecursionError) as failure:
-        raise _not_json(failure) from None
+        path = find_surrogate(value) if _may_hold_surrogates(body) else None
+    except (ValueError, RecursionError) as error:
+        raise _not_json(error) from None
     if path is not None:
         raise RequestError(
             f"{path}: the text holds a lone surrogate, which is no character",
@@ -304,6 +326,12 @@ def decode(body: bytes) -> Any:
             code="invalid_value",
         )
     return value
+
+
+def _may_hold_surrogates(body: bytes) -> bool:
+    """Whether a search is worth its time: they come as escapes, or as bytes that are no UTF-8."""
+    plain = body.isascii() and b"\0" not in body  # with zeros it may be UTF-16
+    return not plain or b"\\ud" in body.lower()
 
 
 def find_surrogate(value: Any, path: str = "") -> str | None:
@@ -321,16 +349,28 @@ def find_surrogate(value: Any, path: str = "") -> str | None:
     """
     if isinstance(value, str):
         return None if is_encodable(value) else (path or "body")
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         if not all(is_encodable(str(key)) for key in value):
             return path or "body"
-        inner = ((f"{path}.{quote(k)[1:-1]}" if path else str(k), v) for k, v in value.items())
-    elif isinstance(value, list | tuple):
-        inner = ((f"{path}[{i}]", item) for i, item in enumerate(value))
-    else:
-        return None
-    found = (find_surrogate(item, where) for where, item in inner)
-    return next((where for where in found if where is not None), None)
+        for key, item in value.items():
+            if _may_hold_text(item):
+                where = f"{path}.{quote(key)[1:-1]}" if path else str(key)
+                if (found := find_surrogate(item, where)) is not None:
+                    return found
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            if _may_hold_text(item):
+                found = find_surrogate(item, f"{path}[{index}]")
+                if found is not None:
+                    return found
+    return None
+
+
+def _may_hold_text(value: Any) -> bool:
+    """Whether a search has to look into a value; most of the many values of a body are plain."""
+    if isinstance(value, str):
+        return not value.isascii()
+    return isinstance(value, _CONTAINERS)
 
 
 def _not_json(failure: Exception) -> RequestError:

@@ -73,7 +73,7 @@ def error_body(
     Returns:
         `{"error": {...}}`.
     """
-    text = one_line(message)
+    text = one_line(message[: _LONGEST_MESSAGE + 1])
     if len(text) > _LONGEST_MESSAGE:
         text = text[:_LONGEST_MESSAGE] + "…"
     return {"error": {"message": text, "type": kind, "param": param, "code": code}}

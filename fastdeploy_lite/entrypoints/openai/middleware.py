@@ -352,7 +352,7 @@ def access_line(scope: Scope, status: int, request_id: str = "") -> str:
     """
     client = scope.get("client") or ("-", 0)
     clock = time.strftime("%Y-%m-%d %H:%M:%S")
-    path = one_line(scope["path"])[:512].replace('"', "%22")
+    path = one_line(scope["path"][:512])[:512].replace('"', "%22")
     request = f"{one_line(scope['method'])} {path} HTTP/{scope.get('http_version', '1.1')}"
     if envs.FD_LITE_LOG_FORMAT == "json":
         fields = {"time": clock, "level": "INFO", "process": os.getpid(), "logger": "access",

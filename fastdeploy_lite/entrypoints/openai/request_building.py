@@ -89,10 +89,10 @@ def answer_id(prefix: str, request_id: str | None, user: str | None, separator: 
         Printable text that starts with the prefix.
     """
     if request_id:
-        text = one_line(request_id)[:_LONGEST_ID]
+        text = one_line(request_id[:_LONGEST_ID])[:_LONGEST_ID]
         start = f"{prefix}{separator}"
         return text if text.startswith(start) else start + text
-    middle = f"{one_line(user)[:_LONGEST_ID]}-" if user else ""
+    middle = f"{one_line(user[:_LONGEST_ID])[:_LONGEST_ID]}-" if user else ""
     return f"{prefix}{separator}{middle}{uuid.uuid4()}"
 
 

@@ -335,6 +335,17 @@ def test_an_error_names_the_field_that_held_the_constraint(pre: Preprocessor) ->
     assert GuidedDecodingParams(regex="a", source="x") == GuidedDecodingParams(regex="a")
 
 
+def test_the_variable_leaves_objects_open(
+    pre: Preprocessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constraint = {"json": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+    for value, closed in (("1", True), ("0", False)):
+        monkeypatch.setenv("FD_GUIDANCE_DISABLE_ADDITIONAL", value)
+        guided = sampling(pre, guided_decoding=constraint).guided
+        assert guided is not None
+        assert guided.closes_objects is closed
+
+
 def test_processor_arguments_travel_only_when_a_processor_is_configured() -> None:
     arguments = {"amount": 2, "logit_bias": {1: 1.0}}
     assert sampling(make(), logits_processors_args=arguments).logits_processors_args == b""
