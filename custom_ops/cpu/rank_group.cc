@@ -25,7 +25,8 @@ constexpr std::chrono::microseconds kSpin{30};
 // A sleeper looks up this often, should a bell be missed because its ringer died.
 constexpr long kNapNanoseconds = 20'000'000;
 constexpr int kStepBits = 32;
-constexpr int64_t kGrain = 1 << 15;  // floats that a thread adds up at once
+constexpr uint64_t kEnd = (uint64_t{1} << kStepBits) - 1;  // the operation that ends a step
+constexpr int64_t kGrain = 1 << 15;                        // floats that a thread adds up at once
 
 long futex(std::atomic<uint32_t>* word, int operation, uint32_t value, const timespec* limit) {
   return syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), operation, value, limit, nullptr, 0);
@@ -36,6 +37,7 @@ long futex(std::atomic<uint32_t>* word, int operation, uint32_t value, const tim
 struct RankGroup::Shared {
   struct alignas(64) Seat {
     std::atomic<uint64_t> arrived;     // step << 32 | operation
+    std::atomic<uint64_t> advanced;    // step << 32 | what was done elsewhere in that step
     std::atomic<uint64_t> agreed;      // step
     std::atomic<uint32_t> unsound[2];  // by parity of the step
   };
@@ -173,8 +175,7 @@ RankGroup::Outcome RankGroup::all_gather(const float* x, int64_t rows,
 }
 
 void RankGroup::advance() {
-  ++operation_;
-  arrive();
+  shared_->seats[rank_].advanced.store(step_ << kStepBits | ++advanced_, std::memory_order_release);
 }
 
 RankGroup::Outcome RankGroup::agree(bool sound, double seconds) {
@@ -183,7 +184,7 @@ RankGroup::Outcome RankGroup::agree(bool sound, double seconds) {
   own.unsound[parity].store(sound ? 0 : 1, std::memory_order_relaxed);
   own.agreed.store(step_, std::memory_order_release);
   // Counts as an arrival beyond every operation of the step: nobody waits for this rank any more.
-  operation_ = (uint64_t{1} << kStepBits) - 1;
+  operation_ = kEnd;
   arrive();
   const Outcome outcome = wait(
       [&] {
@@ -199,7 +200,7 @@ RankGroup::Outcome RankGroup::agree(bool sound, double seconds) {
     all_sound = all_sound && shared_->seats[i].unsound[parity].load(std::memory_order_relaxed) == 0;
   }
   ++step_;
-  operation_ = 0;
+  operation_ = advanced_ = 0;
   return all_sound ? Outcome::kDone : Outcome::kFailed;
 }
 
@@ -223,7 +224,15 @@ bool RankGroup::is_failing() const {
 std::vector<uint64_t> RankGroup::arrivals() const {
   std::vector<uint64_t> found;
   for (int i = 0; i < ranks_; ++i) {
-    found.push_back(shared_->seats[i].arrived.load(std::memory_order_acquire));
+    const uint64_t arrived = shared_->seats[i].arrived.load(std::memory_order_acquire);
+    const uint64_t advanced = shared_->seats[i].advanced.load(std::memory_order_acquire);
+    const bool same_step = arrived >> kStepBits == advanced >> kStepBits;
+    const bool has_ended = static_cast<uint32_t>(arrived) == kEnd;
+    if (same_step && !has_ended) {
+      found.push_back(arrived + static_cast<uint32_t>(advanced));
+    } else {
+      found.push_back(std::max(arrived, advanced));
+    }
   }
   return found;
 }

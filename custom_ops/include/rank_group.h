@@ -33,8 +33,7 @@ class RankGroup {
   // out [rows, sum of widths] = the ranks' x [rows, widths[rank]] side by side.
   Outcome all_gather(const float* x, int64_t rows, const std::vector<int64_t>& widths, float* out,
                      double seconds);
-  // Shows that this rank comes on in a step whose sums are made elsewhere; in a step without sums
-  // here only.
+  // Shows that this rank comes on in a step whose sums are made elsewhere.
   void advance();
   // Ends a step: waits for all ranks and begins the next step; kFailed if one had `sound` false.
   Outcome agree(bool sound, double seconds);
@@ -65,7 +64,7 @@ class RankGroup {
   float* buffers_;
   int rank_, ranks_;
   int64_t floats_;
-  uint64_t step_ = 1, operation_ = 0;
+  uint64_t step_ = 1, operation_ = 0, advanced_ = 0;
 };
 
 }  // namespace fd

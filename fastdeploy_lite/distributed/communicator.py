@@ -81,6 +81,14 @@ class Communicator(ABC):
         """
 
     @abstractmethod
+    def first_bytes(self, data: bytes) -> bytes:
+        """Return the first rank's `data` on every rank; as long on each, a multiple of four.
+
+        Raises:
+            PeerFailedError, PeerLostError: they will not come.
+        """
+
+    @abstractmethod
     def agree(self, sound: bool) -> bool:
         """End a step: wait for all ranks and return whether it was sound on each of them.
 
@@ -181,7 +189,7 @@ class SharedMemoryCommunicator(Communicator):
     # -- for communicators that only talk here ---------------------------------------------------
 
     def advance(self) -> None:
-        """Show that this rank comes on in a step without sums here; not beside sums here."""
+        """Show that this rank comes on in a step whose sums are made elsewhere."""
         self._group.advance()
 
     def is_lost(self) -> bool:
@@ -193,17 +201,14 @@ class SharedMemoryCommunicator(Communicator):
         return self._group.is_failing()
 
     def first_bytes(self, data: bytes) -> bytes:
-        """Return the first rank's `data` on every rank; as long on each, a multiple of four.
-
-        Raises:
-            PeerFailedError, PeerLostError: they will not come.
-        """
-        own = np.frombuffer(data, np.float32)
-        found = np.empty((self.size, own.size), np.float32)
-        view = (own.ctypes.data, "float32", [1, own.size], [own.size, 1])
-        out = (found.ctypes.data, "float32", [1, found.size], [found.size, 1])
-        self._check(self._group.all_gather(view, [own.size] * self.size, out, self._seconds))
-        return bytes(found[0].tobytes())
+        """See Communicator."""
+        own = np.frombuffer(data, np.float32)  # bits that are only copied
+        count, size = own.size, self.size
+        found = np.empty((count, size), np.float32)
+        view = (own.ctypes.data, "float32", [count, 1], [1, 1])
+        out = (found.ctypes.data, "float32", [count, size], [size, 1])
+        self._check(self._group.all_gather(view, [1] * size, out, self._seconds))
+        return bytes(found[:, 0].tobytes())
 
     def _check(self, outcome: int) -> None:
         if outcome == FAILED:

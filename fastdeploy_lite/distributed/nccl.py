@@ -111,6 +111,11 @@ class NcclCommunicator(Communicator):
         """
         self._group.set_order(in_order)
 
+    def first_bytes(self, data: bytes) -> bytes:
+        """See Communicator."""
+        with self._explained():
+            return self._ranks.first_bytes(data)
+
     def begin(self) -> None:
         """See Communicator."""
         self._began = time.monotonic()

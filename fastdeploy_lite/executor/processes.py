@@ -47,11 +47,6 @@ class ProcessesExecutor(Executor):
             ConfigError: the model or the device cannot be had at this size.
         """
         size = config.parallel.tensor_parallel_size
-        if config.has_draft_model:
-            raise ConfigError(
-                f"tensor_parallel_size {size}: speculation by mtp runs on one rank only: use"
-                " ngram or suffix, or set it to 1"
-            )
         check_tensor_parallel(config.model, size)
         self.config = config
         self._cards = _cards(config)

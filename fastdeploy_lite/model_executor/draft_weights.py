@@ -26,12 +26,15 @@ class DraftFiles(FileWeights):
 
     Args:
         checkpoint: the folder, opened with the model's configuration.
+            Each rank takes its part of the block.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.config, self.source = checkpoint.config, checkpoint.source
-        self.linears = {one.module: one for one in self.config.family.draft_linears(self.config)}
+        size, rank = checkpoint.tensor_parallel_size, checkpoint.rank
+        linears = self.config.family.draft_linears(self.config, size, rank)
+        self.linears = {one.module: one for one in linears}
         self.nbytes = sum(checkpoint.info(key).nbytes for key in checkpoint if ".mtp_" in key)
 
     def projection(self, key: str) -> tuple[Array, Array]:
@@ -84,11 +87,6 @@ def open_draft(config: RuntimeConfig, place: Any, is_permuted: bool) -> DraftSou
             f"{model.source}: a draft layer for this model is not supported: "
             "use the method ngram or suffix"
         )
-    if config.parallel.tensor_parallel_size > 1:
-        raise ConfigError(
-            "speculative_config.method mtp: found tensor_parallel_size "
-            f"{config.parallel.tensor_parallel_size}, expected 1"
-        )
     given = None if config.speculative is None else config.speculative.model
     folders = [Path(given)] if given else [config.model_path, config.model_path / _FOLDER]
     for folder in folders:
@@ -104,8 +102,11 @@ def open_draft(config: RuntimeConfig, place: Any, is_permuted: bool) -> DraftSou
 
 def _open(folder: Path, config: RuntimeConfig) -> Checkpoint | None:
     try:
-        location = find_weight_files(folder, 1, 0)
-        checkpoint = Checkpoint(folder, config.model, location, 1, 0)
+        location = find_weight_files(folder, 1, 0)  # always whole
+        parallel = config.parallel
+        checkpoint = Checkpoint(
+            folder, config.model, location, parallel.tensor_parallel_size, parallel.rank
+        )
     except CheckpointError:
         if config.speculative is not None and config.speculative.model:
             raise

@@ -3,6 +3,9 @@
 The layer follows the model row by row, so that its own KV cache, which has the same blocks, is
 complete. Rows of guesses that turned out wrong are read too; the next step overwrites them before
 anything looks there, as it does in the model's cache.
+
+Where several ranks share the layers, the first one, which samples, tells the others what was read
+and where to guess; each then finds the same guesses.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite.config import BLOCK_SIZE
+from fastdeploy_lite.distributed.communicator import Communicator
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch, KVCache
 from fastdeploy_lite.model_executor.ops import Weight
 from fastdeploy_lite.model_executor.static_buffers import PackedBuffer
 from fastdeploy_lite.model_executor.workspace import Workspace
 from fastdeploy_lite.request.step import SequenceSlice, SliceResult
+
+Integers = npt.NDArray[np.int32]
 
 
 class DraftModel(Protocol):
@@ -61,6 +67,7 @@ class Drafting:
         max_tokens, max_seqs, max_model_len: limits of a step.
         place: Paddle place.
         workspace: of the model.
+        communicator: to the other ranks, None where there are none.
     """
 
     def __init__(
@@ -71,8 +78,10 @@ class Drafting:
         max_model_len: int,
         place: Any,
         workspace: Workspace,
+        communicator: Communicator | None = None,
     ) -> None:
         self.model = model
+        self._communicator = communicator
         self._workspace = workspace
         width = -(-max_model_len // BLOCK_SIZE)
         rows = {
@@ -116,20 +125,13 @@ class Drafting:
             slices: of the step.
             results: theirs; `draft_token_ids` is filled in.
         """
-        following = self._inputs.host["following"]
-        guesses: list[_Guess] = []
-        last_rows: list[int] = []
-        begin = 0
-        for index, (part, result) in enumerate(zip(slices, results, strict=True)):
-            count = len(part.token_ids)
-            following[begin : begin + count] = _following(part, result)
-            known = count - len(part.draft_token_ids) + len(result.token_ids) - 1
-            position = part.start + known
-            most = min(part.num_drafts, 1 + len(part.block_table) * BLOCK_SIZE - position)
-            if result.token_ids and most > 0:
-                guesses.append(_Guess(index, position, most, []))
-                last_rows.append(begin + known - 1)
-            begin += count
+        if self._communicator is None:
+            following, plan = _plan(slices, results)
+        else:
+            following, plan = _plan_of_the_first(self._communicator, slices, results)
+        self._inputs.host["following"][: len(following)] = following
+        guesses = [_Guess(int(i), int(at), int(most), []) for i, at, most, _ in plan]
+        last_rows = plan[:, 3]
         self._inputs.host["rows"][: len(last_rows)] = last_rows
         self._inputs.upload()
         tokens = ops.fix(self._inputs.device["following"][: batch.num_tokens])
@@ -194,6 +196,40 @@ class Drafting:
         self._greedy.download("out")
         found: npt.NDArray[np.int32] = self._greedy.host["out"][: logits.shape[0]]
         return found
+
+
+def _plan(
+    slices: Sequence[SequenceSlice], results: Sequence[SliceResult]
+) -> tuple[Integers, Integers]:
+    """What the layer reads, [T]; and where it guesses, [G, 4]: slice, position, most, row."""
+    following: list[Integers] = []
+    guesses: list[tuple[int, int, int, int]] = []
+    begin = 0
+    for index, (part, result) in enumerate(zip(slices, results, strict=True)):
+        count = len(part.token_ids)
+        following.append(_following(part, result))
+        known = count - len(part.draft_token_ids) + len(result.token_ids) - 1
+        position = part.start + known
+        most = min(part.num_drafts, 1 + len(part.block_table) * BLOCK_SIZE - position)
+        if result.token_ids and most > 0:
+            guesses.append((index, position, most, begin + known - 1))
+        begin += count
+    return np.concatenate(following), np.array(guesses, np.int32).reshape(-1, 4)
+
+
+def _plan_of_the_first(
+    communicator: Communicator, slices: Sequence[SequenceSlice], results: Sequence[SliceResult]
+) -> tuple[Integers, Integers]:
+    """`_plan` of the rank that samples, on every rank: all know the sizes of a step."""
+    tokens = sum(len(part.token_ids) for part in slices)
+    sent = np.zeros(tokens + 1 + 4 * len(slices), np.int32)
+    if communicator.rank == 0:
+        sent[:tokens], plan = _plan(slices, results)
+        sent[tokens] = len(plan)
+        sent[tokens + 1 : tokens + 1 + plan.size] = plan.reshape(-1)
+    found = np.frombuffer(communicator.first_bytes(sent.tobytes()), np.int32)
+    guesses = found[tokens + 1 : tokens + 1 + 4 * found[tokens]]
+    return found[:tokens], guesses.reshape(-1, 4)
 
 
 def _following(part: SequenceSlice, result: SliceResult) -> npt.NDArray[np.int32]:

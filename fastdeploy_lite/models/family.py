@@ -174,8 +174,9 @@ class ModelFamily(ABC):
     def linears(self, config: ModelConfig, size: int = 1, rank: int = 0) -> Iterator[Linear]:
         """Yield all linears in the order of the model, as `rank` of `size` has them."""
 
-    def draft_linears(self, config: ModelConfig) -> Iterator[Linear]:
-        """Yield the linears of the layer that guesses a token ahead; none by default."""
+    def draft_linears(self, config: ModelConfig, size: int = 1, rank: int = 0) -> Iterator[Linear]:
+        """Yield the linears of the layer that guesses a token ahead, as `rank` of `size` has them;
+        none by default."""
         return iter(())
 
     @abstractmethod

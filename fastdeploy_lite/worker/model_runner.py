@@ -161,6 +161,7 @@ class ModelRunner:
             limits.max_model_len,
             self.place,
             self.workspace,
+            self.communicator,
         )
 
     def _load_by_text(self, undecided: UndecidedRowOrderError, show_progress: bool) -> None:
@@ -310,9 +311,7 @@ class ModelRunner:
             count = sum(slices[index].num_rows for index in sampled)
             if sampled:
                 logits = self.model.logits(self._sampled_rows(hidden, count), self.workspace)
-        if not self._samples:
-            return results
-        if sampled:
+        if sampled and self._samples:
             found = self._sample(logits, [slices[index] for index in sampled])
             for index, result in zip(sampled, found, strict=True):
                 result.prompt_logprobs = results[index].prompt_logprobs

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,12 @@ def open_blas() -> None:
 def open_nccl() -> None:
     """Load NCCL, once: from its wheel or the loader's path.
 
+    NVLink multicast stays off unless the environment says otherwise: sums are made on the cards.
+
     Raises:
         RuntimeError: it is nowhere; the message says what to install.
     """
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     tried = _open_first(_ops_cuda.nccl_open, "libnccl.so.2", ["libnccl.so.2"])
     if tried:
         raise RuntimeError(

@@ -40,8 +40,9 @@ class Ernie4_5_MTP:  # noqa: N801 - named as the model
         self._of_token = Linear(of_token, "draft_residual")
         self._of_hidden = Linear(of_hidden, "draft_projected")
         self.block = DecoderLayer(
-            config, source, config.num_hidden_layers, cos_sin, block=DRAFT_BLOCK
-        )
+            config, source, config.num_hidden_layers, cos_sin, block=DRAFT_BLOCK,
+            communicator=model.communicator,
+        )  # fmt: skip
 
     def __call__(self, batch: ForwardBatch, hidden: Any) -> Any:
         """Return the layer's normalised hidden states [T, H].

@@ -122,6 +122,7 @@ class Ernie4_5_MoeForCausalLM:  # noqa: N801 - the architecture's name in config
             communicator: to the other ranks, None where there are none.
         """
         self.config = config
+        self.communicator = communicator
         table = source.embedding()
         self.embedding = Embedding(table, dtype, communicator)
         self.layers = [

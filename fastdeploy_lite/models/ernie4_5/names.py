@@ -53,9 +53,9 @@ class Ernie45(ModelFamily):
                 width = config.shared_intermediate_size
                 yield from shard.mlp(f"{prefix}.shared_experts", layer, width, config.linear_kind)
 
-    def draft_linears(self, config: ModelConfig) -> Iterator[Linear]:
+    def draft_linears(self, config: ModelConfig, size: int = 1, rank: int = 0) -> Iterator[Linear]:
         """See ModelFamily: a block with a dense MLP, never quantised."""
-        shard, prefix, layer = Shard(config), DRAFT_BLOCK, config.num_hidden_layers
+        shard, prefix, layer = Shard(config, size, rank), DRAFT_BLOCK, config.num_hidden_layers
         attention = f"{prefix}.self_attn"
         mlp = shard.mlp(f"{prefix}.mlp", layer, config.intermediate_size, "dense")
         for linear in (shard.qkv(attention, layer), shard.o_proj(attention, layer), *mlp):

@@ -165,6 +165,25 @@ def test_a_rank_that_queues_less_gets_a_new_group_with_all_others(who: int) -> N
     assert time.monotonic() - started < 15
 
 
+def test_what_the_first_rank_tells_comes_in_order_beside_sums() -> None:
+    def follow(communicator: Any, runtime: Any) -> Any:
+        import paddle
+
+        told = []
+        for step in range(3):
+            if communicator.rank == 0:
+                communicator.begin()
+            for word in (b"abcd", b"efghijkl" * 40_000):
+                communicator.all_reduce(paddle.ones([2, 2]))
+                own = word if communicator.rank == 0 else bytes(len(word))
+                told.append(communicator.first_bytes(own) == word)
+            told.append(communicator.agree(step != 1))
+        return told
+
+    found = on_ranks(follow)
+    assert found == [([True, True, True, True, True, False, True, True, True], 0, 1)] * 2
+
+
 def test_a_card_that_waits_is_freed_when_a_rank_is_lost() -> None:
     def waits(communicator: Any, runtime: Any) -> Any:
         return step(communicator, runtime, 3)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from draft_layer import random_layer, write_layer
 from hugging_face import hugging_face_config, hugging_face_tensors
 from model_driver import Running, generate, make_runner, sequences
 from tiny_model import (
@@ -323,10 +324,52 @@ def test_sizes_that_do_not_divide_are_refused_before_anything_starts(tmp_path: P
     assert json.loads((folder / "config.json").read_text())["num_attention_heads"] == 4
 
 
-def test_guesses_of_a_prediction_layer_are_refused(tmp_path: Path) -> None:
-    config = settings(write_tiny_model(tmp_path), 2, speculative=SpeculativeConfig(method="mtp"))
-    with pytest.raises(ConfigError, match=r"size 2: .* mtp .*use ngram or suffix"):
-        ProcessesExecutor(config)
+@pytest.mark.parametrize(("kind", "size", "order"), [
+    ("bf16", 2, "natural"), ("w4w2", 4, "natural"), ("2bits", 2, "permuted"),
+])  # fmt: skip
+def test_guesses_of_a_prediction_layer(tmp_path: Path, kind: Any, size: int, order: Any) -> None:
+    """The same guesses, chunk by chunk, right ones and wrong ones, and a failed step between."""
+    folder = write_tiny_model(tmp_path / "model", kind=kind, seed=3)
+    layer = write_layer(tmp_path / "layer", random_layer(ModelConfig.from_dir(folder), 5))
+    speculative = SpeculativeConfig("mtp", num_speculative_tokens=4, model=str(layer))
+    load = LoadConfig(row_order=order)
+    alone = make_runner(folder, length=LENGTH, speculative=speculative, load=load)
+    wanted = guessed(alone)
+    with ranks(folder, size, speculative=speculative, load=load) as executor:
+        assert guessed(executor) == wanted
+        part = sequences(PROMPTS[1:2], LENGTH)[0].slice(100)
+        part.token_ids = [*list(part.token_ids)[:-1], 8192]  # outside the vocabulary
+        with pytest.raises(ValueError, match="token id 8192"):
+            executor.execute([part])
+        assert guessed(executor) == wanted
+        report = executor.report().memory
+    held = alone.memory_report().weights["draft"]
+    assert held < report["weights.draft"] < size * held  # the block is shared, projections are not
+
+
+def guessed(executor: Any, steps: int = 10) -> list[tuple[list[int], list[int]]]:
+    """Tokens and guesses of every step; every other guess is checked with a wrong token."""
+    found, running = [], sequences(PROMPTS, LENGTH)
+    drafts: list[list[int]] = [[] for _ in running]
+    for step in range(steps):
+        parts = []
+        for one, guess in zip(running, drafts, strict=True):
+            part = one.slice(40, num_drafts=4)
+            part.logits_processors = None
+            if part.sample and guess:
+                part.token_ids = [*part.token_ids, *guess]
+                part.draft_token_ids = guess
+            parts.append(part)
+        for i, (part, result) in enumerate(zip(parts, executor.execute(parts), strict=True)):
+            running[i].take(result)
+            if part.sample:
+                running[i].done = len(running[i].prompt) + len(running[i].output) - 1
+            found.append((list(result.token_ids), list(result.draft_token_ids)))
+            drafts[i] = list(result.draft_token_ids)
+            if step % 2 and drafts[i]:
+                drafts[i][-1] = 1
+    assert sum(len(guess) for _, guess in found) > 40
+    return found
 
 
 def test_ranks_end_with_their_parent(tmp_path: Path) -> None:
