@@ -193,8 +193,14 @@ def _normalize(message: Any) -> dict[str, Any]:
     result = {**message, "content": _text(message.get("content"))}
     if message["role"] == "developer":  # OpenAI's newer name; templates would drop the message
         result["role"] = "system"
-    if message.get("tool_calls"):
-        result["tool_calls"] = [_with_parsed_arguments(call) for call in message["tool_calls"]]
+    if calls := message.get("tool_calls"):
+        if not isinstance(calls, list | tuple):
+            raise RequestError(
+                f"messages: tool_calls must be a list, found {quote(calls)}",
+                param="messages",
+                code="invalid_value",
+            )
+        result["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
     return result
 
 

@@ -12,6 +12,7 @@ from helpers import demo_tokenizer
 from fastdeploy_lite.input.chat_template import (
     DEFAULT_TEMPLATE,
     load_template_argument,
+    normalize_messages,
     render_chat,
 )
 from fastdeploy_lite.utils.errors import ConfigError, RequestError
@@ -150,3 +151,38 @@ def test_template_argument_is_a_file_or_source(tmp_path: Path) -> None:
     assert load_template_argument(None) is None
     with pytest.raises(ConfigError, match="cannot be opened"):
         load_template_argument("no_such_file.jinja")
+
+
+@pytest.mark.parametrize("calls", [5, True, 1.5, "x", {"function": {}}, {"a": 1}])
+@pytest.mark.parametrize("role", ["user", "assistant", "tool", "x"])
+def test_calls_that_are_no_list_are_refused(calls: Any, role: str) -> None:
+    with pytest.raises(RequestError, match="tool_calls must be a list") as caught:
+        normalize_messages([{"role": role, "content": "a", "tool_calls": calls}])
+    assert caught.value.param == "messages"
+
+
+JUNK: list[Any] = [None, True, 5, -1.5, 10**30, "", "x", "{", "[[1", [], [1], ["x"], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [None, "{{ messages | tojson }}", "{{ messages[0].tool_calls[0].function.arguments.a }}"],
+)
+@pytest.mark.parametrize(
+    "name", ["role", "content", "tool_calls", "name", "tool_call_id", "function"]
+)
+def test_no_member_of_a_message_is_an_internal_error(template: str | None, name: str) -> None:
+    """Prompt or refusal, whatever a member is; calls, functions and arguments among them."""
+    for junk in JUNK:
+        inner = [{name: junk}, {"function": junk}, {"function": {"name": junk, "arguments": junk}}]
+        for message in (
+            {"role": "user", "content": "a", name: junk},
+            {"role": "assistant", "content": None, "tool_calls": inner},
+            {"role": "tool", "content": [{"type": "text", "text": junk}, {name: junk}]},
+        ):
+            try:
+                text = render_chat([message], template=template, special_tokens={})
+            except RequestError as error:
+                assert error.param == "messages"
+            else:
+                assert isinstance(text, str)
