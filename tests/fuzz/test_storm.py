@@ -194,7 +194,11 @@ class Storm:
     async def _refused(self, rng: random.Random) -> None:
         headers = {"content-type": "application/json"}
         path = rng.choice((CHAT, COMPLETION, RESPONSES))
+        pauses, paused = self._pauses, self._paused
         answer = await self._client.post(path, content=rng.choice(BROKEN), headers=headers)
+        if answer.status_code == 503 and (paused or self._pauses > pauses):
+            self.counts["paused"] += 1  # the door is closed before anybody reads the body
+            return
         assert answer.status_code == 400, f"{answer.status_code} {answer.text[:200]}"
         self.counts["refused"] += 1
 
