@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tiny_model import write_tiny_model
 RUNNER = Path(__file__).resolve().parent / "run_model.py"
 ROOT = RUNNER.parents[2]
 NEW_TOKENS = 110
+WIDE: Any = {"moe_intermediate_size": 512, "intermediate_size": 512}
 
 
 def run(folder: Path, device: str, model: Path, request: dict) -> dict[str, np.ndarray]:
@@ -191,20 +193,23 @@ def test_permuted_rows(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_folders_of_two_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_folders_of_several_ranks(tmp_path: Path, ranks: int) -> None:
     """Cut from a whole model: the same bits. Quantised rank by rank: parts, summed."""
     from fastdeploy_lite.config import CacheConfig
     from fastdeploy_lite.model_executor.ops import SegmentedWeight
     from fastdeploy_lite.quantization.convert import quantize_checkpoint
 
     ids = np.random.default_rng(1).integers(0, 8192, 150).tolist()
-    cut = write_tiny_model(tmp_path / "cut", kind="w4w2", tensor_parallel_size=2, seed=3)
-    whole = write_tiny_model(tmp_path / "whole", kind="w4w2", seed=3)
+    cut = write_tiny_model(
+        tmp_path / "cut", kind="w4w2", tensor_parallel_size=ranks, seed=3, **WIDE
+    )
+    whole = write_tiny_model(tmp_path / "whole", kind="w4w2", seed=3, **WIDE)
     np.testing.assert_array_equal(*(logits(tmp_path, "", model, ids) for model in (cut, whole)))
 
-    plain = write_tiny_model(tmp_path / "bf16", kind="bf16", seed=3)
-    parts = tmp_path / "tp2"
-    quantize_checkpoint(plain, parts, scheme="2bits", tensor_parallel_size=2, progress=False)
+    plain = write_tiny_model(tmp_path / "bf16", kind="bf16", seed=3, **WIDE)
+    parts = tmp_path / "parts"
+    quantize_checkpoint(plain, parts, scheme="2bits", tensor_parallel_size=ranks, progress=False)
     loaded = make_runner(parts, device=None, cache=CacheConfig(num_blocks=16))
     assert isinstance(loaded.model.layers[1].mlp.down, SegmentedWeight)
     apart = distance(logits(tmp_path, "", parts, ids), logits(tmp_path, "cpu", parts, ids))

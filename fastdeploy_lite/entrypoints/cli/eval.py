@@ -8,8 +8,10 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from fastdeploy_lite import envs
+from fastdeploy_lite.config import WantedOrder
 from fastdeploy_lite.utils.errors import ConfigError
 
 MEASURES = ("perplexity", "kl", "choice")
@@ -45,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization", metavar="NAME", help="load a bf16 --model as wint8, wint4"
     )
+    parser.add_argument(
+        "--wint2-row-order",
+        choices=get_args(WantedOrder),
+        help="row order of 2-bit experts of --model; default: FD_LITE_WINT2_ROW_ORDER, else auto",
+    )
     parser.add_argument("--device", help="cpu, nvidia or gpu (default: the best there is)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
 
@@ -77,13 +84,20 @@ def _windows(args: argparse.Namespace) -> list[list[int]]:
     return found
 
 
+def _load(args: argparse.Namespace, context: int) -> Any:
+    from fastdeploy_lite.entrypoints import evaluation  # noqa: PLC0415
+
+    order: WantedOrder = args.wint2_row_order or envs.FD_LITE_WINT2_ROW_ORDER or "auto"
+    return evaluation.load_runner(args.model, context, args.device, args.quantization, order)
+
+
 def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
     from fastdeploy_lite.entrypoints import evaluation  # noqa: PLC0415
 
     if args.against is not None:
         return _divergence(args)
     parts = _windows(args)
-    runner = evaluation.load_runner(args.model, args.context, args.device, args.quantization)
+    runner = _load(args, args.context)
     return _likelihood([evaluation.score(runner, part).logprobs for part in parts])
 
 
@@ -102,7 +116,7 @@ def _divergence(args: argparse.Namespace) -> dict[str, Any]:
     from fastdeploy_lite.entrypoints import evaluation  # noqa: PLC0415
 
     parts = _windows(args)
-    runner = evaluation.load_runner(args.model, args.context, args.device, args.quantization)
+    runner = _load(args, args.context)
     reference = evaluation.load_runner(args.against, args.context, args.device)
     if runner.config.model.vocab_size != reference.config.model.vocab_size:
         raise ConfigError(
@@ -134,9 +148,7 @@ def _choice(args: argparse.Namespace) -> dict[str, Any]:
     if not questions:
         raise ConfigError(f"{args.text}: found no question")
     longest = max(len(q.prompt) + max(map(len, q.answers)) for q in questions)
-    runner = evaluation.load_runner(
-        args.model, max(args.context, longest), args.device, args.quantization
-    )
+    runner = _load(args, max(args.context, longest))
     picks = [evaluation.likeliest(runner, q, args.per_character) for q in questions]
     hits = sum(pick == q.right for pick, q in zip(picks, questions, strict=True))
     figures: dict[str, Any] = {

@@ -10,6 +10,7 @@ import pytest
 from oracles.ernie_float32 import ErnieFloat32
 from tiny_model import write_tiny_model
 
+from fastdeploy_lite.assets import demo_path
 from fastdeploy_lite.calibration.text import read_stream, windows
 from fastdeploy_lite.entrypoints import evaluation
 from fastdeploy_lite.entrypoints.cli import main as cli
@@ -136,3 +137,22 @@ def test_bad_calls_are_one_line(
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
+
+
+def test_the_wrong_row_order_is_warned_of_and_is_garbage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the flag, which wins, and by the variable that the server reads, too."""
+    poems = tmp_path / "poems.txt"
+    question = "User: 背诵李白的静夜思\nAssistant: "
+    poems.write_text(f"{question}床前明月光，疑是地上霜。", encoding="utf-8")
+    asked = ["perplexity", "--model", str(demo_path()), "--text", str(poems)]
+    right = measured(tmp_path, *asked)
+    assert not caplog.records
+    monkeypatch.setenv("FD_LITE_WINT2_ROW_ORDER", "permuted")
+    wrong = measured(tmp_path, *asked)
+    assert "2-bit rows are read in permuted order, but look natural" in caplog.text
+    assert np.min(wrong["perplexity"]) > 5 * np.max(right["perplexity"])
+    assert np.min(wrong["perplexity"]) > 500
+    again = measured(tmp_path, *asked, "--wint2-row-order", "natural")
+    assert again["perplexity"] == right["perplexity"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,23 @@ def test_the_option_wins_then_the_key_then_the_weights(tmp_path: Path) -> None:
     assert (written.order, written.reason) == ("permuted", "by config.json")
     assert written.warning is not None
     assert row_order.decide(Checkpoint.open(copy), "natural").order == "natural"
+
+
+def test_the_study_of_detection_tells_right_from_wrong(tmp_path: Path) -> None:
+    """entrypoints/study_row_detection.py on files whose key is true, and on ones where it lies."""
+    script = Path(__file__).resolve().parents[3] / "entrypoints" / "study_row_detection.py"
+    for order, status in (("natural", 0), ("permuted", 1)):
+        copy = Path(shutil.copytree(demo_path(), tmp_path / order))
+        config = json.loads((copy / "config.json").read_text())
+        experts = config["quantization_config"]["moe_quant_config"]["moe_w2_quant_config"]
+        experts["row_order"] = order
+        (copy / "config.json").write_text(json.dumps(config))
+        command = [sys.executable, str(script), str(copy)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+        assert "1000 samples of 16 experts: {'natural': 1000}" in done.stdout
+        assert "another expert's down_proj: {'None': 1000}" in done.stdout
+        assert done.stdout.count(" alone: natural; ") == 6
 
 
 def test_noise_is_not_decided(tmp_path: Path) -> None:
