@@ -187,6 +187,7 @@ class ReplicatedEngineClient:
                 await replica.renew()
             except (FastDeployError, RuntimeError, OSError) as error:
                 reason = f"replica {number} cannot be restarted: {error}"
+                console.error("%s", reason)
                 break
             self._make_room(number, replica)
             console.warning("Replica %d is back", number)

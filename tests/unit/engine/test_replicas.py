@@ -16,6 +16,7 @@ import pytest
 
 from fastdeploy_lite import device
 from fastdeploy_lite.config import BLOCK_SIZE
+from fastdeploy_lite.engine import replicas
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine_client import AsyncEngineClient
 from fastdeploy_lite.engine.engine_core import EngineDeadError
@@ -237,6 +238,28 @@ def test_a_dead_replica_comes_back_with_restarts() -> None:
         await client.control("reset")
         assert client.stats.generation_tokens > before
         assert client.replica_stats[0].requests == 4  # two before, two after
+
+    drive(work, restart=True)
+
+
+@pytest.mark.timeout(180)
+def test_a_replica_that_cannot_come_back_is_named_and_costs_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(replicas.console, "error", lambda text, *args: lines.append(text % args))
+    small = EngineArgs(model="demo", num_gpu_blocks_override=1)
+
+    async def work(client: ReplicatedEngineClient) -> None:
+        client._replicas[0]._make = lambda: AsyncEngineClient(small)
+        _kill_one(client)
+        deadline = time.monotonic() + 60
+        while len(lines) < 2 and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        assert "replica 0 cannot be restarted" in lines[1]
+        assert "KV cache" in lines[1]
+        assert client.replicas_healthy == [False, True]
+        assert (await collect(client, request("after")))[-1].finished
 
     drive(work, restart=True)
 
