@@ -15,7 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,37 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-fd", type=int, help=argparse.SUPPRESS)
 
 
-def together(communicator: Any, work: Callable[[], Any]) -> float:
-    """Seconds of `work` as one graph that all ranks launch at the same time, median."""
-    import time  # noqa: PLC0415
-
-    from fastdeploy_lite import _ops_cuda  # noqa: PLC0415
-    from fastdeploy_lite.model_executor.ops import cuda_runtime  # noqa: PLC0415
-
-    work()
-    capture, stream = int(_ops_cuda.create_stream()), cuda_runtime.stream()
-    _ops_cuda.synchronize(stream)
-    _ops_cuda.begin_capture(capture)
-    with cuda_runtime.use_stream(capture):
-        work()
-    graph = int(_ops_cuda.end_capture(capture, False))
-    times = []
-    for _ in range(9):
-        _ops_cuda.synchronize(stream)
-        communicator.agree(True)
-        started = time.perf_counter()
-        _ops_cuda.launch_graph(graph, stream)
-        _ops_cuda.synchronize(stream)
-        times.append(time.perf_counter() - started)
-    _ops_cuda.destroy_graph(graph)
-    return statistics.median(times[2:])
-
-
 def bench_sums(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Microseconds of one sum of [rows, hidden] bf16, by NCCL and in the order of the ranks."""
     import numpy as np  # noqa: PLC0415
 
-    from fastdeploy_lite.benchmarks.timing import random_bf16  # noqa: PLC0415
+    from fastdeploy_lite.benchmarks.timing import graph_seconds, random_bf16  # noqa: PLC0415
     from fastdeploy_lite.model_executor import ops  # noqa: PLC0415
     from fastdeploy_lite.model_executor.ops import cuda_runtime  # noqa: PLC0415
 
@@ -144,7 +118,8 @@ def bench_sums(args: argparse.Namespace) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"rows": count, "bytes": 2 * count * args.hidden}
             for name, in_order in (("nccl_us", False), ("in_order_us", True)):
                 communicator.set_order(in_order)
-                row[name] = together(communicator, work) / SUMS * 1e6
+                seconds = graph_seconds(work, ready=lambda: communicator.agree(True))
+                row[name] = statistics.median(seconds) / SUMS * 1e6
             rows.append(row)
             print(
                 f"{count:5d} x {args.hidden} bf16: NCCL {row['nccl_us']:8.1f} us, gathered and "

@@ -21,12 +21,6 @@ from typing import NamedTuple
 import numpy as np
 
 from fastdeploy_lite.checkpoint import Checkpoint, row_order
-from fastdeploy_lite.checkpoint.inventory import (
-    other_half,
-    rank_linears,
-    read_linear,
-    resolve_kind,
-)
 
 SAMPLES = 1000
 
@@ -41,17 +35,8 @@ class Expert(NamedTuple):
 
 def experts(checkpoint: Checkpoint) -> list[Expert]:
     """Correlations of every 2-bit expert, in the order of layers and experts."""
-    firsts = [
-        linear
-        for linear in rank_linears(checkpoint)
-        if linear.expert is not None
-        and linear.role == "up_gate_proj"
-        and resolve_kind(checkpoint, linear) == "ccq"
-    ]
-    pairs = [
-        [read_linear(checkpoint, one).arrays for one in (linear, other_half(checkpoint, linear))]
-        for linear in firsts
-    ]
+    firsts = list(row_order.first_halves(checkpoint))
+    pairs = [row_order.expert_arrays(checkpoint, linear) for linear in firsts]
     found = []
     for index, (linear, (up_gate, down)) in enumerate(zip(firsts, pairs, strict=True)):
         foreign = pairs[(index + 1) % len(pairs)][1]

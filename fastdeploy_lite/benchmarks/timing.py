@@ -21,12 +21,15 @@ def random_bf16(count: int, seed: int = 0) -> npt.NDArray[np.uint16]:
     return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def graph_seconds(work: Callable[[], Any], rounds: int = ROUNDS) -> list[float]:
+def graph_seconds(
+    work: Callable[[], Any], rounds: int = ROUNDS, ready: Callable[[], Any] = lambda: None
+) -> list[float]:
     """Seconds of `work` on the current card.
 
     Args:
         work: queues ops; run once before it is recorded, so that buffers exist.
         rounds: launches timed, each on an idle card.
+        ready: called before each, where several cards start together.
 
     Returns:
         One time a round.
@@ -44,6 +47,7 @@ def graph_seconds(work: Callable[[], Any], rounds: int = ROUNDS) -> list[float]:
     times = []
     for _ in range(rounds + 1):
         _ops_cuda.synchronize(stream)
+        ready()
         started = time.perf_counter()
         _ops_cuda.launch_graph(graph, stream)
         _ops_cuda.synchronize(stream)

@@ -96,7 +96,7 @@ class Decision:
 
 def decide(checkpoint: Checkpoint, wanted: WantedOrder = "auto") -> Decision:
     """Decide by the option, else by config.json's key, else by the weights."""
-    linears = list(_first_halves(checkpoint))
+    linears = list(first_halves(checkpoint))
     if not linears:
         return Decision("natural", NO_EXPERTS)
     found = measure(checkpoint, linears)
@@ -113,14 +113,14 @@ def decide(checkpoint: Checkpoint, wanted: WantedOrder = "auto") -> Decision:
 
 def measure(checkpoint: Checkpoint, linears: list[Linear] | None = None, seed: int = 0) -> Evidence:
     """Sample experts of all layers until they decide, at most 64."""
-    candidates = list(_first_halves(checkpoint)) if linears is None else linears
+    candidates = list(first_halves(checkpoint)) if linears is None else linears
     chosen = np.random.default_rng(seed).permutation(len(candidates))
     found: list[tuple[float, float, int]] = []
     evidence = Evidence(0, 0.0, 0.0, 0.0)
     for stop in ROUNDS:
         sample = [candidates[int(index)] for index in chosen[len(found) : stop]]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            arrays = (_expert_arrays(checkpoint, linear) for linear in sample)
+            arrays = (expert_arrays(checkpoint, linear) for linear in sample)
             found += pool.map(lambda pair: expert_correlations(*pair), arrays)
         checkpoint.release()
         evidence = weigh(found)
@@ -210,7 +210,7 @@ def _correlation(a: Floats, b: Floats) -> float:
     return float((a * b).sum()) / size if size else 0.0
 
 
-def _first_halves(checkpoint: Checkpoint) -> Iterator[Linear]:
+def first_halves(checkpoint: Checkpoint) -> Iterator[Linear]:
     """The up_gate_proj of every 2-bit expert."""
     for linear in inventory.rank_linears(checkpoint):
         if linear.expert is None or linear.role != "up_gate_proj":
@@ -219,7 +219,8 @@ def _first_halves(checkpoint: Checkpoint) -> Iterator[Linear]:
             yield linear
 
 
-def _expert_arrays(checkpoint: Checkpoint, linear: Linear) -> tuple[Arrays, Arrays]:
+def expert_arrays(checkpoint: Checkpoint, linear: Linear) -> tuple[Arrays, Arrays]:
+    """CCQ arrays, as stored, of an expert's up_gate_proj `linear` and of its down_proj."""
     down = inventory.other_half(checkpoint, linear)
     up_gate, below = (inventory.read_linear(checkpoint, one) for one in (linear, down))
     return up_gate.arrays, below.arrays

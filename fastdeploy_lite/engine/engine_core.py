@@ -325,9 +325,7 @@ class EngineCore:
     def _run(self, plan: list[tuple[Sequence, int]], outputs: list[EngineOutput]) -> None:
         batch: list[tuple[_Active, SequenceSlice]] = []
         now = time.time()
-        speculator = self._speculator
-        is_idle = speculator is None or speculator.rests()
-        guesses = {} if speculator is None or is_idle else self._guesses(speculator, plan)
+        guesses = self._guesses(plan)
         for sequence, count in plan:
             active = self._active[sequence.request.request_id]
             if not active.scheduled:
@@ -347,10 +345,11 @@ class EngineCore:
             for (active, part), result in zip(batch, results, strict=True):
                 self._advance(active, part, result, outputs)
 
-    def _guesses(
-        self, speculator: Speculator, plan: list[tuple[Sequence, int]]
-    ) -> dict[str, list[int]]:
+    def _guesses(self, plan: list[tuple[Sequence, int]]) -> dict[str, list[int]]:
         """Guessed tokens worth checking, within the step's budget and free KV blocks."""
+        speculator = self._speculator
+        if speculator is None or speculator.rests():
+            return {}
         most = self.config.speculative.most_tokens if self.config.speculative else 0
         candidates = []
         for sequence, count in plan:

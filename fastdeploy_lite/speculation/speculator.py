@@ -27,10 +27,10 @@ TRIED_TOKENS = 3
 STEPS_TRIED = 8
 # After so many steps without a checked guess, one is tried again: costs change, too.
 STEPS_BETWEEN_TRIES = 500
-# After so many steps in which no guess paid, looking for guesses is the cost that is left: pauses
-# follow. A text that begins to repeat waits for their end.
+# After so many steps in which no guess paid, looking for guesses is the cost that is left: one step
+# in so many looks from then on. A text that begins to repeat waits for it.
 STEPS_UNTIL_REST = 32
-SHORTEST_REST, LONGEST_REST = 8, 16
+REST_STEPS = 16
 # A draft layer's work is part of every step; so often one goes without, to know what that costs.
 STEPS_BETWEEN_PLAIN = 64
 
@@ -79,25 +79,20 @@ class _Rest:
 
     def __init__(self) -> None:
         self._without = 0  # looks in which nothing was worth checking
-        self._pause = SHORTEST_REST
-        self.left = 0  # steps of the present pause
+        self.left = 0  # steps until the next look
 
-    def is_over(self) -> bool:
-        """Count a step, and say whether it looks for guesses."""
-        if self.left:
-            self.left -= 1
+    def take_step(self) -> bool:
+        """Count a step, and say whether it goes without looking."""
+        if not self.left:
             return False
+        self.left -= 1
         return True
 
     def note(self, has_guesses: bool) -> None:
         """Record what a look found."""
-        if has_guesses:
-            self._without, self._pause = 0, SHORTEST_REST
-            return
-        self._without += 1
+        self._without = 0 if has_guesses else self._without + 1
         if self._without >= STEPS_UNTIL_REST:
-            self.left = self._pause
-            self._pause = min(2 * self._pause, LONGEST_REST)
+            self.left = REST_STEPS - 1
 
 
 class Speculator:
@@ -147,7 +142,7 @@ class Speculator:
 
     def rests(self) -> bool:
         """Whether the next step goes without guesses; asked once a step, before `choose`."""
-        if self._rest.is_over():
+        if not self._rest.take_step():
             return False
         self._end_choice({})
         return True
@@ -165,7 +160,7 @@ class Speculator:
         started = time.perf_counter()
         chosen = self._choose(candidates, budget)
         self._own_unfinished = time.perf_counter() - started
-        if self.config.adaptive:
+        if self.config.adaptive and candidates:
             self._rest.note(bool(chosen))
         self._end_choice(chosen)
         return chosen

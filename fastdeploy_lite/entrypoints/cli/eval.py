@@ -87,7 +87,7 @@ def _windows(args: argparse.Namespace) -> list[list[int]]:
 def _load(args: argparse.Namespace, context: int) -> Any:
     from fastdeploy_lite.entrypoints import evaluation  # noqa: PLC0415
 
-    order: WantedOrder = args.wint2_row_order or envs.FD_LITE_WINT2_ROW_ORDER or "auto"
+    order: WantedOrder = args.wint2_row_order or envs.FD_LITE_WINT2_ROW_ORDER
     return evaluation.load_runner(args.model, context, args.device, args.quantization, order)
 
 

@@ -30,15 +30,12 @@ Correlations = tuple[float, float, int]
 def demo() -> dict[tuple[int, int], Correlations]:
     """Correlations of every 2-bit expert of the demo checkpoint by layer and expert."""
     checkpoint = Checkpoint.open(demo_path())
-    found = {}
-    for linear in rank_linears(checkpoint):
-        if linear.expert is not None and linear.role == "up_gate_proj":
-            halves = [
-                read_linear(checkpoint, one) for one in (linear, other_half(checkpoint, linear))
-            ]
-            arrays = [half.arrays for half in halves]
-            found[linear.layer, linear.expert] = row_order.expert_correlations(*arrays)
-    return found
+    return {
+        (linear.layer, linear.expert): row_order.expert_correlations(
+            *row_order.expert_arrays(checkpoint, linear)
+        )
+        for linear in row_order.first_halves(checkpoint)
+    }
 
 
 def test_every_layer_of_the_demo_alone_tells(demo: dict[tuple[int, int], Correlations]) -> None:

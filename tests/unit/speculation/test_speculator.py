@@ -227,6 +227,13 @@ def test_while_nothing_repeats_few_steps_look_for_guesses() -> None:
     assert speculator._memories["a"].drafter().propose(3).tokens == [56, 57, 58]
 
 
+def test_steps_that_only_read_prompts_are_no_failed_looks() -> None:
+    speculator = Speculator(SpeculativeConfig("ngram"))
+    for _ in range(1000):
+        assert not speculator.rests()
+        assert speculator.choose([], 9) == {}
+
+
 def test_the_time_of_guessing_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: 1e-3 * next(clock))
