@@ -6,7 +6,7 @@ from typing import Any
 
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.linear import GatedMLP
-from fastdeploy_lite.model_executor.ops import PackedWeight, Weight
+from fastdeploy_lite.model_executor.ops import Weight
 from fastdeploy_lite.model_executor.workspace import Workspace
 
 
@@ -56,8 +56,5 @@ class MoE:
             ops.clear(out)
             return out, None if self.shared is None else self.shared(x, workspace)
         ids, weights = self.router(x, workspace)
-        if isinstance(self.up_gate, PackedWeight) and isinstance(self.down, PackedWeight):
-            ops.fused_moe(x, ids, weights, self.up_gate, self.down, out, workspace)
-        else:
-            ops.segmented_moe(x, ids, weights, self.up_gate, self.down, out, workspace)
+        ops.routed_experts(x, ids, weights, self.up_gate, self.down, out, workspace)
         return out, None if self.shared is None else self.shared(x, workspace)

@@ -24,7 +24,11 @@ from fastdeploy_lite.model_executor.ops.sampling import (
     token_logprobs,
     update_occurrences,
 )
-from fastdeploy_lite.model_executor.ops.segments import segmented_linear, segmented_moe
+from fastdeploy_lite.model_executor.ops.segments import (
+    routed_experts,
+    segmented_linear,
+    segmented_moe,
+)
 from fastdeploy_lite.model_executor.ops.transfer import (
     announce_step,
     clear,
@@ -64,6 +68,7 @@ __all__ = [
     "rms_norm",
     "rope_and_cache",
     "route",
+    "routed_experts",
     "sample",
     "segmented_linear",
     "segmented_moe",

@@ -11,7 +11,11 @@ from fastdeploy_lite.model_executor.ops._view import ScratchSource, Tensor
 from fastdeploy_lite.model_executor.ops.activation import add_inplace, gather_rows
 from fastdeploy_lite.model_executor.ops.dense import linear
 from fastdeploy_lite.model_executor.ops.moe import fused_moe
-from fastdeploy_lite.model_executor.ops.packed_weight import SegmentedWeight, Weight
+from fastdeploy_lite.model_executor.ops.packed_weight import (
+    PackedWeight,
+    SegmentedWeight,
+    Weight,
+)
 
 _SMALLEST = 256
 _rows: dict[tuple[str, int, int], list[Tensor]] = {}
@@ -43,6 +47,26 @@ def segmented_linear(
         linear(part_x, part, part_out if i else out)
         if i:
             add_inplace(out, part_out)
+
+
+def routed_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    up_gate: Weight,
+    down: Weight,
+    out: Tensor,
+    workspace: ScratchSource,
+) -> None:
+    """`fused_moe` for experts in either form, whole or in parts.
+
+    Raises:
+        TypeError, ValueError: as for `fused_moe`.
+    """
+    if isinstance(up_gate, PackedWeight) and isinstance(down, PackedWeight):
+        fused_moe(x, topk_ids, topk_weights, up_gate, down, out, workspace)
+    else:
+        segmented_moe(x, topk_ids, topk_weights, up_gate, down, out, workspace)
 
 
 def segmented_moe(
