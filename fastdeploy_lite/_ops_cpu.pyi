@@ -96,11 +96,12 @@ class PackedWeight:
         experts: int,
         data: int = ...,
         scale: int = ...,
-        code_scale: int = ...,
-        code_offset: int = ...,
+        codes: int = ...,
     ) -> None: ...
     @property
     def data_bytes(self) -> int: ...
+    @property
+    def codes_bytes(self) -> int: ...
     @property
     def padded_columns(self) -> int: ...
 

@@ -9,19 +9,15 @@
 namespace fd {
 namespace {
 
-float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
-
 PackedWeight make_weight(const std::string& kind, int64_t in_features, int64_t out_features,
-                         int64_t experts, uintptr_t data, uintptr_t scale, uintptr_t code_scale,
-                         uintptr_t code_offset) {
+                         int64_t experts, uintptr_t data, uintptr_t scale, uintptr_t codes) {
   PackedWeight weight{weight_kind(kind),
                       in_features,
                       out_features,
                       experts,
                       reinterpret_cast<uint8_t*>(data),
-                      floats(scale),
-                      floats(code_scale),
-                      floats(code_offset)};
+                      reinterpret_cast<float*>(scale),
+                      reinterpret_cast<CcqCodes*>(codes)};
   weight.check();
   return weight;
 }
@@ -29,11 +25,16 @@ PackedWeight make_weight(const std::string& kind, int64_t in_features, int64_t o
 void bind_weight(py::module_& m) {
   py::class_<PackedWeight>(m, "PackedWeight", "Addresses of a packed weight's parts; owns nothing.")
       .def(py::init(&make_weight), py::arg("kind"), py::arg("in_features"), py::arg("out_features"),
-           py::arg("experts"), py::arg("data") = 0, py::arg("scale") = 0, py::arg("code_scale") = 0,
-           py::arg("code_offset") = 0)
+           py::arg("experts"), py::arg("data") = 0, py::arg("scale") = 0, py::arg("codes") = 0)
       .def_property_readonly(
           "data_bytes",
           [](const PackedWeight& w) { return w.experts * w.tiles() * w.tile_bytes(); })
+      .def_property_readonly("codes_bytes",
+                             [](const PackedWeight& w) {
+                               const int64_t tiles =
+                                   w.kind == WeightKind::kCcq ? w.experts * w.tiles() : 0;
+                               return tiles * static_cast<int64_t>(sizeof(CcqCodes));
+                             })
       .def_property_readonly("padded_columns",
                              [](const PackedWeight& w) { return w.tiles() * kTileColumns; });
   m.def("pack_dense", &pack_dense, py::arg("weight"), py::arg("expert"), py::arg("source"),

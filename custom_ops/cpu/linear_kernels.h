@@ -25,8 +25,7 @@ constexpr int kMaxInteger = 0x7f7f7f;
 constexpr int kMaxRows = 256;
 
 // A tile is 16 columns; its bytes are read once, in order.
-//   ccq:  for each 128 rows: 2 x [16 quads of rows][16 columns] code bytes, then for each column
-//   the
+//   ccq:  for each 128 rows: 8 x [16 columns][4 quads of rows] code bytes, then for each column the
 //         byte of two local scales: 528 bytes, 2.0625 bits a weight
 //   int8: for each quad of rows [16 columns][4 rows], value + 128
 //   int4: for each pair of quads [16 columns][4 rows], value + 8: even quad in the low nibbles
@@ -35,6 +34,23 @@ constexpr int kCcqGroupBytes = kGroupQuads * kTileColumns;
 constexpr int kCcqBlockBytes = 2 * kCcqGroupBytes + kTileColumns;
 constexpr int kInt8GroupBytes = kGroupRows * kTileColumns;
 constexpr int kInt4GroupBytes = kInt8GroupBytes / 2;
+
+// What a byte of a ccq tile's 16 columns means: see ccq.h, or where all of the columns have
+// integers that give the same codes, (base + byte * multiplier) >> kCcqShift.
+constexpr int kCcqShift = 15;
+struct CcqCodes {
+  int32_t is_integer;
+  union {
+    struct {
+      float scale[kTileColumns];
+      float offset[kTileColumns];  // code_zp + 0.5
+    } exact;
+    struct {
+      int32_t multiplier[kTileColumns];
+      int32_t base[kTileColumns];
+    } integer;
+  };
+};
 
 // Beside the digits of one group of one row: what undoes the weights' offset, and the scale.
 struct GroupNumbers {
@@ -49,8 +65,7 @@ struct TileJob {
   int columns;                 // of all tiles together; the last one may be ragged
   int64_t depth;               // K
   const float* scale;          // per column: super scale, weight scale (unused for dense)
-  const float* code_scale;     // per column, ccq only
-  const float* code_offset;    // per column, ccq only
+  const CcqCodes* codes;       // per tile, ccq only
   const int8_t* digits;        // [rows][K / 64][3][64]
   int64_t digit_stride;        // bytes of a row of digits: digit_row_bytes(depth)
   const GroupNumbers* groups;  // [rows][K / 64]
@@ -72,6 +87,8 @@ struct LinearKernels {
   void (*quantize_row)(const float* x, int64_t depth, int32_t offset, int8_t* digits,
                        GroupNumbers* groups);
   void (*ccq)(const TileJob& job);
+  // Turns exact codes into integer ones if all columns of the tile allow it.
+  void (*prove_codes)(CcqCodes* codes);
   void (*int8)(const TileJob& job);
   void (*int4)(const TileJob& job);
   void (*bf16)(const TileJob& job);

@@ -119,6 +119,23 @@ void copy_row(const uint8_t* from, int64_t columns, uint8_t* to) {
   if (columns < kTileColumns) std::memset(to + columns, 0, kTileColumns - columns);
 }
 
+// Four rows of bytes, one behind the other in `rows`, as [16 columns][4].
+void interleave(const uint8_t (&rows)[4][kTileColumns], uint8_t* out) {
+  for (int c = 0; c < kTileColumns; ++c) {
+    for (int r = 0; r < 4; ++r) out[c * 4 + r] = rows[r][c];
+  }
+}
+
+// The meaning of a tile's bytes; what lies beyond its columns is never looked at.
+void pack_codes(int64_t columns, const float* scale, const float* zero, CcqCodes& codes) {
+  codes = {};
+  for (int64_t c = 0; c < columns; ++c) {
+    codes.exact.scale[c] = scale[c];
+    codes.exact.offset[c] = ccq::code_offset(zero[c]);
+  }
+  pick(linear_kernels_tables).prove_codes(&codes);
+}
+
 }  // namespace
 
 void pack_dense(const PackedWeight& weight, int64_t expert, const TensorView& source,
@@ -194,17 +211,17 @@ void pack_ccq(const PackedWeight& weight, int64_t expert, const TensorView& pack
   const float* zeros = finite_vector(weight, "code_zp", code_zp);
   check_code_range(n, slopes, zeros);
   copy_padded(weight, expert, supers, weight.scale);
-  copy_padded(weight, expert, slopes, weight.code_scale);
-  copy_padded(weight, expert, zeros, weight.code_offset);
-  float* offsets = weight.code_offset + weight.column(expert, 0);
-  for (int64_t i = 0; i < n; ++i) offsets[i] = ccq::code_offset(zeros[i]);
+  CcqCodes* codes_of_tiles = weight.codes + expert * weight.tiles();
   for_each_tile(weight, [&](int64_t tile) {
     uint8_t* out = weight.tile(expert, tile);
     const int64_t first = tile * kTileColumns, columns = columns_of_tile(weight, tile);
+    pack_codes(columns, slopes + first, zeros + first, codes_of_tiles[tile]);
     for (int64_t block = 0; block < k / 128; ++block, out += kCcqBlockBytes) {
-      for (int64_t r = 0; r < 32; ++r) {
+      for (int64_t r = 0; r < 32; r += 4) {
         const uint8_t* from = codes + (block * 32 + r) * packed.strides[0] + first;
-        copy_row(from, columns, out + r * kTileColumns);
+        uint8_t rows[4][kTileColumns];
+        for (int i = 0; i < 4; ++i) copy_row(from + i * packed.strides[0], columns, rows[i]);
+        interleave(rows, out + r * kTileColumns);
       }
       const uint8_t* from = locals + block * local_scale.strides[0] + first;
       copy_row(from, columns, out + 2 * kCcqGroupBytes);

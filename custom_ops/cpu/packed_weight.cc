@@ -93,10 +93,7 @@ void multiply_tiles(const PackedWeight& weight, int64_t expert, int64_t begin, i
   job.columns =
       static_cast<int>(std::min(end * kTileColumns, weight.out_features) - begin * kTileColumns);
   if (weight.quantized()) job.scale = weight.scale + column;
-  if (weight.kind == WeightKind::kCcq) {
-    job.code_scale = weight.code_scale + column;
-    job.code_offset = weight.code_offset + column;
-  }
+  if (weight.kind == WeightKind::kCcq) job.codes = weight.codes + expert * weight.tiles() + begin;
   job.digit_stride = digit_row_bytes(weight.in_features);
   job.out_stride = out_stride;
   for (int64_t first = 0; first < count; first += kMaxRows) {

@@ -22,8 +22,7 @@ struct PackedWeight {
   int64_t experts;       // at least 1
   uint8_t* data;         // [experts][tiles][tile_bytes], layouts in linear_kernels.h
   float* scale;          // [experts][tiles * 16]; null for dense kinds
-  float* code_scale;     // the same shape; null unless ccq
-  float* code_offset;    // code_zp + 0.5, the same shape; null unless ccq
+  CcqCodes* codes;       // [experts][tiles]; null unless ccq
 
   bool quantized() const { return kind != WeightKind::kBFloat16 && kind != WeightKind::kFloat32; }
   int64_t tiles() const { return (out_features + kTileColumns - 1) / kTileColumns; }

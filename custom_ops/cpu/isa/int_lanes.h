@@ -40,7 +40,14 @@ FD_INLINE I16 shift_right(I16 a, int n) { return {_mm512_srli_epi32(a.v, n)}; }
 FD_INLINE I16 bit_and(I16 a, int32_t mask) {
   return {_mm512_and_si512(a.v, _mm512_set1_epi32(mask))};
 }
+FD_INLINE I16 sub(I16 a, I16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+FD_INLINE I16 max(I16 a, I16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+FD_INLINE I16 min(I16 a, I16 b) { return {_mm512_min_epi32(a.v, b.v)}; }
+FD_INLINE void store(int32_t* p, I16 a) { _mm512_storeu_si512(p, a.v); }
 FD_INLINE F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+FD_INLINE I16 floor_to_int(F16 a) {
+  return {_mm512_cvt_roundps_epi32(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
 
 FD_INLINE __m512i splat_digits(const int8_t* four) {
   int32_t word;
@@ -62,15 +69,6 @@ FD_INLINE Quads load_nibbles(const uint8_t* p, bool high) {
   const __m512i shifted = high ? _mm512_srli_epi16(both, 4) : both;
   return {_mm512_and_si512(shifted, _mm512_set1_epi8(0x0f))};
 }
-FD_INLINE Quads decode_ccq(const uint8_t* p, F16 code_scale, F16 offset) {
-  const F16 sum = fma(to_float(load_bytes(p)), code_scale, offset);
-  const __m512i d = _mm512_cvt_roundps_epi32(sum.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  // Two codes a 64-bit lane; each output byte is taken at its own bit position.
-  const __m512i positions = _mm512_set1_epi64(0x2023262900030609);
-  const __m512i fields = _mm512_multishift_epi64_epi8(positions, d);
-  return {_mm512_and_si512(fields, _mm512_set1_epi8(ccq::kFieldMask))};
-}
-
 #elif defined(FD_LANES_X86)
 
 constexpr int kRowBlock = 1;
@@ -102,7 +100,26 @@ FD_INLINE I16 bit_and(I16 a, int32_t mask) {
   const __m256i m = _mm256_set1_epi32(mask);
   return {_mm256_and_si256(a.lo, m), _mm256_and_si256(a.hi, m)};
 }
+FD_INLINE I16 load_ints(const int32_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
+}
+FD_INLINE I16 sub(I16 a, I16 b) {
+  return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)};
+}
+FD_INLINE I16 max(I16 a, I16 b) {
+  return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)};
+}
+FD_INLINE I16 min(I16 a, I16 b) {
+  return {_mm256_min_epi32(a.lo, b.lo), _mm256_min_epi32(a.hi, b.hi)};
+}
+FD_INLINE void store(int32_t* p, I16 a) {
+  _mm256_storeu_si256((__m256i*)p, a.lo);
+  _mm256_storeu_si256((__m256i*)(p + 8), a.hi);
+}
 FD_INLINE F16 to_float(I16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+FD_INLINE I16 floor_to_int(F16 a) {
+  return {_mm256_cvttps_epi32(_mm256_floor_ps(a.lo)), _mm256_cvttps_epi32(_mm256_floor_ps(a.hi))};
+}
 
 FD_INLINE __m256i splat_digits(const int8_t* four) {
   int32_t word;
@@ -167,24 +184,6 @@ FD_INLINE I16 dot(I16 sum, WideQuads w, const int8_t* four) {
 }
 #endif
 
-// The four 6-bit fields as bytes. AVX2 has no shift by different amounts within 32 bits, but two
-// 16-bit multiplications of (d, d) are such shifts: 6 instructions instead of 11.
-FD_INLINE __m256i field_bytes(__m256i d) {
-  const __m256i twice =
-      _mm256_shuffle_epi8(d, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9,
-                                                                       8, 9, 12, 13, 12, 13)));
-  // Low word: d >> 9 and d << 2; high word: d >> 3 and d << 8.
-  const __m256i even = _mm256_mulhi_epu16(twice, _mm256_set1_epi32((1 << 13) << 16 | 1 << 7));
-  const __m256i odd = _mm256_mullo_epi16(twice, _mm256_set1_epi32(1 << 8 << 16 | 1 << 2));
-  return _mm256_or_si256(_mm256_and_si256(even, _mm256_set1_epi16(ccq::kFieldMask)),
-                         _mm256_and_si256(odd, _mm256_set1_epi16(ccq::kFieldMask << 8)));
-}
-FD_INLINE __m256i floor_to_int(__m256 x) { return _mm256_cvttps_epi32(_mm256_floor_ps(x)); }
-FD_INLINE Quads decode_ccq(const uint8_t* p, F16 code_scale, F16 offset) {
-  const F16 sum = fma(to_float(load_bytes(p)), code_scale, offset);
-  return {field_bytes(floor_to_int(sum.lo)), field_bytes(floor_to_int(sum.hi))};
-}
-
 #else
 
 constexpr int kRowBlock = 1;
@@ -207,7 +206,13 @@ struct WideQuads {
   return r
 FD_INLINE I16 splat_int(int32_t x) { FD_EACH_INT(x); }
 FD_INLINE I16 load_bytes(const uint8_t* p) { FD_EACH_INT(p[i]); }
-FD_INLINE I16 add(I16 a, I16 b) { FD_EACH_INT(a.v[i] + b.v[i]); }
+// Sums wrap around, as those of the vector instructions do.
+FD_INLINE I16 add(I16 a, I16 b) { FD_EACH_INT((int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
+FD_INLINE I16 sub(I16 a, I16 b) { FD_EACH_INT((int32_t)((uint32_t)a.v[i] - (uint32_t)b.v[i])); }
+FD_INLINE I16 max(I16 a, I16 b) { FD_EACH_INT(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+FD_INLINE I16 min(I16 a, I16 b) { FD_EACH_INT(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+FD_INLINE void store(int32_t* p, I16 a) { memcpy(p, a.v, sizeof(a.v)); }
+FD_INLINE I16 floor_to_int(F16 a) { FD_EACH_INT((int32_t)__builtin_floorf(a.v[i])); }
 FD_INLINE I16 shift_left(I16 a, int n) { FD_EACH_INT((int32_t)((uint32_t)a.v[i] << n)); }
 FD_INLINE I16 shift_right(I16 a, int n) { FD_EACH_INT((int32_t)((uint32_t)a.v[i] >> n)); }
 FD_INLINE I16 bit_and(I16 a, int32_t mask) { FD_EACH_INT(a.v[i] & mask); }
@@ -240,15 +245,6 @@ FD_INLINE Quads load_nibbles(const uint8_t* p, bool high) {
   for (int i = 0; i < 64; ++i) w.v[i] = high ? p[i] >> 4 : p[i] & 15;
   return w;
 }
-FD_INLINE Quads decode_ccq(const uint8_t* p, F16 code_scale, F16 offset) {
-  Quads w;
-  for (int i = 0; i < 16; ++i) {
-    const int d = ccq::code(p[i], code_scale.v[i], offset.v[i]);
-    for (int j = 0; j < 4; ++j) w.v[4 * i + j] = (uint8_t)ccq::field(d, j);
-  }
-  return w;
-}
-
 #endif
 
 }  // namespace fd::FD_ISA

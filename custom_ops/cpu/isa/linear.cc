@@ -19,6 +19,34 @@ void quantized_tiles(const TileJob& job) {
 #endif
 }
 
+// Tiles [first, end) of a job.
+FD_INLINE TileJob part_of(const TileJob& job, int first, int end) {
+  TileJob part = job;
+  const int columns = (end - first) * kTileColumns, left = job.columns - first * kTileColumns;
+  part.tile = job.tile + first * job.tile_bytes;
+  part.columns = columns < left ? columns : left;
+  part.scale = job.scale + first * kTileColumns;
+  part.codes = job.codes + first;
+  part.out = job.out + first * kTileColumns;
+  return part;
+}
+
+void ccq_tiles(const TileJob& job) {
+  const int tiles = (job.columns + kTileColumns - 1) / kTileColumns;
+  for (int first = 0, end; first < tiles; first = end) {
+    const int32_t is_integer = job.codes[first].is_integer;
+    for (end = first + 1; end < tiles && job.codes[end].is_integer == is_integer;) ++end;
+    const TileJob alike = part_of(job, first, end);
+    if (is_integer) {
+      quantized_tiles<Ccq<IntegerDecoder>>(alike);
+    } else {
+      quantized_tiles<Ccq<ExactDecoder>>(alike);
+    }
+  }
+}
+
+void prove_codes(CcqCodes* codes) { codes->is_integer = integer_codes(*codes); }
+
 // --- activations ---------------------------------------------------------------------------------
 
 FD_INLINE float largest(const float* x) {
@@ -197,9 +225,15 @@ void weighted_sum(const float* rows, int64_t stride, const int32_t* positions, c
 
 }  // namespace
 
-const LinearKernels linear_kernels = {
-    quantize_row,          quantized_tiles<Ccq>, quantized_tiles<Int8>, quantized_tiles<Int4>,
-    dense_tiles<uint16_t>, dense_tiles<float>,   gate_logits,           softmax,
-    weighted_sum};
+const LinearKernels linear_kernels = {quantize_row,
+                                      ccq_tiles,
+                                      prove_codes,
+                                      quantized_tiles<Int8>,
+                                      quantized_tiles<Int4>,
+                                      dense_tiles<uint16_t>,
+                                      dense_tiles<float>,
+                                      gate_logits,
+                                      softmax,
+                                      weighted_sum};
 
 }  // namespace fd::FD_ISA

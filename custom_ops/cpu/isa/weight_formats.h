@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../linear_kernels.h"
+#include "ccq_codes.h"
 #include "int_lanes.h"
 
 namespace fd::FD_ISA {
@@ -15,23 +16,23 @@ namespace fd::FD_ISA {
 // is what lets the ccq kernel read from memory as fast as from cache.
 constexpr int64_t kFetchAhead = 2048;
 
+// Decoder: ExactDecoder or IntegerDecoder, as the tile's columns allow.
+template <typename Decoder>
 struct Ccq {
   static constexpr int kGroupBytes = kCcqBlockBytes / 2;
   static constexpr int kOffset = ccq::kFieldOffset;
-  F16 code_scale, code_offset;
+  Decoder decoder;
   const uint8_t* tile;
 
   Ccq(const TileJob& job, int index)
-      : code_scale(load(job.code_scale + index * kTileColumns)),
-        code_offset(load(job.code_offset + index * kTileColumns)),
-        tile(job.tile + index * job.tile_bytes) {}
+      : decoder(job.codes[index]), tile(job.tile + index * job.tile_bytes) {}
 
   const uint8_t* group(int64_t g) const {
     return tile + (g >> 1) * kCcqBlockBytes + (g & 1) * kCcqGroupBytes;
   }
   static Quads load_stored(const uint8_t* p) { return load_quads(p); }
   Quads quad(const uint8_t* group, int q) const {
-    return decode_ccq(group + q * kTileColumns, code_scale, code_offset);
+    return decoder.quad(group + q / kQuadsPerVector * 64, q % kQuadsPerVector);
   }
   F16 local(int64_t g) const {
     const I16 both = load_bytes(tile + (g >> 1) * kCcqBlockBytes + 2 * kCcqGroupBytes);

@@ -21,11 +21,6 @@ from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight, Weigh
 Array: TypeAlias = npt.NDArray[Any]
 
 _ELEMENT_KINDS = {"uint16": "bf16", "float32": "f32"}
-_VECTORS: dict[str, tuple[str, ...]] = {
-    "int8": ("scale",),
-    "int4": ("scale",),
-    "ccq": ("scale", "code_scale", "code_offset"),
-}
 
 
 def allocate_weight(
@@ -128,9 +123,11 @@ def _make_handle(weight: PackedWeight, native_kind: str, tensors: dict[str, Tens
 def _allocate_cpu(weight: PackedWeight, native_kind: str) -> None:
     plan = _make_handle(weight, native_kind, {})
     tensors = {"data": paddle.empty([plan.data_bytes], dtype="uint8", device=weight.place)}
-    columns = [max(weight.num_experts, 1) * plan.padded_columns]
-    for name in _VECTORS.get(native_kind, ()):
-        tensors[name] = paddle.empty(columns, dtype="float32", device=weight.place)
+    if weight.kind != "dense":
+        columns = max(weight.num_experts, 1) * plan.padded_columns
+        tensors["scale"] = paddle.empty([columns], dtype="float32", device=weight.place)
+    if weight.kind == "ccq":
+        tensors["codes"] = paddle.empty([plan.codes_bytes], dtype="uint8", device=weight.place)
     weight.tensors = tensors
     weight.handle = _make_handle(weight, native_kind, tensors)
 

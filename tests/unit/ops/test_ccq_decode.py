@@ -35,14 +35,24 @@ def adversarial_columns() -> tuple[np.ndarray, np.ndarray]:
     return table[:, 0].copy(), table[:, 1].copy()
 
 
+def plain_columns() -> tuple[np.ndarray, np.ndarray]:
+    """(code_scale, code_zp) as checkpoints have them, and the steepest that integers can follow."""
+    rng = np.random.default_rng(11)
+    scale = rng.uniform(100, 127, 256)
+    scale[::32] = [128, -128, 128.875, -128.875, 0, 1e-3, 64, -127.99]
+    return scale.astype(np.float32), rng.uniform(-300, 300, 256).astype(np.float32)
+
+
+COLUMNS = {"adversarial": adversarial_columns(), "plain": plain_columns()}
+
+
 @pytest.fixture(scope="module")
 def expected() -> np.ndarray:
     return oracle.ccq_codes(*adversarial_columns())
 
 
-def decoded_codes(rows_at_once: int) -> np.ndarray:
-    """The 15 bits that the kernel sees, [256, N]: rows of the identity pick single weights."""
-    scale, zero = adversarial_columns()
+def coded_weight(scale: np.ndarray, zero: np.ndarray) -> ops.PackedWeight:
+    """One byte after the other in every column."""
     columns = len(scale)
     weight = ops.allocate_weight("ccq", ROWS, columns, paddle.CPUPlace())
     ops.fill_weight(
@@ -54,6 +64,19 @@ def decoded_codes(rows_at_once: int) -> np.ndarray:
         code_scale=scale,
         code_zp=zero,
     )
+    return weight
+
+
+def tiles_by_integers(weight: ops.PackedWeight) -> np.ndarray:
+    """Which tiles of 16 columns are decoded by integers: the first word of their codes."""
+    words = weight.tensors["codes"].numpy().view(np.int32)
+    return words.reshape(-(-weight.out_features // 16), -1)[:, 0] != 0
+
+
+def decoded_codes(rows_at_once: int, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    """The 15 bits that the kernel sees, [256, N]: rows of the identity pick single weights."""
+    columns = len(scale)
+    weight = coded_weight(scale, zero)
     fields = np.empty((ROWS, columns), np.float32)
     for first in range(0, ROWS, rows_at_once):
         x = np.eye(rows_at_once, ROWS, first, dtype=np.float32)
@@ -72,12 +95,28 @@ def decoded_codes(rows_at_once: int) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize("rows_at_once", [1, 4, 128])
-def test_every_byte_decodes_like_the_oracle(
-    name: str, rows_at_once: int, expected: np.ndarray
-) -> None:
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_every_byte_decodes_like_the_oracle(name: str, rows_at_once: int, columns: str) -> None:
     with isa(name):
-        found = decoded_codes(rows_at_once)
-    np.testing.assert_array_equal(found, expected)
+        found = decoded_codes(rows_at_once, *COLUMNS[columns])
+    np.testing.assert_array_equal(found, oracle.ccq_codes(*COLUMNS[columns]))
+
+
+@pytest.mark.parametrize("name", ISAS)
+def test_integers_are_found_for_plain_columns_and_not_for_steep_ones(name: str) -> None:
+    scale, zero = plain_columns()
+    scale[40], zero[70] = 129, np.float32(2**29)  # beyond two factors; rounded to multiples of 32
+    with isa(name):
+        found = tiles_by_integers(coded_weight(scale, zero))
+    np.testing.assert_array_equal(np.flatnonzero(~found), [40 // 16, 70 // 16])
+
+
+def test_all_instruction_sets_find_the_same_integers() -> None:
+    found = {}
+    for name in ISAS:
+        with isa(name):
+            found[name] = coded_weight(*COLUMNS["adversarial"]).tensors["codes"].numpy().tobytes()
+    assert len(set(found.values())) == 1
 
 
 def test_oracle_agrees_with_the_package(expected: np.ndarray) -> None:

@@ -33,15 +33,17 @@ def fill(kind: Any, k: int, n: int, arrays: dict[str, Any]) -> ops.PackedWeight:
 
 
 @pytest.mark.parametrize(
-    ("kind", "vectors", "bits_per_weight"), [("ccq", 3, 2.0625), ("int4", 1, 4), ("int8", 1, 8)]
+    ("kind", "column_bytes", "bits_per_weight"),
+    # ccq: three numbers a column, and for 16 columns a word that says what two of them are.
+    [("ccq", 12.25, 2.0625), ("int4", 4, 4), ("int8", 4, 8)],
 )
 def test_memory_is_the_format_and_nothing_more(
-    kind: Any, vectors: int, bits_per_weight: float
+    kind: Any, column_bytes: float, bits_per_weight: float
 ) -> None:
     weight = ops.allocate_weight(kind, 1024, 512, CPU, num_experts=3)
     matrix = 3 * 1024 * 512 * bits_per_weight / 8
-    assert weight.nbytes == matrix + 3 * 512 * 4 * vectors
-    assert weight.logical_bits == pytest.approx(bits_per_weight + 32 * vectors / 1024)
+    assert weight.nbytes == matrix + 3 * 512 * column_bytes
+    assert weight.logical_bits == pytest.approx(bits_per_weight + 8 * column_bytes / 1024)
 
 
 @pytest.mark.parametrize(("kind", "element"), [("bf16", 2), ("f32", 4)])
