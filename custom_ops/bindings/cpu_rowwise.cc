@@ -1,4 +1,5 @@
-// Norms, activation, sums and gathers over rows.
+// Norms, activation, sums, gathers and conversions over rows.
+#include "../cpu/bf16_rows.h"
 #include "../cpu/rowwise.h"
 #include "../cpu/rowwise_kernels.h"
 #include "bindings.h"
@@ -50,6 +51,16 @@ void gather_rows(const TensorView& x, const TensorView& indices, const TensorVie
                    rows<float>("out", out, count, width));
 }
 
+void widen(const TensorView& x, const TensorView& out) {
+  const int64_t count = x.shape[0], width = x.shape[1];
+  cpu::widen(rows<const uint16_t>("x", x, count, width), rows<float>("out", out, count, width));
+}
+
+void narrow(const TensorView& x, const TensorView& out) {
+  const int64_t count = x.shape[0], width = x.shape[1];
+  cpu::narrow(rows<const float>("x", x, count, width), rows<uint16_t>("out", out, count, width));
+}
+
 void exponential(const TensorView& x, const TensorView& out) {
   x.check_rank("x", 1);
   out.check_rank("out", 1).check_extent("out", 0, x.shape[0]);
@@ -66,6 +77,8 @@ void bind_rowwise(py::module_& m) {
   m.def("silu_and_mul", &silu_and_mul, py::arg("x"), py::arg("out"), no_gil());
   m.def("add_inplace", &add_inplace, py::arg("x"), py::arg("y"), no_gil());
   m.def("gather_rows", &gather_rows, py::arg("x"), py::arg("rows"), py::arg("out"), no_gil());
+  m.def("widen", &widen, py::arg("x"), py::arg("out"), no_gil());
+  m.def("narrow", &narrow, py::arg("x"), py::arg("out"), no_gil());
   m.def("exponential", &exponential, py::arg("x"), py::arg("out"), no_gil(),
         "e^x as the softmax and SwiGLU kernels compute it; for tests of its accuracy.");
 }

@@ -35,7 +35,9 @@ from fastdeploy_lite.model_executor.ops.transfer import (
     download,
     host_array,
     memory_info,
+    narrow,
     upload,
+    widen,
 )
 from fastdeploy_lite.model_executor.ops.weights import allocate_weight, fill_weight, finish_weight
 
@@ -62,6 +64,7 @@ __all__ = [
     "linear",
     "mask_logits",
     "memory_info",
+    "narrow",
     "paged_attention",
     "process_logits",
     "randomize_weight",
@@ -76,4 +79,5 @@ __all__ = [
     "token_logprobs",
     "update_occurrences",
     "upload",
+    "widen",
 ]

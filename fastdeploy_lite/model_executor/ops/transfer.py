@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite.model_executor.ops._dispatch import native, place_kind
-from fastdeploy_lite.model_executor.ops._view import DTYPE_NAMES, Tensor
+from fastdeploy_lite.model_executor.ops._view import DTYPE_NAMES, Arguments, Tensor, View
 from fastdeploy_lite.utils import host_memory
 
 
@@ -84,6 +84,42 @@ def host_array(tensor: Tensor) -> npt.NDArray[Any]:
     memory = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(tensor.data_ptr())
     memory.owner = tensor
     return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def widen(bits: npt.NDArray[np.uint16], out: Tensor) -> None:
+    """Write bfloat16 rows as float32, exactly; on the CPU.
+
+    Args:
+        bits: [T, H], of a host array.
+        out: float32 [T, H].
+
+    Raises:
+        TypeError, ValueError: wrong dtype or shape, or `out` on a card.
+    """
+    args = Arguments("widen", out)
+    args.native()(_bits_view("widen", bits), args.view("out", out, "float32", *bits.shape))
+
+
+def narrow(x: Tensor, out: npt.NDArray[np.uint16]) -> None:
+    """Write float32 rows as bfloat16, rounded to nearest, ties to even; on the CPU.
+
+    Args:
+        x: float32 [T, H].
+        out: bits [T, H], a host array.
+
+    Raises:
+        TypeError, ValueError: wrong dtype or shape, or `x` on a card.
+    """
+    args = Arguments("narrow", x)
+    args.native()(args.view("x", x, "float32", *out.shape), _bits_view("narrow", out))
+
+
+def _bits_view(op: str, bits: npt.NDArray[np.uint16]) -> View:
+    """View of a host array of bfloat16 bits; the caller keeps it alive during the call."""
+    if bits.dtype != np.uint16:
+        raise TypeError(f"{op}: the host array has dtype {bits.dtype}, expected uint16 (bf16 bits)")
+    address: int = bits.__array_interface__["data"][0]
+    return address, "bfloat16", list(bits.shape), [step // 2 for step in bits.strides]
 
 
 def memory_info(place: Any) -> tuple[int, int]:
