@@ -21,6 +21,7 @@ __all__ = [
     "BLOCK_SIZE",
     "CacheConfig",
     "EarlyStopConfig",
+    "ExpertOffloadConfig",
     "FDConfig",
     "GenerationDefaults",
     "LoadChoice",
@@ -179,6 +180,32 @@ class LoadConfig:
 
 
 @dataclass(frozen=True)
+class ExpertOffloadConfig:
+    """Routed experts that stay in main memory, where the CPU computes them, beside a card.
+
+    They are those of the first layers that have experts, by default of all.
+
+    Attributes:
+        cpu_layers: of so many layers.
+        card_gib: of so few that the others' weigh at most so many GiB on the card.
+    """
+
+    cpu_layers: int | None = None
+    card_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.cpu_layers is not None and self.card_gib is not None:
+            raise ConfigError(
+                "cpu_moe_layers and moe_card_gib both say how many experts stay in main memory: "
+                "leave one of them out"
+            )
+        if self.cpu_layers is not None and self.cpu_layers < 1:
+            _refuse("cpu_moe_layers", self.cpu_layers, "at least 1")
+        if self.card_gib is not None and not self.card_gib >= 0:
+            _refuse("moe_card_gib", self.card_gib, "at least 0")
+
+
+@dataclass(frozen=True)
 class EarlyStopConfig:
     """End a sequence once every token of a window was sampled with near certainty (repetition).
 
@@ -211,6 +238,7 @@ class RuntimeConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     load: LoadConfig = field(default_factory=LoadConfig)
+    expert_offload: ExpertOffloadConfig | None = None
     device: str | None = None
     use_cudagraph: bool = True
     cudagraph_capture_sizes: tuple[int, ...] | None = None
@@ -232,6 +260,12 @@ class RuntimeConfig:
             _refuse("logprobs_mode", self.logprobs_mode, f"one of {get_args(LogprobsMode)}")
         if self.max_logprobs < -1:
             _refuse("max_logprobs", self.max_logprobs, "at least -1 (no limit)")
+        ranks, replicas = self.parallel.tensor_parallel_size, self.parallel.data_parallel_size
+        if self.expert_offload is not None and (ranks > 1 or replicas > 1):
+            raise ConfigError(
+                f"moe_device cpu is for one card, found tensor_parallel_size {ranks} and "
+                f"data_parallel_size {replicas}: leave one or the other out"
+            )
 
     # Upstream's names, for plug-ins that are handed an `FDConfig`.
 

@@ -158,6 +158,19 @@ void bind_runtime(py::module_& m) {
   m.def("copy", [](Address to, Address from, int64_t bytes, Address stream) {
     fc::copy(at<void>(to), at<const void>(from), bytes, stream_of(stream));
   });
+  m.def("allocate_pinned",
+        [](int64_t bytes) { return reinterpret_cast<Address>(fc::allocate_pinned(bytes)); });
+  m.def("free_pinned", [](Address memory) { fc::free_pinned(at<void>(memory)); });
+  m.def("copy_to_pinned", [](Address pinned, Address device, int64_t bytes, Address stream) {
+    fc::copy_to_pinned(at<void>(pinned), at<const void>(device), bytes, stream_of(stream));
+  });
+  m.def("copy_from_pinned", [](Address device, Address pinned, int64_t bytes, Address stream) {
+    fc::copy_from_pinned(at<void>(device), at<const void>(pinned), bytes, stream_of(stream));
+  });
+  m.def("create_event", &fc::create_event);
+  m.def("record_event",
+        [](uint64_t event, Address stream) { fc::record_event(event, stream_of(stream)); });
+  m.def("wait_event", &fc::wait_event, no_gil());
   m.def("clear", [](Address to, int64_t bytes, Address stream) {
     fc::clear(at<void>(to), bytes, stream_of(stream));
   });

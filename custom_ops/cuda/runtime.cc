@@ -112,6 +112,36 @@ void copy(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream), "copy");
 }
 
+void* allocate_pinned(int64_t bytes) {
+  void* memory = nullptr;
+  check(cudaHostAlloc(&memory, bytes, cudaHostAllocPortable), "allocate_pinned");
+  return memory;
+}
+
+void free_pinned(void* memory) { check(cudaFreeHost(memory), "free_pinned"); }
+
+void copy_to_pinned(void* pinned, const void* device, int64_t bytes, cudaStream_t stream) {
+  check(cudaMemcpyAsync(pinned, device, bytes, cudaMemcpyDeviceToHost, stream), "copy_to_pinned");
+}
+
+void copy_from_pinned(void* device, const void* pinned, int64_t bytes, cudaStream_t stream) {
+  check(cudaMemcpyAsync(device, pinned, bytes, cudaMemcpyHostToDevice, stream), "copy_from_pinned");
+}
+
+uint64_t create_event() {
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "create_event");
+  return reinterpret_cast<uint64_t>(event);
+}
+
+void record_event(uint64_t event, cudaStream_t stream) {
+  check(cudaEventRecord(reinterpret_cast<cudaEvent_t>(event), stream), "record_event");
+}
+
+void wait_event(uint64_t event) {
+  check(cudaEventSynchronize(reinterpret_cast<cudaEvent_t>(event)), "wait_event");
+}
+
 void clear(void* to, int64_t bytes, cudaStream_t stream) {
   check(cudaMemsetAsync(to, 0, bytes, stream), "clear");
 }
@@ -173,6 +203,13 @@ uint64_t end_capture(cudaStream_t stream, bool discard) {
     return 0;
   }
   check(status, "end_capture");
+  size_t nodes = 0;
+  const cudaError_t counted = cudaGraphGetNodes(graph, nullptr, &nodes);
+  if (counted != cudaSuccess || nodes == 0) {
+    cudaGraphDestroy(graph);
+    check(counted, "end_capture: nodes");
+    return 0;
+  }
   cudaGraphExec_t executable = nullptr;
   const cudaError_t made = cudaGraphInstantiate(&executable, graph, 0);
   cudaGraphDestroy(graph);

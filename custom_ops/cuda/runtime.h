@@ -26,6 +26,17 @@ void upload(void* device, const void* host, int64_t bytes, cudaStream_t stream);
 /// Copies to the host and waits.
 void download(void* host, const void* device, int64_t bytes, cudaStream_t stream);
 void copy(void* to, const void* from, int64_t bytes, cudaStream_t stream);
+/// Page-locked host memory.
+void* allocate_pinned(int64_t bytes);
+void free_pinned(void* memory);
+/// Between a card and page-locked memory, queued: the host goes on.
+void copy_to_pinned(void* pinned, const void* device, int64_t bytes, cudaStream_t stream);
+void copy_from_pinned(void* device, const void* pinned, int64_t bytes, cudaStream_t stream);
+/// An event without timing that lives as long as the process.
+uint64_t create_event();
+void record_event(uint64_t event, cudaStream_t stream);
+/// The host waits for the event's last record.
+void wait_event(uint64_t event);
 /// Zeros.
 void clear(void* to, int64_t bytes, cudaStream_t stream);
 void synchronize(cudaStream_t stream);
@@ -42,7 +53,8 @@ uint64_t create_stream();
 
 /// A captured sequence of kernels.
 void begin_capture(cudaStream_t stream);
-/// Ends the capture and returns a handle for launch_graph; 0 if `discard`.
+/// Ends the capture and returns a handle for launch_graph; 0 if `discard`, or if nothing was
+/// queued.
 uint64_t end_capture(cudaStream_t stream, bool discard);
 void launch_graph(uint64_t graph, cudaStream_t stream);
 void destroy_graph(uint64_t graph);

@@ -21,6 +21,7 @@ from fastdeploy_lite import envs
 from fastdeploy_lite.config import (
     CacheConfig,
     EarlyStopConfig,
+    ExpertOffloadConfig,
     LoadConfig,
     ModelConfig,
     ParallelConfig,
@@ -137,6 +138,18 @@ class EngineArgs:
         _text_or_none,
         "keep the output head in another form, on the CPU: wint8 halves what it reads a token",
         choices=("wint8",),
+    )
+    moe_device: str | None = _flag(
+        None,
+        _text_or_none,
+        "where routed experts are: cpu keeps them in main memory beside a card; default: the card",
+        choices=("cpu",),
+    )
+    cpu_moe_layers: int | None = _flag(
+        None, int, "moe_device cpu for the first so many layers with experts alone"
+    )
+    moe_card_gib: float | None = _flag(
+        None, float, "moe_device cpu for the experts beyond so many GiB, the first layers' alone"
     )
     load_choices: str = _flag(
         "default", str, "where weights come from", choices=("default", "default_v1", "dummy")
@@ -410,6 +423,7 @@ class EngineArgs:
                 self.tensor_parallel_size, data_parallel_size=self.data_parallel_size
             ),
             load=self._load_config(),
+            expert_offload=self._expert_offload(),
             use_cudagraph=self.use_cudagraph,
             cudagraph_capture_sizes=self._capture_sizes(),
             seed=self.seed,
@@ -431,6 +445,11 @@ class EngineArgs:
         head = self.lm_head_quantization
         return LoadConfig(self.load_choices, row_order, head)  # type: ignore[arg-type]  # checked there
 
+    def _expert_offload(self) -> ExpertOffloadConfig | None:
+        config = ExpertOffloadConfig(self.cpu_moe_layers, self.moe_card_gib)
+        is_wanted = self.moe_device is not None or config != ExpertOffloadConfig()
+        return config if is_wanted else None
+
     def _scheduler_config(self, model: ModelConfig, quiet: bool) -> SchedulerConfig:
         length = min(self.max_model_len, model.max_position_embeddings)
         is_chosen = self.max_model_len != EngineArgs.max_model_len
@@ -443,7 +462,8 @@ class EngineArgs:
         most = self.max_num_seqs * length
         tokens = self.max_num_batched_tokens
         if tokens is None:
-            tokens = CPU_BATCHED_TOKENS if _on_cpu() else DEFAULT_BATCHED_TOKENS
+            on_cpu = _on_cpu() or self._expert_offload() is not None
+            tokens = CPU_BATCHED_TOKENS if on_cpu else DEFAULT_BATCHED_TOKENS
             tokens = max(min(tokens, most), self.max_num_seqs)
         elif length == self.max_model_len and tokens > most:
             raise ConfigError(
@@ -502,6 +522,8 @@ class EngineArgs:
         for field in dataclasses.fields(self):
             if field.metadata.get("ignored") and getattr(self, field.name) != field.default:
                 _warn_once(f"--{_flag_name(field.name)} has no effect here: ignored")
+        if self._expert_offload() is not None and _on_cpu():
+            _warn_once("moe_device has no effect here: everything is in main memory")
         graph = self.graph_optimization_config or {}
         unknown = sorted(set(graph) - set(_GRAPH_KEYS))
         if unknown:

@@ -37,11 +37,14 @@ class InlineExecutor(Executor):
         return report_of(self.runner)
 
 
+_OTHERS = ("kv_cache", "workspace", "sampling", "offloaded_experts")
+
+
 def report_of(runner: ModelRunner) -> ExecutorReport:
     """Return the report of one device."""
     held = runner.memory_report()
     memory = {f"weights.{role}": size for role, size in held.weights.items()}
-    memory |= {name: getattr(held, name) for name in ("kv_cache", "workspace", "sampling")}
+    memory |= {name: getattr(held, name) for name in _OTHERS}
     return ExecutorReport(
         num_blocks=runner.num_blocks,
         load_seconds=runner.load_seconds,

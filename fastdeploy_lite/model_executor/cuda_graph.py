@@ -3,7 +3,8 @@
 A graph belongs to a batch size ("bucket") and holds the addresses of static buffers, of the
 workspace, and of the KV cache. It is captured when its bucket is first needed: the step runs once
 as usual, which settles every buffer and every cuBLASLt plan and computes the step's result, and
-once more on a private stream that only records.
+once more on a private stream that only records. Where the host has a part in the step
+(`runtime.on_host`: experts in main memory), it becomes several graphs with that part between them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import bisect
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastdeploy_lite import _ops_cuda
 from fastdeploy_lite.model_executor.ops import cuda_runtime as runtime
+from fastdeploy_lite.model_executor.recorder import Part, Recorder
 from fastdeploy_lite.model_executor.workspace import Workspace
 
 FINE_UPTO = 32
@@ -33,14 +36,29 @@ def default_sizes(max_num_seqs: int) -> list[int]:
 
 
 class _Graph:
-    """An executable graph and the tensor that its replay fills."""
+    """An executable graph."""
 
-    def __init__(self, handle: int, result: Any) -> None:
+    def __init__(self, handle: int) -> None:
         self.handle = handle
-        self.result = result
+
+    def __call__(self) -> None:
+        """Queue all of its work."""
+        _ops_cuda.launch_graph(self.handle, runtime.stream())
 
     def __del__(self) -> None:
         _ops_cuda.destroy_graph(self.handle)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What replays a step, and the tensor that this fills."""
+
+    parts: Sequence[Part]
+    result: Any
+
+    def __call__(self) -> None:
+        for part in self.parts:
+            part()
 
 
 class CudaDecodeGraphs:
@@ -53,7 +71,7 @@ class CudaDecodeGraphs:
         self._workspace = workspace
         wanted = default_sizes(max_num_seqs) if sizes is None else sizes
         self._sizes = sorted({size for size in wanted if 0 < size <= max_num_seqs})
-        self._graphs: dict[int, _Graph] = {}
+        self._steps: dict[int, _Step] = {}
         self._generation = workspace.generation
         self._stream = int(_ops_cuda.create_stream())
 
@@ -70,25 +88,25 @@ class CudaDecodeGraphs:
             forward: queues the step's kernels; always with the same addresses for one size.
         """
         if self._generation != self._workspace.generation:
-            self._graphs.clear()  # a buffer moved: what was captured points to freed memory
+            self._steps.clear()  # a buffer moved: what was captured points to freed memory
             self._generation = self._workspace.generation
-        graph = self._graphs.get(size)
-        if graph is None:
+        step = self._steps.get(size)
+        if step is None:
             return self._first_run(size, forward)
-        _ops_cuda.launch_graph(graph.handle, runtime.stream())
-        return graph.result
+        step()
+        return step.result
 
     def replay_seconds(self, size: int, repeats: int) -> float:
-        """Mean time of one replay of the graph of `size` on its last inputs, without host work.
+        """Mean time of one replay of the step of `size` on its last inputs.
 
         Raises:
-            KeyError: no graph of this size was captured.
+            KeyError: no step of this size was captured.
         """
-        graph, stream = self._graphs[size], runtime.stream()
+        step, stream = self._steps[size], runtime.stream()
         _ops_cuda.synchronize(stream)
         started = time.perf_counter()
         for _ in range(repeats):
-            _ops_cuda.launch_graph(graph.handle, stream)
+            step()
         _ops_cuda.synchronize(stream)
         return (time.perf_counter() - started) / repeats
 
@@ -96,16 +114,15 @@ class CudaDecodeGraphs:
         result = forward()
         if self._generation != self._workspace.generation:
             return result  # this step grew a buffer; the next one of this size captures
-        self._graphs[size] = _Graph(*self._capture(forward))
+        self._steps[size] = self._capture(forward)
         return result
 
-    def _capture(self, forward: Callable[[], Any]) -> tuple[int, Any]:
-        _ops_cuda.begin_capture(self._stream)
-        finished = False
-        try:
-            with runtime.use_stream(self._stream):
-                result = forward()
-            finished = True
-        finally:
-            handle = int(_ops_cuda.end_capture(self._stream, not finished))
-        return handle, result
+    def _capture(self, forward: Callable[[], Any]) -> _Step:
+        recorder = Recorder(lambda: _ops_cuda.begin_capture(self._stream), self._end_capture)
+        with runtime.use_stream(self._stream), runtime.recording(recorder.cut):
+            result = recorder.record(forward)
+        return _Step(recorder.parts, result)
+
+    def _end_capture(self, discard: bool) -> _Graph | None:
+        handle = int(_ops_cuda.end_capture(self._stream, discard))
+        return _Graph(handle) if handle else None

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,16 @@ from fastdeploy_lite.checkpoint.row_order import Decision
 from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.formats import Arrays
 from fastdeploy_lite.model_executor import int8_head, ops
+from fastdeploy_lite.model_executor.expert_placement import offloaded_nbytes
 from fastdeploy_lite.model_executor.layers.parameters import ParameterSource
-from fastdeploy_lite.model_executor.ops import PackedWeight, SegmentedWeight, Weight
+from fastdeploy_lite.model_executor.ops import (
+    ExpertWeight,
+    HostLink,
+    HostWeight,
+    PackedWeight,
+    SegmentedWeight,
+    Weight,
+)
 from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization.online import OnlineQuantizer
 from fastdeploy_lite.quantization_config import WeightKind
@@ -52,6 +61,7 @@ from fastdeploy_lite.utils.host_memory import available_bytes
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
+_NO_LINKS: Mapping[int, HostLink] = MappingProxyType({})
 
 
 class UndecidedRowOrderError(CheckpointError):
@@ -63,8 +73,16 @@ def open_source(
     place: Any,
     show_progress: bool,
     check: Callable[[], None] | None = None,
+    host_links: Mapping[int, HostLink] = _NO_LINKS,
 ) -> ParameterSource:
-    """Return where the parameters of `config` come from; `check` is called before each matrix.
+    """Return where the parameters of `config` come from.
+
+    Args:
+        config: how the model is run.
+        place: where weights are kept.
+        show_progress: draw bars on stderr.
+        check: called before each matrix.
+        host_links: layers whose routed experts stay in main memory, and the way there.
 
     Raises:
         ConfigError, CheckpointError: the checkpoint does not fit the configuration; everything
@@ -79,12 +97,17 @@ def open_source(
     if config.load.load_choices == "dummy":
         check_tensor_parallel(config.model, ranks)
         source = DummySource(config, place)
+        source.host_links = host_links
         if place.is_cpu_place() and parallel.rank == 0:
             check_memory(source.nbytes * ranks + head_nbytes)
+        elif host_links:
+            check_memory(offloaded_nbytes(config.model, host_links))
         return source
     weights, decision = open_weights(config)
     if place.is_cpu_place() and parallel.rank == 0:
         check_memory(_kept_nbytes(weights, config.model, ranks) + head_nbytes)
+    elif host_links:
+        check_memory(offloaded_nbytes(config.model, host_links))
     if decision.order == "permuted":
         weights = PermutedWeights(weights)
     if config.model.quantizes_on_load:
@@ -93,6 +116,7 @@ def open_source(
         files = CheckpointSource(weights, place, show_progress)
         files.row_order = decision.describe()
     files.check, files.head_kind = check, config.load.head_kind
+    files.host_links = host_links
     return files
 
 
@@ -173,6 +197,7 @@ class CheckpointSource:
     row_order = ""
     check: Callable[[], None] | None = None
     head_kind: WeightKind = "dense"
+    host_links: Mapping[int, HostLink] = _NO_LINKS
 
     def __init__(
         self, checkpoint: Checkpoint | HostWeights, place: Any, show_progress: bool = False
@@ -210,21 +235,25 @@ class CheckpointSource:
         """See ParameterSource."""
         linear = self._linears[module]
         parts = self.weights.parts(linear)
-        packed = [self._pack(linear, [(None, arrays)]) for arrays in parts]
+        packed = [self._pack(linear, [(None, arrays)], self.place) for arrays in parts]
         return packed[0] if len(packed) == 1 else SegmentedWeight(tuple(packed))
 
-    def experts(self, layer: int, name: str) -> Weight | None:
-        """See ParameterSource.
-
-        A down projection that ranks keep apart needs gate and up in the same parts.
-        """
+    def experts(self, layer: int, name: str) -> ExpertWeight | None:
+        """See ParameterSource."""
         linears = [self._linears[module] for module in self._expert_modules(layer, name)]
         if not linears[0].in_features * linears[0].out_features:
             return None
+        link = self.host_links.get(layer)
+        if link is None:
+            return self._experts(layer, linears, self.place)
+        return HostWeight(self._experts(layer, linears, link.place), link)
+
+    def _experts(self, layer: int, linears: list[Linear], place: Any) -> Weight:
+        """A down projection that ranks keep apart needs gate and up in the same parts."""
         if self._stays_apart(layer):
-            return self._segments(linears)
+            return self._segments(linears, place)
         stream = ((i, self._only_part(linear)) for i, linear in enumerate(linears))
-        return self._pack(linears[0], stream, len(linears))
+        return self._pack(linears[0], stream, place, len(linears))
 
     def _expert_modules(self, layer: int, name: str) -> list[str]:
         module = self.config.family.expert_module
@@ -241,12 +270,12 @@ class CheckpointSource:
             self.weights.release()
         return layer in self._apart
 
-    def _segments(self, linears: list[Linear]) -> Weight:
+    def _segments(self, linears: list[Linear], place: Any) -> Weight:
         first = self.weights.stretches(linears[0])
         packed = []
         for part in range(len(first)):
             stream = ((i, self.weights.stretches(linear)[part]) for i, linear in enumerate(linears))
-            packed.append(self._pack(linears[0], stream, len(linears)))
+            packed.append(self._pack(linears[0], stream, place, len(linears)))
         return SegmentedWeight(tuple(packed))
 
     def _only_part(self, linear: Linear) -> Arrays:
@@ -254,14 +283,19 @@ class CheckpointSource:
         return arrays
 
     def _pack(
-        self, linear: Linear, stream: Iterable[tuple[int | None, Arrays]], experts: int = 0
+        self,
+        linear: Linear,
+        stream: Iterable[tuple[int | None, Arrays]],
+        place: Any,
+        experts: int = 0,
     ) -> PackedWeight:
         """Keep one matrix, or one for each expert; sizes are those of the arrays."""
         weight: PackedWeight | None = None
         for expert, arrays in stream:
             if weight is None:
                 rows, columns = formats.get(self.weights.kind(linear)).shape(arrays)
-                weight = self._allocate(self._kind(linear), rows, columns, experts)
+                kernel = formats.get(self._kind(linear)).kernel
+                weight = ops.allocate_weight(kernel, rows, columns, place, num_experts=experts)
             self._fill(weight, expert, linear, arrays)
         assert weight is not None
         return self._finish(weight, linear.module)
@@ -295,12 +329,6 @@ class CheckpointSource:
     def _kind(self, linear: Linear) -> WeightKind:
         """Format in which a linear is kept."""
         return self.weights.kind(linear)
-
-    def _allocate(
-        self, kind: WeightKind, rows: int, columns: int, experts: int = 0
-    ) -> PackedWeight:
-        kernel = formats.get(kind).kernel
-        return ops.allocate_weight(kernel, rows, columns, self.place, num_experts=experts)
 
     def _converted(self, linear: Linear, arrays: dict[str, Array]) -> dict[str, Array]:
         """What `fill_weight` gets of a linear whose arrays in the files are `arrays`."""
@@ -395,6 +423,7 @@ class DummySource:
     """
 
     row_order = ""
+    host_links: Mapping[int, HostLink] = _NO_LINKS
 
     def __init__(self, config: RuntimeConfig, place: Any) -> None:
         """Args: config: its model, parallel and seed matter; place: where weights are kept."""
@@ -431,25 +460,29 @@ class DummySource:
     def linear(self, module: str) -> PackedWeight:
         """See ParameterSource."""
         linear = self._linears[module]
-        return self._random(module, linear.kind, linear.in_features, linear.out_features)
+        sizes = (linear.in_features, linear.out_features)
+        return self._random(module, linear.kind, *sizes, self.place)
 
-    def experts(self, layer: int, name: str) -> PackedWeight | None:
+    def experts(self, layer: int, name: str) -> ExpertWeight | None:
         """See ParameterSource."""
         first = self._linears[self.config.family.expert_module(layer, 0, name)]
         sizes = (first.in_features, first.out_features)
         if not sizes[0] * sizes[1]:
             return None
-        return self._random(first.module, first.kind, *sizes, self.config.moe_num_experts)
+        link, count = self.host_links.get(layer), self.config.moe_num_experts
+        if link is None:
+            return self._random(first.module, first.kind, *sizes, self.place, count)
+        return HostWeight(self._random(first.module, first.kind, *sizes, link.place, count), link)
 
     def embedding(self) -> PackedWeight:
         """See ParameterSource."""
-        return self._random("embed_tokens", "dense", *self._table_sizes())
+        return self._random("embed_tokens", "dense", *self._table_sizes(), self.place)
 
     def head(self) -> PackedWeight | None:
         """See ParameterSource."""
         if self.config.tie_word_embeddings and self.head_kind == "dense":
             return None
-        return self._random("lm_head", self.head_kind, *self._table_sizes())
+        return self._random("lm_head", self.head_kind, *self._table_sizes(), self.place)
 
     def vector(self, key: str) -> Any:
         """See ParameterSource."""
@@ -471,16 +504,16 @@ class DummySource:
         return self.config.hidden_size, self.config.vocab_size // self._ranks
 
     def _random(
-        self, name: str, kind: WeightKind, rows: int, columns: int, experts: int = 0
+        self, name: str, kind: WeightKind, rows: int, columns: int, place: Any, experts: int = 0
     ) -> PackedWeight:
         kernel = formats.get(kind).kernel
-        weight = ops.allocate_weight(kernel, rows, columns, self.place, num_experts=experts)
+        weight = ops.allocate_weight(kernel, rows, columns, place, num_experts=experts)
         ops.randomize_weight(weight, self.seed ^ zlib.crc32(name.encode()))
         ops.finish_weight(weight)
         return weight
 
 
-def bits_per_weight(weights: Iterable[PackedWeight]) -> float:
+def bits_per_weight(weights: Iterable[ExpertWeight]) -> float:
     """Bytes kept for `weights` in bits per logical element."""
     kept = list(weights)
     count = sum(w.in_features * w.out_features * max(1, w.num_experts) for w in kept)

@@ -17,6 +17,7 @@ class MemoryReport:
     Attributes:
         weights: by role: embedding, head, attention, mlp, experts.
         kv_cache, workspace, sampling: bytes.
+        offloaded_experts: bytes of experts in main memory beside a card; no part of the others.
         bits_per_expert_weight: 0 for a model without routed experts.
         row_order: how the rows of 2-bit experts are read and why, "" without such experts.
     """
@@ -25,6 +26,7 @@ class MemoryReport:
     kv_cache: int = 0
     workspace: int = 0
     sampling: int = 0
+    offloaded_experts: int = 0
     bits_per_expert_weight: float = 0.0
     row_order: str = ""
 

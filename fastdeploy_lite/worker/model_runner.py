@@ -20,7 +20,7 @@ from fastdeploy_lite.checkpoint.host_weights import PermutedWeights
 from fastdeploy_lite.config import BLOCK_SIZE, RuntimeConfig
 from fastdeploy_lite.distributed.communicator import Communicator
 from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder
-from fastdeploy_lite.model_executor import ops, order_probe
+from fastdeploy_lite.model_executor import expert_placement, ops, order_probe
 from fastdeploy_lite.model_executor.backend import paddle
 from fastdeploy_lite.model_executor.draft_weights import open_draft
 from fastdeploy_lite.model_executor.drafting import Drafting
@@ -86,6 +86,7 @@ class ModelRunner:
         self.workspace = Workspace(self.place)
         # For what is rare (log-probabilities, evaluation): growing it leaves graphs valid.
         self._scratch = Workspace(self.place)
+        self._host_links = expert_placement.host_links(config, self.place)
         self.num_blocks = 0
         self.load_seconds = 0.0
         self._row_order = ""
@@ -124,7 +125,9 @@ class ModelRunner:
         table = cos_sin_table(limits.max_model_len, model.head_dim, model.rope_theta)
         cos_sin = ops.fix(paddle.to_tensor(table, place=self.place))
         more = {} if self.communicator is None else {"communicator": self.communicator}
-        with open_source(config, self.place, show_progress, self._check_loading) as source:
+        with open_source(
+            config, self.place, show_progress, self._check_loading, self._host_links
+        ) as source:
             self._row_order = source.row_order
             self.model = ModelRegistry.get_class(model)(model, source, cos_sin, self.dtype, **more)
             is_permuted = isinstance(getattr(source, "weights", None), PermutedWeights)
@@ -239,7 +242,9 @@ class ModelRunner:
         lengths = [length for length in lengths if length]
         blocks = -(-longest // BLOCK_SIZE)
         caches = self._new_caches(blocks)  # all sequences write the same blocks: values are unused
-        hidden = self.model(self._own_batch([0] * sum(lengths), lengths, 0, blocks, caches))
+        batch = self._own_batch([0] * sum(lengths), lengths, 0, blocks, caches)
+        with expert_placement.muted(self._host_links):  # it takes no memory of the card
+            hidden = self.model(batch)
         self._inputs.buffer.upload()
         rows = min(self.config.max_logit_rows, sum(lengths))
         self.model.logits(self._sampled_rows(hidden, rows), self.workspace)
@@ -258,11 +263,10 @@ class ModelRunner:
             return None
         from fastdeploy_lite.model_executor.cuda_graph import CudaDecodeGraphs  # noqa: PLC0415
 
-        return CudaDecodeGraphs(
-            self.workspace,
-            self.config.scheduler.max_num_seqs,
-            self.config.cudagraph_capture_sizes,
-        )
+        most, sizes = self.config.scheduler.max_num_seqs, self.config.cudagraph_capture_sizes
+        if self._host_links and sizes is None:
+            sizes = expert_placement.GRAPH_SIZES
+        return CudaDecodeGraphs(self.workspace, most, sizes)
 
     def _forget_graphs(self) -> None:
         self._graphs = None  # first: their memory is needed
@@ -453,6 +457,7 @@ class ModelRunner:
     def memory_report(self) -> MemoryReport:
         """Return what is held now."""
         weights = self.model.weights()
+        weights["experts"], offloaded = expert_placement.by_place(weights["experts"])
         if self._drafting is not None:
             weights["draft"] = self._drafting.model.weights()
         caches = [*self._kv_caches, *self._teacher_caches]
@@ -463,6 +468,7 @@ class ModelRunner:
             kv_cache=blocks * per_layer,
             workspace=self.workspace.nbytes + self._scratch.nbytes,
             sampling=self._sampling.nbytes,
-            bits_per_expert_weight=bits_per_weight(weights["experts"]),
+            offloaded_experts=sum(weight.nbytes for weight in offloaded),
+            bits_per_expert_weight=bits_per_weight([*weights["experts"], *offloaded]),
             row_order=self._row_order,
         )

@@ -222,6 +222,12 @@ class ApiServer:
                 "Weights: %s; %.3f bits per expert weight, %.1f MiB",
                 config.model.describe_weights(), ready.bits_per_expert_weight, weights / (1 << 20),
             )  # fmt: skip
+            offloaded = ready.memory.get("offloaded_experts", 0)
+            if offloaded:
+                console.info(
+                    "Experts in main memory, computed by the CPU: %.1f MiB more",
+                    offloaded / (1 << 20),
+                )
             if ready.row_order:
                 console.info("2-bit rows: %s", ready.row_order)
         console.info(

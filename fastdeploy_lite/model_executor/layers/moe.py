@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastdeploy_lite.model_executor import ops
+from fastdeploy_lite.model_executor.layers.host_experts import HostExperts
 from fastdeploy_lite.model_executor.layers.linear import GatedMLP
-from fastdeploy_lite.model_executor.ops import Weight
+from fastdeploy_lite.model_executor.ops import ExpertWeight, HostWeight
 from fastdeploy_lite.model_executor.workspace import Workspace
 
 
@@ -34,16 +35,20 @@ class MoE:
     def __init__(
         self,
         router: Router,
-        up_gate: Weight | None,
-        down: Weight | None,
+        up_gate: ExpertWeight | None,
+        down: ExpertWeight | None,
         shared: GatedMLP | None,
     ) -> None:
         """Args: up_gate: E x [H, 2I]; down: E x [I, H]; both None on a rank that has no part of
-        the experts; shared: one fused MLP or None."""
+        the experts, both in main memory or both beside the other layers; shared: one fused MLP or
+        None."""
         self.router = router
         self.up_gate = up_gate
         self.down = down
         self.shared = shared
+        self._host: HostExperts | None = None
+        if isinstance(up_gate, HostWeight) and isinstance(down, HostWeight):
+            self._host = HostExperts(up_gate, down)
 
     def __call__(self, x: Any, workspace: Workspace) -> tuple[Any, Any | None]:
         """Return the routed experts' part and the shared experts', each [T, H], for x [T, H].
@@ -54,7 +59,16 @@ class MoE:
         out = workspace.get("moe", x.shape, x.dtype)
         if self.up_gate is None or self.down is None:
             ops.clear(out)
-            return out, None if self.shared is None else self.shared(x, workspace)
+            return out, self._shared(x, workspace)
         ids, weights = self.router(x, workspace)
+        if isinstance(self.up_gate, HostWeight) or isinstance(self.down, HostWeight):
+            assert self._host is not None
+            self._host.begin(x, ids, weights)
+            shared = self._shared(x, workspace)  # on the card, beside the CPU's work
+            self._host.finish(out)
+            return out, shared
         ops.routed_experts(x, ids, weights, self.up_gate, self.down, out, workspace)
-        return out, None if self.shared is None else self.shared(x, workspace)
+        return out, self._shared(x, workspace)
+
+    def _shared(self, x: Any, workspace: Workspace) -> Any | None:
+        return None if self.shared is None else self.shared(x, workspace)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from fastdeploy_lite.model_executor.ops import PackedWeight, Weight
+from fastdeploy_lite.model_executor.ops import ExpertWeight, PackedWeight, Weight
 
 
 class ParameterSource(Protocol):
@@ -26,7 +26,7 @@ class ParameterSource(Protocol):
     def linear(self, module: str) -> Weight:
         """Weight of the linear `module`."""
 
-    def experts(self, layer: int, name: str) -> Weight | None:
+    def experts(self, layer: int, name: str) -> ExpertWeight | None:
         """Linear `name` of all routed experts of decoder layer `layer`; None where this rank has
         no part of them."""
 

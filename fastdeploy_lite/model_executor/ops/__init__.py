@@ -13,9 +13,16 @@ from fastdeploy_lite.model_executor.ops.attention import (
 )
 from fastdeploy_lite.model_executor.ops.dense import embedding, embedding_share, linear
 from fastdeploy_lite.model_executor.ops.dummy import randomize_weight
+from fastdeploy_lite.model_executor.ops.host_link import HostLink
 from fastdeploy_lite.model_executor.ops.moe import fused_moe, route
 from fastdeploy_lite.model_executor.ops.norm import add_rms_norm, rms_norm
-from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight, SegmentedWeight, Weight
+from fastdeploy_lite.model_executor.ops.packed_weight import (
+    ExpertWeight,
+    HostWeight,
+    PackedWeight,
+    SegmentedWeight,
+    Weight,
+)
 from fastdeploy_lite.model_executor.ops.sampling import (
     SAMPLE_ROWS,
     mask_logits,
@@ -43,6 +50,9 @@ from fastdeploy_lite.model_executor.ops.weights import allocate_weight, fill_wei
 
 __all__ = [
     "SAMPLE_ROWS",
+    "ExpertWeight",
+    "HostLink",
+    "HostWeight",
     "PackedWeight",
     "SegmentedWeight",
     "Weight",

@@ -30,6 +30,7 @@ At 64 tokens that makes a step 3 % slower, see docs/performance.md.
 """
 
 _override: list[int] = []
+_recorders: list[Callable[[Callable[[], None]], None]] = []
 
 
 @functools.cache
@@ -56,6 +57,25 @@ def use_stream(address: int) -> Iterator[None]:
         yield
     finally:
         _override.pop()
+
+
+def on_host(work: Callable[[], None]) -> None:
+    """Run `work` of the host between what is queued before and after: now or, while a step is
+    recorded, at each replay."""
+    if _recorders:
+        _recorders[-1](work)
+    else:
+        work()
+
+
+@contextlib.contextmanager
+def recording(cut: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    """Hand the work of `on_host` to `cut` meanwhile."""
+    _recorders.append(cut)
+    try:
+        yield
+    finally:
+        _recorders.pop()
 
 
 @functools.cache

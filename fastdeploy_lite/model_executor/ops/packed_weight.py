@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from fastdeploy_lite.model_executor.ops._view import Tensor
+from fastdeploy_lite.model_executor.ops.host_link import HostLink
 
 WeightKind = Literal["dense", "int8", "int4", "ccq"]
 
@@ -81,3 +82,44 @@ class SegmentedWeight:
 
 
 Weight: TypeAlias = PackedWeight | SegmentedWeight
+
+
+@dataclass(slots=True, eq=False)
+class HostWeight:
+    """Experts that stay in main memory while the rest of their layer is on a card.
+
+    Attributes:
+        weight: as the CPU's ops take it.
+        link: the way there and back.
+    """
+
+    weight: Weight
+    link: HostLink
+
+    @property
+    def kind(self) -> WeightKind:
+        """How the numbers are stored."""
+        return self.weight.kind
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.weight.in_features
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight.out_features
+
+    @property
+    def num_experts(self) -> int:
+        """At least 1."""
+        return self.weight.num_experts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of main memory held."""
+        return self.weight.nbytes
+
+
+ExpertWeight: TypeAlias = Weight | HostWeight

@@ -17,7 +17,7 @@ from fastdeploy_lite.model_executor.layers.linear import GatedMLP
 from fastdeploy_lite.model_executor.layers.moe import MoE, Router
 from fastdeploy_lite.model_executor.layers.normalization import RMSNorm
 from fastdeploy_lite.model_executor.layers.parameters import ParameterSource
-from fastdeploy_lite.model_executor.ops import Weight
+from fastdeploy_lite.model_executor.ops import ExpertWeight
 from fastdeploy_lite.model_executor.workspace import Workspace
 from fastdeploy_lite.models.ernie4_5 import FAMILY
 from fastdeploy_lite.models.family import ModelConfig
@@ -144,9 +144,9 @@ class Ernie4_5_MoeForCausalLM:  # noqa: N801 - the architecture's name in config
         """Return float32 logits [R, V] of hidden states [R, H]."""
         return self.head(hidden, workspace)
 
-    def weights(self) -> dict[str, list[Weight]]:
+    def weights(self) -> dict[str, list[ExpertWeight]]:
         """Return all matrices by role: embedding, head, attention, mlp, experts."""
-        found: dict[str, list[Weight]] = {
+        found: dict[str, list[ExpertWeight]] = {
             "embedding": [self.embedding.weight],
             "head": [] if self.head.weight is self.embedding.weight else [self.head.weight],
             "attention": [],

@@ -1,0 +1,111 @@
+"""The link between a card and main memory: pinned arrays, copies on the stream of the ops."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdeploy_lite import _ops_cuda
+from fastdeploy_lite.model_executor.backend import paddle
+from fastdeploy_lite.model_executor.ops import cuda_runtime as runtime
+from fastdeploy_lite.model_executor.workspace import MAX_VIEWS, Workspace
+
+Array = npt.NDArray[Any]
+
+
+class _Pinned:
+    """Page-locked main memory, which a card reads and writes while the host goes on."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.address = int(_ops_cuda.allocate_pinned(nbytes))
+
+    def __del__(self) -> None:
+        _ops_cuda.free_pinned(self.address)
+
+    def array(self, shape: list[int], dtype: npt.DTypeLike) -> Array:
+        """The head of the memory, which the array keeps alive."""
+        kind: np.dtype[Any] = np.dtype(dtype)
+        memory: Any = (ctypes.c_uint8 * (math.prod(shape) * kind.itemsize)).from_address(
+            self.address
+        )
+        memory.owner = self
+        return np.frombuffer(memory, kind).reshape(shape)
+
+
+class CudaHostLink:
+    """See ops.HostLink.
+
+    A recorded step keeps its arrays: where a later and larger one makes them move, the recorded
+    copies still go to where the recorded work reads.
+
+    Attributes:
+        place, workspace, is_mute: see HostLink.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        """Args: workspace: of main memory."""
+        self.place = workspace.place
+        self.workspace = workspace
+        self.is_mute = False
+        self._event = int(_ops_cuda.create_event())
+        self._memory: dict[str, _Pinned] = {}
+        self._arrays: dict[tuple[str, tuple[int, ...], str], Array] = {}
+
+    def fetch(self, *tensors: Any) -> Sequence[Array]:
+        """See HostLink."""
+        arrays = [self._array(f"in{i}", tensor) for i, tensor in enumerate(tensors)]
+        for tensor, array in zip(tensors, arrays, strict=True):
+            source, to = int(tensor.data_ptr()), array.ctypes.data
+            _ops_cuda.copy_to_pinned(to, source, array.nbytes, runtime.stream())
+        runtime.on_host(lambda: _ops_cuda.record_event(self._event, runtime.stream()))
+        return arrays
+
+    def on_host(self, work: Callable[[], None]) -> None:
+        """See HostLink."""
+
+        def when_arrived() -> None:
+            if not self.is_mute:
+                _ops_cuda.wait_event(self._event)
+                work()
+
+        runtime.on_host(when_arrived)
+
+    def answer(self, like: Any) -> Array:
+        """See HostLink."""
+        return self._array("out", like)
+
+    def send(self, array: Array, tensor: Any) -> None:
+        """See HostLink."""
+        to, source = int(tensor.data_ptr()), array.ctypes.data
+        _ops_cuda.copy_from_pinned(to, source, array.nbytes, runtime.stream())
+
+    def _array(self, name: str, like: Any) -> Array:
+        dtype = _HOST_DTYPES[like.dtype]
+        key = (name, tuple(like.shape), dtype)
+        array = self._arrays.get(key)
+        if array is None:
+            memory = self._memory_of(name, int(like.size) * np.dtype(dtype).itemsize)
+            if len(self._arrays) >= MAX_VIEWS:  # ragged prefills make a shape per length
+                self._arrays.clear()
+            array = self._arrays[key] = memory.array(list(like.shape), dtype)
+        return array
+
+    def _memory_of(self, name: str, nbytes: int) -> _Pinned:
+        found = self._memory.get(name)
+        if found is None or found.nbytes < nbytes:
+            self._arrays = {key: array for key, array in self._arrays.items() if key[0] != name}
+            found = self._memory[name] = _Pinned(nbytes)
+        return found
+
+
+_HOST_DTYPES = {
+    paddle.bfloat16: "uint16",
+    paddle.float32: "float32",
+    paddle.int32: "int32",
+}
