@@ -9,13 +9,14 @@
 # model      whole steps with dummy weights: 21B, and 300B where it fits
 # perplexity of the demo model, card and CPU
 # speculation  tokens a second with and without drafts, answers compared
+# hybrid     experts in main memory: 21B with 4 GiB of the card, 300B with 24 where the host has 100 GB
 # ranks      two cards: sums, failures, demo answers, 21B and half of 300B on one card and on two
 # storm      many clients at once, answers compared with lone runs
 # memcheck, racecheck, initcheck  NVIDIA's compute-sanitizer over the tests of the ops
 #
 # A stage that fails does not stop the others; the exit status says whether one did.
 set -uo pipefail
-[ $# -ge 1 ] || { sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -27,6 +28,10 @@ ops="tests/gpu/test_cuda_moe.py tests/gpu/test_cuda_linear.py tests/gpu/test_cud
 
 fits() {  # GB of memory on the first card
   [ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)" -gt "$(($1 * 954))" ]
+}
+
+host_fits() {  # GB of main memory that is available
+  [ "$(awk '/^MemAvailable/ {print $2}' /proc/meminfo)" -gt "$(($1 * 976563))" ]
 }
 
 bench_ranks() {  # shape, layers: one card against two
@@ -62,6 +67,12 @@ stage() {
       python entrypoints/bench_card.py --shape 21b --output "$out/model_21b.json" &&
         if fits 120; then python entrypoints/bench_card.py --shape 300b --output "$out/model_300b.json"
         else echo "300b: not run, it needs a card of 120 GB"; fi ;;
+    hybrid)
+      python -m pytest -q -s -p no:cacheprovider tests/gpu/test_cuda_offload.py &&
+        python entrypoints/bench_offload.py --shape 21b --card-gib 4 --output "$out/hybrid_21b.json" &&
+        if host_fits 100; then
+          python entrypoints/bench_offload.py --shape 300b --card-gib 24 --output "$out/hybrid_300b.json"
+        else echo "300b: not run, it needs 100 GB of main memory"; fi ;;
     perplexity)
       gunzip -c fastdeploy_lite/assets/calibration.jsonl.gz >"$out/text.jsonl" || return 1
       for device in "" "--device cpu"; do
@@ -85,7 +96,7 @@ stage() {
 }
 
 failed=0
-[ $# -gt 0 ] || set -- build tests kernels model ranks perplexity speculation storm memcheck racecheck
+[ $# -gt 0 ] || set -- build tests kernels model hybrid ranks perplexity speculation storm memcheck racecheck
 for name in "$@"; do
   started=$SECONDS
   stage "$name" >"$out/$name.log" 2>&1

@@ -1,0 +1,190 @@
+#!/usr/bin/env python3
+"""Speed of a model whose routed experts stay in main memory beside a card (`--moe-device cpu`).
+
+    python entrypoints/bench_offload.py --shape 300b --card-gib 24   # needs 100 GB of main memory
+    python entrypoints/bench_offload.py --shape 21b --card-gib 4
+    python entrypoints/bench_offload.py --shape 300b --layers 12     # a part of it, to try
+
+Dummy weights, experts drawn uniformly (see bench_card.py). The card's weights, KV cache, workspace
+and driver together take no more than `--card-gib`, however large the card is.
+
+A decode step reads the chosen experts from main memory, and cannot be faster than that. So the
+table has, for each batch size: milliseconds a step; of the card alone, when the host's work is left
+out; gigabytes of experts that the step reads; their rate as a share of what the same threads reach
+when they only read the same memory, in the same run. At batch 1 the tokens a second beside the
+bound that this bandwidth sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_card import GB, SHAPES, Sequences, UniformRouting, runtime_config
+
+from fastdeploy_lite import device
+from fastdeploy_lite.config import CacheConfig, ExpertOffloadConfig, RuntimeConfig
+
+GIB = 1 << 30
+READ_WEIGHTS = 4  # of the largest matrices; each is read as a whole
+
+
+def configured(args: argparse.Namespace) -> RuntimeConfig:
+    """The run's configuration, with the memory of the card limited."""
+    from fastdeploy_lite import _ops_cuda  # noqa: PLC0415
+
+    share = min(args.card_gib * GIB / _ops_cuda.device_facts(0).total_bytes, 0.95)
+    config = runtime_config(args)
+    return dataclasses.replace(
+        config,
+        cache=CacheConfig(gpu_memory_utilization=share),
+        expert_offload=ExpertOffloadConfig(args.cpu_moe_layers, args.moe_card_gib),
+    )
+
+
+def read_bandwidth(runner: Any) -> float:
+    """Bytes a second that the CPU's threads reach when they only read experts' memory."""
+    from fastdeploy_lite.benchmarks.ceilings import bandwidth_of  # noqa: PLC0415
+    from fastdeploy_lite.model_executor.ops import HostWeight  # noqa: PLC0415
+
+    kept = [w.weight for w in runner.model.weights()["experts"] if isinstance(w, HostWeight)]
+    kept.sort(key=lambda weight: -weight.nbytes)
+    data = [weight.tensors["data"] for weight in kept[:READ_WEIGHTS]]
+    return statistics.median(bandwidth_of(int(t.data_ptr()), int(t.size)) for t in data)
+
+
+class Bench:
+    """Times the steps of one runner."""
+
+    def __init__(self, args: argparse.Namespace, runner: Any) -> None:
+        self.args, self.runner = args, runner
+        self.routing = UniformRouting(runner)
+        self.bandwidth = read_bandwidth(runner)
+        self.experts = runner.memory_report().offloaded_experts
+
+    def prefill(self) -> dict[str, Any]:
+        """One prompt as long as a step may be."""
+        length = self.args.prefill
+        Sequences(self.runner, 1, length, 1).prefill(length)  # warm up
+        seconds = Sequences(self.runner, 1, length, 1).prefill(length)
+        print(f"prefill of {length} tokens: {seconds:.2f} s, {length / seconds:.1f} tokens/s")
+        return {"prefill": length, "s": seconds, "tokens_s": length / seconds}
+
+    def decode(self, batch: int, use_graphs: bool) -> dict[str, Any]:
+        """Steps of `batch` sequences, and the same without the host's work."""
+        runner = self.runner
+        runner._graphs = runner._new_graphs() if use_graphs else None
+        sequences = Sequences(runner, batch, self.args.context, 2 * self.args.steps + 16)
+        sequences.prefill(self.args.prefill)
+        whole = self._seconds(sequences)
+        for link in runner._host_links.values():
+            link.is_mute = True
+        card = self._seconds(sequences)
+        for link in runner._host_links.values():
+            link.is_mute = False
+        step, read = statistics.median(whole), self.experts * self.routing.used(batch)
+        bound = self.bandwidth / read  # steps a second
+        row = {
+            "batch": batch,
+            "graphs": use_graphs,
+            "step_ms": step * 1e3,
+            "step_ms_least_most": [min(whole) * 1e3, max(whole) * 1e3],
+            "card_alone_ms": statistics.median(card) * 1e3,
+            "tokens_s": batch / step,
+            "bound_tokens_s": batch * bound,
+            "expert_gb": read / GB,
+            "share_of_read_bandwidth": 1 / (step * bound),
+        }
+        print(
+            f"batch {batch}, {'graphs' if use_graphs else 'eager '}: step {step * 1e3:.1f} ms"
+            f" ({min(whole) * 1e3:.1f} to {max(whole) * 1e3:.1f}), card alone"
+            f" {row['card_alone_ms']:.1f} ms, {batch / step:.2f} tokens/s of at most"
+            f" {batch * bound:.2f} ({100 / (step * bound):.0f} %), {read / GB:.2f} GB of experts"
+        )
+        return row
+
+    def _seconds(self, sequences: Sequences) -> list[float]:
+        for _ in range(4):  # the first records the graphs
+            sequences.decode()
+        return [sequences.decode() for _ in range(self.args.steps)]
+
+
+def bench(args: argparse.Namespace) -> dict[str, Any]:
+    """Load, say what is where, measure."""
+    from fastdeploy_lite import _ops_cpu, _ops_cuda  # noqa: PLC0415
+    from fastdeploy_lite.worker.model_runner import ModelRunner  # noqa: PLC0415
+
+    runner = ModelRunner(configured(args))
+    started = time.perf_counter()
+    runner.load_model(show_progress=True)
+    runner.allocate_kv_cache(runner.profile_num_blocks())
+    ready = time.perf_counter() - started
+    report, facts = runner.memory_report(), _ops_cuda.device_facts(0)
+    used = facts.total_bytes - facts.free_bytes
+    print(f"{facts.name}; loaded in {runner.load_seconds:.1f} s, ready in {ready:.1f} s")
+    print(
+        f"card: {used / GIB:.2f} GiB in use by its driver's count, limit {args.card_gib:g} GiB:"
+        f" weights {sum(report.weights.values()) / GIB:.2f}, KV cache {report.kv_cache / GIB:.2f}"
+        f" ({runner.num_blocks} blocks), workspace {report.workspace / GIB:.2f}"
+    )
+    work = Bench(args, runner)
+    print(
+        f"main memory: {work.experts / GIB:.2f} GiB of experts of {len(runner._host_links)} layers,"
+        f" read with {work.bandwidth / GB:.1f} GB/s by {_ops_cpu.num_threads()} threads"
+        f" ({_ops_cpu.current_isa()})"
+    )
+    result = {
+        "card": facts.name,
+        "card_gib_limit": args.card_gib,
+        "card_gib_used": used / GIB,
+        "weights_on_card": report.weights,
+        "kv_blocks": runner.num_blocks,
+        "offloaded_experts": work.experts,
+        "offloaded_layers": len(runner._host_links),
+        "threads": _ops_cpu.num_threads(),
+        "isa": _ops_cpu.current_isa(),
+        "read_gb_s": work.bandwidth / GB,
+        "load_s": runner.load_seconds,
+        "rows": [],
+    }
+    for batch in args.batches:
+        result["rows"] += [work.decode(batch, graphs) for graphs in (True, False)]
+    result["rows"].append(work.prefill())
+    return result
+
+
+def main() -> int:
+    """Parse arguments, measure, print, and write --output."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="300b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--card-gib", type=float, default=24.0, help="memory of the card to use")
+    parser.add_argument("--cpu-moe-layers", type=int, help="experts of so many layers alone")
+    parser.add_argument("--moe-card-gib", type=float, help="GiB of experts on the card")
+    parser.add_argument("--batches", default="1,4", help="sizes of decode steps, with commas")
+    parser.add_argument("--context", type=int, default=128, help="tokens before decoding starts")
+    parser.add_argument("--steps", type=int, default=16, help="decode steps to time")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of a prefill step")
+    parser.add_argument("--output", help="JSON file for the results")
+    args = parser.parse_args()
+    args.batches = [int(batch) for batch in args.batches.split(",")]
+    args.model, args.eager, args.tensor_parallel_size, args.rank = None, False, 1, 0
+    args.gpu_memory_utilization = 0.9  # replaced by --card-gib
+    if not device.decide().is_cuda:
+        print(f"no card to measure: {device.decide().reason}", file=sys.stderr)
+        return 1
+    device.activate(0)
+    result = bench(args)
+    if args.output:
+        Path(args.output).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
