@@ -27,6 +27,7 @@ from fastdeploy_lite.config import (
 )
 from fastdeploy_lite.engine import args_utils
 from fastdeploy_lite.engine.args_utils import EngineArgs
+from fastdeploy_lite.executor.inline import report_of
 from fastdeploy_lite.model_executor import expert_placement, ops
 from fastdeploy_lite.model_executor.layers.host_experts import HostExperts
 from fastdeploy_lite.model_executor.ops import HostWeight
@@ -139,6 +140,7 @@ def test_weights_go_to_their_side_and_are_reported_there(
     assert report.offloaded_experts == plain.weights["experts"] > 0
     assert report.weights == {**plain.weights, "experts": 0}
     assert report.bits_per_expert_weight == plain.bits_per_expert_weight
+    assert report_of(runner).memory["offloaded_experts"] == report.offloaded_experts
     assert plain.offloaded_experts == 0
 
 

@@ -1,0 +1,93 @@
+"""The host's side of CUDA without a card: a stream whose work waits until it is asked for.
+
+For the Python code around it alone. Device memory is main memory; nothing queued has happened
+before an event is waited for or the stream is synchronised, so whoever looks too early sees what
+was there before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from itertools import count
+from types import ModuleType
+
+import numpy as np
+
+Work = Callable[[], object]
+
+
+class FakeCuda(ModuleType):
+    """Stands for fastdeploy_lite._ops_cuda."""
+
+    def __init__(self) -> None:
+        super().__init__("fastdeploy_lite._ops_cuda")
+        self.recorded: list[Work] | None = None
+        self.graphs: dict[int, list[Work]] = {}
+        self._queue: list[Work] = []
+        self._done = 0
+        self._events: dict[int, int] = {}
+        self._pinned: dict[int, np.ndarray] = {}
+        self._handles = count(1)
+
+    def put(self, work: Work) -> None:
+        """Queue a kernel, or record it."""
+        (self._queue if self.recorded is None else self.recorded).append(work)
+
+    def synchronize(self, stream: int = 0) -> None:
+        self._run(len(self._queue))
+
+    def _run(self, number: int) -> None:
+        for work in self._queue[:number]:
+            work()
+        del self._queue[:number]
+        self._done += number
+
+    def allocate_pinned(self, nbytes: int) -> int:
+        assert self.recorded is None, "the driver refuses this during a capture"
+        memory = np.full(nbytes, 0xFF, np.uint8)
+        self._pinned[memory.ctypes.data] = memory
+        return memory.ctypes.data
+
+    def free_pinned(self, address: int) -> None:
+        self._pinned[address][...] = 0xFF  # and kept: whoever still uses it shall read nonsense
+
+    def copy_to_pinned(self, pinned: int, device: int, nbytes: int, stream: int) -> None:
+        self.put(lambda: ctypes.memmove(pinned, device, nbytes))
+
+    def copy_from_pinned(self, device: int, pinned: int, nbytes: int, stream: int) -> None:
+        self.put(lambda: ctypes.memmove(device, pinned, nbytes))
+
+    def create_event(self) -> int:
+        return next(self._handles)
+
+    def record_event(self, event: int, stream: int) -> None:
+        assert self.recorded is None
+        self._events[event] = self._done + len(self._queue)
+
+    def wait_event(self, event: int) -> None:
+        assert self.recorded is None
+        self._run(max(0, self._events[event] - self._done))
+
+    def create_stream(self) -> int:
+        return next(self._handles)
+
+    def begin_capture(self, stream: int) -> None:
+        assert self.recorded is None
+        self.recorded = []
+
+    def end_capture(self, stream: int, discard: bool) -> int:
+        assert self.recorded is not None
+        work, self.recorded = self.recorded, None
+        if discard or not work:
+            return 0
+        handle = next(self._handles)
+        self.graphs[handle] = work
+        return handle
+
+    def launch_graph(self, graph: int, stream: int) -> None:
+        for work in self.graphs[graph]:
+            self.put(work)
+
+    def destroy_graph(self, graph: int) -> None:
+        del self.graphs[graph]

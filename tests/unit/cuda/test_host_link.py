@@ -1,0 +1,171 @@
+"""The card's link and its graphs in segments, over a stream that is played in Python."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+from fake_cuda import FakeCuda
+from oracles.rowwise import nearest_bf16
+
+from fastdeploy_lite.model_executor import ops
+from fastdeploy_lite.model_executor.layers.host_experts import HostExperts
+from fastdeploy_lite.model_executor.ops import HostWeight
+from fastdeploy_lite.model_executor.workspace import Workspace
+
+CPU = paddle.CPUPlace()
+EXECUTOR = "fastdeploy_lite.model_executor"
+MODULES = (f"{EXECUTOR}.ops.cuda_runtime", f"{EXECUTOR}.cuda_host_link", f"{EXECUTOR}.cuda_graph")
+HIDDEN, INNER, EXPERTS, TOP_K = 128, 256, 4, 2
+
+
+class Card:
+    """A fresh CUDA, and the modules that were imported over it."""
+
+    def __init__(self) -> None:
+        self.cuda = FakeCuda()
+        sys.modules["fastdeploy_lite._ops_cuda"] = self.cuda
+        self.runtime, link, graph = map(importlib.import_module, MODULES)
+        self.runtime._paddle_stream = lambda: 0  # type: ignore[attr-defined]
+        self.workspace = Workspace(CPU)
+        self.link = link.CudaHostLink(Workspace(CPU))
+        self.graphs = graph.CudaDecodeGraphs(self.workspace, 8, range(1, 9))
+
+
+def forget_modules() -> None:
+    for name in (*MODULES, "fastdeploy_lite._ops_cuda"):
+        sys.modules.pop(name, None)
+        parent, _, child = name.rpartition(".")
+        vars(sys.modules[parent]).pop(child, None)
+
+
+@pytest.fixture
+def card() -> Iterator[Card]:
+    if "fastdeploy_lite._ops_cuda" in sys.modules:
+        pytest.skip("this process has loaded the real CUDA module")
+    made = Card()
+    yield made
+    forget_modules()
+
+
+def bf16(shape: list[int]) -> Any:
+    return paddle.empty(shape, dtype="bfloat16", device=CPU)
+
+
+def test_what_was_fetched_is_there_when_the_host_works_and_not_before(card: Card) -> None:
+    for tokens in (2, 1, 5, 2):
+        x, out = bf16([tokens, 8]), bf16([tokens, 8])
+        ops.host_array(out)[...] = 7
+
+        def fill(x: Any = x, value: int = tokens) -> None:
+            ops.host_array(x)[...] = value
+
+        ops.host_array(x)[...] = 0
+        card.cuda.put(fill)  # a kernel
+        (array,) = card.link.fetch(x)
+        answer = card.link.answer(out)
+        assert not (array == tokens).any()
+
+        def work(array: Any = array, answer: Any = answer) -> None:
+            answer[...] = array + 1
+
+        card.link.on_host(work)
+        card.link.send(answer, out)
+        assert (ops.host_array(out) == 7).all()
+        card.cuda.synchronize()
+        assert (ops.host_array(out) == tokens + 1).all()
+
+
+class Layer:
+    """Experts behind the link, and between the crossings a kernel that doubles x."""
+
+    def __init__(self, card: Card, has_shared: bool) -> None:
+        weights = []
+        for seed, (k, n) in enumerate([(HIDDEN, 2 * INNER), (INNER, HIDDEN)]):
+            weight = ops.allocate_weight("ccq", k, n, CPU, num_experts=EXPERTS)
+            ops.randomize_weight(weight, seed)
+            ops.finish_weight(weight)
+            weights.append(weight)
+        self.up_gate, self.down = weights
+        self.card, self.has_shared = card, has_shared
+        hosts = [HostWeight(weight, card.link) for weight in weights]
+        self.experts = HostExperts(*hosts)
+        self.x, self.out, self.shared = (bf16([8, HIDDEN]) for _ in range(3))
+        self.ids = paddle.empty([8, TOP_K], dtype="int32", device=CPU)
+        self.shares = paddle.empty([8, TOP_K], dtype="float32", device=CPU)
+
+    def set_inputs(self, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        x = random.standard_normal((8, HIDDEN)).astype(np.float32)
+        ops.host_array(self.x)[...] = nearest_bf16(x)
+        ops.host_array(self.ids)[...] = random.integers(0, EXPERTS, (8, TOP_K))
+        ops.host_array(self.shares)[...] = random.dirichlet(np.ones(TOP_K), 8)
+        for tensor in (self.out, self.shared):
+            ops.host_array(tensor)[...] = 0x7FC0
+
+    def __call__(self, rows: int) -> Any:
+        """Queue two layers, the second on the first one's answer."""
+        inputs = [self.ids[:rows], self.shares[:rows]]
+        out, source = self.out[:rows], self.x[:rows]
+        for _ in range(2):
+            self.experts.begin(source, *inputs)
+            if self.has_shared:
+                self.card.cuda.put(lambda: self._share(rows))
+            self.experts.finish(out)
+            source = out
+        return out
+
+    def _share(self, rows: int) -> None:
+        ops.host_array(self.shared)[:rows] = ops.host_array(self.x)[:rows] ^ 0x8000
+
+    def expected(self, rows: int) -> np.ndarray:
+        bits = ops.host_array(self.x)[:rows].copy()
+        for _ in range(2):
+            wide = paddle.to_tensor((bits.astype(np.uint32) << 16).view(np.float32), place=CPU)
+            found = paddle.empty([rows, HIDDEN], dtype="float32", device=CPU)
+            routes = (self.ids[:rows], self.shares[:rows])
+            ops.routed_experts(wide, *routes, self.up_gate, self.down, found, Workspace(CPU))
+            bits = nearest_bf16(found.numpy())
+        return bits
+
+
+@pytest.mark.parametrize("has_shared", [False, True])
+def test_replays_equal_launches(card: Card, has_shared: bool) -> None:
+    """Sizes in an order that makes arrays move after graphs were recorded over them."""
+    layer = Layer(card, has_shared)
+    for seed, rows in enumerate([1, 1, 3, 1, 8, 3, 1, 8, 8]):
+        layer.set_inputs(seed)
+        found = card.graphs.run(rows, lambda rows=rows: layer(rows))
+        card.cuda.synchronize()
+        np.testing.assert_array_equal(ops.host_array(found), layer.expected(rows))
+        if has_shared:
+            shared, x = ops.host_array(layer.shared)[:rows], ops.host_array(layer.x)[:rows]
+            np.testing.assert_array_equal(shared, x ^ 0x8000)
+    # Of each layer: copies, mark, shared experts if there are, work; then the last copy.
+    parts = {len(step.parts) for step in card.graphs._steps.values()}
+    assert parts == {2 * (3 + has_shared) + 1}
+    graphs = list(card.cuda.graphs)
+    card.graphs._steps.clear()
+    assert graphs
+    assert not card.cuda.graphs
+
+
+def test_a_mute_link_waits_for_nothing(card: Card) -> None:
+    layer = Layer(card, False)
+    layer.set_inputs(1)
+    layer(2)  # arrays exist
+    card.cuda.synchronize()
+    card.link.is_mute = True
+    layer.set_inputs(2)
+    layer(2)
+    card.cuda.synchronize()
+    assert not np.array_equal(ops.host_array(layer.out)[:2], layer.expected(2))
+    card.link.is_mute = False
+    layer(2)
+    card.cuda.synchronize()
+    np.testing.assert_array_equal(ops.host_array(layer.out)[:2], layer.expected(2))
