@@ -149,7 +149,9 @@ class EngineArgs:
         None, int, "moe_device cpu for the first so many layers with experts alone"
     )
     moe_card_gib: float | None = _flag(
-        None, float, "moe_device cpu for the experts beyond so many GiB, the first layers' alone"
+        None,
+        float,
+        "moe_device cpu for as few first layers as leave so many GiB of experts to the card",
     )
     load_choices: str = _flag(
         "default", str, "where weights come from", choices=("default", "default_v1", "dummy")
