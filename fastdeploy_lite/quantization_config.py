@@ -47,6 +47,8 @@ class QuantizationConfig:
         dense_quant_type: wint8 or wint4, for every linear that is not a routed expert.
         moe_quant_type: w4w2 (scheme wint2), wint4 or wint8, for routed experts.
         w4_end_layer: last decoder layer (0-based, inclusive) whose experts are wint4 under w4w2.
+        w4_layers: the layers whose experts are wint4 where they were chosen one by one, by this
+            project's own key; None where w4_end_layer says it all.
         w4_start_layer, w2_start_layer, w2_end_layer: kept for writing; they decide nothing.
         row_order: how 2-bit experts store their rows, by this project's own key; None where the
             file does not say.
@@ -60,6 +62,7 @@ class QuantizationConfig:
     w2_start_layer: int = _DEFAULT_W4_END_LAYER + 1
     w2_end_layer: int | None = None
     row_order: RowOrder | None = None
+    w4_layers: tuple[int, ...] | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "config.json") -> QuantizationConfig:
@@ -122,6 +125,7 @@ class QuantizationConfig:
             w2_start_layer=w2.integer("quant_start_layer", end + 1, minimum=-1),
             w2_end_layer=w2.integer("quant_end_layer", None, minimum=-1),
             row_order=_row_order(w2),
+            w4_layers=_w4_layers(w4),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,6 +142,7 @@ class QuantizationConfig:
                     "quant_granularity": "per_channel",
                     "quant_start_layer": self.w4_start_layer,
                     "quant_end_layer": self.w4_end_layer,
+                    **({} if self.w4_layers is None else {"layers": list(self.w4_layers)}),
                 },
                 "moe_w2_quant_config": {
                     "quant_type": "wint2",
@@ -161,6 +166,8 @@ class QuantizationConfig:
         A file is believed before this rule: `.super_scales` keys mean ccq on any layer.
         """
         if self.quantization == "wint2":
+            if self.w4_layers is not None:
+                return "int4" if layer in self.w4_layers else "ccq"
             return "int4" if layer <= self.w4_end_layer else "ccq"
         return formats.from_config_name(self.moe_quant_type).name
 
@@ -169,6 +176,15 @@ def _row_order(fields: JsonFields) -> RowOrder | None:
     if fields.data.get("row_order") is None:
         return None
     return cast(RowOrder, fields.one_of("row_order", None, ROW_ORDERS))
+
+
+def _w4_layers(fields: JsonFields) -> tuple[int, ...] | None:
+    layers = fields.data.get("layers")
+    if layers is None:
+        return None
+    if not isinstance(layers, list) or not all(type(i) is int and i >= 0 for i in layers):
+        fields.fail("layers", layers, "a list of decoder layers, counted from 0")
+    return tuple(layers)
 
 
 def _scheme_name(fields: JsonFields, supported: tuple[str, ...]) -> str:

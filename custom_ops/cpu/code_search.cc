@@ -12,12 +12,22 @@
 namespace fd::cpu {
 namespace {
 
-// Room of one thread: the state of a trial, so that the best one can be kept.
+// Room of one thread: the state of every trial, so that the best one can be kept.
 struct Scratch {
-  explicit Scratch(int64_t blocks)
-      : target(kCodeRows * blocks), error(kCodeRows * blocks), packed(blocks) {}
+  Scratch(int64_t blocks, int64_t count)
+      : target(kCodeRows * blocks * count),
+        error(kCodeRows * blocks * count),
+        packed(blocks * count),
+        trials(count) {
+    for (int64_t i = 0; i < count; ++i) {
+      trials[i].target = target.data() + i * kCodeRows * blocks;
+      trials[i].error = error.data() + i * kCodeRows * blocks;
+      trials[i].packed = packed.data() + i * blocks;
+    }
+  }
   std::vector<float> target, error;
   std::vector<uint8_t> packed;
+  std::vector<CodeTrial> trials;
 };
 
 void search_trials(const CodeSearch& s, const CodeSearchKernels& k, const float* half, int64_t n,
@@ -31,19 +41,18 @@ void search_trials(const CodeSearch& s, const CodeSearchKernels& k, const float*
   column.feedback = s.feedback;
   column.weight = s.weight + n * s.weight_stride;
   column.before = s.before ? s.before + n * rows : nullptr;
-  column.target = scratch.target.data();
-  column.error = scratch.error.data();
-  column.packed = scratch.packed.data();
-  for (int64_t trial = 0; trial < s.trials; ++trial) {
-    std::memcpy(column.target, s.target + n * s.target_stride, sizeof(float) * rows);
-    column.scale = s.scales[n * s.trials + trial];
-    const float loss = k.search_column(column);
-    if (trial > 0 && !(loss < s.loss[n])) continue;
-    s.loss[n] = loss;
-    s.choice[n] = static_cast<int32_t>(trial);
-    std::memcpy(s.error + n * rows, column.error, sizeof(float) * rows);
-    std::memcpy(s.packed + n * s.blocks, column.packed, s.blocks);
+  for (int64_t i = 0; i < s.trials; ++i) {
+    std::memcpy(scratch.trials[i].target, s.target + n * s.target_stride, sizeof(float) * rows);
+    scratch.trials[i].scale = s.scales[n * s.trials + i];
   }
+  k.search_column(column, scratch.trials.data(), s.trials);
+  const auto best = std::min_element(
+      scratch.trials.begin(), scratch.trials.end(),
+      [](const CodeTrial& a, const CodeTrial& b) { return a.loss < b.loss; });
+  s.loss[n] = best->loss;
+  s.choice[n] = static_cast<int32_t>(best - scratch.trials.begin());
+  std::memcpy(s.error + n * rows, best->error, sizeof(float) * rows);
+  std::memcpy(s.packed + n * s.blocks, best->packed, s.blocks);
 }
 
 void check_codes(const CodeSearch& s) {
@@ -71,7 +80,7 @@ void code_search(const CodeSearch& s) {
   // A column of 16 blocks takes about a microsecond a trial.
   const int64_t grain = std::max<int64_t>(1, 256 / (s.blocks * s.trials));
   parallel_for(s.columns, grain, [&](int64_t begin, int64_t end) {
-    Scratch scratch(s.blocks);
+    Scratch scratch(s.blocks, s.trials);
     for (int64_t n = begin; n < end; ++n) search_trials(s, k, half.data(), n, scratch);
   });
 }

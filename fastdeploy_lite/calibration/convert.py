@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from fastdeploy_lite.calibration.encoder import CalibratedEncoder, CalibrationSettings
 from fastdeploy_lite.calibration.report import memory, totals, write
+from fastdeploy_lite.calibration.sensitivity import LayerNats, measure_layers
 from fastdeploy_lite.calibration.text import calibration_windows
 from fastdeploy_lite.calibration.tuning import Tuner, TuningSettings, fold
 from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
@@ -24,12 +26,16 @@ from fastdeploy_lite.checkpoint.linears import Linear, check_sizes, model_linear
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization import convert
-from fastdeploy_lite.quantization.journal import FileTensor, Journal, LayerResult
+from fastdeploy_lite.quantization.budget import w4_layers_for_bits
+from fastdeploy_lite.quantization.journal import FileTensor, Journal, LayerResult, Notes
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 DEFAULT_TOKENS = 65536
 WINDOW = 1024
 JOURNAL_SUFFIX = ".unfinished"
+KEEP_EVERY = 300.0
+"""Seconds of work after which the streams are written for a restart: two float32 rows a token are
+many times the weights of a small model."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class CalibrationText:
 class CalibratedReport:
     """What a conversion did; `layers` are the figures of each, as in report.json.
 
-    `tuning` has the nats from the bf16 model on windows held back, before and after, and the steps.
+    `tuning` has the nats from the bf16 model on windows held back, before and after, and the steps;
+    `sensitivity` the layers as they were measured, see `LayerNats`.
     """
 
     seconds: float = 0.0
@@ -55,6 +62,7 @@ class CalibratedReport:
     settings: dict[str, Any] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     tuning: dict[str, float] | None = None
+    sensitivity: list[dict[str, Any]] | None = None
 
 
 def quantize_with_calibration(
@@ -65,19 +73,26 @@ def quantize_with_calibration(
     *,
     scheme: convert.Scheme = "w4w2",
     w4_end_layer: int | None = None,
+    w4_layers: Sequence[int] | None = None,
+    measured_bits: float | None = None,
     tuning: TuningSettings | None = None,
     shard_bytes: int = 4 << 30,
     force: bool = False,
     progress: bool = True,
+    keep_every: float = KEEP_EVERY,
 ) -> CalibratedReport:
     """Quantise the bf16 checkpoint in `model_dir` into `output_dir`.
 
     Finished layers are kept in the folder `output_dir` + `.unfinished` until all are done: a run
-    that was killed goes on after the last of them when it is started again with the same model,
-    text and settings, and ends with the same bytes; of tuning nothing is kept. Other arguments are
-    those of `convert.quantize_checkpoint`.
+    that was killed goes on when it is started again with the same model, text and settings, and
+    ends with the same bytes; of tuning nothing is kept. Other arguments are those of
+    `convert.quantize_checkpoint`.
 
+    measured_bits: measure what each layer gains by int4 and make those int4 that gain most, so that
+        the routed experts keep to so many bits a weight; in place of w4_end_layer and w4_layers.
     tuning: how scales and norms learn from the bf16 model once all is encoded; None: they do not.
+    keep_every: seconds of work, in whole layers, that a killed run may lose; 0 writes the streams
+    after every layer.
 
     Raises:
         ConfigError: arguments, text, a quantised input, or other settings than the unfinished run.
@@ -85,18 +100,33 @@ def quantize_with_calibration(
     """
     started = time.perf_counter()
     checkpoint = Checkpoint.open(model_dir)
-    config = convert.target_config(checkpoint.config, scheme, w4_end_layer, settings.row_order)
+    report = CalibratedReport()
+
+    def target(layers: Sequence[int] | None) -> ModelConfig:
+        return convert.target_config(
+            checkpoint.config, scheme, w4_end_layer, settings.row_order, layers
+        )
+
+    config = target(w4_layers if measured_bits is None else ())
     verify(checkpoint)
     check_sizes(model_linears(config), config.source)
     output = Path(output_dir)
     _check_output(Path(model_dir), output, force)
     windows = _read_text(Path(model_dir), checkpoint.config, text)
+    unfinished = output.with_name(output.name + JOURNAL_SUFFIX)
+    if measured_bits is not None:
+        w4_layers_for_bits(checkpoint.config, measured_bits, defaultdict(float))  # refused at once
+        measured = _measured(checkpoint, windows, unfinished, progress)
+        gains = {found.layer: found.gain for found in measured}
+        config = target(w4_layers_for_bits(checkpoint.config, measured_bits, gains))
+        report.sensitivity = [asdict(found) for found in measured]
     described = _describe(checkpoint, windows, text, settings, config)
     if tuning is not None:
         described["tuning"] = asdict(tuning)
-    journal = Journal(output.with_name(output.name + JOURNAL_SUFFIX), described)
-    report = CalibratedReport(settings=described)
-    layers = _Layers(checkpoint, config, windows, settings, journal, report)
+    journal = Journal(unfinished, described)
+    report.settings = described
+    points = _RestartPoints(journal, keep_every, config.num_hidden_layers, tuning is not None)
+    layers = _Layers(checkpoint, config, windows, settings, points, report)
     layers.run(progress)
     tuned = {} if tuning is None else layers.tune(tuning, text.seed, progress)
     convert.prepare_output(Path(model_dir), output, force)
@@ -111,6 +141,62 @@ def quantize_with_calibration(
     return report
 
 
+def _measured(
+    checkpoint: Checkpoint, windows: list[npt.NDArray[np.int32]], unfinished: Path, progress: bool
+) -> list[LayerNats]:
+    """Measure the layers, or read what the run that goes on has measured."""
+    kept = Notes(unfinished / "sensitivity.json", _digest(checkpoint, windows))
+    found = kept.read()
+    if found is None:
+        measured = measure_layers(checkpoint, windows, progress=progress)
+        kept.write([asdict(layer) for layer in measured])
+        return measured
+    return [LayerNats(**layer) for layer in found]
+
+
+class _RestartPoints:
+    """Which finished layers keep the streams behind them: the last one worth it, and no other."""
+
+    def __init__(self, journal: Journal, every: float, count: int, keep_end: bool) -> None:
+        """`keep_end`: tuning begins with the streams behind the last of `count` layers."""
+        self.journal, self._every, self._count, self._keep_end = journal, every, count, keep_end
+        self._kept: int | None = None
+        self._at_risk = 0.0
+
+    def resume(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Figures of the layers that need not be made again, and the streams behind them."""
+        found = list(self._finished())
+        kept = [layer for layer, (_, has_state) in enumerate(found) if has_state]
+        for layer in kept[:-1]:  # killed between writing one state and dropping the one before
+            self.journal.forget_state(layer)
+        self._kept = kept[-1] if kept else None
+        done = len(found)
+        if done < self._count or self._keep_end:
+            done = 0 if self._kept is None else self._kept + 1
+        last = self.journal.load(done - 1) if 0 < done < self._count else None
+        return [figures for figures, _ in found[:done]], {} if last is None else last.state
+
+    def save(self, layer: int, result: LayerResult) -> None:
+        """Keep a finished layer, and its state where enough work would be lost without."""
+        self._at_risk += result.figures["seconds"]
+        last = layer == self._count - 1
+        if not (self._keep_end if last else self._at_risk >= self._every):
+            result.state = {}
+        self.journal.save(layer, result)
+        if result.state:
+            if self._kept is not None:
+                self.journal.forget_state(self._kept)
+            self._kept, self._at_risk = layer, 0.0
+
+    def _finished(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        """The first layers, up to the first that is not there or damaged."""
+        for layer in range(self._count):
+            found = self.journal.finished(layer)
+            if found is None:
+                return
+            yield found
+
+
 class _Layers:
     """The layers of one conversion: from the journal, or encoded and then kept there."""
 
@@ -120,46 +206,30 @@ class _Layers:
         config: ModelConfig,
         windows: list[npt.NDArray[np.int32]],
         settings: CalibrationSettings,
-        journal: Journal,
+        points: _RestartPoints,
         report: CalibratedReport,
     ) -> None:
-        self.checkpoint, self.config, self.journal = checkpoint, config, journal
+        self.checkpoint, self.config, self.journal = checkpoint, config, points.journal
         self._windows, self._settings, self._report = windows, settings, report
+        self._points = points
         self._linears: dict[int, list[Linear]] = {}
         for linear in model_linears(config):
             self._linears.setdefault(linear.layer, []).append(linear)
 
     def run(self, progress: bool) -> None:
         """Encode what is not there yet."""
-        count = self.config.num_hidden_layers
-        found = list(self._finished(count))
-        done = len(found)
-        while 0 < done < count and not found[done - 1][1]:
-            done -= 1  # its state was given up before the layer after it was damaged
-        self._report.resumed_layers = done
-        self._report.layers = [figures for figures, _ in found[:done]]
-        if done < count:
-            last = self.journal.load(done - 1) if done else None
-            self._encode(range(done, count), {} if last is None else last.state, progress)
-
-    def _finished(self, count: int) -> Iterator[tuple[dict[str, Any], bool]]:
-        """Figures of the first layers, up to the first that is not there or damaged."""
-        for layer in range(count):
-            found = self.journal.finished(layer)
-            if found is None:
-                return
-            yield found
-
-    def _encode(self, layers: range, state: dict[str, Any], progress: bool) -> None:
+        self._report.layers, state = self._points.resume()
+        done = self._report.resumed_layers = len(self._report.layers)
+        if done == self.config.num_hidden_layers:
+            return
         encoder = CalibratedEncoder(self.checkpoint, self._windows, self._settings)
         if state:
             encoder.restore(state)
+        layers = range(done, self.config.num_hidden_layers)
         bar = tqdm(layers, desc="Quantizing Layers", unit="layer", disable=not progress)
         for layer in bar:
             result = encoder.encode_layer(layer, self._linears[layer])
-            self.journal.save(layer, result)
-            if layer > 0:
-                self.journal.forget_state(layer - 1)
+            self._points.save(layer, result)
             self._report.layers.append(result.figures)
             bar.set_postfix_str(f"stream error {result.figures['stream_error']:.4f}")
 
@@ -230,12 +300,6 @@ def _describe(
     config: ModelConfig,
 ) -> dict[str, Any]:
     """Everything that the result depends on, for the journal and the report."""
-    digest = hashlib.sha256()
-    for window in windows:
-        digest.update(window.tobytes())
-    for key in sorted(checkpoint):
-        info = checkpoint.info(key)
-        digest.update(f"{key} {info.dtype} {list(info.shape)}".encode())
     return {
         "calibration": text.source,
         "calibration_tokens": sum(map(len, windows)),
@@ -243,8 +307,19 @@ def _describe(
         "window": text.window,
         **asdict(settings),
         "quantization_config": config.raw["quantization_config"],
-        "model_and_text": digest.hexdigest(),
+        "model_and_text": _digest(checkpoint, windows),
     }
+
+
+def _digest(checkpoint: Checkpoint, windows: list[npt.NDArray[np.int32]]) -> str:
+    """Of the tokens, and of the model's keys and shapes: its weights are too many to read."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(window.tobytes())
+    for key in sorted(checkpoint):
+        info = checkpoint.info(key)
+        digest.update(f"{key} {info.dtype} {list(info.shape)}".encode())
+    return digest.hexdigest()
 
 
 def _content(report: CalibratedReport, checkpoint: Checkpoint, config: ModelConfig) -> Any:
@@ -270,6 +345,12 @@ def summary(report: CalibratedReport) -> str:
         )
     worst = max((layer["stream_error"] for layer in report.layers), default=0.0)
     lines.append(f"the residual stream is off by {worst:.4f} of its square at most")
+    if report.sensitivity is not None:
+        ranked = sorted(report.sensitivity, key=lambda row: row["int4"] - row["ccq"])
+        lines.append(
+            "nats that int4 saves, by layer: "
+            + ", ".join(f"{row['layer']}: {row['ccq'] - row['int4']:.4f}" for row in ranked)
+        )
     if report.tuning is not None:
         lines.append(
             f"tuned: {report.tuning['after']:.4f} nats from the bf16 model on windows held back, "

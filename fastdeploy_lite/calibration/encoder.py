@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastdeploy_lite import formats
 from fastdeploy_lite.calibration.experts import (
     LayerEncoding,
     Routed,
@@ -116,13 +117,13 @@ class _LayerWork:
         }
         self.tensors: dict[str, Any] = {}
         self.figures: dict[str, Any] = {"layer": layer, "kinds": {}, "experts": []}
-        self._decoded: dict[tuple[str, int], ArrayF32] = {}
+        self._packed: dict[tuple[str, int], dict[str, FileTensor]] = {}
 
     def run(self) -> None:
         made: dict[str, Any] = {}
         for linear in self.always:
             matrix = self._encoded(linear, self._read(linear), None)
-            made[linear.module] = linear.kind, for_loading(matrix)
+            made[linear.module] = linear.kind, for_loading(matrix.tensors)
             self._keep(linear, matrix)
         reference, quantized = self.owner.enter(self.layer, made)
         before, after = reference.residual + reference.dense, quantized.residual + quantized.dense
@@ -145,7 +146,7 @@ class _LayerWork:
             target = np.zeros_like(after)
             add_outputs(target, quantized.x, routed, self._read_expert)
         self._encode(reference, quantized, target, routed)
-        add_outputs(after, quantized.x, routed, lambda name, e: self._decoded[name, e])
+        add_outputs(after, quantized.x, routed, self._decode_expert)
 
     def _encode(
         self, reference: MlpInput, quantized: MlpInput, target: ArrayF32, routed: list[Routed]
@@ -191,8 +192,15 @@ class _LayerWork:
         )
         self.figures["experts"].append([name, expert, after, before])
         self._keep(linear, matrix)
-        self._decoded[name, expert] = matrix.decoded
+        self._packed[name, expert] = matrix.tensors
         return matrix.decoded
+
+    def _decode_expert(self, name: str, expert: int) -> ArrayF32:
+        """An expert anew from its packed form: a layer's in float32 may be 16 times the files."""
+        kind = self.experts[name, expert].kind  # type: ignore[index]
+        matrix = formats.get(kind).decode(for_loading(self._packed[name, expert]))
+        order = self.owner.settings.row_order
+        return to_true_order(matrix, order) if kind == "ccq" else matrix
 
     def _keep(self, linear: Linear, matrix: EncodedMatrix) -> None:
         for suffix, tensor in matrix.tensors.items():
@@ -268,11 +276,11 @@ def round_to_nearest(weight: ArrayF32, kind: WeightKind) -> ArrayF32:
     return np.asarray(low + level * step, np.float32).reshape(weight.shape)
 
 
-def for_loading(matrix: EncodedMatrix) -> dict[str, Any]:
+def for_loading(tensors: dict[str, FileTensor]) -> dict[str, Any]:
     """Arrays as `read_linear` gives them of a file with these tensors."""
     return {
         suffix: bfloat16_to_float32(array) if dtype == "BF16" else array
-        for suffix, (array, dtype) in matrix.tensors.items()
+        for suffix, (array, dtype) in tensors.items()
     }
 
 

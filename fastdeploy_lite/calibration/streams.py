@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,21 +104,25 @@ class LayerRunner:
 
         Args:
             layer: number of the layer.
-            stream: [T, H], the residual stream before it.
+            stream: [n T, H], the residual stream before it; several of the same text may follow
+                one another.
             made: linears of the layer that are quantised; others are taken from the files.
         """
         source = _LayerSource(self.checkpoint, self.place, made)
         block = DecoderLayer(self.checkpoint.config, source, layer, self._cos_sin)
-        parts = [self._window(block, stream[rows]) for rows in self._rows()]
+        parts = [self._window(block, stream[rows]) for rows in self._rows(len(stream))]
         residual, x, dense, experts, weights = (
             np.concatenate(column) for column in zip(*parts, strict=True)
         )
         self.checkpoint.release()
         return MlpInput(residual, x, dense, experts, weights)
 
-    def _rows(self) -> Iterator[slice]:
+    def _rows(self, count: int) -> Iterator[slice]:
+        """Windows of `count` rows, those of the text over and over."""
         start = 0
-        for length in self.lengths:
+        for length in itertools.cycle(self.lengths):
+            if start == count:
+                return
             yield slice(start, start + length)
             start += length
 

@@ -52,8 +52,10 @@ class _Terms:
 
     weight: ArrayF32
     hessian: ArrayF32
+    product: ArrayF32
+    """weight H, [N, K]."""
     elimination: tuple[ArrayF32, ArrayF32]
-    descent: tuple[ArrayF32, ArrayF32]
+    descent: moments.DescentTerms
     books: ArrayF32
 
     @property
@@ -71,6 +73,7 @@ class _State:
     local: npt.NDArray[np.int64]  # [N, G], 0..15
     packed: ArrayU8  # [N, K/4]
     error: ArrayF32  # [N, K]
+    product: ArrayF32  # [N, K], error H: kept up to date, since all steps of a descent need it
 
     def keep(self, other: _State, better: npt.NDArray[np.bool_]) -> None:
         """Take the columns where `other` is better."""
@@ -109,6 +112,7 @@ def encode(
     terms = _Terms(
         scaled,
         hessian,
+        scaled @ hessian,
         moments.elimination_terms(hessian),
         moments.descent_terms(hessian),
         code_books(table),
@@ -150,7 +154,7 @@ def _search(terms: _Terms, floor: ArrayF64, candidates: int, descents: int) -> _
         for _ in range(descents):
             _descend(terms, tried)
             _solve_super_scale(terms, tried, floor)
-        found = moments.loss(tried.error, terms.hessian)
+        found = np.einsum("nk,nk->n", tried.product, tried.error, dtype=np.float64)
         better = found < least
         least = np.where(better, found, least)
         if candidate == 0:
@@ -238,18 +242,21 @@ def _run(
     matrices: tuple[ArrayF32, ArrayF32],
     before: ArrayF32 | None,
 ) -> tuple[SearchResult, npt.NDArray[np.int64]]:
-    """Search one group of all columns, and the local scales that were chosen."""
-    rows, blocks = _group(group)
+    """Search one group of all columns, and the local scales that were chosen.
+
+    target [N, 64]; matrices: metric [16, 4, 4] and feedback [64, 64] of the group.
+    """
+    rows, _ = _group(group)
     metric, feedback = matrices
     trials = (state.local[:, group, None] + np.array(LOCAL_STEPS)).clip(0, ccq.MAX_LOCAL_SCALE)
     found = search(
-        target[:, rows],
+        target,
         terms.weight[:, rows],
-        metric[blocks],
+        metric,
         terms.books,
         state.code,
         (trials * state.super_scale[:, None]).astype(np.float32),
-        feedback=feedback[rows, rows],
+        feedback=feedback,
         before=before,
     )
     return found, np.take_along_axis(trials, found.choice[:, None], 1)[:, 0]
@@ -266,34 +273,36 @@ def _eliminate(
         local.copy(),
         np.empty((columns, rows // ccq.WEIGHTS_PER_BYTE), np.uint8),
         np.empty_like(terms.weight),
+        np.empty_like(terms.weight),
     )
     target = terms.weight.copy()
-    feedback = terms.elimination[1]
+    metric, feedback = terms.elimination
     for group in range(terms.groups):
         inside, blocks = _group(group)
-        found, chosen = _run(terms, state, group, target, terms.elimination, None)
+        matrices = metric[blocks], feedback[inside, inside]
+        found, chosen = _run(terms, state, group, target[:, inside], matrices, None)
         state.error[:, inside], state.packed[:, blocks] = found.error, found.packed
         state.local[:, group] = chosen
         if inside.stop < rows:
             target[:, inside.stop :] += found.error @ feedback[inside, inside.stop :]
+    np.matmul(state.error, terms.hessian, out=state.product)
     return state
 
 
 def _descend(terms: _Terms, state: _State) -> None:
     """Step 3: one pass of coordinate descent; a group that would not gain keeps what it has."""
-    feedback = terms.descent[1]
-    target = terms.weight + state.error @ feedback
     for group in range(terms.groups):
         rows, blocks = _group(group)
         before = np.ascontiguousarray(state.error[:, rows])
-        found, chosen = _run(terms, state, group, target, terms.descent, before)
+        target = terms.weight[:, rows] + terms.descent.drift(group, state.product, before)
+        matrices = terms.descent.metric[blocks], terms.descent.feedback[group]
+        found, chosen = _run(terms, state, group, target, matrices, before)
         better = found.loss < 0
         change = np.where(better[:, None], found.error - before, 0)
-        state.error[:, rows] += change
         state.error[better, rows] = found.error[better]
         state.packed[better, blocks] = found.packed[better]
         state.local[better, group] = chosen[better]
-        target += change @ feedback[rows]
+        state.product += change @ terms.hessian[rows]
 
 
 def _solve_super_scale(terms: _Terms, state: _State, floor: ArrayF64) -> None:
@@ -301,10 +310,12 @@ def _solve_super_scale(terms: _Terms, state: _State, floor: ArrayF64) -> None:
     local = np.repeat(state.local, ccq.GROUP_ROWS, axis=1)
     points = terms.books[state.code[:, None], :, state.packed]
     values = points.reshape(len(local), -1) * local.astype(np.float32)
-    product = values @ terms.hessian
+    # values H, of what is known: a product of whole matrices costs more than all else here.
+    product = (terms.product - state.product) / state.super_scale[:, None]
     cross = np.einsum("nk,nk->n", product, terms.weight, dtype=np.float64)
     square = np.einsum("nk,nk->n", product, values, dtype=np.float64)
     ratio = np.divide(cross, square, out=np.zeros_like(cross), where=square > 0)
     solved = round_to_bfloat16(np.maximum(ratio, floor))
     state.super_scale = np.where(ratio > 0, solved, state.super_scale).astype(np.float32)
     state.error = terms.weight - values * state.super_scale[:, None]
+    state.product = terms.product - product * state.super_scale[:, None]

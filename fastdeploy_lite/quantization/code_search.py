@@ -151,4 +151,13 @@ def _view(array: npt.NDArray[Any] | None) -> tuple[int, str, list[int], list[int
     if array is None:
         return None
     strides = [step // array.itemsize for step in array.strides]
-    return array.ctypes.data, array.dtype.name, list(array.shape), strides
+    return (
+        array.ctypes.data,
+        _NAMES.get(array.dtype) or array.dtype.name,
+        list(array.shape),
+        strides,
+    )
+
+
+_NAMES = {np.dtype(name): name for name in ("float32", "int32", "uint8")}
+"""numpy makes a dtype's name anew each time, which took a tenth of a search of small matrices."""

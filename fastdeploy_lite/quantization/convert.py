@@ -98,6 +98,7 @@ def quantize_checkpoint(
     *,
     scheme: Scheme = "w4w2",
     w4_end_layer: int | None = None,
+    w4_layers: Sequence[int] | None = None,
     codes: Codes | None = None,
     row_order: RowOrder = "permuted",
     tensor_parallel_size: int = 1,
@@ -113,6 +114,7 @@ def quantize_checkpoint(
     "wint8" int8 ones. All but "wint8" are written as the published ``quantization_config``.
     w4_end_layer: default 6 as published, or the first MoE layer of a model with at most 7 layers;
     for "w4w2" alone.
+    w4_layers: the int4 layers one by one, in place of w4_end_layer; only this project reads them.
     codes: see ``ccq.encode``.
     row_order: of the rows of CCQ experts inside every 64; "permuted" is what FastDeploy 2.1 and
     later read, "natural" what its first release does. It is noted in config.json.
@@ -130,7 +132,7 @@ def quantize_checkpoint(
         Checkpoint.open(model_dir, tensor_parallel_size, rank)
         for rank in range(tensor_parallel_size)
     ]
-    config = target_config(ranks[0].config, scheme, w4_end_layer, row_order)
+    config = target_config(ranks[0].config, scheme, w4_end_layer, row_order, w4_layers)
     verify(ranks[0])
     if tensor_parallel_size > 1:
         check_tensor_parallel(config, tensor_parallel_size, for_files=True)
@@ -208,7 +210,11 @@ def quantize_matrix(
 
 
 def target_config(
-    source: ModelConfig, scheme: str, w4_end_layer: int | None, row_order: RowOrder
+    source: ModelConfig,
+    scheme: str,
+    w4_end_layer: int | None,
+    row_order: RowOrder,
+    w4_layers: Sequence[int] | None = None,
 ) -> ModelConfig:
     """The output's configuration: the input's keys, `is_quantized` and `quantization_config`."""
     if row_order not in ROW_ORDERS:
@@ -221,7 +227,14 @@ def target_config(
     if not source.moe_num_experts:
         raise ConfigError(f"{source.source}: moe_num_experts: found none, expected a MoE model")
     last = source.num_hidden_layers - 1
-    end = _w4_end_layer(source, scheme, w4_end_layer)
+    chosen: tuple[int, ...] | None = None
+    if w4_layers is None:
+        end = _w4_end_layer(source, scheme, w4_end_layer)
+    else:
+        chosen = _w4_layers(source, scheme, w4_end_layer, w4_layers)
+        end = _leading(source, chosen)
+        if not chosen or chosen[-1] <= end:
+            chosen = None  # the published range says it, and everybody reads that
     if scheme == "wint8":
         quantization = QuantizationConfig.online("wint8")
     else:
@@ -231,6 +244,7 @@ def target_config(
             w2_start_layer=end + 1,
             w2_end_layer=last,
             row_order=row_order if end < last else None,
+            w4_layers=chosen,
         )
     raw: dict[str, Any] = {
         **source.family.convert_config(source),
@@ -260,6 +274,28 @@ def _w4_end_layer(source: ModelConfig, scheme: str, requested: int | None) -> in
         raise ConfigError(f"moe_w4_end_layer: scheme {scheme!r} fixes it; use scheme 'w4w2'")
     # Dense layers have no experts, so "2bits" may end int4 just before the first MoE layer.
     return last if scheme == "wint4" else first - 1
+
+
+def _w4_layers(
+    source: ModelConfig, scheme: str, end: int | None, layers: Sequence[int]
+) -> tuple[int, ...]:
+    """The int4 layers in order."""
+    if scheme != "w4w2" or end is not None:
+        raise ConfigError("int4 layers one by one: expected scheme 'w4w2' and no moe_w4_end_layer")
+    moe = [i for i in range(source.num_hidden_layers) if source.is_moe_layer(i)]
+    if wrong := sorted(set(layers) - set(moe)):
+        raise ConfigError(
+            f"int4 layers: found {wrong[0]}, expected MoE layers, {moe[0]} to {moe[-1]}"
+        )
+    return tuple(sorted(set(layers)))
+
+
+def _leading(source: ModelConfig, chosen: Sequence[int]) -> int:
+    """Last layer before the first MoE layer that is not chosen."""
+    end = source.moe_layer_start_index - 1
+    while end + 1 in chosen:
+        end += 1
+    return end
 
 
 def prepare_output(model: Path, output: Path, force: bool) -> None:

@@ -7,16 +7,18 @@ which counts as much as the router weighs it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdeploy_lite.formats.ccq import WEIGHTS_PER_BYTE
+from fastdeploy_lite.formats.ccq import GROUP_ROWS, WEIGHTS_PER_BYTE
 
 if TYPE_CHECKING:
     from fastdeploy_lite.formats.ccq import ArrayF32
 
+BLOCKS_PER_GROUP = GROUP_ROWS // WEIGHTS_PER_BYTE
 DAMPING = 0.01
 """Share of the mean diagonal that is added to it: on the demo, 0.002 and 0.05 lose 0.015 nats."""
 PRIOR_TOKENS_PER_ROW = 0.25
@@ -77,15 +79,47 @@ def elimination_terms(hessian: ArrayF32) -> tuple[ArrayF32, ArrayF32]:
     return metric.astype(np.float32), _unit_blocks(upper, np.linalg.inv(diagonal), size)
 
 
-def descent_terms(hessian: ArrayF32) -> tuple[ArrayF32, ArrayF32]:
-    """Metric [K/4, 4, 4] and feedback [K, K] of coordinate descent over blocks of four rows.
+@dataclass(frozen=True, slots=True)
+class DescentTerms:
+    """What coordinate descent over blocks of four rows needs of H, a group of 64 rows at a time.
 
     The best value of a block, all others given, is its weight plus what the errors of the others
-    add through the feedback H_ab inv(H_bb).
+    add through the feedback H_ab inv(H_bb). Errors e of the whole column come in by e H.
     """
-    metric = _diagonal_blocks(hessian.astype(np.float64))
-    feedback = _unit_blocks(hessian.astype(np.float64), np.linalg.inv(metric), len(hessian))
-    return metric.astype(np.float32), feedback
+
+    metric: ArrayF32
+    """[K/4, 4, 4], the diagonal blocks."""
+    inverse: ArrayF32
+    """[K/4, 4, 4], their inverses."""
+    feedback: ArrayF32
+    """[K/64, 64, 64], inside the groups, the diagonal blocks zero."""
+
+    def drift(self, group: int, product: ArrayF32, error: ArrayF32) -> ArrayF32:
+        """What the errors of all other blocks add to the targets of a group, [N, 64].
+
+        product: [N, K], errors of whole columns times H. error: [N, 64], those of the group.
+        """
+        rows = slice(group * GROUP_ROWS, (group + 1) * GROUP_ROWS)
+        blocks = slice(rows.start // WEIGHTS_PER_BYTE, rows.stop // WEIGHTS_PER_BYTE)
+        part = product[:, rows].reshape(len(error), -1, 1, WEIGHTS_PER_BYTE)
+        found: ArrayF32 = np.matmul(part, self.inverse[blocks]).reshape(error.shape)
+        return found - error  # a block's own error comes back as it is
+
+
+def descent_terms(hessian: ArrayF32) -> DescentTerms:
+    """Terms of coordinate descent under a positive definite H [K, K], K a multiple of 64."""
+    wide = hessian.astype(np.float64)
+    metric = _diagonal_blocks(wide)
+    inverse = np.linalg.inv(metric)
+    count = BLOCKS_PER_GROUP
+    feedback = [
+        _unit_blocks(wide[rows, rows], inverse[at : at + count], GROUP_ROWS)
+        for at, rows in (
+            (start // WEIGHTS_PER_BYTE, slice(start, start + GROUP_ROWS))
+            for start in range(0, len(hessian), GROUP_ROWS)
+        )
+    ]
+    return DescentTerms(metric.astype(np.float32), inverse.astype(np.float32), np.stack(feedback))
 
 
 def loss(error: ArrayF32, hessian: ArrayF32) -> npt.NDArray[np.float64]:

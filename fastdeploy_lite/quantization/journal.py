@@ -1,8 +1,9 @@
 """What a long conversion has done so far, so that a killed one goes on where it was.
 
-A folder beside the output holds `settings.json` and, for every finished layer, its tensors, its
-state (whatever the next layer needs) and a record with the SHA-256 of both. A layer counts only if
-its record is there and the sums agree; the record is renamed into place last.
+A folder beside the output holds `settings.json` and, for every finished layer, its tensors and a
+record with their SHA-256; for one of the last, a state too (whatever the layer after it needs): a
+run goes on after that one. A layer counts only if its record is there and the sums agree; the
+record is renamed into place last.
 """
 
 from __future__ import annotations
@@ -76,21 +77,26 @@ class Journal:
         return None if found is None else (found.figures, bool(found.state))
 
     def save(self, layer: int, result: LayerResult) -> None:
-        """Keep a finished layer; the state of the one before is no longer needed."""
+        """Keep a finished layer, and its state if it has one."""
         packed = {str(i): array for i, (array, _) in enumerate(result.tensors.values())}
+        state, state_file = None, self._path(layer, "state.npz")
+        if result.state:
+            state = _write_arrays(state_file, result.state)
         record = {
             "keys": [(key, dtype) for key, (_, dtype) in result.tensors.items()],
             "figures": result.figures,
             "tensors": _write_arrays(self._path(layer, "tensors.npz"), packed),
-            "state": _write_arrays(self._path(layer, "state.npz"), result.state),
+            "state": state,
         }
         _write_text(self._path(layer, "json"), json.dumps(record))
+        if state is None:
+            state_file.unlink(missing_ok=True)
 
     def forget_state(self, layer: int) -> None:
-        """Replace the state of `layer` by nothing: a later layer is finished."""
-        kept = self.load(layer)
-        if kept is not None and kept.state:
-            self.save(layer, LayerResult(kept.tensors, {}, kept.figures))
+        """Drop the state of a finished layer: that of a later one is kept."""
+        record = json.loads(self._path(layer, "json").read_text(encoding="utf-8"))
+        _write_text(self._path(layer, "json"), json.dumps({**record, "state": None}))
+        self._path(layer, "state.npz").unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Delete the folder: the conversion is complete."""
@@ -100,11 +106,34 @@ class Journal:
         return self.folder / f"layer-{layer:05d}.{what}"
 
     def _read(self, layer: int, name: str, record: Mapping[str, Any]) -> dict[str, Array]:
+        if record[name] is None:
+            return {}
         path = self._path(layer, f"{name}.npz")
         if _digest(path) != record[name]:
             raise ValueError(f"{path} is damaged")
         with np.load(path) as file:
             return {key: file[key] for key in file.files}
+
+
+class Notes:
+    """A value that took long to find, kept in a file beside what it was found of."""
+
+    def __init__(self, path: Path, source: str) -> None:
+        """`source`: digest of all that the value depends on."""
+        self._path, self._source = path, source
+
+    def read(self) -> Any:
+        """Return the value; None if there is none, or it was found of something else."""
+        try:
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+            return found["value"] if found["source"] == self._source else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, value: Any) -> None:
+        """Keep the value."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _write_text(self._path, json.dumps({"source": self._source, "value": value}))
 
 
 def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:

@@ -23,6 +23,55 @@ _VOCABULARY = 8192  # of the demo model's tokenizer
 _MULTIPLE = 128  # of every size that enters a 2-bit linear
 
 
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "21b": {
+        "hidden_size": 2560,
+        "intermediate_size": 12288,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "moe_num_experts": 64,
+        "moe_k": 6,
+        "moe_intermediate_size": 1536,
+        "moe_num_shared_experts": 2,
+    },
+    "300b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "moe_num_experts": 64,
+        "moe_k": 8,
+        "moe_intermediate_size": 3584,
+        "moe_num_shared_experts": 0,
+    },
+}
+SHAPES = tuple(_PUBLISHED)
+"""Whose widths `published_shape_config` knows: ERNIE-4.5-21B-A3B and 300B-A47B."""
+
+
+def published_shape_config(shape: str, layers: int, experts: int | None = None) -> dict[str, Any]:
+    """A config.json with the widths of a published model and the demo model's vocabulary.
+
+    Args:
+        shape: One of `SHAPES`.
+        layers: Decoder layers, at least 2; layer 0 is dense, the others are MoE.
+        experts: Routed experts of a layer, at least 1; None for as many as the published model has.
+
+    Returns:
+        The parsed file.
+
+    Raises:
+        ConfigError: A size is out of range.
+    """
+    values = {**random_model_config(layers), **_PUBLISHED[shape]}
+    if experts is not None:
+        _require("experts", experts >= 1, "at least 1", experts)
+        values.update(moe_num_experts=experts, moe_k=min(values["moe_k"], experts))
+    return values
+
+
 def random_model_config(
     layers: int = 4, hidden_size: int = 512, experts: int = 16
 ) -> dict[str, Any]:

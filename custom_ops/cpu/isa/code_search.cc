@@ -7,33 +7,63 @@ namespace {
 
 constexpr int kSteps = kCodewords / 16;
 
+// Trials that are searched side by side: they share the codewords that are read, and each covers
+// the latency of the others. Two vectors a lane group leave AVX2 no registers for more than one.
+#ifdef FD_LANES_512
+constexpr int kTogether = 3;
+#else
+constexpr int kTogether = 1;
+#endif
+
 struct Found {
   int byte;
   float score;
 };
 
-// The codeword of the largest u.c - scale * half(c), the lowest byte among equals.
-FD_INLINE Found best_codeword(const float* u, float scale, const float* book, const float* half) {
-  const F16 u0 = splat(u[0]), u1 = splat(u[1]), u2 = splat(u[2]), u3 = splat(u[3]);
-  const F16 minus_scale = splat(-scale);
-  F16 scores[kSteps];
-  F16 best[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
+// The first bit that is set in 16 masks of 16 bits, without a branch: which it is, nobody can guess.
+FD_INLINE int first_bit(const uint32_t* masks) {
+  int first = 0;
+  for (int i = kSteps - 4; i >= 0; i -= 4) {
+    const uint64_t low = (uint64_t)masks[i] | (uint64_t)masks[i + 1] << 16;
+    const uint64_t high = (uint64_t)masks[i + 2] | (uint64_t)masks[i + 3] << 16;
+    const uint64_t word = low | high << 32;
+    first = word ? 16 * i + __builtin_ctzll(word) : first;
+  }
+  return first;
+}
+
+// For each of T trials, the codeword of the largest u.c - scale * half(c), the lowest byte among
+// equals. Byte 0 if all are NaN; the caller has checked its input.
+template <int T>
+FD_INLINE void best_codewords(const float (*u)[kCodeRows], const CodeTrial* trials,
+                              const float* book, const float* half, Found* found) {
+  F16 v[T][kCodeRows], minus_scale[T], best[T][2], scores[T][kSteps];
+  for (int t = 0; t < T; ++t) {
+    for (int k = 0; k < kCodeRows; ++k) v[t][k] = splat(u[t][k]);
+    minus_scale[t] = splat(-trials[t].scale);
+    best[t][0] = best[t][1] = splat(-__builtin_inff());
+  }
   for (int i = 0; i < kSteps; ++i) {
     const float* c = book + 16 * i;
-    F16 s = mul(minus_scale, load(half + 16 * i));
-    s = fma(u0, load(c), s);
-    s = fma(u1, load(c + kCodewords), s);
-    s = fma(u2, load(c + 2 * kCodewords), s);
-    scores[i] = fma(u3, load(c + 3 * kCodewords), s);
-    best[i % 2] = max(scores[i], best[i % 2]);
+    const F16 h = load(half + 16 * i), c0 = load(c), c1 = load(c + kCodewords),
+              c2 = load(c + 2 * kCodewords), c3 = load(c + 3 * kCodewords);
+    for (int t = 0; t < T; ++t) {
+      F16 s = mul(minus_scale[t], h);
+      s = fma(v[t][0], c0, s);
+      s = fma(v[t][1], c1, s);
+      s = fma(v[t][2], c2, s);
+      s = fma(v[t][3], c3, s);
+      scores[t][i] = s;
+      best[t][i % 2] = max(s, best[t][i % 2]);
+    }
   }
-  const float top = reduce_max(max(best[0], best[1]));
-  const F16 all = splat(top);
-  for (int i = 0; i < kSteps; ++i) {
-    const uint32_t equal = mask_equal(scores[i], all);
-    if (equal) return {16 * i + __builtin_ctz(equal), top};
+  for (int t = 0; t < T; ++t) {
+    found[t].score = reduce_max(max(best[t][0], best[t][1]));
+    const F16 top = splat(found[t].score);
+    uint32_t equal[kSteps];
+    for (int i = 0; i < kSteps; ++i) equal[i] = mask_equal(scores[t][i], top);
+    found[t].byte = first_bit(equal);
   }
-  return {0, top};  // only NaN gets here; the caller has checked its input
 }
 
 // u = metric x, for a symmetric metric.
@@ -81,38 +111,54 @@ void half_squares(const float* book, const float* metric, float* half) {
   }
 }
 
-float search_column(const CodeColumn& column) {
+// What a block's choice does to one trial: byte, error, loss, and the targets of later blocks.
+FD_INLINE void take(const CodeColumn& column, int64_t block, const float* u, Found found,
+                    CodeTrial& trial) {
   const int64_t width = kCodeRows * column.blocks;
-  float total = 0.0f;
-  for (int64_t b = 0; b < column.blocks; ++b) {
-    const int64_t row = kCodeRows * b;
-    const float* metric = column.metric + 16 * b;
-    const float* target = column.target + row;
-    const float* weight = column.weight + row;
-    float* error = column.error + row;
-    float u[kCodeRows], change[kCodeRows];
-    apply(metric, target, u);
-    const Found found = best_codeword(u, column.scale, column.book, column.half + kCodewords * b);
-    column.packed[b] = (uint8_t)found.byte;
-    total += dot(target, u) - 2.0f * column.scale * found.score;
-    if (column.before) {
-      float old[kCodeRows], v[kCodeRows];
-      for (int i = 0; i < kCodeRows; ++i) {
-        old[i] = (target[i] - weight[i]) + column.before[row + i];
-      }
-      apply(metric, old, v);
-      total -= dot(old, v);
-    }
+  const int64_t row = kCodeRows * block;
+  const float* metric = column.metric + 16 * block;
+  const float* target = trial.target + row;
+  const float* weight = column.weight + row;
+  float* error = trial.error + row;
+  float change[kCodeRows];
+  trial.packed[block] = (uint8_t)found.byte;
+  trial.loss += dot(target, u) - 2.0f * trial.scale * found.score;
+  if (column.before) {
+    float old[kCodeRows], v[kCodeRows];
     for (int i = 0; i < kCodeRows; ++i) {
-      const float value = column.scale * column.book[i * kCodewords + found.byte];
-      error[i] = weight[i] - value;
-      change[i] = column.before ? error[i] - column.before[row + i] : error[i];
+      old[i] = (target[i] - weight[i]) + column.before[row + i];
     }
-    if (column.feedback && row + kCodeRows < width) {
-      propagate(change, column.feedback + row * width, width, row + kCodeRows, column.target);
-    }
+    apply(metric, old, v);
+    trial.loss -= dot(old, v);
   }
-  return total;
+  for (int i = 0; i < kCodeRows; ++i) {
+    const float value = trial.scale * column.book[i * kCodewords + found.byte];
+    error[i] = weight[i] - value;
+    change[i] = column.before ? error[i] - column.before[row + i] : error[i];
+  }
+  if (column.feedback && row + kCodeRows < width) {
+    propagate(change, column.feedback + row * width, width, row + kCodeRows, trial.target);
+  }
+}
+
+template <int T>
+void search_together(const CodeColumn& column, CodeTrial* trials) {
+  for (int t = 0; t < T; ++t) trials[t].loss = 0.0f;
+  for (int64_t b = 0; b < column.blocks; ++b) {
+    float u[T][kCodeRows];
+    Found found[T];
+    for (int t = 0; t < T; ++t) {
+      apply(column.metric + 16 * b, trials[t].target + kCodeRows * b, u[t]);
+    }
+    best_codewords<T>(u, trials, column.book, column.half + kCodewords * b, found);
+    for (int t = 0; t < T; ++t) take(column, b, u[t], found[t], trials[t]);
+  }
+}
+
+void search_column(const CodeColumn& column, CodeTrial* trials, int64_t count) {
+  int64_t at = 0;
+  for (; at + kTogether <= count; at += kTogether) search_together<kTogether>(column, trials + at);
+  for (; at < count; ++at) search_together<1>(column, trials + at);
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ SUBCOMMANDS = {
     "chat": "talk to a model here, or to a server with --url",
     "complete": "continue text with a server",
     "generate": "continue or answer a prompt here (the demo model by default)",
-    "bench": "measure: bench latency | throughput | serve | kernels",
+    "bench": "measure: bench latency | throughput | serve | kernels | quantize",
     "run-batch": "answer an OpenAI batch file",
     "tokenizer": "encode, decode, inspect a vocabulary",
     "inspect": "say what is in a model folder, without loading it",
@@ -46,6 +46,7 @@ BENCHMARKS = {
     "throughput": "tokens per second of many requests, offline",
     "serve": "throughput and latencies of a running server",
     "kernels": "time of a MoE layer's experts beside the machine's ceilings",
+    "quantize": "time and error of the 2-bit encoders",
 }
 
 

@@ -20,6 +20,7 @@ from fastdeploy_lite.quantization.convert import (
 from fastdeploy_lite.utils.errors import ConfigError, FastDeployError
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+MEASURED = "measured"
 _SMALLEST_SHARD = 1 << 20
 
 
@@ -51,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="w4w2 with as many int4 layers from the first as keep the routed experts at B bits a "
         "weight or below, scales included; in place of --moe-w4-end-layer",
+    )
+    parser.add_argument(
+        "--int4-layers",
+        metavar="LAYERS",
+        help="w4w2 with int4 experts in any layers: numbers such as 1,4,5, or `measured`: those "
+        "that gain most on the --calibration text within --bits. Only this package reads a choice "
+        "that is no range from the first layer",
     )
     parser.add_argument(
         "--shard-size",
@@ -109,6 +117,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="then let all scales and norms learn from the bf16 model on the same text (default 2 "
         "passes over it)",
     )
+    text.add_argument(
+        "--keep-every",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="work, in whole layers, that a killed run may lose (default 300); 0: write what a "
+        "restart needs after every layer",
+    )
     text.add_argument("--seed", type=int, default=0, help="of the draw of text (default 0)")
     parser.add_argument("--num-threads", type=int, metavar="N", help="default: all CPUs")
     parser.add_argument("--force", action="store_true", help="replace a model in --output")
@@ -118,7 +134,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert; 0, or 1 with a line on stderr that names what is wrong."""
     try:
-        if args.bits is not None:
+        _check_layers(args)
+        if args.bits is not None and args.int4_layers is None:
             args.moe_w4_end_layer = _layers_for_bits(args)
         _check_tuning(args)
         text = _convert(args) if args.calibration is None else _calibrate(args)
@@ -139,6 +156,32 @@ def _check_tuning(args: argparse.Namespace) -> None:
         raise ConfigError(f"--tune: found {args.tune}, expected at least 1 pass over the text")
 
 
+def _check_layers(args: argparse.Namespace) -> None:
+    """Refuse options on int4 layers that do not go together; numbers become a list."""
+    if args.int4_layers is None:
+        return
+    if args.scheme != "w4w2" or args.moe_w4_end_layer is not None:
+        raise ConfigError(
+            "--int4-layers chooses layers under --scheme w4w2: leave out --moe-w4-end-layer"
+        )
+    if args.int4_layers == MEASURED:
+        if args.bits is None or args.calibration is None:
+            raise ConfigError(
+                "--int4-layers measured needs --calibration, the text to measure on, and --bits, "
+                "the size to keep to"
+            )
+        return
+    if args.bits is not None:
+        raise ConfigError("--int4-layers names the layers that --bits would choose: pass one")
+    parts = args.int4_layers.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError(
+            f"--int4-layers: found {args.int4_layers!r}, expected numbers such as 1,4,5, or "
+            f"{MEASURED}"
+        )
+    args.int4_layers = [int(part) for part in parts]
+
+
 def _layers_for_bits(args: argparse.Namespace) -> int:
     if args.scheme != "w4w2" or args.moe_w4_end_layer is not None:
         raise ConfigError("--bits chooses --moe-w4-end-layer under --scheme w4w2: pass it alone")
@@ -152,6 +195,7 @@ def _convert(args: argparse.Namespace) -> str:
         args.output,
         scheme=args.scheme,
         w4_end_layer=args.moe_w4_end_layer,
+        w4_layers=args.int4_layers,
         codes=None if args.code is None else [args.code],
         row_order=args.row_order,
         tensor_parallel_size=args.tensor_parallel_size,
@@ -180,6 +224,7 @@ def _calibrate(args: argparse.Namespace) -> str:
         if args.num_threads < 1:
             raise ConfigError(f"--num-threads: found {args.num_threads}, expected at least 1")
         _ops_cpu.set_num_threads(args.num_threads)
+    measured = args.int4_layers == MEASURED
     report = convert.quantize_with_calibration(
         args.model,
         args.output,
@@ -187,10 +232,13 @@ def _calibrate(args: argparse.Namespace) -> str:
         CalibrationSettings(method=args.calibration_method, row_order=args.row_order),
         scheme=args.scheme,
         w4_end_layer=args.moe_w4_end_layer,
+        w4_layers=None if measured else args.int4_layers,
+        measured_bits=args.bits if measured else None,
         tuning=None if args.tune is None else TuningSettings(epochs=args.tune),
         shard_bytes=args.shard_size,
         force=args.force,
         progress=not args.quiet,
+        keep_every=args.keep_every,
     )
     return convert.summary(report)
 

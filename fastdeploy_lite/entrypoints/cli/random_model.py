@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from fastdeploy_lite.quantization.random_model import random_model_config, write_random_model
+from fastdeploy_lite.quantization.random_model import (
+    SHAPES,
+    published_shape_config,
+    random_model_config,
+    write_random_model,
+)
+from fastdeploy_lite.utils.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,16 +23,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers; the first is dense")
-    parser.add_argument("--hidden-size", type=int, default=512, help="a multiple of 128")
-    parser.add_argument("--experts", type=int, default=16, help="routed experts of a layer")
+    parser.add_argument("--hidden-size", type=int, help="a multiple of 128 (default 512)")
+    parser.add_argument(
+        "--experts", type=int, help="routed experts of a layer (default 16, or as --shape has)"
+    )
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        help="widths of the published model of that size, in place of --hidden-size; a MoE layer "
+        "of 21b has 0.8 billion weights, one of 300b 5.6 billion",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument("--force", action="store_true", help="replace a model in --output")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write it and say what to do with it."""
-    config = random_model_config(args.layers, args.hidden_size, args.experts)
+    config = _config(args)
     count = write_random_model(args.output, config, seed=args.seed, force=args.force)
     print(f"{args.output}: {count / 1e6:.1f} million weights in bf16")
     print(f"next: fastdeploy-lite quantize --model {args.output} --output {args.output}-2bits")
     return 0
+
+
+def _config(args: argparse.Namespace) -> dict[str, Any]:
+    if args.shape is None:
+        given = {"hidden_size": args.hidden_size, "experts": args.experts}
+        return random_model_config(
+            args.layers, **{name: size for name, size in given.items() if size is not None}
+        )
+    if args.hidden_size is not None:
+        raise ConfigError(
+            f"--hidden-size {args.hidden_size}: --shape {args.shape} fixes the widths: pass one of "
+            "them"
+        )
+    return published_shape_config(args.shape, args.layers, args.experts)

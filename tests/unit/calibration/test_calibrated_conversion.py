@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,12 @@ from tiny_model import (
 )
 
 from fastdeploy_lite.calibration.convert import CalibrationText, quantize_with_calibration
-from fastdeploy_lite.calibration.encoder import METHODS, CalibrationSettings, read_dense
+from fastdeploy_lite.calibration.encoder import (
+    METHODS,
+    CalibratedEncoder,
+    CalibrationSettings,
+    read_dense,
+)
 from fastdeploy_lite.calibration.experts import add_outputs, group_by_expert
 from fastdeploy_lite.calibration.streams import LayerRunner
 from fastdeploy_lite.checkpoint import Checkpoint
@@ -33,6 +39,7 @@ from fastdeploy_lite.checkpoint.linears import model_linears
 from fastdeploy_lite.entrypoints.cli import main as cli
 from fastdeploy_lite.entrypoints.evaluation import load_runner
 from fastdeploy_lite.formats.ccq import ROW_ORDERS
+from fastdeploy_lite.quantization.journal import LayerResult
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 QUICK = CalibrationSettings(candidates=1, descents=1)
@@ -164,7 +171,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     command = [
         *[sys.executable, "-m", "fastdeploy_lite.entrypoints.cli.main", "quantize", "--quiet"],
         *["--model", str(model), "--calibration", str(text), "--calibration-tokens", "900"],
-        *["--scheme", "2bits"],
+        *["--scheme", "2bits", "--keep-every", "0"],
     ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert subprocess.run([*command, "--output", str(whole)], check=False).returncode == 0
@@ -201,7 +208,7 @@ def test_a_damaged_layer_is_made_again(
         patch.setattr(convert, "CheckpointWriter", stop)
         with pytest.raises(KeyboardInterrupt):
             quantize_with_calibration(
-                model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False
+                model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False, keep_every=0
             )
     damaged = tmp_path / "cut.unfinished" / "layer-00002.tensors.npz"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
@@ -209,6 +216,63 @@ def test_a_damaged_layer_is_made_again(
         model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False
     )
     assert report.resumed_layers < 2  # the state of layer 1 was given up when layer 2 was done
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(("keep_every", "kept"), [(0.0, [1]), (3600.0, [])])
+def test_streams_are_written_where_enough_work_would_be_lost(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    keep_every: float, kept: list[int],
+) -> None:  # fmt: skip
+    """Never behind the last of the three layers, which nothing follows; the latest alone stays."""
+    from fastdeploy_lite.calibration import convert
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    given = CalibrationText(str(text), 4000, 256)
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "CheckpointWriter", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_with_calibration(
+                model, tmp_path / "out", given, QUICK, scheme="2bits", progress=False,
+                keep_every=keep_every,
+            )  # fmt: skip
+    journal = tmp_path / "out.unfinished"
+    states = sorted(journal.glob("*.state.npz"))
+    assert [int(file.name.split("-")[1].split(".")[0]) for file in states] == kept
+    streams = 2 * 4000 * Checkpoint.open(model).config.hidden_size * 4
+    assert all(file.stat().st_size > streams for file in states)
+    report = quantize_with_calibration(
+        model, tmp_path / "out", given, QUICK, scheme="2bits", progress=False
+    )
+    assert report.resumed_layers == 3  # all that is missing is the output
+
+
+def test_a_run_that_kept_no_streams_begins_anew_and_ends_with_the_same_bytes(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = CalibrationText(str(text), 600, 256)
+    quantize_with_calibration(
+        model, tmp_path / "whole", given, QUICK, scheme="2bits", progress=False
+    )
+    encode = CalibratedEncoder.encode_layer
+
+    def killed(self: CalibratedEncoder, layer: int, linears: Any) -> LayerResult:
+        if layer == 2:
+            raise KeyboardInterrupt
+        return encode(self, layer, linears)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CalibratedEncoder, "encode_layer", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_with_calibration(
+                model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False
+            )
+    report = quantize_with_calibration(
+        model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False
+    )
+    assert report.resumed_layers == 0
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
 
 

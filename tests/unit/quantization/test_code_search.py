@@ -83,11 +83,12 @@ def test_loss_is_the_change_of_the_squared_error() -> None:
     first = search(weight, weight, metric, BOOKS, code, scales, feedback=feedback)
     loss = hessian.loss(first.error, moments)
     np.testing.assert_allclose(first.loss, loss, rtol=1e-4)
-    metric, feedback = hessian.descent_terms(moments)
-    target = weight + first.error @ feedback
+    terms = hessian.descent_terms(moments)
+    target = weight + terms.drift(0, first.error @ moments, first.error)
     second = search(
-        target, weight, metric, BOOKS, code, scales, feedback=feedback, before=first.error
-    )
+        target, weight, terms.metric, BOOKS, code, scales, feedback=terms.feedback[0],
+        before=first.error,
+    )  # fmt: skip
     after = hessian.loss(second.error, moments)
     np.testing.assert_allclose(second.loss, after - loss, rtol=1e-3, atol=1e-4)
     assert (second.loss <= 1e-4).all()

@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 from model_driver import make_runner
 
+from fastdeploy_lite.checkpoint.linears import model_linears
 from fastdeploy_lite.checkpoint.reader import Checkpoint
+from fastdeploy_lite.config import ModelConfig
 from fastdeploy_lite.entrypoints.cli import main as cli
-from fastdeploy_lite.quantization.random_model import random_model_config, write_random_model
+from fastdeploy_lite.quantization.random_model import (
+    published_shape_config,
+    random_model_config,
+    write_random_model,
+)
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 SMALL = ["--layers", "2", "--hidden-size", "128", "--experts", "4"]
@@ -61,3 +67,21 @@ def test_impossible_sizes_and_a_folder_in_use_are_refused(
     command = ["random-model", "--output", str(tmp_path), "--layers", "0"]
     assert cli.run(command) == 1
     assert "--layers must be at least 2, got 0" in capsys.readouterr().err
+
+
+def test_published_shapes_have_the_published_widths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ModelConfig.from_dict(published_shape_config("21b", 3))
+    assert (config.hidden_size, config.moe_intermediate_size) == (2560, 1536)
+    assert (config.moe_num_experts, config.moe_k) == (64, 6)
+    linears = [linear for linear in model_linears(config) if linear.expert is not None]
+    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    assert weights == 2 * 64 * 3 * 2560 * 1536
+    few = ModelConfig.from_dict(published_shape_config("300b", 2, 4))
+    assert (few.hidden_size, few.moe_num_experts, few.moe_k) == (8192, 4, 4)
+    command = ["random-model", "--output", str(tmp_path), "--shape", "21b"]
+    assert cli.run([*command, "--hidden-size", "128"]) == 1
+    assert "--shape 21b fixes the widths" in capsys.readouterr().err
+    assert cli.run([*command, "--experts", "0"]) == 1
+    assert "--experts must be at least 1, got 0" in capsys.readouterr().err

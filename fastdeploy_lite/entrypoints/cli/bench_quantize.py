@@ -1,0 +1,83 @@
+"""Time the 2-bit encoders, for a million weights, and say how far off they are."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from fastdeploy_lite import _ops_cpu
+from fastdeploy_lite.benchmarks import encoding
+from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
+from fastdeploy_lite.utils.errors import ConfigError, quote
+
+_ROWS_MULTIPLE = 128
+_HEAD = ("method", "ms", "from", "to", "processor ms", "error", "error of products")
+
+
+def add_arguments(parser: FlexibleArgumentParser) -> None:
+    """Add the flags."""
+    group = parser.add_argument_group("benchmark")
+    add = group.add_argument
+    add("--shape", type=_shape, default=(2560, 3072), metavar="K,N", help="of the matrix")
+    add("--methods", type=_methods, default=encoding.METHODS,
+        help=f"of {', '.join(encoding.METHODS)}")  # fmt: skip
+    add("--distribution", choices=tuple(encoding.DISTRIBUTIONS), default="gaussian",
+        help="of the weights; student-t: 5 degrees of freedom")  # fmt: skip
+    add("--rounds", type=int, default=3, help="encodings of the same matrix")
+    add("--num-threads", type=int, default=None, help="of the search; default: all CPUs")
+    add("--json", default=None, metavar="FILE", help="write the result here")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    sizes = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if len(sizes) != 2 or min(sizes) < 1 or sizes[0] % _ROWS_MULTIPLE:
+        raise argparse.ArgumentTypeError(
+            f"{quote(text)} is no K,N with K a multiple of {_ROWS_MULTIPLE}"
+        )
+    return sizes[0], sizes[1]
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if wrong := [name for name in names if name not in encoding.METHODS]:
+        raise argparse.ArgumentTypeError(
+            f"{quote(wrong[0])} is none of {', '.join(encoding.METHODS)}"
+        )
+    return names
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    if args.rounds < 1:
+        raise ConfigError(f"--rounds: found {args.rounds}, expected at least 1")
+    if args.num_threads is not None:
+        if args.num_threads < 1:
+            raise ConfigError(f"--num-threads: found {args.num_threads}, expected at least 1")
+        _ops_cpu.set_num_threads(args.num_threads)
+    rows, columns = args.shape
+    print(
+        f"[{rows}, {columns}], {args.distribution}, {_ops_cpu.num_threads()} threads "
+        f"({_ops_cpu.current_isa()}): milliseconds for a million weights, median, fastest and slowest of "
+        f"{args.rounds} rounds\n"
+    )
+    print(f"| {' | '.join(_HEAD)} |\n|{'---|' * len(_HEAD)}")
+    found = []
+    for method in args.methods:
+        row = encoding.measure(method, rows, columns, args.distribution, args.rounds)
+        found.append(row)
+        print(f"| {' | '.join(_cells(row))} |", flush=True)
+    if args.json:
+        text = json.dumps([dataclasses.asdict(row) for row in found], indent=1)
+        try:
+            Path(args.json).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--json {args.json}: {error.strerror}") from None
+    return 0
+
+
+def _cells(row: encoding.Row) -> tuple[str, ...]:
+    times = (row.ms, row.low_ms, row.high_ms, row.cpu_ms)
+    errors = (row.error, row.product_error)
+    return (row.method, *(f"{ms:,.0f}" for ms in times), *(f"{e:.5f}" for e in errors))

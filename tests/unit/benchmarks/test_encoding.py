@@ -1,0 +1,62 @@
+"""`bench quantize`: times and errors of the encoders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastdeploy_lite.benchmarks.encoding import measure
+from fastdeploy_lite.entrypoints.cli import main as cli
+
+
+def test_each_encoder_is_best_at_what_it_minimises() -> None:
+    data_free, known = (measure(name, 256, 32, "gaussian", 2) for name in ("data-free", "hessian"))
+    assert data_free.error < known.error
+    assert known.product_error < data_free.product_error
+    for row in (data_free, known):
+        assert 0 < row.low_ms <= row.ms <= row.high_ms
+        assert row.cpu_ms > 0
+        assert 0.05 < row.product_error < row.error * 1.1 < 0.3
+
+
+def test_heavy_tails_cost_more() -> None:
+    errors = [measure("data-free", 512, 32, name, 1).error for name in ("gaussian", "student-t")]
+    assert errors[1] > 1.1 * errors[0]
+
+
+def test_a_table_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "found.json"
+    command = ["bench", "quantize", "--shape", "128,16", "--rounds", "1", "--num-threads", "1"]
+    assert cli.run([*command, "--json", str(file)]) == 0
+    said = capsys.readouterr().out
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    assert [row["method"] for row in rows] == ["data-free", "hessian"]
+    for row in rows:
+        assert f"| {row['method']} | {row['ms']:,.0f} |" in said
+        assert f"{row['error']:.5f}" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rounds", "0"], "--rounds: found 0, expected at least 1"),
+        (["--num-threads", "0"], "--num-threads: found 0, expected at least 1"),
+        (["--json", "/nowhere/file", "--shape", "128,8", "--rounds", "1"], "--json /nowhere/file"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["bench", "quantize", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--shape", "100,8"], ["--shape", "128"], ["--methods", "x"]])
+def test_what_cannot_be_parsed_is_refused(
+    wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.run(["bench", "quantize", *wrong])
+    assert wrong[1] in capsys.readouterr().err
