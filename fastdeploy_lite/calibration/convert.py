@@ -32,7 +32,6 @@ from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 DEFAULT_TOKENS = 65536
 WINDOW = 1024
-JOURNAL_SUFFIX = ".unfinished"
 KEEP_EVERY = 300.0
 """Seconds of work after which the streams are written for a restart: two float32 rows a token are
 many times the weights of a small model."""
@@ -113,7 +112,7 @@ def quantize_with_calibration(
     output = Path(output_dir)
     _check_output(Path(model_dir), output, force)
     windows = _read_text(Path(model_dir), checkpoint.config, text)
-    unfinished = output.with_name(output.name + JOURNAL_SUFFIX)
+    unfinished = output.with_name(output.name + convert.JOURNAL_SUFFIX)
     if measured_bits is not None:
         w4_layers_for_bits(checkpoint.config, measured_bits, defaultdict(float))  # refused at once
         measured = _measured(checkpoint, windows, unfinished, progress)
@@ -251,20 +250,18 @@ class _Layers:
 
     def tensors(self) -> Iterator[tuple[str, Any, str]]:
         """All tensors of the output, in the order in which a loader wants them."""
-        layer, kept = -1, LayerResult({})
         for item in convert.plan(self.checkpoint, self.config):
             if isinstance(item, str):
                 source = self.checkpoint.get(item)
                 yield item, source.data, source.dtype
                 self.checkpoint.release()
                 continue
-            if item.layer != layer:
-                layer = item.layer
-                kept = self.journal.load(layer) or LayerResult({})
-            prefix = f"{item.module}."
-            for key, (array, dtype) in kept.tensors.items():
-                if key.startswith(prefix):
-                    yield key, array, dtype
+            kept = self.journal.load(item[0].layer) or LayerResult({})
+            for linear in item:
+                prefix = f"{linear.module}."
+                for key, (array, dtype) in kept.tensors.items():
+                    if key.startswith(prefix):
+                        yield key, array, dtype
 
 
 def _check_output(model: Path, output: Path, force: bool) -> None:
@@ -312,13 +309,10 @@ def _describe(
 
 
 def _digest(checkpoint: Checkpoint, windows: list[npt.NDArray[np.int32]]) -> str:
-    """Of the tokens, and of the model's keys and shapes: its weights are too many to read."""
     digest = hashlib.sha256()
     for window in windows:
         digest.update(window.tobytes())
-    for key in sorted(checkpoint):
-        info = checkpoint.info(key)
-        digest.update(f"{key} {info.dtype} {list(info.shape)}".encode())
+    digest.update(convert.model_digest(checkpoint).encode())
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ from fastdeploy_lite.checkpoint.tensor import DTYPES, Array
 from fastdeploy_lite.utils.errors import CheckpointError
 
 _ALIGNMENT = 8  # safetensors: data start at a multiple of this, the header is padded with spaces
-_PARTIAL = ".partial"
+PARTIAL_SUFFIX = ".partial"
 
 
 class CheckpointWriter:
@@ -127,11 +127,11 @@ class CheckpointWriter:
             self.discard()
 
     def _remove_partial(self) -> None:
-        for path in self.directory.glob(f"*{_PARTIAL}"):
+        for path in self.directory.glob(f"*{PARTIAL_SUFFIX}"):
             path.unlink()
 
     def _path(self, shard: int, what: str) -> Path:
-        return self.directory / f"model-{shard:05d}.{what}{_PARTIAL}"
+        return self.directory / f"model-{shard:05d}.{what}{PARTIAL_SUFFIX}"
 
     def _finish_shard(self) -> None:
         """Assemble header and data of the current shard in a temporary file."""
@@ -157,6 +157,6 @@ class CheckpointWriter:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file under its name once it is complete."""
-    partial = path.with_name(path.name + _PARTIAL)
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -1,17 +1,19 @@
 """A bf16 ERNIE-4.5 MoE checkpoint in, the published 2Bits-Paddle form out.
 
 The routed experts become int4 up to a layer and CCQ after it, every other linear int8; embedding,
-norms, router and head stay as they are. One linear is in memory at a time: it is read from the
-mapped file, quantised on all cores (threads over column blocks) and appended to the output.
+norms, router and head stay as they are. One linear is in memory at a time, beside the packed form
+of its layer: it is read from the mapped file and quantised on all cores (threads over column
+blocks); the layer goes to the journal and is appended to the output.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,22 +35,25 @@ from fastdeploy_lite.checkpoint.linears import (
     model_linears,
 )
 from fastdeploy_lite.checkpoint.progress import loading_bar
-from fastdeploy_lite.checkpoint.writer import write_json
+from fastdeploy_lite.checkpoint.writer import PARTIAL_SUFFIX, write_json
 from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder, to_stored_order, to_true_order
 from fastdeploy_lite.formats.tiles import pack_int4, pack_int8
 from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization import ccq_search
+from fastdeploy_lite.quantization.journal import FileTensor, Journal, LayerResult
 from fastdeploy_lite.quantization.weight_only import quantize_int4, quantize_int8
 from fastdeploy_lite.quantization_config import QuantizationConfig, WeightKind
-from fastdeploy_lite.utils.arrays import Array, bfloat16_to_float32, float32_to_bfloat16
+from fastdeploy_lite.utils.arrays import bfloat16_to_float32, float32_to_bfloat16
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 Scheme = Literal["w4w2", "2bits", "wint4", "wint8"]
 Codes = Sequence[tuple[float, float]]
-FileTensor = tuple[Array, str]
 
 DEFAULT_W4_END_LAYER = 6
 """Last layer with int4 experts in the published 300B model (inclusive)."""
+JOURNAL_SUFFIX = ".unfinished"
+"""Of the folder beside the output in which finished layers wait."""
+_VALUES_IN_DIGEST = 256
 COMPANION_FILES = (
     "generation_config.json",
     "tokenizer.model",
@@ -84,11 +89,15 @@ class KindReport:
 
 @dataclass
 class ConversionReport:
-    """What a conversion did: bytes of tensors read and written, seconds, errors by format."""
+    """What a conversion did: bytes of tensors read and written, seconds, errors by format.
+
+    `resumed_layers` were found of a run before this one that was killed.
+    """
 
     input_bytes: int = 0
     output_bytes: int = 0
     seconds: float = 0.0
+    resumed_layers: int = 0
     kinds: dict[str, KindReport] = field(default_factory=dict)
 
 
@@ -123,9 +132,13 @@ def quantize_checkpoint(
     shard_bytes: size of an output file. force: replace an output folder that is not empty.
     workers: threads of the encoder (default: all CPUs).
 
-    The result depends on the input alone, not on threads or memory. Raises ConfigError
-    (arguments, an input that is quantised already) and CheckpointError (damaged input, a linear
-    whose sizes the format cannot hold, an output folder in use); a failed run leaves no model.
+    The result depends on the input alone, not on threads or memory. Layers of 2-bit experts are
+    kept in the folder `output_dir` + `.unfinished` until all is done: a run that was killed goes on
+    after them when it is started again with the same arguments, and ends with the same bytes.
+
+    Raises ConfigError (arguments, an input that is quantised already, other arguments than the
+    unfinished run) and CheckpointError (damaged input, a linear whose sizes the format cannot hold,
+    an output folder in use); a failed run leaves no model.
     """
     started = time.perf_counter()
     ranks = [
@@ -140,30 +153,72 @@ def quantize_checkpoint(
     output = Path(output_dir)
     prepare_output(Path(model_dir), output, force)
     report = ConversionReport()
+    journal = _journal(output, ranks[0], config, codes, tensor_parallel_size)
+    works = [_Encoding(rank, codes, workers, row_order, report, journal) for rank in ranks]
+    try:
+        _write(output, works, config, shard_bytes, progress)
+    except CheckpointError:  # of the input, which will be another one next time
+        if journal is not None:
+            journal.remove()
+        raise
+    copy_companions(Path(model_dir), output)
+    if len(ranks) > 1:  # last: a folder without it is not taken for a model
+        write_json(output / "config.json", dict(config.raw))
+    if journal is not None:
+        journal.remove()
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _write(
+    output: Path, works: Sequence[_Encoding], config: ModelConfig, shard_bytes: int, progress: bool
+) -> None:
+    """Encode and write all ranks, each into a folder of its own where there are several."""
+    report = works[0].report
     with ExitStack() as stack:
-        bar = stack.enter_context(loading_bar(ranks[0].nbytes, progress, "Quantizing Weights"))
-        folders = [output] if len(ranks) == 1 else [output / f"rank{i}" for i in range(len(ranks))]
-        for checkpoint, folder in zip(ranks, folders, strict=True):
+        nbytes = works[0].checkpoint.nbytes
+        bar = stack.enter_context(loading_bar(nbytes, progress, "Quantizing Weights"))
+        folders = [output] if len(works) == 1 else [output / f"rank{i}" for i in range(len(works))]
+        for work, folder in zip(works, folders, strict=True):
             own_config = dict(config.raw) if folder == output else None
             writer = stack.enter_context(CheckpointWriter(folder, own_config, shard_bytes))
-            for item in plan(checkpoint, config):
-                if isinstance(item, Linear):
-                    tensors, size = _quantize_linear(
-                        checkpoint, item, codes, workers, row_order, report
-                    )
+            for item in plan(work.checkpoint, config):
+                if isinstance(item, str):
+                    tensors, size = _copied(work.checkpoint, item)
                 else:
-                    tensors, size = _copied(checkpoint, item)
+                    tensors, size = work.layer(item)
                 for key, (array, dtype) in tensors.items():
                     writer.add(key, array, dtype)
                     report.output_bytes += array.nbytes
                 report.input_bytes += size
                 bar.update(size)
-                checkpoint.release()
-    copy_companions(Path(model_dir), output)
-    if len(ranks) > 1:  # last: a folder without it is not taken for a model
-        write_json(output / "config.json", dict(config.raw))
-    report.seconds = time.perf_counter() - started
-    return report
+                work.checkpoint.release()
+
+
+def _journal(
+    output: Path, checkpoint: Checkpoint, config: ModelConfig, codes: Codes | None, ranks: int
+) -> Journal | None:
+    """Of the layers whose search takes long; None where there is none."""
+    if all(linear.kind != "ccq" for linear in model_linears(config)):
+        return None
+    settings = {
+        "model": model_digest(checkpoint),
+        "codes": None if codes is None else [list(map(float, code)) for code in codes],
+        "tensor_parallel_size": ranks,
+        "quantization_config": config.raw["quantization_config"],
+    }
+    return Journal(output.with_name(output.name + JOURNAL_SUFFIX), settings)
+
+
+def model_digest(checkpoint: Checkpoint) -> str:
+    """Of a model's keys, shapes and the first values of every tensor: all are too many to read."""
+    digest = hashlib.sha256()
+    for key in sorted(checkpoint):
+        tensor = checkpoint.get(key)
+        digest.update(f"{key} {tensor.dtype} {list(tensor.data.shape)}".encode())
+        digest.update(np.asarray(tensor.data.flat[:_VALUES_IN_DIGEST]).tobytes())
+    checkpoint.release()
+    return digest.hexdigest()
 
 
 def _copied(checkpoint: Checkpoint, key: str) -> tuple[dict[str, FileTensor], int]:
@@ -304,7 +359,7 @@ def prepare_output(model: Path, output: Path, force: bool) -> None:
         raise CheckpointError(f"{output}: found a file, expected a folder or nothing")
     if output.is_dir() and output.resolve() == model.resolve():
         raise CheckpointError(f"{output}: the output folder is the input folder")
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(_kept_files(output)):
         if not force:
             raise CheckpointError(
                 f"{output}: the output folder is not empty; name another one, or pass --force to "
@@ -316,11 +371,18 @@ def prepare_output(model: Path, output: Path, force: bool) -> None:
             old.unlink()
 
 
-def plan(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str | Linear]:
+def _kept_files(folder: Path) -> Iterator[Path]:
+    """Files in a folder that a killed writer would not have left."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix != PARTIAL_SUFFIX:
+            yield path
+
+
+def plan(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str | list[Linear]]:
     """What goes into the output, in the order in which a loader wants it: layer by layer.
 
-    Keys are copied, linears quantised. Tensors that the model does not use (draft layers, expert
-    statistics) are copied too; layers that `remove_tail_layer` drops are left out.
+    Keys are copied, the linears of a layer quantised. Tensors that the model does not use (draft
+    layers, expert statistics) are copied too; layers that `remove_tail_layer` drops are left out.
     """
     by_layer: dict[int, list[Linear]] = {}
     consumed: set[str] = set()
@@ -336,35 +398,80 @@ def plan(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str | Linear]:
             copied.setdefault(-1 if layer is None else layer, []).append(key)
     for layer in (-1, *range(config.num_hidden_layers)):
         yield from copied.get(layer, ())
-        yield from by_layer.get(layer, ())
+        if layer in by_layer:
+            yield by_layer[layer]
 
 
-def _quantize_linear(
-    checkpoint: Checkpoint,
-    linear: Linear,
-    codes: Codes | None,
-    workers: int | None,
-    row_order: RowOrder,
-    report: ConversionReport,
-) -> tuple[dict[str, FileTensor], int]:
-    """Tensors by full key for one linear of the target, and the bytes that were read for it."""
-    source = read_linear(checkpoint, _as_dense(linear)).arrays["weight"]
-    # In one order of memory whatever the file's: sums of another order differ in the last bit.
-    source = np.ascontiguousarray(source)
-    weight = bfloat16_to_float32(source) if source.dtype == np.uint16 else source
-    try:
-        tensors, decoded = quantize_matrix(
-            linear.kind, weight, codes=codes, workers=workers, row_order=row_order
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint.source}: {linear.module}: {error}") from error
-    kind = report.kinds.setdefault(linear.kind, KindReport())
-    kind.weights += weight.size
-    kind.bits += 8 * sum(array.nbytes for array, _ in tensors.values())
-    kind.energy += float(np.square(weight, dtype=np.float64).sum())
-    kind.error += float(np.square(decoded - weight, dtype=np.float64).sum())
-    named = {f"{linear.module}.{suffix}": tensor for suffix, tensor in tensors.items()}
-    return named, source.nbytes
+@dataclass
+class _Encoding:
+    """Linears of one rank of the input: how they are encoded, and what was found."""
+
+    checkpoint: Checkpoint
+    codes: Codes | None
+    workers: int | None
+    row_order: RowOrder
+    report: ConversionReport
+    journal: Journal | None
+
+    def layer(self, linears: Sequence[Linear]) -> tuple[dict[str, FileTensor], int]:
+        """Tensors by full key for the linears of a layer, and the bytes that were read for them.
+
+        Layers of 2-bit experts come from the journal or go there. Rounding to int4 or int8 takes
+        no longer than reading what was rounded before.
+        """
+        number = linears[0].layer * self.checkpoint.tensor_parallel_size + self.checkpoint.rank
+        keep = self.journal if any(linear.kind == "ccq" for linear in linears) else None
+        found = None if keep is None else keep.load(number)
+        if found is None:
+            found = self._encode(linears)
+            if keep is not None:
+                keep.save(number, found)
+        else:
+            self.report.resumed_layers += 1
+        for name, sums in found.figures["kinds"].items():
+            total = self.report.kinds.setdefault(name, KindReport())
+            total.weights += sums["weights"]
+            total.bits += sums["bits"]
+            total.energy += sums["energy"]
+            total.error += sums["error"]
+        return found.tensors, found.figures["input_bytes"]
+
+    def _encode(self, linears: Sequence[Linear]) -> LayerResult:
+        result = LayerResult({})
+        kinds: dict[str, KindReport] = {}
+        read = 0
+        for linear in linears:
+            tensors, size = self._linear(linear, kinds.setdefault(linear.kind, KindReport()))
+            result.tensors.update(tensors)
+            read += size
+            self.checkpoint.release()
+        result.figures = {
+            "input_bytes": read,
+            "kinds": {name: asdict(kind) for name, kind in kinds.items()},
+        }
+        return result
+
+    def _linear(self, linear: Linear, kind: KindReport) -> tuple[dict[str, FileTensor], int]:
+        source = read_linear(self.checkpoint, _as_dense(linear)).arrays["weight"]
+        # In one order of memory whatever the file's: sums of another order differ in the last bit.
+        source = np.ascontiguousarray(source)
+        weight = bfloat16_to_float32(source) if source.dtype == np.uint16 else source
+        try:
+            tensors, decoded = quantize_matrix(
+                linear.kind,
+                weight,
+                codes=self.codes,
+                workers=self.workers,
+                row_order=self.row_order,
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{self.checkpoint.source}: {linear.module}: {error}") from error
+        kind.weights += weight.size
+        kind.bits += 8 * sum(array.nbytes for array, _ in tensors.values())
+        kind.energy += float(np.square(weight, dtype=np.float64).sum())
+        kind.error += float(np.square(decoded - weight, dtype=np.float64).sum())
+        named = {f"{linear.module}.{suffix}": tensor for suffix, tensor in tensors.items()}
+        return named, source.nbytes
 
 
 def _as_dense(linear: Linear) -> Linear:

@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     rows, columns = args.shape
     print(
         f"[{rows}, {columns}], {args.distribution}, {_ops_cpu.num_threads()} threads "
-        f"({_ops_cpu.current_isa()}): milliseconds for a million weights, median, fastest and slowest of "
-        f"{args.rounds} rounds\n"
+        f"({_ops_cpu.current_isa()}): milliseconds for a million weights, median, fastest and "
+        f"slowest of {args.rounds} rounds\n"
     )
     print(f"| {' | '.join(_HEAD)} |\n|{'---|' * len(_HEAD)}")
     found = []

@@ -191,9 +191,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     assert not journal.exists()
 
 
+@pytest.mark.parametrize(("damaged_layer", "resumed"), [(2, 2), (1, 0)])
 def test_a_damaged_layer_is_made_again(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    damaged_layer: int, resumed: int,
+) -> None:  # fmt: skip
+    """From the last streams that are kept: those behind layer 1, unless that one is damaged."""
     from fastdeploy_lite.calibration import convert
 
     given = CalibrationText(str(text), 600, 256)
@@ -210,12 +213,12 @@ def test_a_damaged_layer_is_made_again(
             quantize_with_calibration(
                 model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False, keep_every=0
             )
-    damaged = tmp_path / "cut.unfinished" / "layer-00002.tensors.npz"
+    damaged = tmp_path / "cut.unfinished" / f"layer-{damaged_layer:05d}.tensors.npz"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     report = quantize_with_calibration(
         model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False
     )
-    assert report.resumed_layers < 2  # the state of layer 1 was given up when layer 2 was done
+    assert report.resumed_layers == resumed
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
 
 

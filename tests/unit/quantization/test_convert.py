@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32
 from fastdeploy_lite.entrypoints.cli import quantize as cli
 from fastdeploy_lite.formats.ccq import to_true_order
 from fastdeploy_lite.formats.tiles import unpack_int4, unpack_int8
+from fastdeploy_lite.quantization import convert
 from fastdeploy_lite.quantization.convert import quantize_checkpoint, quantize_matrix
 from fastdeploy_lite.quantization.weight_only import dequantize
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
@@ -205,6 +209,7 @@ def test_a_nan_names_tensor_and_place_and_leaves_no_model(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"down_proj\.weight: found nan at element 647"):
         quantize_checkpoint(tmp_path / "in", tmp_path / "out", scheme="2bits", **QUIET)
     assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out.unfinished").exists()  # the input will be another one
 
 
 def run_cli(*arguments: object) -> int:
@@ -241,3 +246,69 @@ def test_sizes_are_parsed(text: str, size: int) -> None:
 def test_bad_options_are_refused(option: tuple[str, str]) -> None:
     with pytest.raises(SystemExit):
         run_cli("--model", "a", "--output", "b", *option)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    checkpoint = Checkpoint.open(folder)
+    return {key: checkpoint.get(key).data.tobytes() for key in checkpoint}
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    """SIGKILL once the first 2-bit layer is done; the second run does not search it again."""
+    command = [
+        *[sys.executable, "-m", "fastdeploy_lite", "quantize", "--model", str(source)],
+        *["--scheme", "2bits"],
+    ]
+    journal = tmp_path / "cut.unfinished"
+    with subprocess.Popen([*command, "--quiet", "--output", str(tmp_path / "cut")]) as process:
+        until = time.monotonic() + 300
+        while not (journal / "layer-00001.json").exists():
+            assert process.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        process.kill()
+    assert not (tmp_path / "cut" / "config.json").exists()
+    report = quantize_checkpoint(source, tmp_path / "cut", scheme="2bits", progress=False)
+    assert report.resumed_layers >= 1
+    whole = quantize_checkpoint(source, tmp_path / "whole", scheme="2bits", progress=False)
+    assert whole.resumed_layers == 0
+    assert (report.kinds, report.output_bytes) == (whole.kinds, whole.output_bytes)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"row_order": "natural"}, "begun with quantization_config"),
+        ({"codes": [(120.94422, 1262.0)]}, "begun with codes"),
+        ({"tensor_parallel_size": 2}, "begun with "),
+        ({}, "begun with model"),
+    ],
+)
+def test_another_run_than_the_unfinished_one_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict, message: str
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "copy_companions", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_checkpoint(source, tmp_path / "out", scheme="2bits", **QUIET)
+    model = source
+    if not other:  # one value of one matrix, the same name and shapes
+        tensors = tiny_tensors(tiny_config("bf16", layers=4, experts=2))
+        key = "ernie.layers.2.mlp.experts.1.down_proj.weight"
+        tensors[key][0][0, 0] ^= 1
+        write_tensors(tmp_path / "model", tiny_config("bf16", layers=4, experts=2), tensors)
+        model = tmp_path / "model"
+    with pytest.raises(ConfigError, match=message):
+        quantize_checkpoint(
+            model, tmp_path / "out", scheme="2bits", force=True, **(QUIET | other)
+        )  # fmt: skip
+
+
+def test_rounding_keeps_nothing_for_a_restart(source: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(source, tmp_path / "out", scheme="wint4", **QUIET)
+    assert not (tmp_path / "out.unfinished").exists()
