@@ -46,9 +46,9 @@ void search_trials(const CodeSearch& s, const CodeSearchKernels& k, const float*
     scratch.trials[i].scale = s.scales[n * s.trials + i];
   }
   k.search_column(column, scratch.trials.data(), s.trials);
-  const auto best = std::min_element(
-      scratch.trials.begin(), scratch.trials.end(),
-      [](const CodeTrial& a, const CodeTrial& b) { return a.loss < b.loss; });
+  const auto best =
+      std::min_element(scratch.trials.begin(), scratch.trials.end(),
+                       [](const CodeTrial& a, const CodeTrial& b) { return a.loss < b.loss; });
   s.loss[n] = best->loss;
   s.choice[n] = static_cast<int32_t>(best - scratch.trials.begin());
   std::memcpy(s.error + n * rows, best->error, sizeof(float) * rows);

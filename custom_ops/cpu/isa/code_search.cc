@@ -20,7 +20,8 @@ struct Found {
   float score;
 };
 
-// The first bit that is set in 16 masks of 16 bits, without a branch: which it is, nobody can guess.
+// The first bit that is set in 16 masks of 16 bits, without a branch: which it is, nobody can
+// guess.
 FD_INLINE int first_bit(const uint32_t* masks) {
   int first = 0;
   for (int i = kSteps - 4; i >= 0; i -= 4) {
