@@ -24,6 +24,7 @@ class _Pinned:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self.address = int(_ops_cuda.allocate_pinned(nbytes))
+        ctypes.memset(self.address, 0, nbytes)  # a mute link sends what is there: numbers
 
     def __del__(self) -> None:
         _ops_cuda.free_pinned(self.address)
