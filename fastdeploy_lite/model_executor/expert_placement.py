@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastdeploy_lite import formats
@@ -18,6 +19,7 @@ from fastdeploy_lite.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
+NO_LINKS: Mapping[int, HostLink] = MappingProxyType({})
 GRAPH_SIZES = tuple(range(1, 9))
 """Batches worth a graph. Each by itself, since the CPU would read a padding row's experts, too;
 larger steps keep it busy for so long that launching kernels one by one does not count."""

@@ -1,4 +1,4 @@
-"""Parameters of the model: streamed from a checkpoint, or made up for runs without files.
+"""Parameters of the model: streamed from a checkpoint; `dummy_weights` makes them up.
 
 A checkpoint is read in the order of the model, one expert at a time: each array is a view of a
 mapped file, is repacked once into the kernel's layout, and its pages are given back. So the peak
@@ -9,11 +9,9 @@ quantised on the way, plus less than one of them in float32.
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,7 +40,8 @@ from fastdeploy_lite.checkpoint.row_order import Decision
 from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.formats import Arrays
 from fastdeploy_lite.model_executor import int8_head, ops
-from fastdeploy_lite.model_executor.expert_placement import offloaded_nbytes
+from fastdeploy_lite.model_executor.dummy_weights import DummySource
+from fastdeploy_lite.model_executor.expert_placement import NO_LINKS, offloaded_nbytes
 from fastdeploy_lite.model_executor.layers.parameters import ParameterSource
 from fastdeploy_lite.model_executor.ops import (
     ExpertWeight,
@@ -61,7 +60,6 @@ from fastdeploy_lite.utils.host_memory import available_bytes
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
-_NO_LINKS: Mapping[int, HostLink] = MappingProxyType({})
 
 
 class UndecidedRowOrderError(CheckpointError):
@@ -73,7 +71,7 @@ def open_source(
     place: Any,
     show_progress: bool,
     check: Callable[[], None] | None = None,
-    host_links: Mapping[int, HostLink] = _NO_LINKS,
+    host_links: Mapping[int, HostLink] = NO_LINKS,
 ) -> ParameterSource:
     """Return where the parameters of `config` come from.
 
@@ -90,6 +88,8 @@ def open_source(
         FastDeployError: main memory does not suffice.
     """
     parallel, ranks = config.parallel, config.parallel.tensor_parallel_size
+    if host_links:
+        check_memory(offloaded_nbytes(config.model, host_links))
     head_nbytes = 0
     if config.load.head_kind == "int8":
         int8_head.check_head(config.model, ranks, place)
@@ -100,14 +100,10 @@ def open_source(
         source.host_links = host_links
         if place.is_cpu_place() and parallel.rank == 0:
             check_memory(source.nbytes * ranks + head_nbytes)
-        elif host_links:
-            check_memory(offloaded_nbytes(config.model, host_links))
         return source
     weights, decision = open_weights(config)
     if place.is_cpu_place() and parallel.rank == 0:
         check_memory(_kept_nbytes(weights, config.model, ranks) + head_nbytes)
-    elif host_links:
-        check_memory(offloaded_nbytes(config.model, host_links))
     if decision.order == "permuted":
         weights = PermutedWeights(weights)
     if config.model.quantizes_on_load:
@@ -197,7 +193,7 @@ class CheckpointSource:
     row_order = ""
     check: Callable[[], None] | None = None
     head_kind: WeightKind = "dense"
-    host_links: Mapping[int, HostLink] = _NO_LINKS
+    host_links: Mapping[int, HostLink] = NO_LINKS
 
     def __init__(
         self, checkpoint: Checkpoint | HostWeights, place: Any, show_progress: bool = False
@@ -413,104 +409,6 @@ class QuantizingSource(CheckpointSource):
 
     def _converted(self, linear: Linear, arrays: dict[str, Array]) -> dict[str, Array]:
         return self._quantizer.quantize(self._kind(linear), arrays["weight"])
-
-
-class DummySource:
-    """Valid random weights of any architecture, made where they are kept.
-
-    Norms are ones and the router is random, so activations stay finite and experts are used evenly;
-    the text means nothing.
-    """
-
-    row_order = ""
-    host_links: Mapping[int, HostLink] = _NO_LINKS
-
-    def __init__(self, config: RuntimeConfig, place: Any) -> None:
-        """Args: config: its model, parallel and seed matter; place: where weights are kept."""
-        self.config: ModelConfig = config.model
-        self.place = place
-        self.head_kind = config.load.head_kind
-        self.seed = config.seed
-        parallel = config.parallel
-        self._ranks = parallel.tensor_parallel_size
-        linears = model_linears(config.model, parallel.tensor_parallel_size, parallel.rank)
-        self._linears = {linear.module: linear for linear in linears}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what will be made."""
-        tables = formats.get("dense").nbytes(*self._table_sizes())
-        experts = sum(
-            formats.get(linear.kind).nbytes(linear.in_features, linear.out_features)
-            for linear in self._linears.values()
-        )
-        return tables * (1 if self.config.tie_word_embeddings else 2) + experts
-
-    def __enter__(self) -> DummySource:
-        """Begin loading."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is open."""
-
-    def layers(self, count: int) -> Iterator[int]:
-        """See ParameterSource."""
-        return iter(range(count))
-
-    def linear(self, module: str) -> PackedWeight:
-        """See ParameterSource."""
-        linear = self._linears[module]
-        sizes = (linear.in_features, linear.out_features)
-        return self._random(module, linear.kind, *sizes, self.place)
-
-    def experts(self, layer: int, name: str) -> ExpertWeight | None:
-        """See ParameterSource."""
-        first = self._linears[self.config.family.expert_module(layer, 0, name)]
-        sizes = (first.in_features, first.out_features)
-        if not sizes[0] * sizes[1]:
-            return None
-        link, count = self.host_links.get(layer), self.config.moe_num_experts
-        if link is None:
-            return self._random(first.module, first.kind, *sizes, self.place, count)
-        return HostWeight(self._random(first.module, first.kind, *sizes, link.place, count), link)
-
-    def embedding(self) -> PackedWeight:
-        """See ParameterSource."""
-        return self._random("embed_tokens", "dense", *self._table_sizes(), self.place)
-
-    def head(self) -> PackedWeight | None:
-        """See ParameterSource."""
-        if self.config.tie_word_embeddings and self.head_kind == "dense":
-            return None
-        return self._random("lm_head", self.head_kind, *self._table_sizes(), self.place)
-
-    def vector(self, key: str) -> Any:
-        """See ParameterSource."""
-        return paddle.to_tensor(np.ones(self.config.hidden_size, np.float32), place=self.place)
-
-    def router(self, layer: int) -> tuple[Any, Any | None]:
-        """See ParameterSource."""
-        config = self.config
-        generator = np.random.default_rng((self.seed, layer))
-        shape = (config.hidden_size, config.moe_num_experts)
-        gate = generator.standard_normal(shape, np.float32) * np.float32(0.02)
-        bias = None
-        if config.moe_use_aux_free:
-            zeros = np.zeros(config.moe_num_experts, np.float32)
-            bias = paddle.to_tensor(zeros, place=self.place)
-        return paddle.to_tensor(gate, place=self.place), bias
-
-    def _table_sizes(self) -> tuple[int, int]:
-        return self.config.hidden_size, self.config.vocab_size // self._ranks
-
-    def _random(
-        self, name: str, kind: WeightKind, rows: int, columns: int, place: Any, experts: int = 0
-    ) -> PackedWeight:
-        kernel = formats.get(kind).kernel
-        weight = ops.allocate_weight(kernel, rows, columns, place, num_experts=experts)
-        ops.randomize_weight(weight, self.seed ^ zlib.crc32(name.encode()))
-        ops.finish_weight(weight)
-        return weight
 
 
 def bits_per_weight(weights: Iterable[ExpertWeight]) -> float:
