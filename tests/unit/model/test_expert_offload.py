@@ -28,11 +28,11 @@ from fastdeploy_lite.config import (
 from fastdeploy_lite.engine import args_utils
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.executor.inline import report_of
-from fastdeploy_lite.model_executor import expert_placement, ops
+from fastdeploy_lite.model_executor import expert_placement, ops, weights
 from fastdeploy_lite.model_executor.layers.host_experts import HostExperts
 from fastdeploy_lite.model_executor.ops import HostWeight
 from fastdeploy_lite.model_executor.workspace import Workspace
-from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.errors import ConfigError, FastDeployError
 from fastdeploy_lite.worker.model_runner import ModelRunner
 
 ALL = ExpertOffloadConfig()
@@ -222,6 +222,16 @@ def test_sizes_are_those_that_are_kept(tiny_w4w2: Path) -> None:
     sizes = expert_placement.expert_nbytes(ModelConfig.from_dir(tiny_w4w2))
     kept = make_runner(tiny_w4w2).memory_report().weights["experts"]
     assert sum(sizes.values()) == pytest.approx(kept, rel=0.05)
+
+
+def test_main_memory_is_asked_for_before_anything_is_read(
+    tiny_w4w2: Path, link: MemoryLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = sum(expert_placement.expert_nbytes(ModelConfig.from_dir(tiny_w4w2)).values())
+    monkeypatch.setattr(weights, "available_bytes", lambda: needed - 1)
+    monkeypatch.setattr(weights, "open_weights", lambda config: pytest.fail("opened"))
+    with pytest.raises(FastDeployError, match=r"the weights need .* of main memory"):
+        make_runner(tiny_w4w2, expert_offload=ALL)
 
 
 def test_a_model_without_experts_is_refused(tmp_path: Path, link: MemoryLink) -> None:
