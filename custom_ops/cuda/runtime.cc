@@ -118,7 +118,11 @@ void* allocate_pinned(int64_t bytes) {
   return memory;
 }
 
-void free_pinned(void* memory) { check(cudaFreeHost(memory), "free_pinned"); }
+void free_pinned(void* memory) {
+  const cudaError_t status = cudaFreeHost(memory);
+  // At exit the driver may have gone first.
+  if (status != cudaErrorCudartUnloading) check(status, "free_pinned");
+}
 
 void copy_to_pinned(void* pinned, const void* device, int64_t bytes, cudaStream_t stream) {
   check(cudaMemcpyAsync(pinned, device, bytes, cudaMemcpyDeviceToHost, stream), "copy_to_pinned");

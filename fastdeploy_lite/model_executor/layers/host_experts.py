@@ -58,5 +58,5 @@ class HostExperts:
         if array.dtype == np.uint16:
             ops.widen(array, tensor)
         else:
-            ops.upload(array, tensor)
+            ops.host_array(tensor)[...] = array
         return tensor
