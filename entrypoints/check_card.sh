@@ -68,7 +68,8 @@ stage() {
         if fits 120; then python entrypoints/bench_card.py --shape 300b --output "$out/model_300b.json"
         else echo "300b: not run, it needs a card of 120 GB"; fi ;;
     hybrid)
-      python -m pytest -q -s -p no:cacheprovider tests/gpu/test_cuda_offload.py &&
+      python -m pytest -q -s -p no:cacheprovider tests/gpu/test_cuda_offload.py \
+        tests/gpu/test_cuda_invariance.py::TestBesideMainMemory &&
         python entrypoints/bench_offload.py --shape 21b --card-gib 4 --output "$out/hybrid_21b.json" &&
         if host_fits 100; then
           python entrypoints/bench_offload.py --shape 300b --card-gib 24 --output "$out/hybrid_300b.json"

@@ -12,7 +12,7 @@ from invariance import Invariance, RunnerTests
 from model_driver import make_runner
 from tiny_model import write_tiny_model
 
-from fastdeploy_lite.config import CacheConfig
+from fastdeploy_lite.config import CacheConfig, ExpertOffloadConfig
 from fastdeploy_lite.worker.model_runner import ModelRunner
 
 LIMITS = {
@@ -43,8 +43,23 @@ def runner(request: pytest.FixtureRequest, folder: Path) -> ModelRunner:
     return make_runner(folder, use_cudagraph=request.param, **LIMITS)
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["graphs", "eager"])
+def offloaded_runner(request: pytest.FixtureRequest, folder: Path) -> ModelRunner:
+    """One layer's experts in main memory, the other's on the card."""
+    offload = ExpertOffloadConfig(cpu_layers=1)
+    return make_runner(folder, use_cudagraph=request.param, expert_offload=offload, **LIMITS)
+
+
 class TestOnTheCard(RunnerTests):
     checks = Invariance((1, 5, 63, 64, 65, 700), longest=768)
+
+
+class TestBesideMainMemory(RunnerTests):
+    checks = Invariance((1, 5, 63, 64, 65, 700), longest=768)
+
+    @pytest.fixture
+    def runner(self, offloaded_runner: ModelRunner) -> ModelRunner:
+        return offloaded_runner
 
 
 def test_step_size_does_not_change_teacher_forced_logits(folder: Path) -> None:
