@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from machine import handicap, work_seconds
 
 from fastdeploy_lite.engine.output_processor import OutputProcessor
 from fastdeploy_lite.request.messages import EngineRequest
@@ -170,7 +171,7 @@ def test_prompt_logprobs_cover_every_position_even_when_cached_or_preempted() ->
 
 
 def test_a_step_of_64_sequences_costs_less_than_a_millisecond_without_the_model() -> None:
-    """Scheduler, rules, messages and text; about 0.3 ms on a 2020 server core."""
+    """Scheduler, rules, messages and text; about 0.45 ms where `work` takes its 0.2."""
     core = make_core(64 * 10, max_num_seqs=64, max_num_batched_tokens=4096)
     core._executor = Instant(1)
     texts = OutputProcessor(demo_tokenizer())
@@ -179,13 +180,14 @@ def test_a_step_of_64_sequences_costs_less_than_a_millisecond_without_the_model(
         core.add(request)
         texts.add(request)
     core.step()
-    seconds = []
+    seconds, yardsticks = [], []
     for _ in range(300):
         started = time.perf_counter()
         for output in core.step():
             texts.process(output)
         seconds.append(time.perf_counter() - started)
-    assert sorted(seconds)[len(seconds) // 10] < 1e-3
+        yardsticks.append(work_seconds())
+    assert sorted(seconds)[30] < 1e-3 * handicap(sorted(yardsticks)[30])
 
 
 class Instant(FakeRunner):

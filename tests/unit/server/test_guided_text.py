@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machine import handicap
 
 from fastdeploy_lite.guided.closed_objects import close_objects
 from fastdeploy_lite.guided.compiler import GuidedDecoder
@@ -132,9 +133,9 @@ def test_schemas_with_many_properties(
     ids=lambda p: p[:4],
 )  # fmt: skip
 def test_anchors_are_stripped_in_linear_time(pattern: str) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     strip_anchors(pattern)
-    assert time.perf_counter() - started < 0.5
+    assert time.thread_time() - started < 0.5 * handicap()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import handicap
 
 from fastdeploy_lite import envs
 from fastdeploy_lite.entrypoints.openai.middleware import access_line
@@ -222,9 +223,9 @@ def test_a_long_value_is_not_walked_to_its_end() -> None:
     for _ in range(5000):
         deep = [deep]
     assert len(shortened(deep, 1 << 20)) < 100
-    started = time.perf_counter()
+    started = time.thread_time()
     shortened(["x" * 10_000_000] * 100, 2048)
-    assert time.perf_counter() - started < 0.1
+    assert time.thread_time() - started < 0.1 * handicap()
 
 
 def test_a_folder_that_cannot_be_written_is_named(
