@@ -361,7 +361,8 @@ class _Bench:
 
     def _without_sums(self, sequences: Sequences, batch: int) -> float:
         whole = self.runner._graphs
-        self.communicator.is_mute, self.runner._graphs = True, self.runner._new_graphs()
+        self.communicator.is_mute = True
+        self.runner._renew_graphs()
         for _ in range(2):
             sequences.decode()
         graphs = self.runner._graphs

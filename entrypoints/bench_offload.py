@@ -79,7 +79,9 @@ class Bench:
     def decode(self, batch: int, use_graphs: bool) -> dict[str, Any]:
         """Steps of `batch` sequences, and the same without the host's work."""
         runner = self.runner
-        runner._graphs = runner._new_graphs() if use_graphs else None
+        runner._renew_graphs()
+        if not use_graphs:
+            runner._graphs = None
         sequences = Sequences(runner, batch, self.args.context, 2 * self.args.steps + 16)
         sequences.prefill(self.args.prefill)
         whole = self._seconds(sequences)

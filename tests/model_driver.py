@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,3 +119,19 @@ def generate(
         for (one, _), result in zip(step, results, strict=True):
             one.take(result)
     return [one.output for one in running]
+
+
+class PaddedSteps:
+    """Stands for CUDA graphs: sizes are powers of two and every size runs the padded step."""
+
+    def __init__(self, largest: int = 8) -> None:
+        self.largest = largest
+        self.sizes: list[int] = []
+
+    def bucket(self, num_seqs: int) -> int | None:
+        size = 1 << (num_seqs - 1).bit_length()
+        return size if size <= self.largest else None
+
+    def run(self, size: int, forward: Callable[[], Any]) -> Any:
+        self.sizes.append(size)
+        return forward()

@@ -45,14 +45,17 @@ class InputBatch:
         vocab_size: int,
         place: Any,
         max_logit_rows: int | None = None,
+        max_spread: int = 0,
     ) -> None:
         """Args: the limits of one step and of one sequence; place: where the tensors live;
-        max_logit_rows: positions that are sampled, one a sequence by default."""
+        max_logit_rows: positions that are sampled, one a sequence by default; max_spread: most
+        tokens of a step that `spread` takes apart."""
         self.max_tokens = max_tokens
         self.max_seqs = max_seqs
         self.vocab_size = vocab_size
         self.num_blocks = 0
         width = -(-max_model_len // BLOCK_SIZE)
+        rows = max(max_seqs, max_spread)
         self._tables = np.zeros((max_seqs, width), np.int32)
         self._filled = np.zeros(max_seqs, np.int64)
         self._decoding: list[int] = []  # slots of the step in the arrays if it only decodes
@@ -60,13 +63,13 @@ class InputBatch:
         self._padded: tuple[int, int] | None = None
         self.buffer = PackedBuffer(
             {
-                "cu_seqlens_q": ([max_seqs + 1], "int32"),
-                "context_lens": ([max_seqs], "int32"),
-                "logit_rows": ([max_logit_rows or max_seqs], "int32"),
+                "cu_seqlens_q": ([rows + 1], "int32"),
+                "context_lens": ([rows], "int32"),
+                "logit_rows": ([max(max_logit_rows or max_seqs, rows)], "int32"),
                 "token_ids": ([max_tokens], "int32"),
                 "positions": ([max_tokens], "int32"),
                 "slot_mapping": ([max_tokens], "int32"),
-                "block_tables": ([max_seqs, width], "int32"),
+                "block_tables": ([rows, width], "int32"),
             },
             place,
         )
@@ -144,8 +147,21 @@ class InputBatch:
         host["slot_mapping"][row] = table[block] * BLOCK_SIZE + offset
         return True
 
+    def spread(self, shape: BatchShape) -> None:
+        """Make a prepared step of T tokens one of T sequences with one token each.
+
+        Every token sees what it saw before: its sequence up to itself. Such a step fits a graph,
+        whose number of tokens a sequence is fixed. At most `max_spread` tokens.
+        """
+        host, total = self.buffer.host, shape.num_tokens
+        lengths = np.diff(host["cu_seqlens_q"][: shape.num_seqs + 1])
+        owners = np.repeat(np.arange(shape.num_seqs), lengths)
+        host["block_tables"][:total] = host["block_tables"][owners]
+        host["context_lens"][:total] = host["positions"][:total] + 1
+        host["cu_seqlens_q"][: total + 1] = np.arange(total + 1)
+
     def pad_decode(self, num_seqs: int, bucket: int) -> None:
-        """Extend a decode-only step to `bucket` sequences for a graph of that size.
+        """Extend a step of single tokens to `bucket` sequences for a graph of that size.
 
         A padding sequence is token 0 at position 0 with a context of one token in block 0; it
         writes nothing (slot -1), and its results are never read.

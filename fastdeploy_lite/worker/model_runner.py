@@ -44,10 +44,13 @@ from fastdeploy_lite.worker.kv_budget import MemoryReport
 
 log = logging.getLogger(__name__)
 LOGIT_ROWS_AT_ONCE = 256
+# Tokens of a step that checks guesses by graph. Larger ones gain little: their kernels outlast the
+# launches.
+MOST_SPREAD = 64
 
 
 class DecodeGraphs(Protocol):
-    """Captured forward passes for decode steps, one per batch size."""
+    """Captured forward passes for steps of single tokens, one per batch size."""
 
     def bucket(self, num_seqs: int) -> int | None:
         """Return the smallest captured size that holds `num_seqs`, None when none does."""
@@ -93,8 +96,9 @@ class ModelRunner:
         self._kv_caches: list[KVCache] = []
         self._teacher_caches: list[KVCache] = []
         self._graphs: DecodeGraphs | None = None
+        self._guess_graphs: DecodeGraphs | None = None
         self._check_loading: Callable[[], None] | None = None
-        self._decode_batches: dict[int, ForwardBatch] = {}
+        self._batches: dict[tuple[int, bool], ForwardBatch] = {}
         self._drafting: Drafting | None = None
 
     def load_model(
@@ -112,7 +116,7 @@ class ModelRunner:
         started = time.perf_counter()
         self._check_loading = check
         if self.communicator is not None:
-            self.communicator.open(self._forget_graphs)
+            self.communicator.open(self._renew_graphs)
         try:
             self._load(self.config, show_progress)
         except UndecidedRowOrderError as undecided:
@@ -140,6 +144,7 @@ class ModelRunner:
             model.vocab_size,
             self.place,
             max_logit_rows=config.max_logit_rows,
+            max_spread=self._most_spread,
         )
         self._sampling = SamplingBatch(
             limits.max_num_seqs,
@@ -188,6 +193,16 @@ class ModelRunner:
         self.model = None  # its memory is needed
         load = replace(self.config.load, row_order=order)
         self._load(replace(self.config, load=load), show_progress)
+
+    @property
+    def _most_spread(self) -> int:
+        """Tokens of a step whose guesses are checked by graph, at most; 0: none is.
+
+        A draft model reads the step's arrays after it, as they were.
+        """
+        if self.config.max_draft_tokens == 0 or self.config.has_draft_model:
+            return 0
+        return min(self.config.max_logit_rows, MOST_SPREAD)
 
     @property
     def vocab_size(self) -> int:
@@ -252,25 +267,23 @@ class ModelRunner:
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Allocate `num_blocks` blocks per layer, replacing any earlier cache."""
         self._kv_caches = []
-        self._decode_batches = {}
+        self._batches = {}
         self._kv_caches = self._new_caches(num_blocks)
         self.num_blocks = self._inputs.num_blocks = num_blocks
-        self._graphs = self._new_graphs()
+        self._renew_graphs()
 
-    def _new_graphs(self) -> DecodeGraphs | None:
-        """CUDA graphs of decode steps over the present cache; None on the CPU or if off."""
-        if self.place.is_cpu_place() or not self.config.use_cudagraph:
-            return None
+    def _renew_graphs(self) -> None:
+        """CUDA graphs over the present cache; none on the CPU or if off."""
+        self._graphs = self._guess_graphs = None  # first: their memory is needed
+        if not self._kv_caches or self.place.is_cpu_place() or not self.config.use_cudagraph:
+            return
         from fastdeploy_lite.model_executor.cuda_graph import CudaDecodeGraphs  # noqa: PLC0415
 
         most, sizes = self.config.scheduler.max_num_seqs, self.config.cudagraph_capture_sizes
-        if self._host_links and sizes is None:
-            sizes = expert_placement.GRAPH_SIZES
-        return CudaDecodeGraphs(self.workspace, most, sizes)
-
-    def _forget_graphs(self) -> None:
-        self._graphs = None  # first: their memory is needed
-        self._graphs = self._new_graphs() if self._kv_caches else None
+        few = expert_placement.GRAPH_SIZES if self._host_links else None
+        self._graphs = CudaDecodeGraphs(self.workspace, most, few if sizes is None else sizes)
+        if self._most_spread:
+            self._guess_graphs = CudaDecodeGraphs(self.workspace, self._most_spread, few)
 
     def _new_caches(self, num_blocks: int) -> list[KVCache]:
         model = self.config.model
@@ -309,6 +322,8 @@ class ModelRunner:
             hidden, logits = self._decode(shape)
             if self._drafting is None:  # else the arrays are still needed
                 self._inputs.prepare_next()
+        elif self._checks_by_graph(shape, slices):
+            logits = self._check_guesses(shape)
         else:
             hidden = self._prefill(shape, slices, sampled)
             self._score_prompts(hidden, slices, results)
@@ -349,16 +364,36 @@ class ModelRunner:
         size = None if self._graphs is None else self._graphs.bucket(count)
         if self._graphs is None or size is None:
             self._inputs.buffer.upload()
-            return self._decode_logits(count)
+            return self._all_logits(count)
         self._inputs.pad_decode(count, size)
         self._inputs.buffer.upload()
-        hidden, logits = self._graphs.run(size, lambda: self._decode_logits(size))
+        hidden, logits = self._graphs.run(size, lambda: self._all_logits(size))
         return hidden[:count], logits[:count]
 
-    def _decode_logits(self, count: int) -> tuple[Any, Any]:
-        batch = self._decode_batches.get(count)
+    def _checks_by_graph(self, shape: BatchShape, slices: Sequence[SequenceSlice]) -> bool:
+        """Whether every token of a step is a last one or a guess, few enough for a graph."""
+        graphs = self._guess_graphs
+        if graphs is None or any(part.num_rows != len(part.token_ids) for part in slices):
+            return False
+        return graphs.bucket(shape.num_tokens) is not None
+
+    def _check_guesses(self, shape: BatchShape) -> Any:
+        """Guesses as sequences of their own, every row sampled: logits [T, V]."""
+        graphs, count = self._guess_graphs, shape.num_tokens
+        assert graphs is not None
+        size = graphs.bucket(count)
+        assert size is not None
+        self._inputs.spread(shape)
+        self._inputs.pad_decode(count, size)
+        self._inputs.buffer.upload()
+        _, logits = graphs.run(size, lambda: self._all_logits(size, spread=True))
+        return logits[:count]
+
+    def _all_logits(self, count: int, spread: bool = False) -> tuple[Any, Any]:
+        """Hidden states and logits of `count` single tokens, all of them sampled."""
+        batch = self._batches.get((count, spread))
         if batch is None:
-            batch = self._decode_batches[count] = self._batch(count, count)
+            batch = self._batches[count, spread] = self._batch(count, count, spread)
         ops.announce_step(self.place, count)
         hidden = self.model(batch)
         return hidden, self.model.logits(hidden, self.workspace)
@@ -380,10 +415,10 @@ class ModelRunner:
         ops.gather_rows(hidden, rows, out)
         return out
 
-    def _batch(self, num_tokens: int, num_seqs: int) -> ForwardBatch:
+    def _batch(self, num_tokens: int, num_seqs: int, spread: bool = False) -> ForwardBatch:
         tensors = self._inputs.buffer.device
         return ForwardBatch.of_buffers(
-            tensors, num_tokens, num_seqs, self._kv_caches, self.workspace
+            tensors, num_tokens, num_seqs, self._kv_caches, self.workspace, spread
         )
 
     def _score_prompts(

@@ -140,8 +140,16 @@ def test_teacher_forced_logits(tmp_path: Path, demo_dir: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("engine", [{"use_cudagraph": False}, {"max_num_batched_tokens": 64}])
-def test_graphs_and_chunks_change_no_token(
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"use_cudagraph": False},
+        {"max_num_batched_tokens": 64},
+        {"speculative_config": {"method": "ngram", "adaptive": False}},  # most steps by graph
+        {"speculative_config": {"method": "suffix", "adaptive": False}, "max_num_seqs": 4},
+    ],
+)
+def test_graphs_chunks_and_guesses_change_no_token(
     engine: dict, greedy: tuple[dict, dict], tmp_path: Path, demo_dir: Path
 ) -> None:
     request = {"prompts": prompts(demo_dir), "max_tokens": NEW_TOKENS, "engine": engine}

@@ -26,6 +26,7 @@ class ForwardBatch:
         block_tables: int32 [B, max_blocks].
         kv_caches: one pair per layer.
         workspace: scratch memory.
+        spread: several sequences are tokens of one, which see each other's new keys.
     """
 
     token_ids: Any
@@ -36,6 +37,7 @@ class ForwardBatch:
     block_tables: Any
     kv_caches: Sequence[KVCache]
     workspace: Workspace
+    spread: bool = False
 
     @classmethod
     def of_buffers(
@@ -45,6 +47,7 @@ class ForwardBatch:
         num_seqs: int,
         kv_caches: Sequence[KVCache],
         workspace: Workspace,
+        spread: bool = False,
     ) -> ForwardBatch:
         """The first tokens and sequences of static buffers that are named as the attributes."""
 
@@ -60,12 +63,13 @@ class ForwardBatch:
             block_tables=head("block_tables", num_seqs),
             kv_caches=kv_caches,
             workspace=workspace,
+            spread=spread,
         )
 
     @property
     def decode_only(self) -> bool:
-        """Whether every sequence has one token."""
-        return bool(self.token_ids.shape[0] == self.context_lens.shape[0])
+        """Whether every sequence has one token and no other's new keys to see."""
+        return bool(self.token_ids.shape[0] == self.context_lens.shape[0]) and not self.spread
 
     @property
     def num_tokens(self) -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from model_driver import GREEDY, generate, make_runner, sequences
+from model_driver import GREEDY, PaddedSteps, generate, make_runner, sequences
 from oracles.ernie_float32 import ErnieFloat32
 
 from fastdeploy_lite.config import LogprobsMode
@@ -67,20 +65,6 @@ def test_prompt_logits(tiny_2bits: Path, mode: LogprobsMode) -> None:
         float(row[token]) for row, token in zip(logits, PROMPT[1:], strict=False)
     ]
     assert [entry.top_ids for entry in entries] == [[int(row.argmax())] for row in logits[:-1]]
-
-
-class PaddedSteps:
-    """Stands for CUDA graphs: sizes are powers of two and every size runs the padded step."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-
-    def bucket(self, num_seqs: int) -> int | None:
-        return next((size for size in (1, 2, 4, 8) if size >= num_seqs), None)
-
-    def run(self, size: int, forward: Callable[[], Any]) -> Any:
-        self.sizes.append(size)
-        return forward()
 
 
 def test_padding_rows_of_graphs_change_nothing(tiny_w4w2: Path) -> None:

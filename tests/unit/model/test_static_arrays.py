@@ -120,6 +120,21 @@ def test_block_tables_grow_and_are_replaced_when_fresh() -> None:
         batch.prepare([make_slice(1, 1, 64, [4], fresh=False)])
 
 
+def test_a_spread_step_has_a_sequence_a_token() -> None:
+    batch = make_batch(max_seqs=2, max_spread=8)
+    batch.spread(batch.prepare([make_slice(1, 3, 62, [7, 3]), make_slice(0, 2, 10, [4])]))
+    batch.pad_decode(5, 8)
+    host = batch.buffer.host
+    assert host["token_ids"][:8].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
+    assert host["positions"][:8].tolist() == [62, 63, 64, 10, 11, 0, 0, 0]
+    assert host["context_lens"].tolist() == [63, 64, 65, 11, 12, 1, 1, 1]
+    assert host["cu_seqlens_q"].tolist() == list(range(9))
+    assert host["block_tables"][:, 0].tolist() == [7, 7, 7, 4, 4, 0, 0, 0]
+    expected = [7 * 64 + 62, 7 * 64 + 63, 3 * 64, 4 * 64 + 10, 4 * 64 + 11, -1, -1, -1]
+    assert host["slot_mapping"][:8].tolist() == expected
+    assert batch.prepare([make_slice(1, 1, 65, [7, 3], fresh=False)]).decode_only
+
+
 def test_padding_of_decode_steps() -> None:
     batch = make_batch()
     slices = [make_slice(slot, 1, 10, [slot]) for slot in range(3)]

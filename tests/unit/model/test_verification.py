@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_driver import Running, make_runner, sequences
+from model_driver import PaddedSteps, Running, make_runner, sequences
 
 from fastdeploy_lite.request.step import SamplerParams, SequenceSlice, SliceResult
 from fastdeploy_lite.speculation.config import SpeculativeConfig
@@ -85,13 +85,18 @@ def plain(runner: ModelRunner, running: list[Running]) -> list[list[Any]]:
     return logprobs
 
 
+@pytest.mark.parametrize("by_graph", [False, True])
 @pytest.mark.parametrize("with_processors", [False, True])
-@pytest.mark.parametrize("seed", range(4))
-def test_guesses_change_nothing(runner: ModelRunner, seed: int, with_processors: bool) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_guesses_change_nothing(
+    runner: ModelRunner, seed: int, with_processors: bool, by_graph: bool
+) -> None:
     kinds = list(KINDS)
     expected = start(kinds)
     expected_logprobs = plain(runner, expected)
     rng = random.Random(seed)
+    graphs = PaddedSteps(largest=32)
+    runner._guess_graphs = graphs if by_graph else None
     running = start(kinds)
     found: list[list[Any]] = [[] for _ in running]
     checked = right = 0
@@ -108,7 +113,9 @@ def test_guesses_change_nothing(runner: ModelRunner, seed: int, with_processors:
             found[i] += result.logprobs or [None] * len(result.token_ids)
             checked += len(part.draft_token_ids)
             right += len(result.token_ids) - 1
+    runner._guess_graphs = None
     assert 0 < right < checked
+    assert (len(set(graphs.sizes)) > 1) == by_graph
     for i, one in enumerate(running):
         assert one.output[:LENGTH] == expected[i].output, kinds[i]
         assert found[i][:LENGTH] == expected_logprobs[i], kinds[i]
