@@ -7,7 +7,9 @@
 #include "bindings.h"
 #include "cpu_features.h"
 #include "cpu_quota.h"
+#include "cpu_topology.h"
 #include "parallel.h"
+#include "weight_memory.h"
 
 namespace fd {
 namespace {
@@ -30,6 +32,21 @@ void bind_system(py::module_& m) {
   m.def("num_threads", &num_threads, "Threads that an op may use, the caller included.");
   m.def("cpu_quota", &cpu_quota, py::arg("groups"), py::arg("root"),
         "CPUs that control groups grant, 0 for no limit.");
+  m.def("loop_cpus", &loop_cpus, "CPUs that num_threads() counts where nothing else decides.");
+  m.def("allowed_cpus", &allowed_cpus, "CPUs in the affinity mask of the process.");
+  m.def("parse_cpu_list", &parse_cpu_list, py::arg("text"), "Numbers of a list such as 0-3,8.");
+  m.def("performance_cpus", &performance_cpus, py::arg("devices"), py::arg("allowed"),
+        "The fast ones of the allowed CPUs, by a folder like /sys/devices.");
+  m.def("nodes_of", &nodes_of, py::arg("devices"), py::arg("cpus"),
+        "Memory nodes of CPUs, by a folder like /sys/devices.");
+  m.def(
+      "place_weights",
+      [](uintptr_t address, int64_t bytes, bool huge, const std::vector<int>& nodes) {
+        const Placement placed = place_weights(address, bytes, huge, nodes);
+        return py::make_tuple(placed.huge, placed.dealt);
+      },
+      py::arg("address"), py::arg("bytes"), py::arg("huge"), py::arg("nodes"),
+      "Ask for huge pages, and for pages on several nodes in turn; whether each was granted.");
   m.def("set_num_threads", &set_num_threads, py::arg("count"),
         "Change num_threads() for the process.");
   m.def(

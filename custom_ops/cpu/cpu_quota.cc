@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <string>
+
+#include "text_file.h"
 
 namespace fd {
 namespace {
@@ -15,25 +16,12 @@ double ratio(double quota, double period) {
   return quota > 0 && period > 0 ? quota / period : kNone;
 }
 
-// Empty for a file that cannot be read. C streams: those of C++ find their locale's facets by ids
-// that two copies of libstdc++ in one process share, and with a module that carries its own copy,
-// as some toolchains link it, reading a number jumped into the wrong facet.
-std::string content(const std::string& path) {
-  std::string text;
-  if (FILE* file = std::fopen(path.c_str(), "re")) {
-    char part[512];
-    for (size_t n; (n = std::fread(part, 1, sizeof part, file)) > 0;) text.append(part, n);
-    std::fclose(file);
-  }
-  return text;
-}
-
 // A first word that is no number ("max") counts as 0.
-double number_in(const std::string& path) { return std::strtod(content(path).c_str(), nullptr); }
+double number_in(const std::string& path) { return std::strtod(file_text(path).c_str(), nullptr); }
 
 // Version 2: "max 100000" or "150000 100000" (microseconds a period).
 double quota_v2(const std::string& folder) {
-  const std::string text = content(folder + "/cpu.max");
+  const std::string text = file_text(folder + "/cpu.max");
   char* rest = nullptr;
   const double quota = std::strtod(text.c_str(), &rest);
   return rest == text.c_str() ? kNone : ratio(quota, std::strtod(rest, nullptr));
@@ -59,7 +47,7 @@ double strictest(const std::string& mount, std::string path, Quota quota) {
 }  // namespace
 
 int cpu_quota(const std::string& groups, const std::string& root) {
-  const std::string text = content(groups);
+  const std::string text = file_text(groups);
   double least = kNone;
   for (size_t start = 0; start < text.size();) {  // "id:controllers:path"
     const size_t end = std::min(text.find('\n', start), text.size());

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu_quota.h"
+#include "cpu_topology.h"
 #include "relax.h"
 
 namespace fd {
@@ -34,6 +35,17 @@ bool spin_until(const Condition& done) {
     }
   } while (std::chrono::steady_clock::now() < deadline);
   return false;
+}
+
+// A helper stays on the fast cores, unless more threads are wanted than there are. The thread that
+// begins a loop is somebody else's and stays where its owner wants it.
+void keep_to_loop_cpus() {
+  const std::vector<int>& cpus = loop_cpus();
+  if (cpus.size() == allowed_cpus().size() || num_threads() > static_cast<int>(cpus.size())) return;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (int cpu : cpus) CPU_SET(cpu, &set);
+  sched_setaffinity(0, sizeof(set), &set);
 }
 
 struct Loop {
@@ -86,6 +98,7 @@ class Pool {
   }
 
   void serve() {
+    keep_to_loop_cpus();
     uint64_t seen = 0;
     for (;;) {
       auto changed = [&] { return generation_.load(std::memory_order_acquire) != seen; };
@@ -127,18 +140,12 @@ Pool& the_pool() {
   return *pool;
 }
 
-int affinity_count() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
-  return std::max(1u, std::thread::hardware_concurrency());
-}
-
 int default_threads() {
   const char* text = std::getenv("FD_LITE_NUM_THREADS");
   if (text == nullptr || *text == 0) {
     const int quota = cpu_quota("/proc/self/cgroup", "/sys/fs/cgroup");
-    return quota > 0 ? std::min(quota, affinity_count()) : affinity_count();
+    const int cpus = static_cast<int>(loop_cpus().size());
+    return quota > 0 ? std::min(quota, cpus) : cpus;
   }
   char* end = nullptr;
   const long count = std::strtol(text, &end, 10);
@@ -153,6 +160,11 @@ std::atomic<int> threads{0};  // 0 = not decided yet
 thread_local bool inside_loop = false;
 
 }  // namespace
+
+const std::vector<int>& loop_cpus() {
+  static const std::vector<int> cpus = performance_cpus("/sys/devices", allowed_cpus());
+  return cpus;
+}
 
 int num_threads() {
   int count = threads.load(std::memory_order_relaxed);

@@ -7,11 +7,15 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace fd {
 
+// CPUs for loops: those in the affinity mask of the process, of different ones the fast
+// (performance_cpus).
+const std::vector<int>& loop_cpus();
 // Threads that a loop may use, the caller included: set_num_threads(), else FD_LITE_NUM_THREADS,
-// else the CPUs in the affinity mask of the process, no more than its control groups grant.
+// else as many as loop_cpus(), no more than the control groups of the process grant.
 int num_threads();
 // At least 1, else std::invalid_argument.
 void set_num_threads(int count);

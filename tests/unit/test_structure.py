@@ -31,6 +31,7 @@ LAYERS: dict[str, int] = {
     "_ops_cpu": 0,
     "_ops_cuda": 0,
     "paddle_device": 1,
+    "processor": 1,
     "device": 1,
     "checkpoint": 1,
     # What a request and its answer are made of; read by everything above.

@@ -60,8 +60,17 @@ def _machine() -> list[str]:
         f"{platform.system()} {platform.release()} {platform.machine()}, "
         f"Python {platform.python_version()}",
         f"processor {_processor()}: {usable} of {os.cpu_count()} CPUs usable",
+        f"in use on a CPU: {_in_use()}",
         f"memory {pages * size / 2**30:.1f} GiB",
     ]
+
+
+def _in_use() -> str:
+    try:
+        from fastdeploy_lite import processor  # noqa: PLC0415 - may not have been built
+    except ImportError as error:
+        return f"nothing, {error}"
+    return processor.describe()
 
 
 def _processor() -> str:

@@ -26,7 +26,7 @@ from functools import partial
 
 import uvicorn
 
-from fastdeploy_lite import envs
+from fastdeploy_lite import device, envs, processor
 from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine_client import EngineClient
@@ -230,6 +230,8 @@ class ApiServer:
                 )
             if ready.row_order:
                 console.info("2-bit rows: %s", ready.row_order)
+        if device.decide().kind == "cpu":
+            console.info("Processor: %s", processor.describe())
         console.info(
             "Detected %d gpu blocks and 0 cpu blocks in cache (block size: %d).", blocks, size
         )

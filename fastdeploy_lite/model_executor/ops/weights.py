@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import paddle
 
-from fastdeploy_lite import formats
+from fastdeploy_lite import formats, processor
 from fastdeploy_lite.model_executor.ops._dispatch import native, place_kind
 from fastdeploy_lite.model_executor.ops._view import Tensor, View, intern_place
 from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight, WeightKind
@@ -123,6 +123,7 @@ def _make_handle(weight: PackedWeight, native_kind: str, tensors: dict[str, Tens
 def _allocate_cpu(weight: PackedWeight, native_kind: str) -> None:
     plan = _make_handle(weight, native_kind, {})
     tensors = {"data": paddle.empty([plan.data_bytes], dtype="uint8", device=weight.place)}
+    processor.place_weights(tensors["data"].data_ptr(), plan.data_bytes)
     if weight.kind != "dense":
         columns = max(weight.num_experts, 1) * plan.padded_columns
         tensors["scale"] = paddle.empty([columns], dtype="float32", device=weight.place)

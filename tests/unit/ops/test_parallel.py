@@ -97,8 +97,8 @@ def test_the_environment_sets_the_number_of_threads() -> None:
     assert in_new_process("print(o.num_threads())", FD_LITE_NUM_THREADS="3").stdout == "3\n"
     done = in_new_process("print(o.num_threads())", FD_LITE_NUM_THREADS="")
     quota = _ops_cpu.cpu_quota("/proc/self/cgroup", "/sys/fs/cgroup")
-    allowed = len(os.sched_getaffinity(0))
-    assert int(done.stdout) == (min(quota, allowed) if quota else allowed)
+    used = len(_ops_cpu.performance_cpus("/sys/devices", sorted(os.sched_getaffinity(0))))
+    assert int(done.stdout) == (min(quota, used) if quota else used)
     for wrong in ("0", "-2", "two", "1.5", "99999"):
         done = in_new_process("o.num_threads()", FD_LITE_NUM_THREADS=wrong)
         assert f"FD_LITE_NUM_THREADS is '{wrong}', expected a number from 1 to 4096" in done.stderr
