@@ -47,6 +47,7 @@ from fastdeploy_lite.utils.arrays import bfloat16_to_float32, float32_to_bfloat1
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 Scheme = Literal["w4w2", "2bits", "wint4", "wint8"]
+DenseType = Literal["wint8", "wint4"]
 Codes = Sequence[tuple[float, float]]
 
 DEFAULT_W4_END_LAYER = 6
@@ -108,6 +109,7 @@ def quantize_checkpoint(
     scheme: Scheme = "w4w2",
     w4_end_layer: int | None = None,
     w4_layers: Sequence[int] | None = None,
+    dense: DenseType = "wint8",
     codes: Codes | None = None,
     row_order: RowOrder = "permuted",
     tensor_parallel_size: int = 1,
@@ -124,6 +126,8 @@ def quantize_checkpoint(
     w4_end_layer: default 6 as published, or the first MoE layer of a model with at most 7 layers;
     for "w4w2" alone.
     w4_layers: the int4 layers one by one, in place of w4_end_layer; only this project reads them.
+    dense: "wint4" halves the bytes of attention, dense MLP and shared experts, which every token
+    reads; published models have "wint8".
     codes: see ``ccq.encode``.
     row_order: of the rows of CCQ experts inside every 64; "permuted" is what FastDeploy 2.1 and
     later read, "natural" what its first release does. It is noted in config.json.
@@ -145,7 +149,7 @@ def quantize_checkpoint(
         Checkpoint.open(model_dir, tensor_parallel_size, rank)
         for rank in range(tensor_parallel_size)
     ]
-    config = target_config(ranks[0].config, scheme, w4_end_layer, row_order, w4_layers)
+    config = target_config(ranks[0].config, scheme, w4_end_layer, row_order, w4_layers, dense)
     verify(ranks[0])
     if tensor_parallel_size > 1:
         check_tensor_parallel(config, tensor_parallel_size, for_files=True)
@@ -270,8 +274,11 @@ def target_config(
     w4_end_layer: int | None,
     row_order: RowOrder,
     w4_layers: Sequence[int] | None = None,
+    dense: DenseType = "wint8",
 ) -> ModelConfig:
     """The output's configuration: the input's keys, `is_quantized` and `quantization_config`."""
+    if dense not in get_args(DenseType):
+        raise ConfigError(f"dense: found {dense!r}, expected {' or '.join(get_args(DenseType))}")
     if row_order not in ROW_ORDERS:
         raise ConfigError(f"row_order: found {row_order!r}, expected natural or permuted")
     if source.quantization is not None:
@@ -291,9 +298,10 @@ def target_config(
         if not chosen or chosen[-1] <= end:
             chosen = None  # the published range says it, and everybody reads that
     if scheme == "wint8":
-        quantization = QuantizationConfig.online("wint8")
+        quantization = replace(QuantizationConfig.online("wint8"), dense_quant_type=dense)
     else:
         quantization = QuantizationConfig(
+            dense_quant_type=dense,
             w4_start_layer=0,
             w4_end_layer=end,
             w2_start_layer=end + 1,

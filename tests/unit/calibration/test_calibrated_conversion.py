@@ -323,6 +323,7 @@ def test_bad_arguments_are_refused(model: Path, text: Path, tmp_path: Path) -> N
     [
         (["--num-threads", "0"], "--num-threads: found 0, expected at least 1"),
         (["--code", "120,0"], "--code fixes what --calibration chooses"),
+        (["--dense", "wint4"], "--dense wint4 rounds without a text"),
         (["--tensor-parallel-size", "2"], "leave out --tensor-parallel-size"),
     ],
 )

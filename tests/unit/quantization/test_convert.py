@@ -85,6 +85,22 @@ def test_output_is_a_complete_model_of_the_asked_formats(
             assert after.info(key).dtype == before.info(key).dtype
 
 
+def test_other_linears_may_be_int4_on_request(source: Path, tmp_path: Path) -> None:
+    """The numbers are those of int4 experts' rounding; the model loads and is smaller."""
+    output = tmp_path / "out"
+    report = quantize_checkpoint(source, output, scheme="wint4", dense="wint4", **QUIET)
+    plain = quantize_checkpoint(source, tmp_path / "plain", scheme="wint4", **QUIET)
+    before, after = Checkpoint.open(source), Checkpoint.open(output)
+    verify(after)
+    assert after.config.linear_kind == "int4"
+    assert set(report.kinds) == {"int4"}
+    assert report.output_bytes < plain.output_bytes
+    original = decoded(before)
+    for module, matrix in decoded(after).items():
+        expected = quantize_matrix("int4", original[module])[1]
+        np.testing.assert_array_equal(matrix, expected)
+
+
 def test_config_has_the_published_shape(source: Path, demo_dir: Path, tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "out", scheme="2bits", **QUIET)
     found = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -182,6 +198,7 @@ def test_output_folders_are_protected(source: Path, tmp_path: Path) -> None:
     ("arguments", "text"),
     [
         ({"scheme": "w3"}, "scheme: found 'w3', expected one of w4w2, 2bits, wint4, wint8"),
+        ({"dense": "wint2"}, "dense: found 'wint2', expected wint8 or wint4"),
         ({"w4_end_layer": 4}, "moe_w4_end_layer: found 4, expected -1 .* to 3"),
         ({"scheme": "2bits", "w4_end_layer": 2}, "scheme '2bits' fixes it"),
     ],
@@ -282,6 +299,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(source: Path, tmp_pat
     [
         ({"row_order": "natural"}, "begun with quantization_config"),
         ({"codes": [(120.94422, 1262.0)]}, "begun with codes"),
+        ({"dense": "wint4"}, "begun with quantization_config"),
         ({"tensor_parallel_size": 2}, "begun with "),
         ({}, "begun with model"),
     ],
