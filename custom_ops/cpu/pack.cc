@@ -40,11 +40,15 @@ int64_t columns_of_tile(const PackedWeight& weight, int64_t tile) {
   return std::min<int64_t>(kTileColumns, weight.out_features - tile * kTileColumns);
 }
 
-// A piece of at least 64 KiB of the result for a thread.
+// Tiles [begin, end) for a thread, at least 64 KiB of the result.
+template <typename Function>
+void for_each_stretch(const PackedWeight& weight, const Function& function) {
+  const int64_t grain = std::max<int64_t>(1, 65536 / weight.tile_bytes());
+  parallel_for(weight.tiles(), grain, function);
+}
 template <typename Function>
 void for_each_tile(const PackedWeight& weight, const Function& function) {
-  const int64_t grain = std::max<int64_t>(1, 65536 / weight.tile_bytes());
-  parallel_for(weight.tiles(), grain, [&](int64_t begin, int64_t end) {
+  for_each_stretch(weight, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) function(tile);
   });
 }
@@ -79,18 +83,31 @@ const uint8_t* permuted_bytes(const TensorView& source, int64_t expected) {
   return static_cast<const uint8_t*>(source.data);
 }
 
+// The low bytes of four 16-bit numbers whose high ones are 0.
+uint32_t every_other_byte(uint64_t four) {
+  four = (four | four >> 8) & 0x0000ffff0000ffffu;
+  return static_cast<uint32_t>(four | four >> 16);
+}
+
 // Rows 4q .. 4q + 3 of a column of 64 int8 values in a file, where row k stands at
 // k / 16 * 16 + 2 * (k % 8) + k % 16 / 8: every other byte of eight. Byte by byte it took 4 times
 // as long.
 uint32_t int8_quad(const uint8_t* column, int q) {
   uint64_t eight;
   std::memcpy(&eight, column + q / 4 * 16 + q % 2 * 8, sizeof(eight));
-  eight = (eight >> (q % 4 / 2 * 8)) & 0x00ff00ff00ff00ffu;
-  eight = (eight | eight >> 8) & 0x0000ffff0000ffffu;
-  return static_cast<uint32_t>(eight | eight >> 16);
+  return every_other_byte((eight >> (q % 4 / 2 * 8)) & 0x00ff00ff00ff00ffu);
 }
-// Where row k (0..63) of a column stands among its 64 values in a file.
-int int4_place(int k) { return k / 32 * 32 + 4 * (k % 8) + k % 32 / 8; }
+// Rows 8e .. 8e + 7 of a column of 64 int4 values in a file, as the bytes of four rows with the
+// next four above them. Of 32 rows in a file, 16 bits hold the rows i, i + 8, i + 16 and i + 24.
+// Nibble by nibble it took 13 times as long.
+uint32_t int4_octet(const uint8_t* column, int e) {
+  uint64_t low, high;
+  std::memcpy(&low, column + e / 4 * 16, sizeof(low));
+  std::memcpy(&high, column + e / 4 * 16 + 8, sizeof(high));
+  constexpr uint64_t kNibbles = 0x000f000f000f000fu;
+  const int shift = e % 4 * 4;
+  return every_other_byte((low >> shift & kNibbles) | (high >> shift & kNibbles) << 4);
+}
 
 void require_kind(const PackedWeight& weight, WeightKind kind, const char* name) {
   if (weight.kind != kind) {
@@ -119,11 +136,39 @@ void copy_row(const uint8_t* from, int64_t columns, uint8_t* to) {
   if (columns < kTileColumns) std::memset(to + columns, 0, kTileColumns - columns);
 }
 
-// Four rows of bytes, one behind the other in `rows`, as [16 columns][4].
-void interleave(const uint8_t (&rows)[4][kTileColumns], uint8_t* out) {
+// Four rows of 16 bytes as [16 columns][4].
+void interleave(const uint8_t* rows, int64_t stride, uint8_t* out) {
+  uint32_t words[kTileColumns];
   for (int c = 0; c < kTileColumns; ++c) {
-    for (int r = 0; r < 4; ++r) out[c * 4 + r] = rows[r][c];
+    words[c] = rows[c] | rows[stride + c] << 8 | rows[2 * stride + c] << 16 |
+               static_cast<uint32_t>(rows[3 * stride + c]) << 24;
   }
+  std::memcpy(out, words, sizeof(words));
+}
+
+// The same of a tile that has fewer columns.
+void interleave_some(const uint8_t* rows, int64_t stride, int64_t columns, uint8_t* out) {
+  uint8_t padded[4 * kTileColumns];
+  for (int r = 0; r < 4; ++r) copy_row(rows + r * stride, columns, padded + r * kTileColumns);
+  interleave(padded, kTileColumns, out);
+}
+
+// 128 rows of a file: 32 rows of code bytes and one of local scales.
+struct CcqBlock {
+  const uint8_t* codes;
+  int64_t stride;
+  const uint8_t* locals;
+};
+void pack_block(const CcqBlock& from, int64_t first, int64_t columns, uint8_t* out) {
+  for (int64_t r = 0; r < 32; r += 4) {
+    const uint8_t* rows = from.codes + r * from.stride + first;
+    if (columns == kTileColumns) {
+      interleave(rows, from.stride, out + r * kTileColumns);
+    } else {
+      interleave_some(rows, from.stride, columns, out + r * kTileColumns);
+    }
+  }
+  copy_row(from.locals + first, columns, out + 2 * kCcqGroupBytes);
 }
 
 // The meaning of a tile's bytes; what lies beyond its columns is never looked at.
@@ -184,14 +229,12 @@ void pack_int4(const PackedWeight& weight, int64_t expert, const TensorView& sou
   for_each_tile(weight, [&](int64_t tile) {
     uint8_t* out = weight.tile(expert, tile);
     for (int64_t g = 0; g < groups; ++g, out += kInt4GroupBytes) {
-      std::memset(out, 0, kInt4GroupBytes);
       for (int64_t c = 0; c < kTileColumns; ++c) {
         const int64_t n = tile * kTileColumns + c;
         const uint8_t* column = in + ((n / 4) * groups + g) * 128 + n % 4 * 32;
-        for (int k = 0; k < kGroupRows; ++k) {
-          const int place = int4_place(k);
-          const int nibble = column[place / 2] >> (place % 2 * 4) & 15;
-          out[k / 8 * 64 + c * 4 + k % 4] |= static_cast<uint8_t>(nibble << (k / 4 % 2 * 4));
+        for (int e = 0; e < kGroupRows / 8; ++e) {
+          const uint32_t octet = int4_octet(column, e);
+          std::memcpy(out + e * 64 + c * 4, &octet, sizeof(octet));
         }
       }
     }
@@ -212,19 +255,21 @@ void pack_ccq(const PackedWeight& weight, int64_t expert, const TensorView& pack
   check_code_range(n, slopes, zeros);
   copy_padded(weight, expert, supers, weight.scale);
   CcqCodes* codes_of_tiles = weight.codes + expert * weight.tiles();
-  for_each_tile(weight, [&](int64_t tile) {
-    uint8_t* out = weight.tile(expert, tile);
-    const int64_t first = tile * kTileColumns, columns = columns_of_tile(weight, tile);
-    pack_codes(columns, slopes + first, zeros + first, codes_of_tiles[tile]);
-    for (int64_t block = 0; block < k / 128; ++block, out += kCcqBlockBytes) {
-      for (int64_t r = 0; r < 32; r += 4) {
-        const uint8_t* from = codes + (block * 32 + r) * packed.strides[0] + first;
-        uint8_t rows[4][kTileColumns];
-        for (int i = 0; i < 4; ++i) copy_row(from + i * packed.strides[0], columns, rows[i]);
-        interleave(rows, out + r * kTileColumns);
+  // Blocks of rows outside, tiles inside: the file's rows are then read in runs, not 16 bytes at a
+  // time, which took 2.5 times as long.
+  for_each_stretch(weight, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kTileColumns;
+      pack_codes(columns_of_tile(weight, tile), slopes + first, zeros + first,
+                 codes_of_tiles[tile]);
+    }
+    for (int64_t block = 0; block < k / 128; ++block) {
+      const CcqBlock from{codes + block * 32 * packed.strides[0], packed.strides[0],
+                          locals + block * local_scale.strides[0]};
+      for (int64_t tile = begin; tile < end; ++tile) {
+        pack_block(from, tile * kTileColumns, columns_of_tile(weight, tile),
+                   weight.tile(expert, tile) + block * kCcqBlockBytes);
       }
-      const uint8_t* from = locals + block * local_scale.strides[0] + first;
-      copy_row(from, columns, out + 2 * kCcqGroupBytes);
     }
   });
 }
