@@ -37,7 +37,10 @@ def joined(args: argparse.Namespace) -> Iterator[Any]:
     if size == 1:
         yield None
         return
-    from fastdeploy_lite.distributed.communicator import SharedMemory  # noqa: PLC0415
+    from fastdeploy_lite.distributed.communicator import (  # noqa: PLC0415
+        SharedMemory,
+        SharedMemoryCommunicator,
+    )
     from fastdeploy_lite.distributed.nccl import NcclCommunicator  # noqa: PLC0415
 
     cards = device.visible_cards()
@@ -54,7 +57,7 @@ def joined(args: argparse.Namespace) -> Iterator[Any]:
         )
     memory.close()
     try:
-        yield Mute(NcclCommunicator(memory, args.rank))
+        yield Mute(NcclCommunicator(SharedMemoryCommunicator(memory, args.rank)))
         failed = [other.wait(60) for other in others]
         if any(failed):
             raise SystemExit(f"a rank ended with status {max(failed)}")

@@ -21,6 +21,7 @@ __all__ = [
     "BLOCK_SIZE",
     "CacheConfig",
     "EarlyStopConfig",
+    "ExecutorBackend",
     "ExpertOffloadConfig",
     "FDConfig",
     "GenerationDefaults",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 WantedOrder = Literal["auto", "natural", "permuted"]
+ExecutorBackend = Literal["mp", "ray"]
 LoadChoice = Literal["default", "default_v1", "dummy"]
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 
@@ -140,15 +142,21 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Number of ranks, the rank of this process, and replicas that share this host's memory."""
+    """Number of ranks, the rank of this process, and replicas that share this host's memory.
+
+    `executor_backend`: mp puts ranks into processes of this host, ray into a Ray cluster.
+    """
 
     tensor_parallel_size: int = 1
     rank: int = 0
     data_parallel_size: int = 1
+    executor_backend: ExecutorBackend = "mp"
 
     def __post_init__(self) -> None:
         if self.tensor_parallel_size < 1:
             _refuse("tensor_parallel_size", self.tensor_parallel_size, "at least 1")
+        if self.executor_backend not in get_args(ExecutorBackend):
+            _refuse("distributed_executor_backend", self.executor_backend, "mp or ray")
         if not 0 <= self.rank < self.tensor_parallel_size:
             _refuse("rank", self.rank, f"in [0, {self.tensor_parallel_size})")
 

@@ -1,8 +1,8 @@
 """Sums and gathers between the ranks that share each layer of a model.
 
 Between CPU processes of one host everything goes through shared memory (`rank_group.h`), between
-cards through NCCL (`distributed.nccl`). The order of a sum is that of the ranks, so its bits depend
-on the tensor-parallel size alone.
+hosts over sockets (`distributed.network`), between cards through NCCL (`distributed.nccl`). The
+order of a sum is that of the ranks, so its bits depend on the tensor-parallel size alone.
 """
 
 from __future__ import annotations
@@ -113,6 +113,22 @@ class Communicator(ABC):
         """Return of each rank a number that grows as it comes on in a step."""
 
 
+class HostCommunicator(Communicator):
+    """One that carries numbers and words between processes; cards use the words alone."""
+
+    @abstractmethod
+    def advance(self) -> None:
+        """Show that this rank comes on in a step whose sums are made elsewhere."""
+
+    @abstractmethod
+    def is_lost(self) -> bool:
+        """Whether somebody has said that a rank is gone."""
+
+    @abstractmethod
+    def is_failing(self) -> bool:
+        """Whether a rank has failed in a step that this one has not ended yet; for any thread."""
+
+
 class SharedMemory:
     """Memory for a group of processes: without a name, so that nothing is left when they die.
 
@@ -139,7 +155,7 @@ class SharedMemory:
             self.fd = -1
 
 
-class SharedMemoryCommunicator(Communicator):
+class SharedMemoryCommunicator(HostCommunicator):
     """Communicator of CPU processes on one host."""
 
     def __init__(self, memory: SharedMemory, rank: int, seconds: float = LONGEST_WAIT) -> None:
@@ -186,18 +202,16 @@ class SharedMemoryCommunicator(Communicator):
         """See Communicator."""
         return self._group.arrivals()
 
-    # -- for communicators that only talk here ---------------------------------------------------
-
     def advance(self) -> None:
-        """Show that this rank comes on in a step whose sums are made elsewhere."""
+        """See HostCommunicator."""
         self._group.advance()
 
     def is_lost(self) -> bool:
-        """Whether somebody has said that a rank is gone."""
+        """See HostCommunicator."""
         return self._group.is_lost()
 
     def is_failing(self) -> bool:
-        """Whether a rank has failed in a step that this one has not ended yet; for any thread."""
+        """See HostCommunicator."""
         return self._group.is_failing()
 
     def first_bytes(self, data: bytes) -> bytes:

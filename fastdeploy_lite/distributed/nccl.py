@@ -1,7 +1,7 @@
-"""Sums and gathers between the cards of one host.
+"""Sums and gathers between cards.
 
 NCCL moves the numbers (`custom_ops/cuda/nccl.h`); who is at work, what failed and who is gone is
-said in shared memory, as between processes without cards. A card that waits for another one cannot
+said as between processes without cards. A card that waits for another one cannot
 be asked to stop, so a thread beside each rank ends its kernels when nobody will come.
 """
 
@@ -20,10 +20,9 @@ from fastdeploy_lite import _ops_cuda
 from fastdeploy_lite.distributed.communicator import (
     LONGEST_WAIT,
     Communicator,
+    HostCommunicator,
     PeerFailedError,
     PeerLostError,
-    SharedMemory,
-    SharedMemoryCommunicator,
 )
 from fastdeploy_lite.model_executor.ops import cuda_runtime as runtime
 from fastdeploy_lite.model_executor.ops._view import Arguments
@@ -39,21 +38,15 @@ MEND_SECONDS = 1.0
 class NcclCommunicator(Communicator):
     """Communicator of processes that have a card each."""
 
-    def __init__(
-        self,
-        memory: SharedMemory,
-        rank: int,
-        seconds: float = LONGEST_WAIT,
-    ) -> None:
+    def __init__(self, ranks: HostCommunicator, seconds: float = LONGEST_WAIT) -> None:
         """Nothing is connected yet, see `open`.
 
         Args:
-            memory: shared by all ranks.
-            rank: which of them.
-            seconds: longest wait for another rank, and for the cards to end a step.
+            ranks: the end of this process, where ranks say how they are.
+            seconds: longest wait for the cards to meet, and to end a step.
         """
-        self.rank, self.size = rank, memory.ranks
-        self._ranks = SharedMemoryCommunicator(memory, rank, seconds)
+        self.rank, self.size = ranks.rank, ranks.size
+        self._ranks = ranks
         self._seconds = seconds
         self._group: Any = None
         self._forget: Callable[[], None] = lambda: None
@@ -75,6 +68,7 @@ class NcclCommunicator(Communicator):
         if not self._closed.is_set() and self._group is not None:
             self._end_group()
         self._closed.set()
+        self._ranks.close()
 
     def all_reduce(self, x: Any) -> None:
         """See Communicator."""
@@ -138,17 +132,17 @@ class NcclCommunicator(Communicator):
         self._ranks.fail()
 
     def lose(self) -> None:
-        """See SharedMemoryCommunicator; what runs on this card ends, too."""
+        """See Communicator; what runs on this card ends, too."""
         self._ranks.lose()
         if self._group is not None:
             self._group.abort()
 
     def late(self) -> list[int]:
-        """See SharedMemoryCommunicator."""
+        """See Communicator."""
         return self._ranks.late()
 
     def arrivals(self) -> list[int]:
-        """See SharedMemoryCommunicator."""
+        """See Communicator."""
         return self._ranks.arrivals()
 
     # -- the group -------------------------------------------------------------------------------

@@ -197,6 +197,10 @@ class EngineArgs:
         None, "list", "class names, or module.path:Class, applied to logits"
     )
     data_parallel_size: int = _flag(1, int, "replicas of the model behind one port")
+    distributed_executor_backend: str = _flag(
+        "mp", str, "where ranks and replicas run: processes of this host, or a Ray cluster",
+        choices=("mp", "ray"),
+    )  # fmt: skip
     splitwise_role: str = _flag(
         "mixed", str, "only mixed is available", choices=("mixed", "prefill", "decode")
     )
@@ -422,7 +426,9 @@ class EngineArgs:
             cache=self._cache_config(scheduler),
             scheduler=scheduler,
             parallel=ParallelConfig(
-                self.tensor_parallel_size, data_parallel_size=self.data_parallel_size
+                self.tensor_parallel_size,
+                data_parallel_size=self.data_parallel_size,
+                executor_backend=self.distributed_executor_backend,  # type: ignore[arg-type]  # checked
             ),
             load=self._load_config(),
             expert_offload=self._expert_offload(),

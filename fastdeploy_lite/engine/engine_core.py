@@ -655,6 +655,10 @@ def create_core(config: RuntimeConfig, tokenizer: Ernie4_5Tokenizer) -> tuple[En
 
 def _create_executor(config: RuntimeConfig) -> Executor:
     # Only the process that computes pays for importing the framework.
+    if config.parallel.executor_backend == "ray":
+        from fastdeploy_lite.executor.ray_executor import RayExecutor  # noqa: PLC0415
+
+        return RayExecutor(config)
     if config.parallel.tensor_parallel_size == 1:
         from fastdeploy_lite.executor.inline import InlineExecutor  # noqa: PLC0415
 

@@ -282,6 +282,8 @@ def _add_drafts(parts: Sequence[DraftCounts]) -> DraftCounts:
 def _places(args: EngineArgs) -> list[Mapping[str, str]]:
     """Environment variables of each replica: its cards, or its part of the processors."""
     count, ranks = args.data_parallel_size, args.tensor_parallel_size
+    if args.distributed_executor_backend == "ray":
+        return [{}] * count  # the cluster gives out its own
     if not device.decide().is_cuda:
         threads = max(1, _ops_cpu.num_threads() // (count * ranks))
         return [{} if envs.FD_LITE_NUM_THREADS else {THREADS_VARIABLE: str(threads)}] * count

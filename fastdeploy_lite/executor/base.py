@@ -13,6 +13,10 @@ class ExecutorDeadError(RuntimeError):
     """No step can be run any more; the message is the root cause, in one line."""
 
 
+class RankError(RuntimeError):
+    """A step failed on another rank."""
+
+
 @dataclass(frozen=True)
 class ExecutorReport:
     """What there is to say of a loaded model.

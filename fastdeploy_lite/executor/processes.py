@@ -10,12 +10,12 @@ from fastdeploy_lite import _ops_cpu, device, envs
 from fastdeploy_lite.checkpoint.linears import check_tensor_parallel
 from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.distributed.communicator import (
-    PeerFailedError,
     PeerLostError,
     SharedMemory,
+    SharedMemoryCommunicator,
 )
 from fastdeploy_lite.distributed.group import join
-from fastdeploy_lite.executor.base import Executor, ExecutorReport
+from fastdeploy_lite.executor.base import Executor, ExecutorReport, RankError
 from fastdeploy_lite.executor.inline import report_of
 from fastdeploy_lite.executor.messages import (
     Allocate,
@@ -27,14 +27,11 @@ from fastdeploy_lite.executor.messages import (
     Start,
     StepFailed,
 )
+from fastdeploy_lite.executor.part import compute_part
 from fastdeploy_lite.executor.ranks import RankProcesses
 from fastdeploy_lite.request.step import SequenceSlice, SliceResult
 from fastdeploy_lite.utils.errors import ConfigError
 from fastdeploy_lite.worker.model_runner import ModelRunner
-
-
-class RankError(RuntimeError):
-    """A step failed on another rank."""
 
 
 class ProcessesExecutor(Executor):
@@ -73,7 +70,7 @@ class ProcessesExecutor(Executor):
         size = self.config.parallel.tensor_parallel_size
         widest = -(-self.config.model.vocab_size // size)
         memory = SharedMemory(size, widest)
-        self._communicator = join(memory, 0, bool(self._cards))
+        self._communicator = join(SharedMemoryCommunicator(memory, 0), bool(self._cards))
         threads = envs.FD_LITE_NUM_THREADS or max(1, self._threads // size)
         starts = []
         for rank in range(1, size):
@@ -117,7 +114,7 @@ class ProcessesExecutor(Executor):
         ranks.send(self._writer.step(slices))
         self._communicator.begin()
         try:
-            results, failure = self._compute(slices)
+            results, failure = compute_part(self._communicator, lambda: self.runner.execute(slices))
             if self._communicator.agree(results is not None):
                 assert results is not None
                 return results
@@ -125,20 +122,6 @@ class ProcessesExecutor(Executor):
             ranks.give_up(str(error))
             raise
         raise self._verdict(ranks, failure)
-
-    def _compute(
-        self, slices: Sequence[SequenceSlice]
-    ) -> tuple[list[SliceResult] | None, Exception | None]:
-        """This rank's part: results, or None and what failed here if it was not another rank."""
-        try:
-            return self.runner.execute(slices), None
-        except PeerFailedError:
-            return None, None
-        except PeerLostError:
-            raise
-        except Exception as error:
-            self._communicator.fail()
-            return None, error
 
     def _verdict(self, ranks: RankProcesses, failure: Exception | None) -> Exception:
         """What a step failed of, from all ranks together."""

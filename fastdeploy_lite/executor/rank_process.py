@@ -20,9 +20,9 @@ import msgspec
 
 from fastdeploy_lite import _ops_cpu, plugins
 from fastdeploy_lite.distributed.communicator import (
-    PeerFailedError,
     PeerLostError,
     SharedMemory,
+    SharedMemoryCommunicator,
 )
 from fastdeploy_lite.distributed.group import join
 from fastdeploy_lite.executor.channel import Channel
@@ -42,6 +42,7 @@ from fastdeploy_lite.executor.messages import (
     ToRank,
     decode_start,
 )
+from fastdeploy_lite.executor.part import compute_part
 from fastdeploy_lite.executor.verdict import describe
 from fastdeploy_lite.utils.errors import FastDeployError
 from fastdeploy_lite.utils.logging import init_console_logging, write_console
@@ -63,7 +64,8 @@ class RankLoop:
         parallel = start.config.parallel
         memory = SharedMemory(parallel.tensor_parallel_size, start.widest, start.memory_fd)
         self._channel = channel
-        self._communicator = join(memory, parallel.rank, start.on_cards)
+        ranks = SharedMemoryCommunicator(memory, parallel.rank)
+        self._communicator = join(ranks, start.on_cards)
         self._runner = ModelRunner(start.config, self._communicator)
         self._reader = SliceReader()
         self._decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
@@ -90,20 +92,13 @@ class RankLoop:
                 self._send(Held(report_of(self._runner).memory))
 
     def _compute(self, step: Step) -> None:
-        reason = ""
-        try:
-            self._runner.execute(self._reader.slices(step))
-            sound = True
-        except PeerFailedError:
-            sound = False
-        except PeerLostError:
-            raise
-        except Exception as error:
-            self._communicator.fail()
-            write_console(traceback.format_exc())
-            reason, sound = describe(error), False
-        if not self._communicator.agree(sound):
-            self._send(StepFailed(reason))
+        results, failure = compute_part(
+            self._communicator, lambda: self._runner.execute(self._reader.slices(step))
+        )
+        if failure is not None:
+            write_console("".join(traceback.format_exception(failure)))
+        if not self._communicator.agree(results is not None):
+            self._send(StepFailed("" if failure is None else describe(failure)))
 
     def _send(self, message: FromRank) -> None:
         self._channel.send(msgspec.msgpack.encode(message))

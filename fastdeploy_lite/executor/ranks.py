@@ -25,15 +25,12 @@ from fastdeploy_lite.distributed.communicator import Communicator
 from fastdeploy_lite.executor.base import ExecutorDeadError
 from fastdeploy_lite.executor.channel import Channel
 from fastdeploy_lite.executor.messages import FromRank, RankFatal, Start, ToRank, encode_start
+from fastdeploy_lite.executor.watch import Pace, RankWatch, Seen
 from fastdeploy_lite.utils.errors import FastDeployError
-from fastdeploy_lite.utils.processes import STOPPED_SECONDS, state_of
+from fastdeploy_lite.utils.processes import state_of
 
 LOOK_SECONDS = 0.25
-IDLE_SECONDS = 4.0  # a rank that sleeps for so long while others wait for it hangs
 END_SECONDS = 2.0
-BUSY_SECONDS = 8.0
-SLOWER = 4  # times as long as the fastest a rank may take: parts differ by a third at most
-TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 # Not `-m`, which looks into the working directory first: the process must run this very package.
 _RUN_RANK = """\
 import sys
@@ -52,35 +49,7 @@ class _Rank:
         self.channel = channel
         self.inbox: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
         self.fatal: RankFatal | None = None
-        self.stopped_since: float | None = None
-        self.last_ticks = -1
-        self.last_arrival = -1
-        self.busy_at = 0.0
-        self.late_since = 0.0
-        self.late_ticks = 0
-
-
-class _Pace:
-    """How long the fastest rank took from one place where ranks wait to the next.
-
-    Attributes:
-        seconds: the last time, not below what the watch can tell apart.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._furthest = 0
-        self._began = time.monotonic()
-
-    def begins(self, now: float) -> None:
-        """A message has been sent: what was before was waiting for it."""
-        self._began = now
-
-    def saw(self, furthest: int, now: float) -> None:
-        """The furthest rank has come so far."""
-        if furthest != self._furthest:
-            self.seconds = now - self._began
-            self._furthest, self._began = furthest, now
+        self.watch = RankWatch()
 
 
 class RankProcesses:
@@ -104,7 +73,7 @@ class RankProcesses:
         self._memory_fd = memory_fd
         self._communicator = communicator
         self._cards = cards
-        self._pace = _Pace()
+        self._pace = Pace()
         self._ranks: list[_Rank] = []
         self._reason: str | None = None
         self._is_users = False
@@ -237,31 +206,10 @@ class RankProcesses:
         self._pace.saw(max(arrivals), now)
         for rank in self._ranks:
             state, ticks = state_of(rank.process.pid)
-            if state != "T":
-                rank.stopped_since = None
-            elif rank.stopped_since is None:
-                rank.stopped_since = now
-            elif now - rank.stopped_since > STOPPED_SECONDS:
-                self._lose(self._name(rank, "is stopped (SIGSTOP)"))
-            arrival = arrivals[rank.number]
-            if rank.number not in late or arrival != rank.last_arrival:
-                rank.late_since, rank.late_ticks = now, ticks
-                rank.busy_at = now
-            rank.last_arrival = arrival
-            if state == "R" or ticks != rank.last_ticks:  # at least short of a processor
-                rank.busy_at = now
-            rank.last_ticks = ticks
-            self._judge(rank, now)
-
-    def _judge(self, rank: _Rank, now: float) -> None:
-        if now - rank.busy_at > IDLE_SECONDS:
-            self._lose(self._name(rank, f"has slept for {IDLE_SECONDS:g} s inside a step"))
-        used = (rank.last_ticks - rank.late_ticks) / TICKS_A_SECOND
-        waited, allowed = now - rank.late_since, max(BUSY_SECONDS, SLOWER * self._pace.seconds)
-        # A process that others crowd off the processors is slow, not lost.
-        if waited > allowed and used > allowed / 2:
-            text = f"has been busy for {waited:.0f} s with what another rank did in"
-            self._lose(self._name(rank, f"{text} {self._pace.seconds:.1f} s"))
+            seen = Seen(state, ticks, arrivals[rank.number], rank.number in late)
+            wrong = rank.watch.judge(seen, self._pace.seconds, now)
+            if wrong is not None:
+                self._lose(self._name(rank, wrong))
 
     @staticmethod
     def _name(rank: _Rank, text: str) -> str:

@@ -144,10 +144,11 @@ def main(rank: int, size: int, fd: int, in_order: bool, result: str) -> None:
     from fastdeploy_lite import device
 
     device.activate(0)
-    from fastdeploy_lite.distributed.communicator import SharedMemory
+    from fastdeploy_lite.distributed.communicator import SharedMemory, SharedMemoryCommunicator
     from fastdeploy_lite.distributed.nccl import NcclCommunicator
 
-    communicator = NcclCommunicator(SharedMemory(size, 1, fd), rank, 60.0)
+    ranks = SharedMemoryCommunicator(SharedMemory(size, 1, fd), rank, 60.0)
+    communicator = NcclCommunicator(ranks, 60.0)
     forgotten: list[float] = []
     communicator.open(lambda: forgotten.append(time.monotonic()))
     communicator.set_order(in_order)

@@ -212,8 +212,8 @@ def test_small_batches_chunks_and_no_graphs_change_no_token(
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_failed_steps_and_lost_ranks(demo_dir: Path, sent: signal.Signals) -> None:
-    from fastdeploy_lite.executor.base import ExecutorDeadError
-    from fastdeploy_lite.executor.processes import ProcessesExecutor, RankError
+    from fastdeploy_lite.executor.base import ExecutorDeadError, RankError
+    from fastdeploy_lite.executor.processes import ProcessesExecutor
 
     random = np.random.default_rng(5)
     texts = [[int(i) for i in random.integers(0, 8192, n)] for n in (1, 70, 33)]

@@ -20,6 +20,7 @@ from fastdeploy_lite.distributed.communicator import (
     PeerFailedError,
     PeerLostError,
     SharedMemory,
+    SharedMemoryCommunicator,
 )
 
 SIZE = 2
@@ -100,7 +101,7 @@ def on_ranks(*work: Rank, seconds: float = 20.0) -> list[Any]:
         sys.modules.pop("fastdeploy_lite.distributed.nccl", None)
         from fastdeploy_lite.distributed.nccl import NcclCommunicator, runtime
 
-        communicator = NcclCommunicator(memory, rank, seconds)
+        communicator = NcclCommunicator(SharedMemoryCommunicator(memory, rank, seconds), seconds)
         forgotten: list[int] = []
         communicator.open(lambda: forgotten.append(1))
         try:

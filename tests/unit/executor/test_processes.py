@@ -36,8 +36,8 @@ from fastdeploy_lite.config import (
     RuntimeConfig,
     SchedulerConfig,
 )
-from fastdeploy_lite.executor.base import ExecutorDeadError
-from fastdeploy_lite.executor.processes import ProcessesExecutor, RankError
+from fastdeploy_lite.executor.base import ExecutorDeadError, RankError
+from fastdeploy_lite.executor.processes import ProcessesExecutor
 from fastdeploy_lite.executor.verdict import run_step
 from fastdeploy_lite.quantization.convert import quantize_checkpoint
 from fastdeploy_lite.request.step import SamplerParams

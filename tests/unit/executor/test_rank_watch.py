@@ -13,9 +13,11 @@ import pytest
 
 from fastdeploy_lite.config import ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from fastdeploy_lite.executor import ranks as ranks_module
+from fastdeploy_lite.executor import watch as watch_module
 from fastdeploy_lite.executor.base import ExecutorDeadError
 from fastdeploy_lite.executor.messages import Start
-from fastdeploy_lite.executor.ranks import RankProcesses, _Pace
+from fastdeploy_lite.executor.ranks import RankProcesses
+from fastdeploy_lite.executor.watch import Pace
 
 SPINS = "while True: pass"
 NAPS = "import time\nwhile True: time.sleep(0.2); sum(range(200_000))"
@@ -90,7 +92,7 @@ def test_a_rank_that_is_busy_for_ever_is_lost_within_ten_seconds_of_a_processor(
 def test_a_rank_that_comes_on_or_has_long_pieces_is_waited_for(
     start: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks_module, "BUSY_SECONDS", 1.0)
+    monkeypatch.setattr(watch_module, "BUSY_SECONDS", 1.0)
     watch, communicator = start(SPINS)
     try:
         for arrived in range(2, 6):
@@ -107,7 +109,7 @@ def test_a_rank_that_comes_on_or_has_long_pieces_is_waited_for(
 def test_a_rank_that_gets_little_of_a_processor_is_slow_not_lost(
     start: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks_module, "BUSY_SECONDS", 2.0)
+    monkeypatch.setattr(watch_module, "BUSY_SECONDS", 2.0)
     watch, communicator = start(NAPS)
     try:
         communicator.arrived = [2, 1]
@@ -117,7 +119,7 @@ def test_a_rank_that_gets_little_of_a_processor_is_slow_not_lost(
 
 
 def test_the_pace_is_that_of_the_furthest_and_forgets_idle_time() -> None:
-    pace = _Pace()
+    pace = Pace()
     pace.begins(100.0)
     pace.saw(5, 100.25)
     assert pace.seconds == 0.25
