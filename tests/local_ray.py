@@ -12,8 +12,9 @@ import pytest
 # Ray reads it while it is imported: every node, driver and actor then stays on the loopback device.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 NODE = {"object_store_memory": 80 << 20}
-# How soon the head gives up a node that is gone; by default after half a minute.
-HEALTH = {
+SYSTEM = {
+    "worker_niceness": 0,  # by default 15: beside other tests actors would hardly ever run
+    # How soon the head gives up a node that is gone; by default after half a minute.
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
     "health_check_failure_threshold": 3,
@@ -27,7 +28,7 @@ class LocalCluster:
         pytest.importorskip("ray", reason="ray is not installed: pip install '.[ray]'")
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH, **NODE}
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": SYSTEM, **NODE}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
 

@@ -17,6 +17,7 @@ from fastdeploy_lite.utils.logging import get_logger
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 LOOK_SECONDS = 0.25
 CONNECT_SECONDS = 5.0
+SILENT_SECONDS = 2.0  # a wait that is not worth a line
 _NOT_FOR_RANKS = ("FD_API_KEY", "FD_LOG_DIR")  # a secret, and a folder of this host
 console = get_logger("console")
 Resources = dict[str, float]
@@ -143,10 +144,11 @@ def place(ray: Any, wanted: Demand, seconds: float) -> Any:
     from ray.util.placement_group import placement_group, remove_placement_group  # noqa: PLC0415
 
     group = placement_group([wanted.each] * wanted.ranks, strategy="PACK")
-    deadline = time.monotonic() + seconds
+    started = time.monotonic()
     said = False
     while not group.wait(timeout_seconds=LOOK_SECONDS):
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - started
+        if waited > seconds:
             remove_placement_group(group)
             raise ConfigError(
                 f"The Ray cluster has no room within {seconds:g} s: asked for {wanted}, one rank"
@@ -154,7 +156,7 @@ def place(ray: Any, wanted: Demand, seconds: float) -> Any:
                 " tensor_parallel_size or FD_LITE_NUM_THREADS, or wait longer with"
                 " FD_LITE_RAY_WAIT_SECONDS"
             )
-        if not said:
+        if not said and waited > SILENT_SECONDS:
             said = True
             console.info(
                 "Waiting up to %g s for room in the Ray cluster: asked for %s; %s",

@@ -49,7 +49,7 @@ def health(server: ServerProcess) -> int:
     return httpx.get(f"{server.url}/health", timeout=10).status_code
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("split", ["--tensor-parallel-size", "--data-parallel-size"])
 def test_serve_answer_lose_a_node_and_recover(
     tmp_path: Path, server: ServerProcess, split: str
