@@ -27,6 +27,7 @@ SHORT = {"messages": HELLO, "max_tokens": 2}
 TOOL = {"type": "function", "function": {"name": "f"}}
 BODY_BYTES = 4 << 20  # the default of FD_LITE_MAX_BODY_BYTES
 VALUES = 250_000  # nearly the default of FD_LITE_MAX_BODY_VALUES
+TEXTS = VALUES // 2  # the same in texts
 HEAVY = 31_000  # the same in containers or members
 UNPRINTABLE = "\x85" * (BODY_BYTES // 6 - 100)  # six bytes each as JSON
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -69,8 +70,8 @@ BODIES: dict[str, tuple[str, str]] = {
     "metadata": (CHAT, json.dumps(SHORT)[:-1] + ',"metadata":' + members(HEAVY // 2) + "}"),
     "schema": (CHAT, json.dumps(SHORT)[:-1] + ',"guided_json":' + members(HEAVY // 2) + "}"),
     "banned ids": (CHAT, json.dumps(SHORT)[:-1] + ',"bad_words_token_ids":' + ids(VALUES) + "}"),
-    "stops": (CHAT, json.dumps(SHORT)[:-1] + ',"stop":[' + '"a",' * VALUES + '"b"]}'),
-    "choices": (CHAT, json.dumps(SHORT)[:-1] + ',"guided_choice":[' + '"a",' * VALUES + '"b"]}'),
+    "stops": (CHAT, json.dumps(SHORT)[:-1] + ',"stop":[' + '"a",' * TEXTS + '"b"]}'),
+    "choices": (CHAT, json.dumps(SHORT)[:-1] + ',"guided_choice":[' + '"a",' * TEXTS + '"b"]}'),
     "detokenize": ("/detokenize", '{"tokens":' + ids(VALUES) + "}"),
     "a thousand prompts": (COMPLETION, json.dumps({"max_tokens": 1, "prompt": ["a"] * 1024})),
     "items": (RESPONSES, json.dumps({"input": [HELLO[0]] * 9000, "max_output_tokens": 1})),
@@ -78,9 +79,9 @@ BODIES: dict[str, tuple[str, str]] = {
     "tools": (CHAT, json.dumps({**SHORT, "tools": [TOOL] * 6000})),
     "items' tools": (RESPONSES, '{"input":"hi","tools":[' + "{}," * (HEAVY - 3000) + "{}]}"),
     "side channel": (COMPLETION, '{"suffix":{"x":1},"prompt":' + ids(VALUES) + "}"),
-    "aborted": ("/v1/abort_requests", '{"req_ids":[' + '"a",' * VALUES + '"b"]}'),
+    "aborted": ("/v1/abort_requests", '{"req_ids":[' + '"a",' * TEXTS + '"b"]}'),
     "half a pair behind ids": (COMPLETION, '{"prompt":' + ids(200_000) + ',"stop":"\\ud83d"}'),
-    "half a pair behind texts": (CHAT, '{"messages":[' + '"a",' * VALUES + '"\\ud83d"]}'),
+    "half a pair behind texts": (CHAT, '{"messages":[' + '"a",' * TEXTS + '"\\ud83d"]}'),
     "half a pair in lists": (CHAT, '{"x":[' + "[[1]]," * (HEAVY // 3) + '"\\ud83d"]}'),
     "a number beyond range": (COMPLETION, '{"prompt":' + ids(200_000) + ',"seed":1e999}'),
     "floats as a bias": (CHAT, '{"messages":[],"logit_bias":{"1":[' + "1.23456," * VALUES + "1]}}"),

@@ -55,7 +55,7 @@ class BodyScan:
 
     Attributes:
         size: Bytes so far.
-        weight: Values so far, containers and members weighted; exact outside of strings.
+        weight: Values so far, texts, containers and members weighted.
         highest: The highest byte so far; says how wide the decoded text is.
         deepest: Most levels of nesting so far.
     """
@@ -98,7 +98,9 @@ class BodyScan:
         members = int(np.count_nonzero(outside == ord(":")))
         containers = int(np.count_nonzero(opened)) + members
         commas = int(np.count_nonzero(outside == ord(",")))
-        self.weight += commas + CONTAINER_WEIGHT * containers
+        # A short text decodes to twice the bytes of a number; a member's name is counted with it.
+        texts = int(np.count_nonzero(quotes & inside)) - members
+        self.weight += commas + texts + CONTAINER_WEIGHT * containers
         self._follow_nesting(opened, (outside == ord("}")) | (outside == ord("]")))
 
     def _follow_nesting(self, opened: np.ndarray, closed: np.ndarray) -> None:

@@ -45,7 +45,7 @@ def weight_of(value: Any) -> int:
     if isinstance(value, dict):
         inner = sum(map(weight_of, value.values()))
         return heavy + max(len(value) - 1, 0) + heavy * len(value) + inner
-    return 0
+    return int(isinstance(value, str))
 
 
 def levels_of(value: Any) -> int:
