@@ -104,7 +104,7 @@ class RankActor:
         """Say where this rank is, and begin to listen to the others."""
         import ray  # noqa: PLC0415 - it is there: this is one of its actors
 
-        node: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        node: str = ray.util.get_node_ip_address()
         parallel = self._config.parallel
         address = ""
         if parallel.tensor_parallel_size > 1:
