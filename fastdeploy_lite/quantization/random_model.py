@@ -1,4 +1,4 @@
-"""A bf16 ERNIE-4.5 MoE checkpoint of random weights, to try conversions and servers on."""
+"""An ERNIE-4.5 MoE checkpoint of random weights, to try conversions, servers and loading on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from fastdeploy_lite import formats
 from fastdeploy_lite.assets import demo_path
-from fastdeploy_lite.checkpoint.linears import model_linears
-from fastdeploy_lite.checkpoint.tensor import Array, float32_to_bfloat16
+from fastdeploy_lite.checkpoint.linears import Linear, model_linears
+from fastdeploy_lite.checkpoint.tensor import DTYPES, Array, float32_to_bfloat16
 from fastdeploy_lite.checkpoint.writer import CheckpointWriter
 from fastdeploy_lite.config import ModelConfig
 from fastdeploy_lite.quantization.convert import prepare_output
@@ -139,7 +140,8 @@ def write_random_model(
 
     Args:
         directory: New folder.
-        config: What `random_model_config` gives; None takes its defaults.
+        config: What `random_model_config` gives, with a `quantization_config` where linears are to
+            be quantised; None takes its defaults.
         seed: The same seed and sizes give the same bytes.
         force: Replace a model in `directory`.
         shard_bytes: Size of an output file.
@@ -181,8 +183,28 @@ def _tensors(model: ModelConfig, random: np.random.Generator) -> Iterator[tuple[
             bias = np.zeros((1, experts), np.float32)
             yield f"{prefix}.mlp.moe_statics.e_score_correction_bias", bias, "F32"
     for linear in model_linears(model):
-        shape = (linear.in_features, linear.out_features)
-        yield f"{linear.module}.weight", _normal(random, shape, linear.in_features), "BF16"
+        for suffix, (array, dtype) in _linear(linear, random).items():
+            yield f"{linear.module}.{suffix}", array, dtype
+
+
+def _linear(linear: Linear, random: np.random.Generator) -> dict[str, tuple[Array, str]]:
+    """What a file holds of a linear map: suffix -> bits, type."""
+    rows, columns = linear.in_features, linear.out_features
+    if linear.kind == "dense":
+        return {"weight": (_normal(random, (rows, columns), rows), "BF16")}
+    format_ = formats.get(linear.kind)
+    arrays = format_.random(random, rows, columns)
+    bytes_as = "U8" if linear.kind == "ccq" else "I8"
+    found: dict[str, tuple[Array, str]] = {}
+    for spec in format_.tensors(rows, columns):
+        array = arrays[spec.suffix]
+        if array.dtype == np.uint8:
+            found[spec.suffix] = array.view(DTYPES[bytes_as]), bytes_as
+        elif "F32" in spec.dtypes:
+            found[spec.suffix] = array, "F32"
+        else:
+            found[spec.suffix] = float32_to_bfloat16(array), "BF16"
+    return found
 
 
 def _normal(random: np.random.Generator, shape: tuple[int, int], inputs: int) -> Array:

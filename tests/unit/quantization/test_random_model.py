@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from model_driver import make_runner
 
+from fastdeploy_lite.checkpoint.inventory import verify
 from fastdeploy_lite.checkpoint.linears import model_linears
 from fastdeploy_lite.checkpoint.reader import Checkpoint
 from fastdeploy_lite.config import ModelConfig
@@ -85,3 +86,23 @@ def test_published_shapes_have_the_published_widths(
     assert "--shape 21b fixes the widths" in capsys.readouterr().err
     assert cli.run([*command, "--experts", "0"]) == 1
     assert "--experts must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_quantised_model_is_written_where_the_configuration_says_so(tmp_path: Path) -> None:
+    config = random_model_config(3, 128, 4)
+    config["quantization_config"] = {
+        "quantization": "wint2",
+        "dense_quant_type": "wint8",
+        "moe_quant_type": "w4w2",
+        "moe_quant_config": {
+            "moe_w4_quant_config": {"quant_start_layer": 0, "quant_end_layer": 1},
+            "moe_w2_quant_config": {"quant_start_layer": 2, "row_order": "natural"},
+        },
+    }
+    write_random_model(tmp_path / "model", {**config, "is_quantized": True})
+    found = Checkpoint.open(tmp_path / "model")
+    verify(found)
+    assert {linear.kind for linear in model_linears(found.config)} == {"int8", "int4", "ccq"}
+    logits = np.asarray(make_runner(tmp_path / "model").logits(list(range(100, 120))))
+    assert np.isfinite(logits).all()
+    assert 0.05 < logits.std() < 20
