@@ -193,7 +193,10 @@ class Ours:
             "quantization": "wint2",
             "dense_quant_type": args.dense,
             "moe_quant_type": "w4w2",
-            "moe_quant_config": {"moe_w2_quant_config": {"quant_start_layer": 0}},
+            "moe_quant_config": {
+                "moe_w4_quant_config": {"quant_start_layer": 0, "quant_end_layer": 0},
+                "moe_w2_quant_config": {"quant_start_layer": 1},
+            },
         }
         length = args.prefill + args.decode + 2 * BLOCK_SIZE
         head = None if args.head == "bf16" else args.head
@@ -209,6 +212,8 @@ class Ours:
         self._runner.load_model()
         self._runner.allocate_kv_cache(length // BLOCK_SIZE + 1)
         self.gigabytes = sum(self._runner.memory_report().weights.values()) / 1e9
+        if "ccq" not in {weight.kind for weight in self._runner.model.weights()["experts"]}:
+            raise SystemExit("the routed experts are not in 2 bits")
         self._routing = UniformRouting(self._runner)
 
     def round(self) -> Speed:
