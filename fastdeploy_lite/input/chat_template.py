@@ -15,6 +15,13 @@ from fastdeploy_lite.utils.files import read_small
 MAX_UNTRUSTED_CHARACTERS = 64 << 10
 TEMPLATE_FILE = "chat_template.jinja"
 
+# Content parts that are text, of OpenAI's two interfaces, and the key that holds it. Clients mix
+# them when they hand an earlier answer on.
+TEXT_PARTS = {
+    "text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal",
+    "summary_text": "text", "reasoning_text": "text",
+}  # fmt: skip
+
 # ERNIE 4.5's text form, for a checkpoint that brings none: docs/checkpoint_format.md, "Tokenizer
 # and chat form".
 DEFAULT_TEMPLATE = """\
@@ -210,7 +217,7 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        return "".join(_part_text(part) for part in content)
+        return "".join(part_text(part, "messages", "messages") for part in content)
     try:
         return json.dumps(content, ensure_ascii=False)  # a tool's result as an object
     except (TypeError, ValueError, RecursionError) as error:
@@ -221,18 +228,34 @@ def _text(content: Any) -> str:
         ) from None
 
 
-def _part_text(part: Any) -> str:
+def part_text(part: Any, where: str, param: str) -> str:
+    """The text of one content part.
+
+    Args:
+        part: Text, or an object with a type that `TEXT_PARTS` knows.
+        where: Place of the part, for messages.
+        param: Field of the request that holds it.
+
+    Returns:
+        The text.
+
+    Raises:
+        RequestError: It is something else, an image for instance, or has no text.
+    """
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    raise RequestError(
-        f"messages: content part {quote(kind if kind else part)} is not supported: this model "
-        'reads text only; send {"type": "text", "text": ...}',
-        param="messages",
-        code="invalid_value",
-    )
+    key = TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+    if key is None:
+        reason = (
+            f"content part {quote(kind if kind else part)} is not supported: this model "
+            'reads text only; send {"type": "text", "text": ...}'
+        )
+    elif not isinstance(part.get(key), str):
+        reason = f"content part {quote(kind)}: {key}: expected text, found {quote(part.get(key))}"
+    else:
+        return str(part[key])
+    raise RequestError(f"{where}: {reason}", param=param, code="invalid_value")
 
 
 def _with_parsed_arguments(call: Any) -> Any:

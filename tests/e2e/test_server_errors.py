@@ -12,6 +12,7 @@ from server_process import ServerProcess
 
 HELLO: list[Any] = [{"role": "user", "content": "hi"}]
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+RESPONSES = "/v1/responses"
 
 CASES: list[tuple[str, dict[str, Any], str, str | None, str]] = [
     (CHAT, {}, "Field required", "messages", "missing_required_parameter"),
@@ -79,6 +80,16 @@ CASES: list[tuple[str, dict[str, Any], str, str | None, str]] = [
             "bad_words_token_ids": list(range(14, 1030))}, "leave no token", None,
      "invalid_value"),
     (CHAT, {"guided_regex": ""}, "empty output", "guided_regex", "invalid_value"),
+    (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens can be defined [1,",
+     "max_completion_tokens", "invalid_value"),
+    (RESPONSES, {"input": "word " * 3000, "truncation": "auto"}, "Input text is too long", "input",
+     "context_length_exceeded"),
+    (RESPONSES, {"input": "hi", "max_output_tokens": 0}, "max_output_tokens can be defined [1,",
+     "max_output_tokens", "invalid_value"),
+    (RESPONSES, {"input": "hi", "text": {"format": {"type": "json_schema", "name": "x", "schema":
+            {"type": "array", "uniqueItems": True}}}}, "uniqueItems", "text", "invalid_value"),
+    (RESPONSES, {"input": "hi", "conversation": "conv_1"}, "nothing is stored here",
+     "conversation", "unsupported_value"),
     (COMPLETION, {}, "Field required", "prompt", "missing_required_parameter"),
     (COMPLETION, {"prompt": []}, "empty list", "prompt", "invalid_value"),
     (COMPLETION, {"prompt": "a", "prompt_token_ids": []}, "empty list", "prompt_token_ids",

@@ -6,7 +6,7 @@ Upstream answers 500 to every fault of a client; SDKs then retry.  Here a client
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -112,11 +112,32 @@ def from_exception(error: Exception) -> Response:
     return json_response(body, status, headers)
 
 
-def from_validation(errors: Sequence[Any]) -> Response:
+def renamed(error: RequestError, param: str | None) -> RequestError:
+    """The same error about a field that the client calls by another name.
+
+    Args:
+        error: Names a field, perhaps at the start of its message too.
+        param: The client's name for it.
+
+    Returns:
+        The error, a new one where the names differ.
+    """
+    if param == error.param:
+        return error
+    text = str(error)
+    if error.param and text.startswith(error.param):
+        text = f"{param}{text[len(error.param) :]}"
+    return RequestError(text, param=param, code=error.code)
+
+
+def from_validation(
+    errors: Sequence[Any], field_of: Callable[[str], str | None] = lambda name: name
+) -> Response:
     """The response of pydantic's complaints: the first one, in upstream's wording.
 
     Args:
         errors: `RequestValidationError.errors()`.
+        field_of: From a field's name to the client's name for it.
 
     Returns:
         A 400.
@@ -124,7 +145,7 @@ def from_validation(errors: Sequence[Any]) -> Response:
     first = errors[0] if errors else {"type": "", "msg": "Invalid request", "loc": ("body",)}
     # The field comes first; the branch of a union, an index or a nested key may follow.
     location = [str(part) for part in first.get("loc", ()) if part != "body"] or ["body"]
-    param = location[0]
+    param = field_of(location[0])
     code = "missing_required_parameter" if first.get("type") == "missing" else "invalid_value"
     message = str(first.get("msg", "Invalid request"))
     return json_response(error_body(message, "invalid_request_error", param, code), 400)

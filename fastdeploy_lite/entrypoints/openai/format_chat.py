@@ -63,6 +63,10 @@ class ChatFormat:
         """See `AnswerFormat`."""
         return body
 
+    def field_of(self, body: ChatCompletionRequest, name: str | None) -> str | None:
+        """See `AnswerFormat`."""
+        return name
+
     # Whole answers -------------------------------------------------------------------------------
 
     def whole(self, answer: Chat, service: Service) -> dict[str, Any]:

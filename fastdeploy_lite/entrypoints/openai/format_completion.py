@@ -96,6 +96,10 @@ class CompletionFormat:
         """See `AnswerFormat`."""
         return {"error": {"message": body["error"]["message"], "code": str(status)}}
 
+    def field_of(self, body: CompletionRequest, name: str | None) -> str | None:
+        """See `AnswerFormat`."""
+        return name
+
     # Whole answers -------------------------------------------------------------------------------
 
     def whole(self, answer: Completion, service: Service) -> dict[str, Any]:

@@ -13,7 +13,11 @@ from fastdeploy_lite.entrypoints.openai.handler import Events, Pieces
 from fastdeploy_lite.entrypoints.openai.output_parser import OutputParser
 from fastdeploy_lite.entrypoints.openai.protocol import ChatCompletionRequest, DeltaToolCall
 from fastdeploy_lite.entrypoints.openai.request_building import answer_id
-from fastdeploy_lite.entrypoints.openai.responses_protocol import ResponsesRequest, as_chat
+from fastdeploy_lite.entrypoints.openai.responses_protocol import (
+    ResponsesRequest,
+    as_chat,
+    field_of,
+)
 from fastdeploy_lite.entrypoints.openai.service import Service
 from fastdeploy_lite.entrypoints.openai.streams import typed_event
 from fastdeploy_lite.request.messages import EngineRequest
@@ -50,6 +54,10 @@ class ResponsesFormat:
         data = {"type": "error", "code": error["code"], "message": error["message"],
                 "param": error["param"], "sequence_number": -1}  # fmt: skip
         return typed_event(data)
+
+    def field_of(self, body: ResponsesRequest, name: str | None) -> str | None:
+        """See `AnswerFormat`."""
+        return field_of(body, name)
 
     def whole(self, answer: Responses, service: Service) -> dict[str, Any]:
         """See `AnswerFormat`."""

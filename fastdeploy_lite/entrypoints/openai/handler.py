@@ -33,6 +33,7 @@ from fastdeploy_lite.entrypoints.openai.streams import (
 from fastdeploy_lite.request.messages import EngineRequest
 from fastdeploy_lite.request.user_request import Request
 from fastdeploy_lite.utils import request_log
+from fastdeploy_lite.utils.errors import RequestError
 from fastdeploy_lite.utils.logging import get_logger
 from fastdeploy_lite.utils.request_log import HIDDEN, RequestLogLevel, content, is_logged
 
@@ -78,6 +79,10 @@ class AnswerFormat(Protocol[Given_contra]):
         """The event that tells of a failure."""
         ...
 
+    def field_of(self, body: Given_contra, name: str | None) -> str | None:
+        """The client's name for a field that an error blames."""
+        ...
+
 
 class Handler(Generic[Given_contra]):
     """Answers the requests of one route.
@@ -105,10 +110,17 @@ class Handler(Generic[Given_contra]):
             return await while_connected(http, self._create(body, is_large(http)))
         except ClientGoneError:
             return Response(status_code=499)  # nobody reads it
-        except MergedBodyError as error:
-            return errors.from_validation(error.errors)
         except Exception as error:
-            return errors.from_exception(error)
+            return self._refusal(body, error)
+
+    def _refusal(self, body: Given_contra, error: Exception) -> Response:
+        """The answer to a failure, in the words of this route's fields."""
+        form = self._form
+        if isinstance(error, MergedBodyError):
+            return errors.from_validation(error.errors, lambda name: form.field_of(body, name))
+        if isinstance(error, RequestError):
+            error = errors.renamed(error, form.field_of(body, error.param))
+        return errors.from_exception(error)
 
     async def _create(self, body: Given_contra, large: bool) -> Response:
         answer = await self._prepare(body, large)

@@ -12,7 +12,16 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from fastdeploy_lite.request.outputs import SpeculateMetrics
 from fastdeploy_lite.request.params import LEAST_TOP_K, MAX_SEED, PENALTIES, SHARES
@@ -123,6 +132,43 @@ class NamedToolChoice(BaseModel):
     function: NamedFunction
 
 
+class AllowedTools(BaseModel):
+    """Some of the tools, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedToolChoice], FirstFault(), Field(max_length=MAX_TOOLS)]
+
+
+class AllowedToolChoice(BaseModel):
+    """`tool_choice` that leaves some of the tools to the model."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def tool_choice_kind(value: Any) -> str | None:
+    """Which form of `tool_choice` a value is meant to be; None for none that there is."""
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", "word")
+    known = isinstance(value, str) if kind == "word" else kind in ("function", "allowed_tools")
+    return kind if known else None
+
+
+# Told apart before it is checked: a union would answer every mistake with its first branch's words.
+ToolChoiceForm = Discriminator(
+    tool_choice_kind,
+    custom_error_type="tool_choice",
+    custom_error_message="expected 'none', 'auto', 'required', or an object whose type is "
+    "'function' or 'allowed_tools'",
+)
+ChoiceWord = Annotated[Literal["none", "auto", "required"], Tag("word")]
+ToolChoice = Annotated[
+    ChoiceWord
+    | Annotated[NamedToolChoice, Tag("function")]
+    | Annotated[AllowedToolChoice, Tag("allowed_tools")],
+    ToolChoiceForm,
+]
+
+
 class JsonSchemaResponseFormat(BaseModel):
     """OpenAI's wrapper of a JSON schema."""
 
@@ -228,7 +274,7 @@ class ChatCompletionRequest(GenerationRequest):
     logprobs: bool | None = False
     top_logprobs: int | None = None
     tools: Tools | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     structural_tag: str | None = None
     metadata: dict[str, Any] | None = None
@@ -244,17 +290,15 @@ class ChatCompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _choice_among_tools(self) -> ChatCompletionRequest:
+        if isinstance(self.tool_choice, AllowedToolChoice):
+            self._keep_allowed(self.tool_choice.allowed_tools)
         choice = self.tool_choice
         if choice in (None, "none", "auto"):
             return self
-        names = [tool.function.name for tool in self.tools or []]
-        if not names:
+        if not self.tools:
             raise ValueError("tool_choice demands a call, but there are no tools")
-        if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
-            raise ValueError(
-                f"tool_choice names {quote(choice.function.name)}, which is not one of the tools "
-                f"{quote(names)}"
-            )
+        if isinstance(choice, NamedToolChoice):
+            self._check_known(choice.function.name)
         constrained = self.response_format is not None and self.response_format.type != "text"
         if constrained or any(getattr(self, n, None) is not None for n in _LEGACY_GUIDED):
             raise ValueError(
@@ -262,6 +306,21 @@ class ChatCompletionRequest(GenerationRequest):
                 "output"
             )
         return self
+
+    def _keep_allowed(self, allowed: AllowedTools) -> None:
+        """Leave the model the tools that it may use, and nothing else to know of the choice."""
+        names = [tool.function.name for tool in allowed.tools]
+        for name in names:
+            self._check_known(name)
+        self.tools = [tool for tool in self.tools or [] if tool.function.name in names]
+        self.tool_choice = allowed.mode
+
+    def _check_known(self, name: str) -> None:
+        names = [tool.function.name for tool in self.tools or []]
+        if name not in names:
+            raise ValueError(
+                f"tool_choice names {quote(name)}, which is not one of the tools {quote(names)}"
+            )
 
 
 Prompt = Ids | IdLists | str | Texts

@@ -142,7 +142,7 @@ def _max_tokens(body: ChatCompletionRequest | CompletionRequest, service: Servic
         return 1  # the engine gives a token at least; the handler leaves it out
     if value is not None and value < 1:
         raise RequestError(
-            f"max_tokens can be defined [1, {limit}), but received {value}.", param=field
+            f"{field} can be defined [1, {limit}), but received {value}.", param=field
         )
     return None if value is None else min(value, limit)
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
 
 from fastdeploy_lite.entrypoints.openai.protocol import (
     MAX_TOOLS,
     ChatCompletionRequest,
+    ChoiceWord,
     FirstFault,
     GenerationRequest,
+    ToolChoiceForm,
 )
 from fastdeploy_lite.entrypoints.openai.request_building import MergedBodyError
+from fastdeploy_lite.input.chat_template import part_text
 from fastdeploy_lite.utils.errors import RequestError, quote
 
 # Fields that mean the same in a chat request.
@@ -23,7 +26,11 @@ _SHARED = (
     "top_logprobs",
 )  # fmt: skip
 _MOST_INCLUDED = 256
-_TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+# What these refer to is kept by OpenAI's service: an answer without it would be another one.
+_STORED_ELSEWHERE = ("previous_response_id", "conversation", "prompt")
+_CHAT_FIELDS = {
+    "messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text",
+}  # fmt: skip
 
 
 class ResponseTool(BaseModel):
@@ -42,6 +49,22 @@ class ResponseToolChoice(BaseModel):
 
     type: Literal["function"]
     name: str
+
+
+class ResponseAllowedTools(BaseModel):
+    """Leaves some of the tools to the model."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ResponseToolChoice], FirstFault(), Field(max_length=MAX_TOOLS)]
+
+
+ResponseChoice = Annotated[
+    ChoiceWord
+    | Annotated[ResponseToolChoice, Tag("function")]
+    | Annotated[ResponseAllowedTools, Tag("allowed_tools")],
+    ToolChoiceForm,
+]
 
 
 class TextFormat(BaseModel):
@@ -69,7 +92,7 @@ class ResponsesRequest(GenerationRequest):
     instructions: str | None = None
     max_output_tokens: int | None = None
     tools: Annotated[list[ResponseTool], FirstFault(), Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
+    tool_choice: ResponseChoice | None = None
     parallel_tool_calls: bool | None = True
     text: TextOptions | None = None
     reasoning: dict[str, Any] | None = None
@@ -77,6 +100,8 @@ class ResponsesRequest(GenerationRequest):
     include: Annotated[list[str], FirstFault(), Field(max_length=_MOST_INCLUDED)] | None = None
     metadata: dict[str, Any] | None = None
     previous_response_id: str | None = None
+    conversation: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
     store: bool | None = None
     background: bool | None = None
     truncation: str | None = None
@@ -97,23 +122,23 @@ def as_chat(body: ResponsesRequest) -> ChatCompletionRequest:
     Raises:
         RequestError: An item or an option cannot be used.
     """
-    if body.previous_response_id is not None:
-        text = "previous_response_id: responses are not stored here; send their items in input"
-        raise RequestError(text, param="previous_response_id", code="unsupported_value")
+    for field in _STORED_ELSEWHERE:
+        if getattr(body, field) is not None:
+            text = f"{field}: nothing is stored here; send the items themselves in input"
+            raise RequestError(text, param=field, code="unsupported_value")
     if body.background:
         raise RequestError("background: only false is supported", param="background")
     given = body.model_dump(exclude_unset=True, by_alias=True)
     shared = {name: given[name] for name in _SHARED if name in given}
-    choice = body.tool_choice
     values = {
         **shared,
         "messages": _messages(body),
         "n": 1,
         "max_completion_tokens": body.max_output_tokens,
         "tools": [_tool(tool) for tool in body.tools or []] or None,
-        "tool_choice": _named(choice) if isinstance(choice, ResponseToolChoice) else choice,
+        "tool_choice": _choice(body.tool_choice),
         "logprobs": "message.output_text.logprobs" in (body.include or ())
-        or body.top_logprobs is not None,
+        or bool(body.top_logprobs),
     }
     form = _format(body)
     if form is not None:
@@ -129,8 +154,29 @@ def _tool(tool: ResponseTool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _named(choice: ResponseToolChoice) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": choice.name}}
+def _choice(choice: ResponseToolChoice | ResponseAllowedTools | str | None) -> Any:
+    """In the chat route's form."""
+    if isinstance(choice, ResponseToolChoice):
+        return {"type": "function", "function": {"name": choice.name}}
+    if isinstance(choice, ResponseAllowedTools):
+        allowed = {"mode": choice.mode, "tools": [_choice(tool) for tool in choice.tools]}
+        return {"type": "allowed_tools", "allowed_tools": allowed}
+    return choice
+
+
+def field_of(body: ResponsesRequest, name: str | None) -> str | None:
+    """The field of a request that stands for one of the chat request that it reads as.
+
+    Args:
+        body: The request.
+        name: Of the chat request's field.
+
+    Returns:
+        The name that the client knows.
+    """
+    if name == "response_format" and body.response_format is not None:
+        return name
+    return _CHAT_FIELDS.get(name or "", name)
 
 
 def _format(body: ResponsesRequest) -> dict[str, Any] | None:
@@ -160,7 +206,9 @@ def _add_item(messages: list[dict[str, Any]], item: Any, where: str) -> None:
     """Add an item; an answer's reasoning, text and calls become one message."""
     kind = item.get("type", "message") if isinstance(item, dict) else None
     if kind == "message" and isinstance(item.get("role"), str):
-        content = _text(item.get("content"), where)
+        content = item.get("content")
+        # An assistant that only called a function has said nothing.
+        content = "" if content is None and item["role"] == "assistant" else _text(content, where)
         message = {"role": item["role"], "content": content}
         if item["role"] == "assistant":
             _assistant(messages, "content").update(content=content)
@@ -201,15 +249,4 @@ def _text(content: Any, where: str) -> str:
         raise RequestError(
             f"{where}: content: expected text, found {quote(content)}", param="input"
         )
-    texts = []
-    for part in content:
-        known = isinstance(part, dict) and part.get("type") in (*_TEXT_PARTS, "refusal")
-        text = (part.get("text") or part.get("refusal")) if known else None
-        if not known or not isinstance(text, str | None):
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise RequestError(
-                f"{where}: a content part {quote(kind)} is not supported: this model reads text",
-                param="input",
-            )
-        texts.append(text or "")
-    return "".join(texts)
+    return "".join(part_text(part, where, "input") for part in content)
