@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from collections.abc import Iterable, Sequence
@@ -11,12 +12,54 @@ from typing import Any
 
 import numpy as np
 
-from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.errors import ConfigError, quote
 
 # fmt: off
 WORDS = ("time", "water", "moon", "mountain", "river", "light", "spring", "wind", "night", "home",
          "old", "friend", "road", "song", "wine")
 # fmt: on
+
+
+def positive(text: str) -> int:
+    """Type of a flag that counts what is measured: nothing cannot be.
+
+    Args:
+        text: From the command line.
+
+    Returns:
+        An integer of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: It is something else.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {quote(text)}")
+    return number
+
+
+def positive_rate(text: str) -> float:
+    """Type of a flag that says how many a second.
+
+    Args:
+        text: From the command line.
+
+    Returns:
+        A number above 0, or infinity.
+
+    Raises:
+        argparse.ArgumentTypeError: It is something else.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {quote(text)}")
+    return number
 
 
 @dataclass(slots=True)

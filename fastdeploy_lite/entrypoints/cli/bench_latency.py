@@ -9,6 +9,7 @@ import time
 import numpy as np
 
 from fastdeploy_lite.entrypoints.cli import bench_common, offline
+from fastdeploy_lite.entrypoints.cli.bench_common import positive
 from fastdeploy_lite.request.params import SamplingParams
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 
@@ -19,12 +20,12 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
     """Add the flags."""
     group = parser.add_argument_group("benchmark")
     add = group.add_argument
-    add("--input-len", type=int, default=32, help="prompt tokens")
-    add("--output-len", type=int, default=128, help="generated tokens")
-    add("--batch-size", type=int, default=8, help="sequences")
-    add("--n", type=int, default=1, help="answers per prompt")
+    add("--input-len", type=positive, default=32, help="prompt tokens")
+    add("--output-len", type=positive, default=128, help="generated tokens")
+    add("--batch-size", type=positive, default=8, help="sequences")
+    add("--n", type=positive, default=1, help="answers per prompt")
     add("--num-iters-warmup", type=int, default=10, help="batches before measuring")
-    add("--num-iters", type=int, default=30, help="measured batches")
+    add("--num-iters", type=positive, default=30, help="measured batches")
     add("--profile", action="store_true", help="profile one batch instead")
     add("--output-json", default=None, help="write the result here")
     add("--disable-detokenize", action="store_true", help="accepted, no effect")

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from fastdeploy_lite.entrypoints.cli import bench_common
-from fastdeploy_lite.entrypoints.cli.bench_common import BenchRequest
+from fastdeploy_lite.entrypoints.cli.bench_common import BenchRequest, positive, positive_rate
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import FastDeployError
 
@@ -54,14 +54,29 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
     add("--dataset-name", default=None, choices=("sharegpt", "random"),
         help="prompts (default: sharegpt with --dataset-path, else random)")  # fmt: skip
     add("--dataset-path", default=None, help="ShareGPT JSON file")
-    add("--random-input-len", type=int, default=128, help="words, of one to three tokens")
-    add("--random-output-len", type=int, default=128, help="generated tokens")
+    add(
+        "--random-input-len",
+        type=positive,
+        default=128,
+        help="words, of one to three tokens",
+    )
+    add("--random-output-len", type=positive, default=128, help="generated tokens")
     add("--random-prefix-len", type=int, default=0, help="words that all prompts begin with")
-    add("--output-len", type=int, default=None, help="overrides the data set's length")
-    add("--num-prompts", type=int, default=None,
+    add(
+        "--output-len",
+        type=positive,
+        default=None,
+        help="overrides the data set's length",
+    )
+    add("--num-prompts", type=positive, default=None,
         help="requests (default: 1000; 64 of random words when no data set is named)")  # fmt: skip
-    add("--request-rate", type=float, default=math.inf, help="requests per second, Poisson")
-    add("--max-concurrency", type=int, default=None, help="requests at the same time")
+    add(
+        "--request-rate",
+        type=positive_rate,
+        default=math.inf,
+        help="requests per second, Poisson",
+    )
+    add("--max-concurrency", type=positive, default=None, help="requests at the same time")
     add("--top-p", type=float, default=None, help="sampling")
     add("--top-k", type=int, default=None, help="sampling")
     add("--temperature", type=float, default=None, help="sampling")

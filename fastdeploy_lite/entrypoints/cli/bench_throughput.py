@@ -6,6 +6,7 @@ import argparse
 import time
 
 from fastdeploy_lite.entrypoints.cli import bench_common, offline
+from fastdeploy_lite.entrypoints.cli.bench_common import positive
 from fastdeploy_lite.request.params import SamplingParams
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 
@@ -17,11 +18,16 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
     add("--backend", default="fastdeploy", help="accepted, no effect")
     add("--dataset-name", default="random", choices=("random", "sharegpt"), help="prompts")
     add("--dataset-path", default=None, help="ShareGPT JSON file")
-    add("--input-len", type=int, default=128, help="words of a prompt, of one to three tokens")
-    add("--output-len", type=int, default=128, help="generated tokens")
+    add(
+        "--input-len",
+        type=positive,
+        default=128,
+        help="words of a prompt, of one to three tokens",
+    )
+    add("--output-len", type=positive, default=128, help="generated tokens")
     add("--prefix-len", type=int, default=0, help="words that all prompts begin with")
-    add("--n", type=int, default=1, help="answers per prompt")
-    add("--num-prompts", type=int, default=50, help="requests")
+    add("--n", type=positive, default=1, help="answers per prompt")
+    add("--num-prompts", type=positive, default=50, help="requests")
     add("--output-json", default=None, help="write the result here")
     offline.add_engine_arguments(parser)
 

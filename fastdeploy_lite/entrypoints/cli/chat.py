@@ -46,10 +46,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _backend(args: argparse.Namespace) -> Backend:
-    if args.url:
+    if args.url is not None:
         server = client.Client(args.url, args.model_name, args.api_key)
         return Remote(server, request_fields(args))
-    return Local(offline.load(args), offline.sampling(args), args.served_model_name or args.model)
+    sampling = offline.sampling(args)  # a wrong value costs no loading
+    return Local(offline.load(args), sampling, args.served_model_name or args.model)
 
 
 def _run_lines(backend: Backend, conversation: Conversation) -> int:

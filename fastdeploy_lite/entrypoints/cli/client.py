@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from fastdeploy_lite.utils.errors import FastDeployError, RequestError, one_line
+from fastdeploy_lite.utils.errors import ConfigError, FastDeployError, RequestError, one_line
 
 DEFAULT_URL = "http://localhost:9904/v1"
 
@@ -35,10 +35,12 @@ class Client:
         api_key: None takes `OPENAI_API_KEY`.
 
     Raises:
-        FastDeployError: The server cannot be reached.
+        FastDeployError: There is no address, or the server cannot be reached.
     """
 
     def __init__(self, url: str, model: str | None, api_key: str | None) -> None:
+        if not url.strip():  # an unset variable of a script; the demo model must not answer for it
+            raise ConfigError("--url is empty: give a server such as http://localhost:8000")
         key = api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY"
         self._http = httpx.Client(
             base_url=api_base(url), headers={"Authorization": f"Bearer {key}"}, timeout=None

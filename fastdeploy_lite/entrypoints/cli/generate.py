@@ -23,9 +23,10 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the text as it is generated."""
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    sampling = offline.sampling(args)  # a wrong value costs no loading
     with quiet_interrupts():
         llm = offline.load(args)
-    print_stream(stream(llm, prompt, offline.sampling(args), args.chat))
+    print_stream(stream(llm, prompt, sampling, args.chat))
     return 0
 
 

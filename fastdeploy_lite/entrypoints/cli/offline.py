@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
+from fastdeploy_lite.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastdeploy_lite.entrypoints.llm import LLM
@@ -49,17 +50,23 @@ def sampling(args: argparse.Namespace) -> SamplingParams:
 
     Returns:
         The parameters.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
     from fastdeploy_lite.request.params import SamplingParams  # noqa: PLC0415 - lazily
 
-    return SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.sampling_seed,
-    )
+    try:
+        return SamplingParams(
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            repetition_penalty=args.repetition_penalty,
+            seed=args.sampling_seed,
+        )
+    except ValueError as error:
+        raise ConfigError(error) from None
 
 
 def load(args: argparse.Namespace) -> LLM:

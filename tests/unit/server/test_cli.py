@@ -82,6 +82,57 @@ def test_errors_are_one_line_and_the_status_is_not_zero(
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--max-tokens", "-1"], "max_tokens must be at least 1, got -1"),
+        (["--temperature", "nan"], "temperature must be non-negative, got nan"),
+        (["--top-p", "2"], "top_p"),
+        (["--sampling-seed", "-3"], "seed"),
+    ],
+)
+@pytest.mark.parametrize("command", [["generate", "hello"], ["chat", "-q", "hello"]])
+def test_wrong_sampling_values_are_told_before_loading(
+    command: list[str], flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # No model could be loaded from here: it is not what the error is about.
+    assert main.run([*command, *flags, "--model", "/nonexistent"]) == 1
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["chat", "-q", "hi"], ["complete", "-q", "hi"]])
+def test_an_empty_address_is_not_an_absent_one(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run([*command, "--url", ""]) == 1
+    assert "--url is empty: give a server" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value"),
+    [
+        ("latency", "--num-iters", "0"),
+        ("latency", "--output-len", "-1"),
+        ("throughput", "--num-prompts", "0"),
+        ("throughput", "--n", "x"),
+        ("serve", "--max-concurrency", "0"),
+        ("serve", "--request-rate", "0"),
+        ("serve", "--request-rate", "nan"),
+    ],
+)
+def test_nothing_cannot_be_measured(
+    command: str, flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main.run(["bench", command, flag, value])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert f"argument {flag}: expected" in error
+    assert f"got '{value}'" in error
+
+
 def test_collect_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["collect-env"]) == 0
     text = capsys.readouterr().out
