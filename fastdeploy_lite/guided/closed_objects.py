@@ -58,19 +58,26 @@ def _pairs(schema: Any) -> Iterator[tuple[Mapping[str, Any] | None, Mapping[str,
         if not isinstance(node, Mapping):
             continue
         yield parent, node
-        for keyword, _, child in _children(node):
+        for keyword, _, child in schemas_inside(node):
             stack.append((node if keyword in ("allOf", "anyOf", "oneOf") else None, child))
 
 
-def _children(node: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Keyword, path and value of the schemas directly inside one."""
+def schemas_inside(node: Mapping[str, Any]) -> Iterator[tuple[str, str | int | None, Any]]:
+    """The schemas directly inside one.
+
+    Args:
+        node: A JSON schema.
+
+    Yields:
+        The keyword, the key or position below it (None where the schema is the value), the schema.
+    """
     for keyword, value in node.items():
         if keyword in _NAMED and isinstance(value, Mapping):
-            yield from ((keyword, f"/{keyword}/{name}", child) for name, child in value.items())
+            yield from ((keyword, name, child) for name, child in value.items())
         elif keyword in _MANY and isinstance(value, list):
-            yield from ((keyword, f"/{keyword}/{i}", child) for i, child in enumerate(value))
+            yield from ((keyword, i, child) for i, child in enumerate(value))
         elif keyword in _ONE:
-            yield keyword, f"/{keyword}", value
+            yield keyword, None, value
 
 
 def _closed(node: Any, combined: bool, path: str, shared: set[str]) -> Any:
@@ -78,22 +85,32 @@ def _closed(node: Any, combined: bool, path: str, shared: set[str]) -> Any:
         return node
     result = dict(node)
     within = _is_combined(node)
-    for keyword, place, child in _children(node):
+    for keyword, key, child in schemas_inside(node):
         branch = keyword in ("allOf", "anyOf", "oneOf") and (within or combined)
-        value = _closed(child, branch, path + place, shared)
-        holder = node[keyword]
-        if isinstance(holder, Mapping) and keyword in _NAMED:
-            if result[keyword] is holder:
-                result[keyword] = dict(holder)
-            result[keyword][place[len(keyword) + 2 :]] = value
-        elif isinstance(holder, list):
-            if result[keyword] is holder:
-                result[keyword] = list(holder)
-            result[keyword][int(place.rpartition("/")[2])] = value
-        else:
-            result[keyword] = value
+        place = f"{path}/{keyword}" if key is None else f"{path}/{keyword}/{key}"
+        put_schema(result, keyword, key, _closed(child, branch, place, shared), node)
     lists = "properties" in node or "patternProperties" in node
     open_ = any(keyword in node for keyword in (*_OPEN, *_COMBINERS))
     if lists and not open_ and not combined and path not in shared:
         result["additionalProperties"] = False
     return result
+
+
+def put_schema(
+    target: dict[str, Any], keyword: str, key: Any, child: Any, source: Mapping[str, Any]
+) -> None:
+    """Put a schema that `schemas_inside` gave back where it was, changed.
+
+    Args:
+        target: A shallow copy of `source`; what it shares with it is copied first.
+        keyword: See `schemas_inside`.
+        key: See `schemas_inside`.
+        child: The new schema.
+        source: What was walked; it stays as it is.
+    """
+    if key is None:
+        target[keyword] = child
+        return
+    if target[keyword] is source[keyword]:
+        target[keyword] = source[keyword].copy()
+    target[keyword][key] = child

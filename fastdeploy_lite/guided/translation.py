@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import llguidance
 
 from fastdeploy_lite.guided.closed_objects import close_objects
 from fastdeploy_lite.guided.layout import layout_options
+from fastdeploy_lite.guided.plain_schema import plain_schema, read_json
 from fastdeploy_lite.guided.spec import GuidedSpec, invalid, short_reason
 from fastdeploy_lite.utils.errors import RequestError
 
@@ -59,6 +59,7 @@ def _checked_schema(schema: Any, spec: GuidedSpec) -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise ValueError(f"a schema is a JSON object or a bool, found {type(schema).__name__}")
     check_nesting(schema)
+    schema = plain_schema(schema)
     return close_objects(schema) if spec.closes_objects else schema
 
 
@@ -85,7 +86,7 @@ def check_nesting(value: Any) -> None:
 
 
 def _json_schema(spec: GuidedSpec) -> str:
-    return _json_grammar(json.loads(spec.value), spec)
+    return _json_grammar(read_json(spec.value), spec)
 
 
 def _json_object(spec: GuidedSpec) -> str:
@@ -165,7 +166,7 @@ def _drop_edge(tokens: list[str], anchors: set[str], opens: str, closes: str) ->
 
 
 def _choice(spec: GuidedSpec) -> str:
-    choices = json.loads(spec.value)
+    choices = read_json(spec.value)
     if not isinstance(choices, list) or not choices:
         raise ValueError("a non-empty list of strings is expected")
     if len(choices) > MAX_CHOICES:
@@ -195,7 +196,7 @@ def _grammar(spec: GuidedSpec) -> str:
 
 def _structural_tag(spec: GuidedSpec) -> str:
     """Free text in which each trigger opens a tag whose content follows a schema."""
-    value = json.loads(spec.value)
+    value = read_json(spec.value)
     if not isinstance(value, dict):
         raise ValueError(f"a JSON object is expected, found {type(value).__name__}")
     structures, triggers = value.get("structures"), value.get("triggers")

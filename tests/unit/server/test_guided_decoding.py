@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from fastdeploy_lite.guided import compiler
 from fastdeploy_lite.guided.matcher import Grammar, Matcher
+from fastdeploy_lite.guided.plain_schema import ENFORCED_FORMATS
 from fastdeploy_lite.guided.spec import GuidedSpec
 from fastdeploy_lite.guided.translation import strip_anchors
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
@@ -186,6 +188,86 @@ def test_structural_tag(compile_spec: Compile, tokenizer: Ernie4_5Tokenizer) -> 
     assert accepts(compiled.matcher(), tokenizer, 'free text <f=g>{"x": 1}</f> more')
     assert accepts(compiled.matcher(), tokenizer, "only text")
     assert not accepts(compiled.matcher(), tokenizer, '<f=g>{"y": 1}</f>')
+
+
+LIST: dict[str, Any] = {"type": "array", "items": {"enum": [1]}, "maxItems": 2}
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [
+        {"uniqueItems": False},
+        {"not": False},
+        {"propertyNames": {}},
+        {"propertyNames": True},
+        {"unevaluatedProperties": True},
+        {"unevaluatedItems": {}},
+        {"dependentRequired": {}},
+        {"dependentSchemas": {}},
+        {"dependencies": {}},
+        {"if": {"const": 2}},
+        {"then": {"const": 2}, "else": False},
+        {"minContains": 3},
+    ],
+)
+def test_keywords_that_exclude_nothing_are_left_out(
+    compile_spec: Compile, tokenizer: Ernie4_5Tokenizer, idle: dict[str, Any]
+) -> None:
+    inner = {**LIST, **idle}
+    schema = {"type": "object", "properties": {"uniqueItems": {"anyOf": [inner]}},
+              "required": ["uniqueItems"]}  # fmt: skip
+    compiled = compile_spec("json_schema", schema)
+    assert accepts(compiled.matcher(), tokenizer, '{"uniqueItems": [1, 1]}')
+    assert not accepts(compiled.matcher(), tokenizer, '{"uniqueItems": [1, 1, 1]}')
+    assert inner == {**LIST, **idle}
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [("uniqueItems", 0), ("not", 0), ("propertyNames", {"pattern": "a"}), ("if", True)],
+)
+def test_keywords_that_exclude_something_are_not(
+    compile_spec: Compile, keyword: str, value: Any
+) -> None:
+    with pytest.raises(RequestError):
+        compile_spec("json_schema", {**LIST, keyword: value, "then": False})
+
+
+@pytest.mark.parametrize("form", ["password", "binary", "uri-reference", "int64", "no such"])
+def test_other_formats_are_remarks(
+    compile_spec: Compile, tokenizer: Ernie4_5Tokenizer, form: str
+) -> None:
+    schema = {"type": "string", "format": form, "maxLength": 3}
+    compiled = compile_spec("json_schema", schema)
+    assert accepts(compiled.matcher(), tokenizer, '"a b"')
+    assert not accepts(compiled.matcher(), tokenizer, '"a bc"')
+
+
+@pytest.mark.parametrize("form", sorted(ENFORCED_FORMATS))
+def test_formats_are_enforced(
+    compile_spec: Compile, tokenizer: Ernie4_5Tokenizer, form: str
+) -> None:
+    compiled = compile_spec("json_schema", {"type": "string", "format": form})
+    assert not accepts(compiled.matcher(), tokenizer, '"a b"')
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"const": 1e400}', "the number 1e400 is beyond"),
+        ('{"enum": [-1e999]}', "the number -1e999 is beyond"),
+        ('{"const": NaN}', "NaN is no JSON number"),
+        ('{"maximum": Infinity}', "Infinity is no JSON number"),
+        ('{"minimum": -Infinity}', "-Infinity is no JSON number"),
+    ],
+)
+def test_numbers_that_json_does_not_have(compile_spec: Compile, text: str, words: str) -> None:
+    """They became null: another constraint than the one that was asked for."""
+    with pytest.raises(RequestError, match=words):
+        compile_spec("json_schema", text)
+    tag = '{"structures": [{"begin": "<a>", "schema": %s}], "triggers": ["<a>"]}'
+    with pytest.raises(RequestError, match=words):
+        compile_spec("structural_tag", tag % text)
 
 
 @pytest.mark.parametrize(
