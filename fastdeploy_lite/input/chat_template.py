@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdeploy_lite.input.template_rendering import TemplateError, render, render_untrusted
+from fastdeploy_lite.input.template_rendering import TemplateError, check, render, render_untrusted
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError, RequestError, quote
 from fastdeploy_lite.utils.files import read_small
 
@@ -80,18 +80,24 @@ def load_template_argument(value: str | None) -> str | None:
         Jinja source.
 
     Raises:
-        ConfigError: It names a file that cannot be opened and does not look like Jinja.
+        ConfigError: It names a file that cannot be opened and does not look like Jinja, or it
+            breaks Jinja's rules.
     """
     if value is None:
         return None
     try:
-        return Path(value).read_text(encoding="utf-8")
+        source = Path(value).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        if any(mark in value for mark in "{}\n"):
-            return value
-        raise ConfigError(
-            f"chat_template {quote(value)} cannot be opened ({error}) and is not Jinja source"
-        ) from None
+        if not any(mark in value for mark in "{}\n"):
+            raise ConfigError(
+                f"chat_template {quote(value)} cannot be opened ({error}) and is not Jinja source"
+            ) from None
+        source = value
+    try:
+        check(source)
+    except TemplateError as error:
+        raise ConfigError(f"chat_template {quote(value)} is not Jinja: {error}") from None
+    return source
 
 
 def render_chat(

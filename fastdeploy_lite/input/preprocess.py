@@ -26,6 +26,7 @@ from fastdeploy_lite.input.chat_template import (
     render_chat,
 )
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
+from fastdeploy_lite.input.template_rendering import TemplateError, check
 from fastdeploy_lite.input.thinking import THINK_END, ThinkingMarkers
 from fastdeploy_lite.request.messages import EngineRequest, EngineSampling
 from fastdeploy_lite.request.params import (
@@ -109,6 +110,8 @@ class Preprocessor:
         self.generation = GenerationDefaults.from_dir(config.model_path)
         _warn_of_unused(self.generation)
         self.chat_template = load_template_argument(config.chat_template)
+        if self.chat_template is None:
+            _warn_of_broken(self.tokenizer.chat_template)
         self.max_model_len = config.scheduler.max_model_len
         self._warned_of_tools = False
         self._longest_piece = max(map(len, self.tokenizer.get_vocab()))
@@ -637,6 +640,17 @@ def _warn_of_unused(generation: GenerationDefaults) -> None:
             _log.warning(
                 "generation_config.json: %s %s is not applied: send it with requests", name, value
             )
+
+
+def _warn_of_broken(template: str | None) -> None:
+    """The model's own template is no reason not to start: completions need none."""
+    try:
+        check(template or "")
+    except TemplateError as error:
+        _log.warning(
+            "The model's chat template is not Jinja (%s): chats will be refused; give another one "
+            "with --chat-template", error,
+        )  # fmt: skip
 
 
 def _clamp(value: float, least: float, most: float) -> float:

@@ -17,10 +17,12 @@ import resource
 import subprocess
 import sys
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_OUTPUT_CHARACTERS = 8 << 20
@@ -48,7 +50,7 @@ def render(source: str, variables: dict[str, Any]) -> str:
     """
     try:
         parts, size = [], 0
-        for part in _compile(source).generate(**variables):
+        for part in _compile(source).generate(variables):
             size += len(part)
             if size > MAX_OUTPUT_CHARACTERS:
                 raise TemplateError(f"it gives more than {MAX_OUTPUT_CHARACTERS} characters")
@@ -62,6 +64,23 @@ def render(source: str, variables: dict[str, Any]) -> str:
         raise TemplateError("it needs too much memory") from None
     except Exception as error:
         raise TemplateError(f"{type(error).__name__}: {error}") from None
+
+
+def check(source: str) -> None:
+    """Find out whether a template can be read at all; rendering may still fail.
+
+    Args:
+        source: Jinja source.
+
+    Raises:
+        TemplateError: It is no Jinja; the message names the line.
+    """
+    try:
+        _compile(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"line {error.lineno}: {error.message}") from None
+    except RecursionError:
+        raise TemplateError("it is nested too deeply") from None
 
 
 def render_untrusted(source: str, variables: dict[str, Any]) -> str:
@@ -92,10 +111,21 @@ def render_untrusted(source: str, variables: dict[str, Any]) -> str:
     return str(answer["text"])
 
 
+class _GenerationTag(Extension):
+    """`{% generation %}` marks the assistant's text for training; here it is text like any."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The nodes between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @functools.lru_cache(maxsize=32)
 def _compile(source: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse

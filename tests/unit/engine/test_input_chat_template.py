@@ -153,6 +153,30 @@ def test_template_argument_is_a_file_or_source(tmp_path: Path) -> None:
         load_template_argument("no_such_file.jinja")
 
 
+@pytest.mark.parametrize("source", ["{% for %}", "a\n{{ b", "{% if x %}{% endfor %}", "{{ 1 +"])
+def test_a_template_that_is_no_jinja_ends_the_start(tmp_path: Path, source: str) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text(source)
+    for given in (source, str(file)):
+        with pytest.raises(ConfigError, match=r"is not Jinja: line \d+: "):
+            load_template_argument(given)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_generation_marks_are_text_like_any(trusted: bool) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{%- generation %}<{{ m.content }}>{% endgeneration -%}"
+        "{% endif %}{% endfor %}"
+    )
+    assert render(template, trusted) == "<Hello>"
+
+
+@pytest.mark.parametrize("name", ["self", "context", "loop", "range", "caller", "kwargs", "a b"])
+def test_any_name_may_be_a_variable(name: str) -> None:
+    assert render("{{ messages | length }}", **{name: 1}) == "4"
+
+
 @pytest.mark.parametrize("calls", [5, True, 1.5, "x", {"function": {}}, {"a": 1}])
 @pytest.mark.parametrize("role", ["user", "assistant", "tool", "x"])
 def test_calls_that_are_no_list_are_refused(calls: Any, role: str) -> None:

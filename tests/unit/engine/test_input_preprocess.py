@@ -182,6 +182,23 @@ def test_what_a_file_gives_in_vain_is_said(
         Preprocessor(EngineArgs(model=str(folder)).create_runtime_config())
 
 
+def test_a_broken_template_of_the_model_is_said_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(demo_path(), folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}\n{{ m.content }}")
+    with caplog.at_level("WARNING"):
+        pre = Preprocessor(EngineArgs(model=str(folder)).create_runtime_config())
+    [record] = [r for r in caplog.records if "chat template" in r.getMessage()]
+    assert "is not Jinja (line 2: " in record.getMessage()
+    assert pre.prompt_token_ids(Request("r", prompt="a text", sampling_params=SamplingParams()))
+    caplog.clear()
+    own = EngineArgs(model=str(folder), chat_template="{{ messages[0].content }}")
+    Preprocessor(own.create_runtime_config())
+    assert not [r for r in caplog.records if "chat template" in r.getMessage()]
+
+
 def test_top_k_off_in_both_spellings(pre: Preprocessor) -> None:
     assert [sampling(pre, top_k=k).sampler.top_k for k in (0, -1, 5)] == [0, 0, 5]
 
