@@ -491,6 +491,7 @@ class EngineCore:
                 output.new_logprobs = [*(output.new_logprobs or []), logprobs]
             if generation.reason is not None:
                 break
+        output.stop_reason = generation.stop_reason  # now: the text ends here, not with the EOS
         if not active.first_token:
             self._first_token(active, output)
         is_whole = len(output.new_token_ids) == len(result.token_ids)

@@ -27,6 +27,21 @@ class TextStream(Protocol):
         """Text that the token completes."""
 
 
+def end_of(stop: str, text: str, before: int) -> int:
+    """Where a stop text ends in the new part of a text.
+
+    Args:
+        stop: The stop text.
+        text: Ends with what is new.
+        before: Length of what is old.
+
+    Returns:
+        The end of the first occurrence that ends behind `before`; 0 without one.
+    """
+    at = text.find(stop, max(before - len(stop) + 1, 0))
+    return at + len(stop) if at >= 0 else 0
+
+
 class StopFinder:
     """Finds stop texts in the text and stop sequences in the tokens of an answer.
 
@@ -72,9 +87,12 @@ class StopFinder:
     def _in_text(self, token_id: int) -> str | None:
         if self._stream is None:
             return None
-        text = self._tail + self._stream.feed(token_id)
+        before, text = len(self._tail), self._tail + self._stream.feed(token_id)
         self._tail = text[-self._keep :] if self._keep else ""
-        return next((stop for stop in self._texts if stop in text), None)
+        # What ends in the tail was complete earlier, when `min_tokens` did not let it count yet.
+        ends = [(end_of(stop, text, before), stop) for stop in self._texts]
+        _, stop = min(((end, stop) for end, stop in ends if end), default=(0, None))
+        return stop
 
 
 class RepetitionFinder:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastdeploy_lite import envs
+from fastdeploy_lite.engine.generation import end_of
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.request.messages import EngineOutput, EngineRequest
 from fastdeploy_lite.request.outputs import (
@@ -69,7 +70,7 @@ class _Stream:
     """Text and results of one request."""
 
     __slots__ = (
-        "_chunks", "_cuts_stop", "_index", "_pending", "_prompt", "_request", "_text", "_tokenizer",
+        "_chunks", "_cut", "_index", "_prompt", "_request", "_text", "_tokenizer",
     )  # fmt: skip
 
     def __init__(
@@ -81,12 +82,9 @@ class _Stream:
         self._index = index
         self._text = tokenizer.detokenizer()
         self._chunks = 0
-        self._cuts_stop = bool(
-            request.sampling.stop
-            and envs.FD_LITE_STRIP_STOP_TEXT
-            and not request.include_stop_str_in_output
-        )
-        self._pending = ""  # text that may turn out to be (part of) a stop text
+        strips = envs.FD_LITE_STRIP_STOP_TEXT and not request.include_stop_str_in_output
+        stops = request.sampling.stop
+        self._cut = _StopCut(stops, strips) if stops else None
 
     def process(self, output: EngineOutput) -> RequestOutput:
         """See `OutputProcessor.process`."""
@@ -120,23 +118,11 @@ class _Stream:
         text = "".join(map(self._text.feed, visible)) if visible else ""
         if output.finished:
             text += self._text.flush()
-        if self._cuts_stop:
-            text = self._cut(text, output)
+        if self._cut is not None:
+            text = self._cut.feed(text, output.stop_reason, output.finished)
         if closing and self._request.include_stop_str_in_output:
             text += self._tokenizer.convert_ids_to_tokens(ids[-1])
         return text
-
-    def _cut(self, text: str, output: EngineOutput) -> str:
-        """Hold back what may begin a stop text; drop the one that ended the answer."""
-        text = self._pending + text
-        stops = self._request.sampling.stop
-        if output.finished:
-            at = text.find(output.stop_reason) if isinstance(output.stop_reason, str) else -1
-            return text if at < 0 else text[:at]
-        # The whole stop text is held too: the message that says it ended the answer comes later.
-        held = max(_overlap(text, stop) for stop in stops)
-        self._pending = text[len(text) - held :]
-        return text[: len(text) - held]
 
     # Log-probabilities ---------------------------------------------------------------------------
 
@@ -191,11 +177,49 @@ class _Stream:
         )
 
 
+class _StopCut:
+    """Ends an answer's text with its stop text, or before it; its last token may go on.
+
+    Args:
+        stops: The stop texts.
+        strips: Whether the one that ends the answer is left out.
+    """
+
+    __slots__ = ("_before", "_ended", "_stops", "_strips")
+
+    def __init__(self, stops: Sequence[str], strips: bool) -> None:
+        self._stops = stops
+        self._strips = strips
+        self._before = ""  # may begin a stop text; held back where that will be left out
+        self._ended = False
+
+    def feed(self, text: str, reason: str | int | None, finished: bool) -> str:
+        """Take in new text.
+
+        Args:
+            text: What is new.
+            reason: The stop text that it completes, if it does.
+            finished: Whether nothing follows.
+
+        Returns:
+            What may be shown.
+        """
+        if self._ended:
+            return ""
+        before, whole = len(self._before), self._before + text
+        shown = 0 if self._strips else before
+        end = end_of(reason, whole, before) if isinstance(reason, str) else 0
+        if isinstance(reason, str) and end:
+            self._ended = True
+            return whole[shown : end - len(reason) if self._strips else end]
+        if finished:
+            return whole[shown:]
+        held = max(_overlap(whole, stop) for stop in self._stops)
+        self._before = whole[len(whole) - held :]
+        return whole[shown : len(whole) - held if self._strips else len(whole)]
+
+
 def _overlap(text: str, stop: str) -> int:
-    """Length of the part at the end of `text`, from an occurrence of `stop` or of a beginning of
-    it on."""
-    at = text.find(stop)
-    if at >= 0:
-        return len(text) - at
+    """Length of the beginning of `stop` that `text` ends with."""
     lengths = range(min(len(stop) - 1, len(text)), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)

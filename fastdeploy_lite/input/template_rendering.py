@@ -17,7 +17,7 @@ import resource
 import subprocess
 import sys
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -114,7 +114,7 @@ def render_untrusted(source: str, variables: dict[str, Any]) -> str:
 class _GenerationTag(Extension):
     """`{% generation %}` marks the assistant's text for training; here it is text like any."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags: set[str] = {"generation"}  # noqa: RUF012 - as the base class declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The nodes between the tags."""

@@ -132,7 +132,8 @@ class EngineOutput(msgspec.Struct, omit_defaults=True):
         prompt_logprobs: With the first token, when asked for: entries for prompt tokens 1, 2, ...
         finished: Whether this is the last message about the request.
         finish_reason: Why, once finished.
-        stop_reason: The stop text or token that ended it, when one did.
+        stop_reason: The stop text or token that ended it, when one did: with the token that
+            completed it and from then on.
         num_cached_tokens: Prompt tokens that the prefix cache served (with the first message).
         error_code: 200, or an HTTP-like status.
         error_msg: One line.

@@ -177,6 +177,19 @@ def test_stop_text_spelled_by_other_tokens_is_found() -> None:
     assert (produced, last.stop_reason) == ([*answer, EOS], "end")
 
 
+def test_the_stop_text_that_ends_first_counts_and_none_that_came_too_early() -> None:
+    answer = ids("abc")
+    produced, last = finish(scripted(answer), make_request("r", PROMPT, 100, stop=("c", "ab")))
+    text = demo_tokenizer().decode(produced)
+    assert last.stop_reason == ("ab" if text.startswith("ab") else "c")
+    # "b" is complete before `min_tokens` lets it count; what follows it completes nothing.
+    answer = [t for c in "xbyyyyybz" for t in ids(c)]
+    request = make_request("r", PROMPT, 100, min_tokens=4, stop=("yyyzyyyy", "b"))
+    produced, last = finish(scripted(answer), request)
+    assert demo_tokenizer().decode(produced[:-1]) == "xbyyyyyb"
+    assert last.stop_reason == "b"
+
+
 def test_stop_tokens_and_sequences() -> None:
     sequences = ((18,), (40, 41))
     produced, last = finish(

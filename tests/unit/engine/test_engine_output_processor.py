@@ -7,6 +7,7 @@ from helpers import EOS, demo_tokenizer, make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdeploy_lite.engine.generation import StopFinder, end_of
 from fastdeploy_lite.engine.output_processor import OutputProcessor
 from fastdeploy_lite.engine.request import RequestOutput
 from fastdeploy_lite.request.messages import EngineOutput, EngineRequest, Timing
@@ -80,33 +81,57 @@ STOPS = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text("abcd", max_size=12), STOPS, st.integers(1, 4))
-def test_stripping_holds_back_exactly_the_stop_text(text: str, stops: list[str], size: int) -> None:
-    """Tokens of any length: what was shown never has to be taken back."""
+@given(st.text("abcd", max_size=12), STOPS, st.integers(1, 4), st.integers(0, 5), st.booleans())
+def test_an_answer_ends_with_its_stop_text_or_before_it(
+    text: str, stops: list[str], size: int, least: int, strips: bool
+) -> None:
+    """Tokens of any length, and stops that do not count yet: what was shown stays."""
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    finder = StopFinder(stops, (), demo_tokenizer().detokenizer())
+    outputs, expected, length = [], text, 0
+    for piece in pieces:
+        ids = _one(piece)
+        found = None
+        for token in ids:
+            found = finder.feed([token]) or found
+        outputs.append(EngineOutput("r", ids))
+        length += len(piece)
+        if found is not None and len(outputs) > least:
+            ends = (end_of(stop, text[:length], length - len(piece)) for stop in stops)
+            end = min(filter(None, ends))
+            expected = text[: end - len(str(found)) if strips else end]
+            outputs[-1].stop_reason = found
+            break
+    outputs.append(EngineOutput("r", [EOS], finished=True, finish_reason="stop"))
+    outputs[-1].stop_reason = outputs[-2].stop_reason if len(outputs) > 1 else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FD_LITE_STRIP_STOP_TEXT", "1")
-        found = [(text.find(s) + len(s), text.find(s), s) for s in stops if s in text]
-        end, start, stop = min(found, default=(len(text), len(text), None))
-        produced = text[: -(-end // size) * size] if stop else text  # the stop ends in some token
-        ids = [t for i in range(0, len(produced), size) for t in _one(produced[i : i + size])]
-        request = make_request("r", [1], stop=tuple(stops))
-        results = chunks(request, token_by_token(ids, stop_reason=stop))
-    shown = text_of(results)
-    if stop is None:
-        assert shown == text
-    else:
-        assert shown == produced[: produced.find(stop)]
-        assert start == produced.find(stop)
+        patch.setenv("FD_LITE_STRIP_STOP_TEXT", "1" if strips else "0")
+        results = chunks(make_request("r", [1], stop=tuple(stops)), outputs)
+    assert text_of(results) == expected
 
 
 def _one(piece: str) -> list[int]:
     return demo_tokenizer().encode_text(piece)
 
 
+@pytest.mark.parametrize(("strips", "expected"), [("0", "ab c"), ("1", "a")])
+def test_what_a_token_says_after_the_stop_text_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, strips: str, expected: str
+) -> None:
+    monkeypatch.setenv("FD_LITE_STRIP_STOP_TEXT", strips)
+    outputs = [EngineOutput("r", _one(text)) for text in ("ab", " cd")]
+    outputs[-1].stop_reason = "b c"
+    outputs.append(EngineOutput("r", [EOS], finished=True, finish_reason="stop", stop_reason="b c"))
+    request = make_request("r", [1], stop=("b c",))
+    assert text_of(chunks(request, outputs)) == expected
+
+
 def test_stop_text_is_kept_by_default() -> None:
     ids = demo_tokenizer().encode_text("ab。")
     request = make_request("r", [1], stop=("。",))
-    results = chunks(request, token_by_token(ids, stop_reason="。"))
+    outputs = token_by_token(ids, stop_reason="。")
+    outputs[-2].stop_reason = "。"
+    results = chunks(request, outputs)
     assert text_of(results) == "ab。"
     assert text_of(results[:1]) != "", "nothing is held back"
 
