@@ -173,19 +173,50 @@ def read_yaml_mapping(path: str) -> dict[str, Any]:
         Its keys (dashes become underscores) and values.
 
     Raises:
-        ConfigError: The file cannot be read or is not a mapping.
+        ConfigError: The file cannot be read, is not a mapping, or says something twice.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = _UniqueKeys(Path(path).read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {path} is not YAML: {error}") from None
+        raise ConfigError(f"--config: {path} is not YAML: {_yaml_reason(error)}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(f"--config: {path} holds {type(data).__name__}, expected a mapping")
-    return {str(key).replace("-", "_"): value for key, value in data.items()}
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        if name in result:
+            raise ConfigError(f"--config: {path} gives {name} in both spellings: keep one")
+        result[name] = value
+    return result
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings say nothing twice: PyYAML would take the last value and be silent."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the base class; a repeated key is an error."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"the key {quote(key.value)} stands there twice",
+                        problem_mark=key.start_mark,
+                    )
+                seen.add(key.value)
+        return dict(super().construct_mapping(node, deep))
+
+
+def _yaml_reason(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return str(error)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 def _dashed(argument: str) -> str:

@@ -30,11 +30,12 @@ def reserve(parameter: str, host: str, port: int, probe: bool = True) -> socket.
     # with it, each answer on a kept connection waits 40 ms for the client's delayed ACK.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        if probe and _is_listening(family, host, port):
-            raise ConfigError(f"The parameter `{parameter}`:{port} is already in use.")
         # A restarted server must not wait for old connections to leave TIME_WAIT.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
+        # Only then: at another machine's address somebody may well answer.
+        if probe and _is_listening(family, host, port):
+            raise ConfigError(f"The parameter `{parameter}`:{port} is already in use.")
     except OSError as error:
         bound.close()
         raise ConfigError(_reason(parameter, host, port, error)) from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -376,7 +377,11 @@ def _may_hold_text(value: Any) -> bool:
 
 
 def _not_json(failure: Exception) -> RequestError:
-    reason = "it is nested too deeply" if isinstance(failure, RecursionError) else str(failure)
+    reason = str(failure)
+    if isinstance(failure, RecursionError):
+        reason = "it is nested too deeply"
+    elif "integer string conversion" in reason:  # Python's words are for whoever runs it
+        reason = f"an integer has more than {sys.get_int_max_str_digits()} digits"
     return RequestError(
         f"The body is not JSON that can be read: {reason}", param="body", code="invalid_value"
     )
@@ -389,6 +394,13 @@ def _check_type(request: Request) -> None:
     if kind != "application/json" and not kind.endswith("+json"):
         raise RequestError(
             f"Content-Type must be application/json, got {quote(given)}",
+            param="body",
+            code="invalid_value",
+        )
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", ""):
+        raise RequestError(
+            f"Content-Encoding {quote(encoding)} is not supported: send the body as it is",
             param="body",
             code="invalid_value",
         )

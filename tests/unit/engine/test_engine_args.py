@@ -183,6 +183,10 @@ def test_passwords_are_not_shown() -> None:
         ("served_model_name: {a: 1}", "expected a plain value"),
         ("api_key: [{a: 1}]", "expected a plain value"),
         ("enable_logprob: [true]", "expected one value"),
+        ("seed: 1\nport: 2\nseed: 3", "line 3, column 1: the key 'seed' stands there twice"),
+        ("early_stop_config: {a: 1, a: 2}", "the key 'a' stands there twice"),
+        ("max-num-seqs: 1\nmax_num_seqs: 2", "gives max_num_seqs in both spellings"),
+        ("port: [", "line 1, column 8: expected the node content"),
         (None, "cannot read"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import random
 import time
@@ -180,6 +181,23 @@ def test_text_that_is_none_is_refused_by_field(body: bytes, param: str) -> None:
         decode(body)
     assert caught.value.param == param
     str(caught.value).encode()
+
+
+def test_long_integers_are_told_in_words_for_the_client() -> None:
+    with pytest.raises(RequestError, match="an integer has more than 4300 digits") as caught:
+        decode(b'{"seed": ' + b"9" * 5000 + b"}")
+    assert "sys." not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd", "br, gzip"])
+def test_compressed_bodies_are_refused_by_name(encoding: str) -> None:
+    compressed = request(gzip.compress(b'{"tokens": [1]}'))
+    compressed.scope["headers"].append((b"content-encoding", encoding.encode()))
+    with pytest.raises(RequestError, match=f"Content-Encoding '{encoding}' is not supported"):
+        asyncio.run(parse(compressed, DetokenizeRequest))
+    plain = request(b'{"tokens": [1]}')
+    plain.scope["headers"].append((b"content-encoding", b"Identity"))
+    assert asyncio.run(parse(plain, DetokenizeRequest)).tokens == [1]
 
 
 @settings(max_examples=200, deadline=None)

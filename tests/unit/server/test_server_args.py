@@ -13,6 +13,7 @@ from fastdeploy_lite.entrypoints.openai.server_args import (
     add_arguments,
     server_args,
 )
+from fastdeploy_lite.utils import ports
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, FastDeployError, explain
 from fastdeploy_lite.utils.ports import reserve
@@ -119,6 +120,14 @@ def test_only_a_busy_port_is_called_busy(host: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         reserve("port", host, 0)
     assert "in use" not in str(caught.value)
+
+
+def test_an_address_of_another_machine_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "_is_listening", lambda *_: True)  # as behind a proxy
+    with pytest.raises(ConfigError, match="no such address"):
+        reserve("port", "192.0.2.1", 8000)
+    with pytest.raises(ConfigError, match="already in use"):
+        reserve("port", "127.0.0.1", 0)
 
 
 def test_an_explanation_begins_with_what_helps() -> None:
