@@ -33,6 +33,7 @@ from fastdeploy_lite.speculation.config import SpeculativeConfig
 from fastdeploy_lite.utils.argument_parser import NO_EFFECT, FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, quote
 from fastdeploy_lite.utils.logging import get_logger
+from fastdeploy_lite.utils.typed_fields import check_types
 
 QUANTIZATION_NAMES = (
     "wint2", "wint4", "wint8", "weight_only", "block_wise_fp8", "tensor_wise_fp8", "w4a8",
@@ -284,6 +285,7 @@ class EngineArgs:
             self.quantization = _as_argument(_quantization, "quantization", self.quantization)
         for name in _JSON_FIELDS:
             setattr(self, name, _as_argument(_json, name, getattr(self, name)))
+        check_types(self)
         self._check_quantization()
         self._check_choices()
         self._merge_graph_config()

@@ -525,10 +525,11 @@ class Preprocessor:
         if not names:
             return None
         kind, value = _GUIDED_KINDS[names[0]], getattr(guided, names[0])
-        text = "" if kind == "json_object" else _json_text(value)
+        field = guided.source or f"guided_{names[0]}"
+        text = "" if kind == "json_object" else _constraint_text(names[0], value, field)
         return GuidedSpec(
             kind,
-            encodable(text, guided.source or f"guided_{names[0]}"),
+            encodable(text, field),
             self.config.guided_any_whitespace,
             start_after,
             closes_objects=envs.FD_GUIDANCE_DISABLE_ADDITIONAL,
@@ -657,5 +658,25 @@ def _clamp(value: float, least: float, most: float) -> float:
     return min(max(value, least), most)
 
 
-def _json_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+_CONSTRAINTS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "json": ((Mapping, bool, str), "a JSON schema as a dict or as text"),
+    "regex": ((str,), "text"),
+    "choice": ((list, tuple), "a list of texts"),
+    "grammar": ((str,), "text"),
+    "structural_tag": ((Mapping, str), "a structural tag as a dict or as text"),
+}
+
+
+def _constraint_text(name: str, value: Any, field: str) -> str:
+    kinds, expected = _CONSTRAINTS[name]
+    try:
+        if isinstance(value, kinds):
+            return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        reason = ""
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = f" ({error})"
+    raise RequestError(
+        f"{field}: expected {expected}, found {quote(value)}{reason}",
+        param=field,
+        code="invalid_value",
+    )

@@ -330,9 +330,10 @@ def _require_list(name: str, value: Any, kind: type, expected: str) -> None:
         return
     if isinstance(value, str | bytes) or not isinstance(value, Collection):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    wrong = next((item for item in value if not isinstance(item, kind)), None)
-    if wrong is not None:
-        raise TypeError(f"{name} must be {expected}, found an item of type {type(wrong).__name__}")
+    for item in value:  # None among them is an item, too
+        if not isinstance(item, kind):
+            found = type(item).__name__
+            raise TypeError(f"{name} must be {expected}, found an item of type {found}")
 
 
 def _number(name: str, value: Any, default: float) -> float:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_model import write_tiny_model
 
@@ -96,6 +97,40 @@ def test_both_spellings_and_prefixes() -> None:
 def test_values_are_not_respelled() -> None:
     args = parse("--model=my_org/my_model --served_model_name a_b")
     assert (args.model, args.served_model_name) == ("my_org/my_model", "a_b")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"max_model_len": "256"}, "max_model_len: expected an integer, got '256'"),
+        ({"max_model_len": 256.0}, "max_model_len: expected an integer, got 256.0"),
+        ({"max_num_seqs": True}, "max_num_seqs: expected an integer, got True"),
+        ({"tensor_parallel_size": None}, "tensor_parallel_size: expected an integer, got None"),
+        ({"gpu_memory_utilization": "0.5"}, "gpu_memory_utilization: expected a number, got '0.5'"),
+        ({"enable_prefix_caching": "no"}, "enable_prefix_caching: expected True or False, got"),
+        ({"seed": "x"}, "seed: expected an integer, got 'x'"),
+        ({"model": None}, "model: expected text, got None"),
+        ({"model": b"demo"}, "model: expected text, got b'demo'"),
+        ({"chat_template": 5}, "chat_template: expected text or None, got 5"),
+        ({"logits_processors": "A"}, "logits_processors: expected a list or None, got 'A'"),
+        ({"quantization": 5}, "quantization: expected text or a dict or None, got 5"),
+    ],
+)
+def test_a_keyword_of_another_type_is_named(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineArgs(**values)
+    assert words in str(caught.value)
+
+
+def test_keywords_that_mean_the_same_are_taken() -> None:
+    args = EngineArgs(
+        model=Path("demo"), max_model_len=np.int64(256), gpu_memory_utilization=1,
+        enable_prefix_caching=0, kv_cache_ratio=np.float32(0.5), logits_processors=("A", "B"),
+    )  # fmt: skip
+    assert (args.model, args.max_model_len, args.gpu_memory_utilization) == ("demo", 256, 1)
+    assert (args.enable_prefix_caching, args.kv_cache_ratio) == (False, 0.5)
+    assert args.logits_processors == ["A", "B"]
+    assert type(args.max_model_len) is int
 
 
 def test_empty_text_means_none() -> None:

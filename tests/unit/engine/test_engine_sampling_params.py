@@ -104,6 +104,12 @@ def test_values_at_the_edges(values: dict[str, Any]) -> None:
         assert getattr(params, name) == value
 
 
+@pytest.mark.parametrize("name", ["stop", "bad_words", "stop_token_ids", "bad_words_token_ids"])
+def test_none_in_a_list_is_an_item(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be .*, found an item of type NoneType"):
+        SamplingParams(**{name: [None]})
+
+
 def test_fields_come_in_upstreams_order() -> None:
     assert [f.name for f in fields(SamplingParams)][: len(POSITIONAL_ORDER)] == POSITIONAL_ORDER
 

@@ -199,6 +199,24 @@ def test_a_broken_template_of_the_model_is_said_at_the_start(
     assert not [r for r in caplog.records if "chat template" in r.getMessage()]
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"choice": "ab"}, "guided_choice: expected a list of texts, found 'ab'"),
+        ({"regex": 5}, "guided_regex: expected text, found 5"),
+        ({"json": int}, "guided_json: expected a JSON schema as a dict or as text, found <class"),
+        ({"json": {"const": object()}}, "is not JSON serializable"),
+        ({"choice": ["a", {1}]}, "is not JSON serializable"),
+    ],
+)
+def test_a_constraint_of_another_type_is_named(
+    pre: Preprocessor, values: dict[str, Any], words: str
+) -> None:
+    error = refused_sampling(pre, guided_decoding=GuidedDecodingParams(**values))
+    assert words in str(error)
+    assert error.param == f"guided_{next(iter(values))}"
+
+
 def test_top_k_off_in_both_spellings(pre: Preprocessor) -> None:
     assert [sampling(pre, top_k=k).sampler.top_k for k in (0, -1, 5)] == [0, 0, 5]
 
