@@ -15,6 +15,7 @@ from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization_config import QuantizationConfig
 from fastdeploy_lite.speculation.config import SpeculativeConfig
 from fastdeploy_lite.utils.errors import ConfigError, quote
+from fastdeploy_lite.utils.files import is_there
 from fastdeploy_lite.utils.json_fields import JsonFields, read_json_object
 
 __all__ = [
@@ -69,7 +70,7 @@ class GenerationDefaults:
     ) -> GenerationDefaults:
         """Read `path/config_name`; an absent file gives no defaults, an unreadable one raises."""
         file = Path(path) / config_name
-        if not file.exists() and not file.is_symlink():
+        if not is_there(file):
             return cls()
         return cls.from_dict(read_json_object(file), str(file))
 

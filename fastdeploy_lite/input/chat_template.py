@@ -10,7 +10,7 @@ from typing import Any
 
 from fastdeploy_lite.input.template_rendering import TemplateError, check, render, render_untrusted
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError, RequestError, quote
-from fastdeploy_lite.utils.files import read_small
+from fastdeploy_lite.utils.files import is_there, read_small
 
 MAX_UNTRUSTED_CHARACTERS = 64 << 10
 TEMPLATE_FILE = "chat_template.jinja"
@@ -53,7 +53,7 @@ def load_model_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> st
         CheckpointError: The file cannot be read, or the key is not a template.
     """
     file = folder / TEMPLATE_FILE
-    if file.exists():
+    if is_there(file):
         try:
             return read_small(file).decode("utf-8")
         except UnicodeDecodeError as error:

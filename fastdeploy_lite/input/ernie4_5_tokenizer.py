@@ -18,7 +18,7 @@ from fastdeploy_lite.input.chat_template import load_model_template, render_chat
 from fastdeploy_lite.input.detokenizer import IncrementalDetokenizer
 from fastdeploy_lite.input.tokenizer_json import TokenizerJson
 from fastdeploy_lite.utils.errors import CheckpointError
-from fastdeploy_lite.utils.files import check_regular, refuse_pointer
+from fastdeploy_lite.utils.files import check_regular, is_there, refuse_pointer
 from fastdeploy_lite.utils.json_fields import read_json_object
 
 VOCABULARY_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
@@ -92,9 +92,9 @@ class Ernie4_5Tokenizer:  # noqa: N801 - upstream's name
         """
         folder = Path(path)
         file = folder / VOCABULARY_FILE
-        if not file.exists() and (folder / JSON_FILE).exists():
+        if not is_there(file) and is_there(folder / JSON_FILE):
             file = folder / JSON_FILE
-        if not file.is_file():
+        if not is_there(file):
             raise CheckpointError(
                 f"{file}: no such file; the folder needs a SentencePiece model, or {JSON_FILE}"
             )
@@ -383,7 +383,7 @@ def _load_model(path: Path) -> Any:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    return dict(read_json_object(path)) if path.exists() else {}
+    return dict(read_json_object(path)) if is_there(path) else {}
 
 
 def _token_text(value: Any) -> str | None:

@@ -9,11 +9,16 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from fastdeploy_lite.utils.errors import CheckpointError
+from fastdeploy_lite.utils.errors import CheckpointError, quote
 
 LARGEST_TEXT = 16 << 20
 """Bytes of a chat template or a configuration; real ones have a few thousand."""
 _LFS = b"version https://git-lfs.github.com/"
+
+
+def is_there(path: Path) -> bool:
+    """Whether a folder holds a file; a link to nothing is a damaged one, not none."""
+    return path.exists() or path.is_symlink()
 
 
 def check_regular(path: Path, largest: int) -> None:
@@ -22,6 +27,8 @@ def check_regular(path: Path, largest: int) -> None:
         found = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
+        if path.is_symlink():
+            reason = f"a link to {quote(str(path.readlink()))}, which cannot be followed ({reason})"
         raise CheckpointError(f"{path}: {reason}") from None
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path}: found something that is not a regular file")

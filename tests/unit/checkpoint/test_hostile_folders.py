@@ -80,20 +80,22 @@ def test_a_file_of_terabytes_is_not_read(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_folder_or_a_loop_in_place_of_a_file(folder: Path, name: str) -> None:
-    (folder / name).unlink(missing_ok=True)
-    (folder / name).symlink_to(name)
-    refused_or_absent(folder)
+def test_a_folder_or_a_link_to_nothing_in_place_of_a_file(folder: Path, name: str) -> None:
+    """A link to nothing is a file that is missing, not one that the model does not need."""
+    for target in (name, "/nonexistent/blob"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+        refused(folder, str(folder))
     (folder / name).unlink()
     (folder / name).mkdir()
     refused(folder, str(folder))
 
 
-def refused_or_absent(folder: Path) -> None:
-    try:
-        everything(folder)
-    except FastDeployError as error:
-        assert "\n" not in str(error)
+@pytest.mark.parametrize("name", FILES[3:])
+def test_a_link_to_nothing_says_where_to(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/nonexistent/blob")
+    refused(folder, name, "a link to '/nonexistent/blob', which cannot be followed")
 
 
 @pytest.mark.parametrize("name", FILES[:-1])
