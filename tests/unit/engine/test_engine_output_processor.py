@@ -88,18 +88,14 @@ def test_an_answer_ends_with_its_stop_text_or_before_it(
     """Tokens of any length, and stops that do not count yet: what was shown stays."""
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
     finder = StopFinder(stops, (), demo_tokenizer().detokenizer())
-    outputs, expected, length = [], text, 0
-    for piece in pieces:
-        ids = _one(piece)
-        found = None
-        for token in ids:
-            found = finder.feed([token]) or found
-        outputs.append(EngineOutput("r", ids))
-        length += len(piece)
-        if found is not None and len(outputs) > least:
-            ends = (end_of(stop, text[:length], length - len(piece)) for stop in stops)
-            end = min(filter(None, ends))
-            expected = text[: end - len(str(found)) if strips else end]
+    outputs, expected, length = list[EngineOutput](), text, 0
+    for token in (token for piece in pieces for token in _one(piece)):
+        outputs.append(EngineOutput("r", [token]))
+        before, length = length, length + len(demo_tokenizer().decode([token]))
+        found = finder.feed([token])
+        if isinstance(found, str) and len(outputs) > least:
+            end = min(filter(None, (end_of(stop, text[:length], before) for stop in stops)))
+            expected = text[: end - len(found) if strips else end]
             outputs[-1].stop_reason = found
             break
     outputs.append(EngineOutput("r", [EOS], finished=True, finish_reason="stop"))
