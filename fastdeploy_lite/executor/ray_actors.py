@@ -212,5 +212,5 @@ def _why_gone(error: Exception) -> str:
         return f"{type(cause).__name__}: {cause}"
     if type(error).__name__ == "ActorUnavailableError":  # Ray will know more in half a minute
         return "cannot be reached: its process or its node is gone"
-    known = re.search(r"The actor is dead because ([^.\n]+)", str(error))
+    known = re.search(r"The actor (?:is dead|died) because ([^.\n]+)", str(error))
     return f"is gone: {known[1]}" if known else f"is gone: {type(error).__name__}: {error}"
