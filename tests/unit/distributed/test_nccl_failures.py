@@ -213,13 +213,21 @@ def test_cards_that_never_end_a_step_are_given_up() -> None:
 
 def test_who_comes_on_is_seen() -> None:
     def follow(communicator: Any, runtime: Any) -> Any:
+        import paddle
+
         seen = []
         if communicator.rank == 0:
             communicator.begin()
             seen.append(communicator.late())
+            communicator.all_reduce(paddle.ones([2, 2]))
             while communicator.late() != [0]:
                 time.sleep(0.01)
             seen.append(len(np.unique(communicator.arrivals())))
+        else:
+            ahead, own = communicator.arrivals()
+            while ahead < own + 2:  # the first rank has looked, and gone on
+                time.sleep(0.01)
+                ahead, own = communicator.arrivals()
         communicator.agree(True)
         return seen
 
