@@ -19,7 +19,7 @@ from fastdeploy_lite.entrypoints.openai import api_server
 from fastdeploy_lite.entrypoints.openai.app import create_application
 from fastdeploy_lite.entrypoints.openai.server_args import ServerArgs
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
-from fastdeploy_lite.utils.errors import ConfigError, one_line, quote
+from fastdeploy_lite.utils.errors import ConfigError, RequestError, one_line, quote
 from fastdeploy_lite.utils.logging import init_file_logging
 
 _JSON = {"content-type": "application/json"}
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("port", "workers"):
         if getattr(args, name) is not None:
             print(f"--{name} has no effect: a batch needs no server", file=sys.stderr)
+    _check_target(args.output_file)
     lines = [line for line in _read(args.input_file).split(b"\n") if line.strip()]
     answers = asyncio.run(_answer_all(args, lines))
     text = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
@@ -63,6 +64,23 @@ def _read(source: str) -> bytes:
         return Path(source).read_bytes()
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         raise ConfigError(f"--input-file {source}: {error}") from None
+
+
+def _check_target(target: str) -> None:
+    """Refuse before the work what the answers could not be written to after it."""
+    path = Path(target)
+    is_new = not path.exists()
+    if target.startswith(("http://", "https://")) or not (is_new or path.is_file()):
+        if path.is_dir():
+            raise ConfigError(f"--output-file {target}: is a folder; name a file")
+        return
+    try:
+        with path.open("ab"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"--output-file {target}: {error.strerror}") from None
 
 
 def _write(args: argparse.Namespace, data: bytes) -> None:
@@ -122,16 +140,9 @@ async def answer_line(client: httpx.AsyncClient, line: bytes) -> dict[str, Any]:
         "error": None,
     }
     try:
-        request = json.loads(line)
-        name = request["custom_id"]
-        if not isinstance(name, str):  # it is written back: NaN, for one, is no JSON
-            raise TypeError(f"custom_id must be text, got {quote(name)}")
-        answer["custom_id"] = name
-        url, body = request["url"], request["body"]
-        if url not in URLS or request.get("method", "POST") != "POST":
-            raise ValueError(f"only POST to {' and '.join(URLS)} is possible, got {url!r}")
-        if body.get("stream"):
-            raise ValueError("a batch cannot stream")
+        request = _object_of(line)
+        answer["custom_id"] = _custom_id(request)
+        url, body = _order(request)
         # Escaped: text that cannot be encoded is refused by its field, as for any request.
         content = json.dumps(body).encode()
         response = await client.post(url, content=content, headers=_JSON)
@@ -142,6 +153,41 @@ async def answer_line(client: httpx.AsyncClient, line: bytes) -> dict[str, Any]:
         }
         if response.status_code != 200:
             answer["error"] = response.json()
+    except RequestError as error:
+        answer["error"] = str(error)
     except Exception as error:  # whatever is wrong with one line is that line's own error
         answer["error"] = one_line(f"{type(error).__name__}: {error}")
     return answer
+
+
+def _object_of(line: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the line is not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise RequestError(
+            f"expected an object with custom_id, method, url and body, found {quote(request)}"
+        )
+    return request
+
+
+def _custom_id(request: dict[str, Any]) -> str:
+    name = request.get("custom_id")
+    if not isinstance(name, str):  # it is written back: NaN, for one, is no JSON
+        raise RequestError(f"custom_id: expected text, found {quote(name)}")
+    return name
+
+
+def _order(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where a line's body goes, and the body."""
+    url, method, body = request.get("url"), request.get("method", "POST"), request.get("body")
+    if method != "POST":
+        raise RequestError(f"method: expected POST, found {quote(method)}")
+    if url not in URLS:
+        raise RequestError(f"url: expected {' or '.join(URLS)}, found {quote(url)}")
+    if not isinstance(body, dict):
+        raise RequestError(f"body: expected an object, found {quote(body)}")
+    if body.get("stream"):
+        raise RequestError("body: a batch cannot stream; leave stream out")
+    return url, body
