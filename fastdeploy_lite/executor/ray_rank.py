@@ -91,13 +91,15 @@ class RankActor:
     """
 
     def __init__(self, config: RuntimeConfig, group: bytes, threads: int, on_cards: bool) -> None:
+        import ray  # noqa: PLC0415 - it is there: this is one of its actors
+
         self._config = config
         self._group = group
         self._threads = threads
         self._on_cards = on_cards
         self._ranks: NetworkCommunicator | None = None
         self._communicator: Communicator | None = None
-        self._keeper = SliceKeeper(samples=config.parallel.rank == 0)
+        self._keeper = SliceKeeper(config.parallel.rank == 0, ray.cloudpickle.loads)
         self._thread: int | None = None
 
     def greet(self) -> Greeting:

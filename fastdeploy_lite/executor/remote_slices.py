@@ -7,7 +7,6 @@ so it, too, is sent once and lives where it is called.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,11 +25,11 @@ class Parcel:
     """The slices of one step.
 
     Attributes:
-        slices: pickled.
+        slices: what is new of them.
         processors: pickled logits processors by slot, of fresh slots that have some.
     """
 
-    slices: bytes
+    slices: list[SequenceSlice]
     processors: dict[int, bytes] = field(default_factory=dict)
 
 
@@ -56,10 +55,10 @@ class SliceSender:
             for part in slices
             if part.fresh and part.logits_processors
         }
-        raw = pickle.dumps([self._news(part) for part in slices], pickle.HIGHEST_PROTOCOL)
+        news = [self._news(part) for part in slices]
         for part in slices:
             self._sent[part.slot] = (len(part.block_table), len(part.output_token_ids))
-        return Parcel(raw, processors)
+        return Parcel(news, processors)
 
     def _pickled(self, part: SequenceSlice) -> bytes:
         try:
@@ -100,15 +99,17 @@ class SliceKeeper:
 
     Args:
         samples: whether this rank calls logits processors.
+        loads: undoes `SliceSender`'s `dumps`.
     """
 
-    def __init__(self, samples: bool) -> None:
+    def __init__(self, samples: bool, loads: Callable[[bytes], Any]) -> None:
         self._samples = samples
+        self._loads = loads
         self._known: dict[int, _Known] = {}
 
     def unpack(self, parcel: Parcel) -> list[SequenceSlice]:
         """Return the slices as they were before they were packed."""
-        return [self._whole(part, parcel) for part in pickle.loads(parcel.slices)]
+        return [self._whole(part, parcel) for part in parcel.slices]
 
     def _whole(self, part: SequenceSlice, parcel: Parcel) -> SequenceSlice:
         if part.fresh:
@@ -118,7 +119,7 @@ class SliceKeeper:
                 list(part.output_token_ids),
                 part.prompt_token_ids,
                 part.sampling,
-                None if raw is None else pickle.loads(raw),
+                None if raw is None else self._loads(raw),
             )
         else:
             known = self._known[part.slot]
