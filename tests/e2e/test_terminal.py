@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,11 @@ PROMPT = r"\x1b\[\?2004h"  # the line editor asks for bracketed pastes when it w
 LONG = "解析三首李白的诗"  # the demo writes several hundred tokens
 
 
+def heed_interrupts() -> None:
+    """Tests that were started in the background inherit that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Any]:
     """Starts a chat in a terminal of 24 lines."""
@@ -31,7 +37,7 @@ def start(tmp_path: Path) -> Iterator[Any]:
         }  # fmt: skip
         child = pexpect.spawn(
             sys.executable, [*MAIN, "chat", *flags], cwd=str(tmp_path), encoding="utf-8",
-            env=environment(extra), dimensions=(24, 80), timeout=90,
+            env=environment(extra), dimensions=(24, 80), timeout=90, preexec_fn=heed_interrupts,
         )  # fmt: skip
         children.append(child)
         child.expect("lists the commands")
