@@ -2,10 +2,10 @@
 
     python run_model.py MODEL REQUEST.json RESULT.npz
 
-FD_LITE_DEVICE names the device. REQUEST: {"prompts": [[ids]], "max_tokens": n, "sampling": {...}}
-generates; {"sequences": [[ids]], "load": {...}} gives the logits of all positions (key "i") and,
-for the last one, the experts of every layer in ascending order ("experts i") and the scores that
-they were chosen by ("scores i").
+FD_LITE_DEVICE names the device. REQUEST: {"prompts": [[ids]], "max_tokens": n, "sampling": {...},
+"engine": {...}} generates; {"sequences": [[ids]], "load": {...}, "expert_offload": {...}} gives the
+logits of all positions (key "i") and, for the last one, the experts of every layer in ascending
+order ("experts i") and the scores that they were chosen by ("scores i").
 """
 
 from __future__ import annotations
@@ -31,14 +31,22 @@ def generate(model: str, request: dict) -> dict[str, np.ndarray]:
 
 
 def logits(model: str, request: dict) -> dict[str, np.ndarray]:
-    from fastdeploy_lite.config import LoadConfig, ModelConfig, RuntimeConfig, SchedulerConfig
+    from fastdeploy_lite.config import (
+        ExpertOffloadConfig,
+        LoadConfig,
+        ModelConfig,
+        RuntimeConfig,
+        SchedulerConfig,
+    )
     from fastdeploy_lite.worker.model_runner import ModelRunner
 
+    offload = request.get("expert_offload")
     config = RuntimeConfig(
         model_path=Path(model),
         model=ModelConfig.from_dir(Path(model)),
         scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=256, max_model_len=1024),
         load=LoadConfig(**request.get("load", {})),
+        expert_offload=None if offload is None else ExpertOffloadConfig(**offload),
     )
     runner = ModelRunner(config)
     runner.load_model()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import partings
 import pytest
 from model_driver import make_runner
 from tiny_model import write_tiny_model
@@ -84,43 +85,11 @@ def test_greedy_tokens_equal_the_cpus_or_part_at_a_tie(
     over the vocabulary at that position measures it: a parting must lie within four of them.
     """
     cpu, card = greedy
-    partings = []
-    for i, prompt in enumerate(prompts(demo_dir)):
-        ours, theirs = card[str(i)], cpu[str(i)]
-        assert len(ours) == len(theirs) == NEW_TOKENS
-        different = np.flatnonzero(ours != theirs)
-        if len(different):
-            at = int(different[0])
-            partings.append(
-                (i, at, [*prompt, *theirs[:at].tolist()], int(ours[at]), int(theirs[at]))
-            )
-    equal = sum(p[1] for p in partings) + NEW_TOKENS * (len(QUESTIONS) - len(partings))
-    print(f"{equal} tokens equal, {len(partings)} partings")
-    if not partings:
-        return
-    sequences = {"sequences": [p[2] for p in partings]}
-    exact = run(tmp_path, "cpu", demo_dir, sequences)
-    rounded = run(tmp_path, "", demo_dir, sequences)
-    for j, (i, at, _, ours, theirs) in enumerate(partings):
-        row, near = exact[str(j)][-1], rounded[str(j)][-1]
-        gap = float(row[theirs] - row[ours])
-        deviation = float(np.std(row - near))
-        print(f"prompt {i} token {at}: gap {gap:.4f}, deviation {deviation:.4f}", end="; ")
-        assert 0 <= gap <= 4 * deviation
-        experts = exact[f"experts {j}"]
-        rerouted = np.flatnonzero(np.any(experts != rounded[f"experts {j}"], axis=1))
-        if not len(rerouted):
-            assert deviation <= 0.1 * row.std()
-            print("same experts")
-            continue
-        # Rounding decided between two experts, which moves the logits further.
-        first = rerouted[0]
-        scores, moved = exact[f"scores {j}"][first], rounded[f"scores {j}"][first]
-        left = np.delete(scores, experts[first])
-        margin = scores[experts[first]].min() - left.max()
-        noise = np.std(scores - moved)
-        print(f"rerouted from layer {first} on: margin {margin:.5f}, noise {noise:.5f}")
-        assert margin <= 4 * noise and noise <= 0.05 * scores.std()
+    found = partings.find(prompts(demo_dir), card, cpu)
+    if found:
+        request = partings.request(found)
+        exact = run(tmp_path, "cpu", demo_dir, request)
+        partings.assert_explained(found, exact, run(tmp_path, "", demo_dir, request))
 
 
 @pytest.mark.timeout(300)

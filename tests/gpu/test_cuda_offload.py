@@ -7,6 +7,7 @@ from typing import Any
 
 import cards
 import numpy as np
+import partings
 import pytest
 from model_driver import generate, make_runner, sequences
 from test_cuda_model import NEW_TOKENS, distance, prompts, run
@@ -104,7 +105,8 @@ def test_the_cards_memory_shrinks_by_the_experts(tmp_path: Path) -> None:
     offloaded = make_runner(tmp_path, expert_offload=ALL, **BLOCKS).memory_report()
     assert held.weights["experts"] > 4 << 20
     assert offloaded.weights == {**held.weights, "experts": 0}
-    assert offloaded.offloaded_experts == pytest.approx(held.weights["experts"], rel=0.05)
+    # The card keeps more numbers a column, 11 % of columns as short as these.
+    assert 0.85 <= offloaded.offloaded_experts / held.weights["experts"] <= 1
 
 
 def test_no_expert_passes_through_the_card(tmp_path: Path, monkeypatch: Any) -> None:
@@ -122,28 +124,14 @@ def test_no_expert_passes_through_the_card(tmp_path: Path, monkeypatch: Any) -> 
 def test_the_demo_says_the_same_or_parts_where_the_card_is_unsure(
     tmp_path: Path, demo_dir: Path
 ) -> None:
-    """A parting must lie where the card's own two best tokens are as near as rounding is wide."""
+    """As between card and CPU: the two round inside an expert differently."""
     asked = prompts(demo_dir)
     request = {"prompts": asked, "max_tokens": NEW_TOKENS}
     card = run(tmp_path, "", demo_dir, request)
-    ours = run(tmp_path, "", demo_dir, {**request, "engine": {"moe_device": "cpu"}})
-    partings = []
-    for i, prompt in enumerate(asked):
-        found, expected = ours[str(i)], card[str(i)]
-        different = np.flatnonzero(found != expected)
-        if len(different):
-            at = int(different[0])
-            text = [*prompt, *expected[:at].tolist()]
-            partings.append((i, at, text, int(found[at]), int(expected[at])))
-    equal = len(asked) - len(partings)
-    print(f"{equal} of {len(asked)} answers of {NEW_TOKENS} tokens are equal")
-    if not partings:
-        return
-    sequences_of = {"sequences": [parting[2] for parting in partings]}
-    exact = run(tmp_path, "cpu", demo_dir, sequences_of)
-    rounded = run(tmp_path, "", demo_dir, sequences_of)
-    for j, (i, at, _, ours_token, card_token) in enumerate(partings):
-        row, near = exact[str(j)][-1], rounded[str(j)][-1]
-        gap, deviation = abs(float(near[card_token] - near[ours_token])), float(np.std(row - near))
-        print(f"prompt {i} token {at}: gap {gap:.4f}, rounding {deviation:.4f}")
-        assert gap <= 6 * deviation  # 4, as between card and CPU, for two roundings at once
+    beside = run(tmp_path, "", demo_dir, {**request, "engine": {"moe_device": "cpu"}})
+    found = partings.find(asked, beside, card)
+    if found:
+        request = partings.request(found)
+        theirs = run(tmp_path, "", demo_dir, request)
+        ours = run(tmp_path, "", demo_dir, {**request, "expert_offload": {}})
+        partings.assert_explained(found, theirs, ours)

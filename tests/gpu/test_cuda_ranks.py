@@ -12,6 +12,7 @@ from typing import Any
 
 import cards
 import numpy as np
+import partings
 import psutil
 import pytest
 import rank_work
@@ -148,25 +149,13 @@ def test_demo_tokens_are_those_of_one_card_or_part_at_a_tie(
     """As between card and CPU: sums in bf16 round elsewhere where they are made of two parts."""
     request = {"prompts": prompts(demo_dir), "max_tokens": NEW_TOKENS}
     alone = run(tmp_path, "", demo_dir, request)
-    partings = []
-    for i, prompt in enumerate(prompts(demo_dir)):
-        ours, theirs = split[str(i)], alone[str(i)]
-        assert len(ours) == len(theirs) == NEW_TOKENS
-        different = np.flatnonzero(ours != theirs)
-        if len(different):
-            at = int(different[0])
-            ids = [*prompt, *theirs[:at].tolist()]
-            partings.append((i, at, ids, int(ours[at]), int(theirs[at])))
-    print(f"TP {SIZE}: {len(alone) - len(partings)} of {len(alone)} answers equal")
-    if not partings:
+    found = partings.find(prompts(demo_dir), split, alone)
+    if not found:
         return
-    texts = {"sequences": [parting[2] for parting in partings]}
+    texts = partings.request(found)
     exact, rounded = run(tmp_path, "cpu", demo_dir, texts), run(tmp_path, "", demo_dir, texts)
-    for j, (i, at, _, ours, theirs) in enumerate(partings):
-        row, near = exact[str(j)][-1], rounded[str(j)][-1]
-        gap, deviation = abs(float(row[theirs] - row[ours])), float(np.std(row - near))
-        print(f"prompt {i} token {at}: gap {gap:.4f}, deviation of one card {deviation:.4f}")
-        assert gap <= 6 * deviation
+    for j, parting in enumerate(found):
+        partings.assert_near(parting, exact[str(j)][-1], rounded[str(j)][-1], widest=6)
 
 
 @pytest.mark.timeout(300)
