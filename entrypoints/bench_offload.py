@@ -126,6 +126,8 @@ def bench(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     runner.load_model(show_progress=True)
     runner.allocate_kv_cache(runner.profile_num_blocks())
+    if args.patience_us is not None:
+        _ops_cpu.set_loop_patience(args.patience_us)
     ready = time.perf_counter() - started
     report, facts = runner.memory_report(), _ops_cuda.device_facts(0)
     used = facts.total_bytes - facts.free_bytes
@@ -174,6 +176,9 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=128, help="tokens before decoding starts")
     parser.add_argument("--steps", type=int, default=16, help="decode steps to time")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of a prefill step")
+    parser.add_argument(
+        "--patience-us", type=int, help="of the CPU's idle threads, see cuda_host_link"
+    )
     parser.add_argument("--output", help="JSON file for the results")
     args = parser.parse_args()
     args.batches = [int(batch) for batch in args.batches.split(",")]

@@ -49,6 +49,8 @@ void bind_system(py::module_& m) {
       "Ask for huge pages, and for pages on several nodes in turn; whether each was granted.");
   m.def("set_num_threads", &set_num_threads, py::arg("count"),
         "Change num_threads() for the process.");
+  m.def("set_loop_patience", &set_loop_patience, py::arg("microseconds"),
+        "How long the process's idle threads look for the next loop before they sleep.");
   m.def(
       "current_isa", [] { return isa_name(current_isa()); }, "Name of the instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"), "Switch the instruction set for the process.");

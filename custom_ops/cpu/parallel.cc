@@ -23,11 +23,12 @@ namespace {
 
 // Long enough to bridge the Python code between two ops of a step (tens of microseconds would be
 // felt by other processes on a shared core), short against a sleeping thread's wake-up (~50 us).
-constexpr std::chrono::microseconds kSpin{20};
+std::atomic<int> patience{20};  // microseconds
 
 template <typename Condition>
 bool spin_until(const Condition& done) {
-  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  const auto deadline = std::chrono::steady_clock::now() +
+                        std::chrono::microseconds(patience.load(std::memory_order_relaxed));
   do {
     for (int i = 0; i < 16; ++i) {
       if (done()) return true;
@@ -181,6 +182,14 @@ void set_num_threads(int count) {
                                 ", expected at least 1");
   }
   threads.store(count, std::memory_order_relaxed);
+}
+
+void set_loop_patience(int microseconds) {
+  if (microseconds < 0 || microseconds > 10000) {
+    throw std::invalid_argument("patience is " + std::to_string(microseconds) +
+                                " microseconds, expected 0 to 10000");
+  }
+  patience.store(microseconds, std::memory_order_relaxed);
 }
 
 void parallel_range(int64_t count, int64_t grain, RangeFunction function, void* context) {

@@ -19,6 +19,9 @@ const std::vector<int>& loop_cpus();
 int num_threads();
 // At least 1, else std::invalid_argument.
 void set_num_threads(int count);
+// How long an idle thread looks for the next loop before it sleeps, 0 to 10,000 microseconds, else
+// std::invalid_argument; 20 unless said otherwise.
+void set_loop_patience(int microseconds);
 
 // A piece of a loop: units [begin, end). Must not throw.
 using RangeFunction = void (*)(void* context, int64_t begin, int64_t end);

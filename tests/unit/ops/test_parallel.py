@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,27 @@ def test_the_environment_sets_the_number_of_threads() -> None:
 def test_a_process_needs_a_thread() -> None:
     with pytest.raises(ValueError, match="number of threads is 0, expected at least 1"):
         _ops_cpu.set_num_threads(0)
+
+
+@pytest.mark.parametrize("microseconds", [0, 20, 2000])
+def test_loops_end_however_patient_idle_threads_are(microseconds: int) -> None:
+    weight, x = big_weight()
+    with threads(1):
+        expected = multiply(x, weight)
+    _ops_cpu.set_loop_patience(microseconds)
+    try:
+        with threads(4):
+            for pause in (0, 0, 1e-4, 1e-4, 3e-3, 0):
+                time.sleep(pause)
+                np.testing.assert_array_equal(multiply(x, weight), expected)
+    finally:
+        _ops_cpu.set_loop_patience(20)
+
+
+def test_patience_has_bounds() -> None:
+    for wrong in (-1, 10_001):
+        with pytest.raises(ValueError, match=f"patience is {wrong} microseconds, expected 0 to"):
+            _ops_cpu.set_loop_patience(wrong)
 
 
 def test_several_python_threads_may_compute_at_once() -> None:
