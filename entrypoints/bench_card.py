@@ -3,6 +3,7 @@
 
     python entrypoints/bench_card.py --shape 21b   # dummy weights in the shape of 21B-A3B
     python entrypoints/bench_card.py --shape 300b  # 300B-A47B, needs a 141 GB card
+    python entrypoints/bench_card.py --shape 21b --experts wint4   # the same, experts in int4
     python entrypoints/bench_card.py --model DIR   # real weights
     python entrypoints/bench_card.py --ops         # linear maps, each kind, no model
     python entrypoints/bench_card.py --shape 300b --layers 27 --tensor-parallel-size 2   # two cards
@@ -64,6 +65,14 @@ QUANTIZATION = {
         },
     },
 }
+EXPERTS: dict[str, dict[str, Any]] = {
+    "w4w2": QUANTIZATION,
+    "wint4": {
+        "quantization": "mix_quant",
+        "dense_quant_type": "wint8",
+        "moe_quant_type": "wint4",
+    },
+}
 COMMON: dict[str, Any] = {
     "architectures": ["Ernie4_5_MoeForCausalLM"],
     "dtype": "bfloat16",
@@ -78,7 +87,6 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
     "is_quantized": True,
-    "quantization_config": QUANTIZATION,
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "300b": {
@@ -120,6 +128,7 @@ def runtime_config(args: argparse.Namespace) -> RuntimeConfig:
     else:
         shape = {**COMMON, **SHAPES[args.shape]}
         shape["num_hidden_layers"] = args.layers or shape["num_hidden_layers"]
+        shape["quantization_config"] = EXPERTS[args.experts]
         model = ModelConfig.from_dict(shape, args.shape)
         load = "dummy"
     longest = args.context + args.steps + 2 * BLOCK_SIZE
@@ -440,6 +449,9 @@ def main() -> int:
     """Parse arguments, measure, print, and write --output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="21b")
+    parser.add_argument(
+        "--experts", choices=sorted(EXPERTS), default="w4w2", help="of dummy weights"
+    )
     parser.add_argument("--model", help="a checkpoint folder instead of dummy weights")
     parser.add_argument("--ops", action="store_true", help="time single linear maps")
     parser.add_argument(

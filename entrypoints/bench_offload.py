@@ -182,7 +182,8 @@ def main() -> int:
     parser.add_argument("--output", help="JSON file for the results")
     args = parser.parse_args()
     args.batches = [int(batch) for batch in args.batches.split(",")]
-    args.model, args.eager, args.tensor_parallel_size, args.rank = None, False, 1, 0
+    args.model, args.experts, args.eager = None, "w4w2", False
+    args.tensor_parallel_size, args.rank = 1, 0
     args.gpu_memory_utilization = 0.9  # replaced by --card-gib
     if not device.decide().is_cuda:
         print(f"no card to measure: {device.decide().reason}", file=sys.stderr)
