@@ -125,6 +125,8 @@ class Ours:
         self._pool_bytes = nbytes
         self._keys, self._values = memory.random(nbytes, 1), memory.random(nbytes, 2)
         self._scratch = memory.allocate(SCRATCH_BYTES)
+        counters = np.zeros(_ops_cuda.attention_counter_bytes, np.uint8)
+        self._counters = memory.put(counters)
 
     def seconds(self, case: Case) -> float:
         """Seconds of one launch."""
@@ -153,6 +155,7 @@ class Ours:
                     HEAD_DIM**-0.5,
                     plan,
                     self._scratch,
+                    self._counters,
                     out,
                     sizes,
                     stream,

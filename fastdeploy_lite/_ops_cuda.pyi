@@ -253,6 +253,9 @@ def rope_and_cache(
     max_positions: int,
     stream: int,
 ) -> None: ...
+
+attention_counter_bytes: int
+
 def paged_attention(
     q: int,
     key_cache: int,
@@ -263,6 +266,7 @@ def paged_attention(
     scale: float,
     plan: tuple[int, int, int],
     partial: int,
+    counters: int,
     out: int,
     sizes: tuple[int, ...],
     stream: int,
@@ -280,6 +284,7 @@ def decode_new_tokens(
     scale: float,
     plan: tuple[int, int, int],
     partial: int,
+    counters: int,
     out: int,
     sizes: tuple[int, ...],
     max_positions: int,

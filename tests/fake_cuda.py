@@ -8,17 +8,24 @@ was there before.
 from __future__ import annotations
 
 import ctypes
+import importlib
+import sys
 from collections.abc import Callable
 from itertools import count
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 Work = Callable[[], object]
+EXECUTOR = "fastdeploy_lite.model_executor"
+MODULES = (f"{EXECUTOR}.ops.cuda_runtime", f"{EXECUTOR}.cuda_host_link", f"{EXECUTOR}.cuda_graph")
 
 
 class FakeCuda(ModuleType):
     """Stands for fastdeploy_lite._ops_cuda."""
+
+    attention_counter_bytes = 16
 
     def __init__(self) -> None:
         super().__init__("fastdeploy_lite._ops_cuda")
@@ -58,6 +65,9 @@ class FakeCuda(ModuleType):
     def copy_from_pinned(self, device: int, pinned: int, nbytes: int, stream: int) -> None:
         self.put(lambda: ctypes.memmove(device, pinned, nbytes))
 
+    def clear(self, device: int, nbytes: int, stream: int) -> None:
+        self.put(lambda: ctypes.memset(device, 0, nbytes))
+
     def create_event(self) -> int:
         return next(self._handles)
 
@@ -91,3 +101,27 @@ class FakeCuda(ModuleType):
 
     def destroy_graph(self, graph: int) -> None:
         del self.graphs[graph]
+
+
+class Card:
+    """A fresh CUDA, and the modules that were imported over it."""
+
+    def __init__(self) -> None:
+        from fastdeploy_lite.model_executor.backend import paddle
+        from fastdeploy_lite.model_executor.workspace import Workspace
+
+        self.cuda = FakeCuda()
+        sys.modules["fastdeploy_lite._ops_cuda"] = self.cuda
+        modules: tuple[Any, ...] = tuple(map(importlib.import_module, MODULES))
+        self.runtime, link, graph = modules
+        self.runtime._paddle_stream = lambda: 0
+        self.workspace = Workspace(paddle.CPUPlace())
+        self.link = link.CudaHostLink(Workspace(paddle.CPUPlace()))
+        self.graphs = graph.CudaDecodeGraphs(self.workspace, 8, range(1, 9))
+
+    def forget(self) -> None:
+        """Let the modules be imported anew."""
+        for name in (*MODULES, "fastdeploy_lite._ops_cuda"):
+            sys.modules.pop(name, None)
+            parent, _, child = name.rpartition(".")
+            vars(sys.modules[parent]).pop(child, None)

@@ -307,6 +307,7 @@ void bind_products(py::module_& m) {
 }
 
 void bind_attention(py::module_& m) {
+  m.attr("attention_counter_bytes") = fc::attention_counter_bytes();
   m.def("attention_plan", [](const py::tuple& sizes, int multiprocessors, int64_t capacity) {
     const fc::AttentionPlan plan =
         fc::plan_attention(attention_shape(sizes), multiprocessors, capacity);
@@ -323,25 +324,26 @@ void bind_attention(py::module_& m) {
   m.def("paged_attention",
         [](Address q, Address key_cache, Address value_cache, Address block_tables,
            Address cu_seqlens_q, Address context_lens, float scale, const py::tuple& plan,
-           Address partial, Address out, const py::tuple& sizes, Address stream) {
-          fc::paged_attention(
-              at<const fc::bf16>(q), at<const fc::bf16>(key_cache), at<const fc::bf16>(value_cache),
-              at<const int>(block_tables), at<const int>(cu_seqlens_q), at<const int>(context_lens),
-              scale, {plan[0].cast<int>(), plan[1].cast<int>(), plan[2].cast<int64_t>()},
-              at<float>(partial), at<fc::bf16>(out), attention_shape(sizes), stream_of(stream));
+           Address partial, Address counters, Address out, const py::tuple& sizes, Address stream) {
+          fc::paged_attention(at<const fc::bf16>(q), at<const fc::bf16>(key_cache),
+                              at<const fc::bf16>(value_cache), at<const int>(block_tables),
+                              at<const int>(cu_seqlens_q), at<const int>(context_lens), scale,
+                              {plan[0].cast<int>(), plan[1].cast<int>(), plan[2].cast<int64_t>()},
+                              {at<float>(partial), at<void>(counters)}, at<fc::bf16>(out),
+                              attention_shape(sizes), stream_of(stream));
         });
   m.def("decode_new_tokens",
         [](Address qkv, Address positions, Address cos_sin, Address slot_mapping, Address key_cache,
            Address value_cache, Address block_tables, Address cu_seqlens_q, Address context_lens,
-           float scale, const py::tuple& plan, Address partial, Address out, const py::tuple& sizes,
-           int max_positions, Address stream) {
+           float scale, const py::tuple& plan, Address partial, Address counters, Address out,
+           const py::tuple& sizes, int max_positions, Address stream) {
           fc::decode_new_tokens(
               at<const fc::bf16>(qkv), at<const int>(positions), at<const float>(cos_sin),
               at<const int>(slot_mapping), at<fc::bf16>(key_cache), at<fc::bf16>(value_cache),
               at<const int>(block_tables), at<const int>(cu_seqlens_q), at<const int>(context_lens),
               scale, {plan[0].cast<int>(), plan[1].cast<int>(), plan[2].cast<int64_t>()},
-              at<float>(partial), at<fc::bf16>(out), attention_shape(sizes), max_positions,
-              stream_of(stream));
+              {at<float>(partial), at<void>(counters)}, at<fc::bf16>(out), attention_shape(sizes),
+              max_positions, stream_of(stream));
         });
 }
 

@@ -48,6 +48,8 @@ void launch_attention(const AttentionParams& p, const AttentionPlan& plan,
 
 }  // namespace
 
+int64_t attention_counter_bytes() { return sizeof(AttentionCounters); }
+
 AttentionPlan plan_attention(const AttentionShape& shape, int multiprocessors,
                              int64_t partial_capacity) {
   const int segments = most_segments(shape.table_width);
@@ -73,8 +75,8 @@ namespace {
 
 void attend(const bf16* q, const NewTokens& fresh, const bf16* key_cache, const bf16* value_cache,
             const int* block_tables, const int* cu_seqlens_q, const int* context_lens, float scale,
-            const AttentionPlan& plan, float* partial, bf16* out, const AttentionShape& shape,
-            cudaStream_t stream) {
+            const AttentionPlan& plan, const AttentionScratch& scratch, bf16* out,
+            const AttentionShape& shape, cudaStream_t stream) {
   constexpr float kLog2e = 1.4426950408889634f;
   if (!(scale > 0.0f)) {
     throw std::runtime_error("paged_attention: the scale is " + std::to_string(scale) +
@@ -86,7 +88,8 @@ void attend(const bf16* q, const NewTokens& fresh, const bf16* key_cache, const 
                           block_tables,
                           cu_seqlens_q,
                           context_lens,
-                          partial,
+                          scratch.partial,
+                          static_cast<AttentionCounters*>(scratch.counters),
                           out,
                           scale * kLog2e,
                           shape.query_heads,
@@ -114,10 +117,10 @@ void attend(const bf16* q, const NewTokens& fresh, const bf16* key_cache, const 
 
 void paged_attention(const bf16* q, const bf16* key_cache, const bf16* value_cache,
                      const int* block_tables, const int* cu_seqlens_q, const int* context_lens,
-                     float scale, const AttentionPlan& plan, float* partial, bf16* out,
-                     const AttentionShape& shape, cudaStream_t stream) {
+                     float scale, const AttentionPlan& plan, const AttentionScratch& scratch,
+                     bf16* out, const AttentionShape& shape, cudaStream_t stream) {
   attend(q, {}, key_cache, value_cache, block_tables, cu_seqlens_q, context_lens, scale, plan,
-         partial, out, shape, stream);
+         scratch, out, shape, stream);
 }
 
 namespace {
@@ -136,18 +139,19 @@ bool decodes_in_one(const AttentionShape& shape, const AttentionPlan& plan) {
 void decode_new_tokens(const bf16* qkv, const int* positions, const float* cos_sin,
                        const int* slot_mapping, bf16* key_cache, bf16* value_cache,
                        const int* block_tables, const int* cu_seqlens_q, const int* context_lens,
-                       float scale, const AttentionPlan& plan, float* partial, bf16* out,
-                       const AttentionShape& shape, int max_positions, cudaStream_t stream) {
+                       float scale, const AttentionPlan& plan, const AttentionScratch& scratch,
+                       bf16* out, const AttentionShape& shape, int max_positions,
+                       cudaStream_t stream) {
   if (!decodes_in_one(shape, plan)) {
     rope_and_cache(qkv, positions, cos_sin, slot_mapping, key_cache, value_cache, out, shape,
                    max_positions, stream);
     return paged_attention(out, key_cache, value_cache, block_tables, cu_seqlens_q, context_lens,
-                           scale, plan, partial, out, shape, stream);
+                           scale, plan, scratch, out, shape, stream);
   }
   const NewTokens fresh{qkv,       positions,   cos_sin,       slot_mapping,
                         key_cache, value_cache, max_positions, shape.num_blocks};
   attend(nullptr, fresh, key_cache, value_cache, block_tables, cu_seqlens_q, context_lens, scale,
-         plan, partial, out, shape, stream);
+         plan, scratch, out, shape, stream);
 }
 
 }  // namespace fd::cuda

@@ -38,6 +38,18 @@ struct NewTokens {
   int num_blocks;
 };
 
+constexpr int kMostTickets = 1024;
+
+/// What the blocks of a launch of decode_attention count together. Zero before it, and again when
+/// it has ended; so launches that may overlap need counters each.
+struct AttentionCounters {
+  /// Segments of a sequence and KV head that are done, where the block of the last merges them all.
+  int merge_tickets[kMostTickets];
+  /// Segments drawn by all blocks beyond their first two, and blocks that will draw no more.
+  int drawn_segments;
+  int finished_blocks;
+};
+
 struct AttentionParams {
   const bf16* q;
   const bf16* key_cache;
@@ -46,6 +58,7 @@ struct AttentionParams {
   const int* cu_seqlens_q;
   const int* context_lens;
   float* partial;
+  AttentionCounters* counters;
   bf16* out;
   float scale_log2;
   int query_heads;

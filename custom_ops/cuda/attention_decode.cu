@@ -14,17 +14,6 @@ constexpr int kRoundTokens = kAttentionWarps * kHalfTokens;
 constexpr int kRoundSteps = kRoundTokens / kBlockTokens;
 static_assert(kRoundTokens == 1 << kSegmentBits, "a segment is a whole number of rounds");
 
-constexpr int kMostTickets = 1024;
-
-/// Segments of a sequence and KV head that are done, where the block of the last merges them all;
-/// it sets the ticket back to zero.
-__device__ int merge_tickets[kMostTickets];
-
-/// Segments drawn by all blocks beyond their first two, and blocks that will draw no more; the last
-/// of these sets both back to zero.
-__device__ int drawn_segments;
-__device__ int finished_blocks;
-
 /// Floats of one row in the partial results: unnormalised output, base, sum.
 constexpr int partial_width(int dim) { return dim + 2; }
 
@@ -488,7 +477,7 @@ __device__ __forceinline__ void merge_if_last(DecodeShared<kDim>& shared, const 
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    int& ticket = merge_tickets[segment.sequence * p.kv_heads + segment.kv_head];
+    int& ticket = p.counters->merge_tickets[segment.sequence * p.kv_heads + segment.kv_head];
     shared.merges = atomicAdd(&ticket, 1) == segment.count - 1;
     if (shared.merges) ticket = 0;
   }
@@ -517,15 +506,15 @@ __device__ __forceinline__ void load_queries(Queries<kDim>& q, const AttentionPa
 
 /// Which segment a block takes after the upcoming one: the next that no block has drawn, because
 /// SMs do not get the same share of the memory's bandwidth.
-__device__ __forceinline__ int draw_segment() {
-  return 2 * gridDim.x + atomicAdd(&drawn_segments, 1);
+__device__ __forceinline__ int draw_segment(AttentionCounters* counters) {
+  return 2 * gridDim.x + atomicAdd(&counters->drawn_segments, 1);
 }
 
-__device__ __forceinline__ void finish_drawing() {
+__device__ __forceinline__ void finish_drawing(AttentionCounters* counters) {
   if (threadIdx.x != 0) return;
-  if (atomicAdd(&finished_blocks, 1) == static_cast<int>(gridDim.x) - 1) {
-    drawn_segments = 0;
-    finished_blocks = 0;
+  if (atomicAdd(&counters->finished_blocks, 1) == static_cast<int>(gridDim.x) - 1) {
+    counters->drawn_segments = 0;
+    counters->finished_blocks = 0;
   }
 }
 
@@ -559,7 +548,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) decode_attention(const A
     next.advance(shared.work, p, upcoming, items);
     const bool taken = round.ends_segment() && next.steps > 0;
     int drawn = items;
-    if (taken && draws && threadIdx.x == 0) drawn = draw_segment();
+    if (taken && draws && threadIdx.x == 0) drawn = draw_segment(p.counters);
     float s[1][4][4], shrink[kRoundSteps][2];
     score_round(shared, q, keys, round, s);
     keys.load(p, next);
@@ -586,7 +575,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) decode_attention(const A
     }
     round = next;
   }
-  if (draws) finish_drawing();
+  if (draws) finish_drawing(p.counters);
 }
 
 /// Merges the segments of sequences and KV heads; grid: (KV head, sequence).

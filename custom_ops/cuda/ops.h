@@ -96,20 +96,27 @@ struct AttentionPlan {
 /// partial_capacity: the most floats of scratch that the plan may ask for.
 AttentionPlan plan_attention(const AttentionShape& shape, int multiprocessors,
                              int64_t partial_capacity);
+/// Memory on the card that one launch at a time may use: a runner's own.
+struct AttentionScratch {
+  float* partial;  // of the plan's size
+  void* counters;  // attention_counter_bytes(), zero when they are made; kernels leave them zero
+};
+int64_t attention_counter_bytes();
 /// A token's result depends on its query and the keys and values up to it alone, bit for bit. A
 /// step of as many tokens as sequences is taken for one token each. `out` may be `q`.
 void paged_attention(const bf16* q, const bf16* key_cache, const bf16* value_cache,
                      const int* block_tables, const int* cu_seqlens_q, const int* context_lens,
-                     float scale, const AttentionPlan& plan, float* partial, bf16* out,
-                     const AttentionShape& shape, cudaStream_t stream);
+                     float scale, const AttentionPlan& plan, const AttentionScratch& scratch,
+                     bf16* out, const AttentionShape& shape, cudaStream_t stream);
 
 /// rope_and_cache, then paged_attention, for one token a sequence: in one kernel where that can be,
 /// to the same bits. The cache's entries for the new tokens need not have been written.
 void decode_new_tokens(const bf16* qkv, const int* positions, const float* cos_sin,
                        const int* slot_mapping, bf16* key_cache, bf16* value_cache,
                        const int* block_tables, const int* cu_seqlens_q, const int* context_lens,
-                       float scale, const AttentionPlan& plan, float* partial, bf16* out,
-                       const AttentionShape& shape, int max_positions, cudaStream_t stream);
+                       float scale, const AttentionPlan& plan, const AttentionScratch& scratch,
+                       bf16* out, const AttentionShape& shape, int max_positions,
+                       cudaStream_t stream);
 
 // --- sampling (sampling.cu)
 // ----------------------------------------------------------------------------------

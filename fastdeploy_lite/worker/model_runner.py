@@ -62,6 +62,10 @@ class DecodeGraphs(Protocol):
 class ModelRunner:
     """One model on one device with its KV cache; used by one thread.
 
+    Runners of one process may compute on one card at the same time, each on a thread of its own:
+    they share no memory but what is only read. (A graph is captured when its size is first needed;
+    meanwhile no other thread may wait for the whole card, as loading does.)
+
     Call `load_model`, `profile_num_blocks`, `allocate_kv_cache`, then `execute` per step.
     """
 
@@ -89,6 +93,7 @@ class ModelRunner:
         self.workspace = Workspace(self.place)
         # For what is rare (log-probabilities, evaluation): growing it leaves graphs valid.
         self._scratch = Workspace(self.place)
+        self._own_scratch = ops.own_scratch(self.place)
         self._host_links = expert_placement.host_links(config, self.place)
         self.num_blocks = 0
         self.load_seconds = 0.0
@@ -117,10 +122,11 @@ class ModelRunner:
         self._check_loading = check
         if self.communicator is not None:
             self.communicator.open(self._renew_graphs)
-        try:
-            self._load(self.config, show_progress)
-        except UndecidedRowOrderError as undecided:
-            self._load_by_text(undecided, show_progress)
+        with self._own_scratch():
+            try:
+                self._load(self.config, show_progress)
+            except UndecidedRowOrderError as undecided:
+                self._load_by_text(undecided, show_progress)
         self.load_seconds = time.perf_counter() - started
 
     def _load(self, config: RuntimeConfig, show_progress: bool) -> None:
@@ -243,7 +249,8 @@ class ModelRunner:
             return (
                 utilization * free / (parallel.tensor_parallel_size * parallel.data_parallel_size)
             )
-        self._run_largest_step()
+        with self._own_scratch():
+            self._run_largest_step()
         free, total = ops.memory_info(self.place)
         reserved = kv_budget.largest_sampling_bytes(self.config)
         return utilization * total - (total - free) - reserved
@@ -311,6 +318,10 @@ class ModelRunner:
             PeerFailedError, PeerLostError: another rank does not compute its part.
             ValueError: a slice exceeds the step's limits or names blocks that do not exist.
         """
+        with self._own_scratch():
+            return self._execute(slices)
+
+    def _execute(self, slices: Sequence[SequenceSlice]) -> list[SliceResult]:
         shape = self._inputs.prepare(slices)
         for part in slices:
             if part.fresh and self._samples:
@@ -457,10 +468,13 @@ class ModelRunner:
         for start in range(0, count, limits.max_num_batched_tokens):
             chunk = tokens[start : start + limits.max_num_batched_tokens]
             batch = self._own_batch(chunk, [len(chunk)], start, blocks, self._teacher_caches)
-            hidden = self.model(batch)
+            with self._own_scratch():
+                hidden = self.model(batch)
             for row in range(0, len(chunk), LOGIT_ROWS_AT_ONCE):
                 part = hidden[row : row + LOGIT_ROWS_AT_ONCE]
-                yield ops.download(self.model.logits(part, self._scratch)).copy()
+                with self._own_scratch():
+                    found = ops.download(self.model.logits(part, self._scratch)).copy()
+                yield found
 
     def _own_batch(
         self,

@@ -43,6 +43,7 @@ from fastdeploy_lite.model_executor.ops.transfer import (
     host_array,
     memory_info,
     narrow,
+    own_scratch,
     upload,
     widen,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "mask_logits",
     "memory_info",
     "narrow",
+    "own_scratch",
     "paged_attention",
     "process_logits",
     "randomize_weight",

@@ -7,6 +7,8 @@ vouches for them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,11 @@ def clear(tensor: Tensor) -> None:
     """See ops.clear."""
     nbytes = int(tensor.size) * int(tensor.element_size())
     _ops_cuda.clear(int(tensor.data_ptr()), nbytes, stream())
+
+
+def own_scratch(place: Any) -> Callable[[], AbstractContextManager[None]]:
+    """See ops.own_scratch."""
+    return runtime.Scratch(place).use
 
 
 def announce_step(rows: int) -> None:
@@ -268,6 +275,7 @@ def paged_attention(
         scale,
         plan,
         scratch(plan[2] * 4),
+        runtime.attention_counters(),
         address(out),
         sizes,
         stream(),
@@ -292,7 +300,8 @@ def decode_attention(
     inputs = (qkv, positions, cos_sin, slot_mapping, key_cache, value_cache)
     batch = (block_tables, cu_seqlens_q, context_lens)
     arguments: list[Any] = [address(view) for view in (*inputs, *batch)]
-    arguments += [scale, plan, scratch(plan[2] * 4), address(out), sizes, cos_sin[2][0], stream()]
+    arguments += [scale, plan, scratch(plan[2] * 4), runtime.attention_counters()]
+    arguments += [address(out), sizes, cos_sin[2][0], stream()]
     _ops_cuda.decode_new_tokens(*arguments)
 
 

@@ -1,7 +1,7 @@
 """What every CUDA op shares: the stream it runs on, scratch memory, facts about the card.
 
-One process computes on one card, and on one stream at a time, so that one block of scratch memory
-serves all ops in turn and keeps its address (CUDA graphs hold it).
+A process computes on one card. Runners may share it: each thread says for itself which stream and
+which scratch memory its ops take.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,56 @@ EARLY_START_ROWS = 16
 At 64 tokens that makes a step 3 % slower, see docs/performance.md.
 """
 
-_override: list[int] = []
-_recorders: list[Callable[[Callable[[], None]], None]] = []
+
+class Scratch:
+    """Memory on a card that ops use in turn: partial results, and what kernels count with.
+
+    Kernels of two streams may overlap, so each runner has its own and puts its ops on it with
+    `use`. It is allocated when an op first needs it and keeps its addresses: CUDA graphs hold them.
+    """
+
+    def __init__(self, place: Any) -> None:
+        """Args: place: the card."""
+        self._place = place
+        self._memory: Tensor | None = None
+        self._counters: Tensor | None = None
+
+    def memory(self) -> int:
+        """Address of SCRATCH_BYTES."""
+        if self._memory is None:
+            self._memory = empty([SCRATCH_BYTES], "uint8", self._place)
+        return int(self._memory.data_ptr())
+
+    def counters(self) -> int:
+        """Address of the attention kernels' counters, which they leave at zero."""
+        if self._counters is None:
+            nbytes = int(_ops_cuda.attention_counter_bytes)
+            counters = empty([nbytes], "uint8", self._place)
+            _ops_cuda.clear(int(counters.data_ptr()), nbytes, stream())
+            _ops_cuda.synchronize(stream())  # a graph that zeroed them would do so at each replay
+            self._counters = counters
+        return int(self._counters.data_ptr())
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Let ops that this thread calls take this memory meanwhile."""
+        _thread.scratches.append(self)
+        try:
+            yield
+        finally:
+            _thread.scratches.pop()
+
+
+class _Thread(threading.local):
+    """What was put in place of the usual, innermost last."""
+
+    def __init__(self) -> None:
+        self.streams: list[int] = []
+        self.recorders: list[Callable[[Callable[[], None]], None]] = []
+        self.scratches: list[Scratch] = []
+
+
+_thread = _Thread()
 
 
 @functools.cache
@@ -46,24 +95,24 @@ def _paddle_stream() -> int:
 
 def stream() -> int:
     """Address of the CUDA stream that ops queue their work on."""
-    return _override[-1] if _override else _paddle_stream()
+    return _thread.streams[-1] if _thread.streams else _paddle_stream()
 
 
 @contextlib.contextmanager
 def use_stream(address: int) -> Iterator[None]:
-    """Queue ops on another stream meanwhile; for graph capture."""
-    _override.append(address)
+    """Queue this thread's ops on another stream meanwhile; for graph capture."""
+    _thread.streams.append(address)
     try:
         yield
     finally:
-        _override.pop()
+        _thread.streams.pop()
 
 
 def on_host(work: Callable[[], None]) -> None:
     """Run `work` of the host between what is queued before and after: now or, while a step is
     recorded, at each replay."""
-    if _recorders:
-        _recorders[-1](work)
+    if _thread.recorders:
+        _thread.recorders[-1](work)
     else:
         work()
 
@@ -71,19 +120,22 @@ def on_host(work: Callable[[], None]) -> None:
 @contextlib.contextmanager
 def recording(cut: Callable[[Callable[[], None]], None]) -> Iterator[None]:
     """Hand the work of `on_host` to `cut` meanwhile."""
-    _recorders.append(cut)
+    _thread.recorders.append(cut)
     try:
         yield
     finally:
-        _recorders.pop()
+        _thread.recorders.pop()
 
 
-@functools.cache
-def _scratch(place: str) -> Tensor:
-    del place  # names the card: one block for each
-    return paddle.empty(
-        [SCRATCH_BYTES], dtype="uint8", device=paddle.framework._current_expected_place()
-    )
+def _scratch() -> Scratch:
+    if not _thread.scratches:  # ops outside of any runner, as tests call them
+        _thread.scratches.append(Scratch(paddle.framework._current_expected_place()))
+    return _thread.scratches[-1]
+
+
+def attention_counters() -> int:
+    """Address of what attention kernels count with, see `Scratch`."""
+    return _scratch().counters()
 
 
 def scratch(nbytes: int) -> int:
@@ -97,7 +149,7 @@ def scratch(nbytes: int) -> int:
             f"an op asks for {nbytes} bytes of scratch memory, there are {SCRATCH_BYTES}: "
             "lower max_num_batched_tokens or max_num_seqs"
         )
-    return int(_scratch(str(paddle.framework._current_expected_place())).data_ptr())
+    return _scratch().memory()
 
 
 @functools.cache

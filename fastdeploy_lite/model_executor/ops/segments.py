@@ -105,5 +105,5 @@ def _stretch_rows(place: Any, count: int, tokens: int) -> list[Tensor]:
     if found is None:
         numbers = np.arange(size, dtype=np.int32) * count
         found = [paddle.to_tensor(numbers + np.int32(i), place=place) for i in range(count)]
-        _rows[key] = found
+        found = _rows.setdefault(key, found)  # another thread's graph may hold the first
     return [rows[:tokens] for rows in found]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -128,6 +130,18 @@ def memory_info(place: Any) -> tuple[int, int]:
         free, total = native("cuda", "memory_info")(place)
         return int(free), int(total)
     return host_memory.available_bytes(), host_memory.total_bytes()
+
+
+def own_scratch(place: Any) -> Callable[[], AbstractContextManager[None]]:
+    """Return what puts the calling thread's ops on scratch memory of its own while it is entered.
+
+    For each runner of a process: kernels of two may overlap on a card. On the CPU each thread has
+    its own anyway.
+    """
+    if place_kind(place) == "cuda":
+        use: Callable[[], AbstractContextManager[None]] = native("cuda", "own_scratch")(place)
+        return use
+    return nullcontext
 
 
 def announce_step(place: Any, rows: int) -> None:

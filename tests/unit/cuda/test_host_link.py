@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import paddle
 import pytest
-from fake_cuda import FakeCuda
+from fake_cuda import Card
 from oracles.rowwise import nearest_bf16
 
 from fastdeploy_lite.model_executor import ops
@@ -19,38 +16,7 @@ from fastdeploy_lite.model_executor.ops import HostWeight
 from fastdeploy_lite.model_executor.workspace import Workspace
 
 CPU = paddle.CPUPlace()
-EXECUTOR = "fastdeploy_lite.model_executor"
-MODULES = (f"{EXECUTOR}.ops.cuda_runtime", f"{EXECUTOR}.cuda_host_link", f"{EXECUTOR}.cuda_graph")
 HIDDEN, INNER, EXPERTS, TOP_K = 128, 256, 4, 2
-
-
-class Card:
-    """A fresh CUDA, and the modules that were imported over it."""
-
-    def __init__(self) -> None:
-        self.cuda = FakeCuda()
-        sys.modules["fastdeploy_lite._ops_cuda"] = self.cuda
-        self.runtime, link, graph = map(importlib.import_module, MODULES)
-        self.runtime._paddle_stream = lambda: 0  # type: ignore[attr-defined]
-        self.workspace = Workspace(CPU)
-        self.link = link.CudaHostLink(Workspace(CPU))
-        self.graphs = graph.CudaDecodeGraphs(self.workspace, 8, range(1, 9))
-
-
-def forget_modules() -> None:
-    for name in (*MODULES, "fastdeploy_lite._ops_cuda"):
-        sys.modules.pop(name, None)
-        parent, _, child = name.rpartition(".")
-        vars(sys.modules[parent]).pop(child, None)
-
-
-@pytest.fixture
-def card() -> Iterator[Card]:
-    if "fastdeploy_lite._ops_cuda" in sys.modules:
-        pytest.skip("this process has loaded the real CUDA module")
-    made = Card()
-    yield made
-    forget_modules()
 
 
 def bf16(shape: list[int]) -> Any:
