@@ -187,15 +187,25 @@ class Sequences:
         )
 
     def prefill(self, budget: int) -> float:
-        """Compute all prompts in chunks of `budget` tokens; returns seconds."""
+        """Compute all prompts in steps of up to `budget` tokens; returns seconds."""
         started = time.perf_counter()
+        step: list[Any] = []
+        room = budget
         for index, prompt in enumerate(self._prompts):
-            for start in range(0, len(prompt), budget):
-                chunk = prompt[start : start + budget]
-                last = start + len(chunk) == len(prompt)
-                result = self._step([self.part(index, chunk, start, last)])[0]
-            self._outputs[index] += self._token(index, result)
+            done = 0
+            while done < len(prompt):
+                chunk = prompt[done : done + room]
+                step.append(self.part(index, chunk, done, done + len(chunk) == len(prompt)))
+                done, room = done + len(chunk), room - len(chunk)
+                if room == 0 or (done == len(prompt) and index == len(self._prompts) - 1):
+                    self._prefill_step(step)
+                    step, room = [], budget
         return time.perf_counter() - started
+
+    def _prefill_step(self, step: list[Any]) -> None:
+        for part, result in zip(step, self._step(step), strict=True):
+            if part.sample:
+                self._outputs[part.slot] += self._token(part.slot, result)
 
     def decode(self) -> float:
         """One step of all sequences; returns seconds."""
@@ -301,7 +311,8 @@ def bench_model(args: argparse.Namespace, bandwidth: float, communicator: Any) -
     routing = None if args.model else UniformRouting(runner)
     print(f"loaded in {runner.load_seconds:.1f} s, ready in {ready:.1f} s; {blocks} KV blocks")
     print(f"  of {args.tensor_parallel_size} cards, each:")
-    for role, held in {**memory.weights, "kv cache": memory.kv_cache}.items():
+    total = sum(memory.weights.values())
+    for role, held in {**memory.weights, "weights": total, "kv cache": memory.kv_cache}.items():
         print(f"  {role:10s} {held / GB:8.2f} GB")
     print(f"  {'workspace':10s} {memory.workspace / GB:8.2f} GB")
     bench = _Bench(args, runner, communicator, memory.weights, bandwidth, routing)

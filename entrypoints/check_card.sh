@@ -10,7 +10,7 @@
 # perplexity of the demo model, card and CPU
 # speculation  tokens a second with and without drafts, answers compared
 # hybrid     experts in main memory: 21B with 4 GiB of the card, 300B with 24 where the host has 100 GB
-# ranks      two cards: sums, failures, demo answers, 21B and half of 300B on one card and on two
+# ranks      two cards: sums, failures, demo answers, 21B and half of 300B on one card and on two, 300B on two
 # storm      many clients at once, answers compared with lone runs
 # memcheck, racecheck, initcheck  NVIDIA's compute-sanitizer over the tests of the ops
 #
@@ -87,9 +87,14 @@ stage() {
         echo "ranks: not run, it needs two cards"
         return 0
       fi
-      python -m pytest -q -s -p no:cacheprovider tests/gpu/test_cuda_ranks.py &&
-        python entrypoints/bench_ranks.py -tp 2 --output "$out/sums.json" &&
-        bench_ranks 21b 28 && bench_ranks 300b 27 ;;
+      local bad=0
+      python entrypoints/bench_card.py --shape 300b --batches 1,8,64 -tp 2 \
+        --output "$out/ranks_300b_whole.json" || bad=1
+      python entrypoints/bench_ranks.py -tp 2 --output "$out/sums.json" || bad=1
+      bench_ranks 300b 27 || bad=1
+      bench_ranks 21b 28 || bad=1
+      python -m pytest -q -s -p no:cacheprovider --durations=0 tests/gpu/test_cuda_ranks.py || bad=1
+      return $bad ;;
     storm) python tests/e2e/storm.py --clients 64 --seconds "${FD_LITE_CHECK_SECONDS:-60}" ;;
     memcheck | racecheck | initcheck) sanitize "$1" ;;
     *) echo "no stage of this name: $1" >&2; return 2 ;;
