@@ -164,11 +164,12 @@ def bits_and_perplexity() -> Picture:
 def schemes() -> dict[str, dict[str, Any]]:
     """config.json of the 300B shape in each form."""
     whole = {**bench_card.COMMON, **bench_card.SHAPES["300b"]}
-    bare = {k: v for k, v in whole.items() if k not in ("is_quantized", "quantization_config")}
+    bare = {k: v for k, v in whole.items() if k != "is_quantized"}
     online = {
         name: {**bare, "is_quantized": True, "quantization_config": {"quantization": name}}
         for name in ("wint8", "wint4")
     }
+    whole["quantization_config"] = bench_card.QUANTIZATION
     return {"bf16": bare, **online, "2Bits": whole}
 
 

@@ -169,7 +169,7 @@ def _describe_weights(found: Inspection, folders: list[Checkpoint]) -> None:
     found.stacks = _stacks(folders)
     for stack in found.stacks:
         _attempt(found, lambda stack=stack: _sample(found, folders[0], stack))  # type: ignore[misc]
-    decision = _attempt(found, lambda: row_order.decide(folders[0]))
+    decision = _attempt(found, lambda: row_order.decide(folders[0], doubts_key=True))
     if decision is not None:
         found.row_order, found.row_order_reason = decision.order, decision.reason
         found.remarks += [decision.warning] if decision.warning else []

@@ -94,18 +94,26 @@ class Decision:
         return f"{self.order} order, {self.reason}{warned}"
 
 
-def decide(checkpoint: Checkpoint, wanted: WantedOrder = "auto") -> Decision:
-    """Decide by the option, else by config.json's key, else by the weights."""
+def decide(
+    checkpoint: Checkpoint, wanted: WantedOrder = "auto", doubts_key: bool = False
+) -> Decision:
+    """Decide by the option, else by config.json's key, else by the weights.
+
+    Where there is a key, the weights are looked at only if it is doubted: `quantize` writes it.
+    """
     linears = list(first_halves(checkpoint))
     if not linears:
         return Decision("natural", NO_EXPERTS)
-    found = measure(checkpoint, linears)
     configured = checkpoint.config.quantization
     written = None if configured is None else configured.row_order
-    if wanted != "auto":
-        return Decision(wanted, "as asked", _contradiction(wanted, found))
-    if written is not None:
-        return Decision(written, "by config.json", _contradiction(written, found))
+    taken = written if wanted == "auto" else wanted
+    reason = "by config.json" if wanted == "auto" else "as asked"
+    if taken is not None and written is not None and not doubts_key:
+        told = f"2-bit rows are read in {taken} order, but config.json says {written}"
+        return Decision(taken, reason, None if taken == written else told)
+    found = measure(checkpoint, linears)
+    if taken is not None:
+        return Decision(taken, reason, _contradiction(taken, found))
     if found.order is None:
         return Decision(None, f"the weights do not tell: {found}")
     return Decision(found.order, f"by the weights: {found}")

@@ -22,11 +22,10 @@ import msgspec
 
 from fastdeploy_lite.device import CARDS_VARIABLE
 from fastdeploy_lite.distributed.communicator import Communicator
-from fastdeploy_lite.executor.base import ExecutorDeadError
 from fastdeploy_lite.executor.channel import Channel
+from fastdeploy_lite.executor.ending import Ending
 from fastdeploy_lite.executor.messages import FromRank, RankFatal, Start, ToRank, encode_start
 from fastdeploy_lite.executor.watch import Pace, RankWatch, Seen
-from fastdeploy_lite.utils.errors import FastDeployError
 from fastdeploy_lite.utils.processes import state_of
 
 LOOK_SECONDS = 0.25
@@ -75,8 +74,7 @@ class RankProcesses:
         self._cards = cards
         self._pace = Pace()
         self._ranks: list[_Rank] = []
-        self._reason: str | None = None
-        self._is_users = False
+        self._ending = Ending()
         self._selector = selectors.DefaultSelector()
         self._closing = threading.Event()
         self._started = threading.Event()
@@ -95,21 +93,12 @@ class RankProcesses:
     # What the engine's thread calls ---------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise what ended a rank.
-
-        Raises:
-            FastDeployError: the user's fault, such as a file that is damaged.
-            ExecutorDeadError: anything else.
-        """
-        if self._reason is None:
-            return
-        raise FastDeployError(self._reason) if self._is_users else ExecutorDeadError(self._reason)
+        """Raise what ended a rank, see `Ending`."""
+        self._ending.check()
 
     def give_up(self, reason: str) -> None:
         """End all ranks for a reason that the caller has found, unless there is one already."""
-        deadline = time.monotonic() + 2 * LOOK_SECONDS
-        while self._reason is None and time.monotonic() < deadline:
-            time.sleep(LOOK_SECONDS / 10)  # the watch may know better why
+        self._ending.wait(2 * LOOK_SECONDS, LOOK_SECONDS / 10)  # the watch may know better why
         self._lose(reason)
         self.check()
 
@@ -149,7 +138,7 @@ class RankProcesses:
             self._lose(f"a rank cannot be started: {type(error).__name__}: {error}")
         finally:
             self._started.set()
-        while not self._closing.is_set() and self._reason is None:
+        while not self._closing.is_set() and self._ending.reason is None:
             self._listen()
             self._look()
         self._end()
@@ -179,25 +168,27 @@ class RankProcesses:
             try:
                 message = self._decoder.decode(rank.channel.receive())
             except (EOFError, OSError):
-                self._lose(self._last_words(rank))
+                self._lose(*self._last_words(rank))
                 return
             if isinstance(message, RankFatal):
                 rank.fatal = message
-                self._lose(self._last_words(rank))
+                self._lose(*self._last_words(rank))
             else:
                 rank.inbox.put(message)
 
-    def _last_words(self, rank: _Rank) -> str:
-        if rank.fatal is not None:
-            self._is_users = self._reason is None and rank.fatal.is_users
-            return rank.fatal.reason if rank.fatal.is_users else self._name(rank, rank.fatal.reason)
+    def _last_words(self, rank: _Rank) -> tuple[str, bool]:
+        """Why a rank has ended, and whether that is the user's fault."""
+        fatal = rank.fatal
+        if fatal is not None:
+            named = fatal.reason if fatal.is_users else self._name(rank, fatal.reason)
+            return named, fatal.is_users
         try:
             code = rank.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            return self._name(rank, "closed its connection")
+            return self._name(rank, "closed its connection"), False
         if code < 0:
-            return self._name(rank, f"was ended by signal {signal.Signals(-code).name}")
-        return self._name(rank, f"ended with exit status {code}")
+            return self._name(rank, f"was ended by signal {signal.Signals(-code).name}"), False
+        return self._name(rank, f"ended with exit status {code}"), False
 
     def _look(self) -> None:
         """Notice processes that are stopped, or do not come on while others wait for them."""
@@ -215,9 +206,8 @@ class RankProcesses:
     def _name(rank: _Rank, text: str) -> str:
         return f"rank {rank.number} (process {rank.process.pid}): {text}"
 
-    def _lose(self, reason: str) -> None:
-        if self._reason is None:
-            self._reason = reason
+    def _lose(self, reason: str, is_users: bool = False) -> None:
+        self._ending.tell(reason, is_users)
         self._communicator.lose()
 
     def _end(self) -> None:

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from fastdeploy_lite.executor.base import ExecutorDeadError
+from fastdeploy_lite.executor.ending import Ending
 from fastdeploy_lite.executor.ray_cluster import LOOK_SECONDS, Demand, rank_environment
 from fastdeploy_lite.executor.ray_rank import Greeting, Pulse, RankActor, Refusal
 from fastdeploy_lite.executor.watch import Pace, RankWatch, Seen
-from fastdeploy_lite.utils.errors import FastDeployError, one_line
+from fastdeploy_lite.utils.errors import one_line
 
 PULSE_SECONDS = 0.5
 SILENT_SECONDS = 6.0  # a lost host sends no word; a busy one answers from a thread of its own
@@ -57,8 +57,7 @@ class RankActors:
         self, ray: Any, group: Any, wanted: Demand, arguments: Sequence[tuple[Any, ...]]
     ) -> None:
         self._ray = ray
-        self._reason: str | None = None
-        self._is_users = False
+        self._ending = Ending()
         self._closing = threading.Event()
         self._pace = Pace()
         self._ranks = [
@@ -122,25 +121,15 @@ class RankActors:
             self._lose(rank.name(_why_gone(error)))
             return
         if isinstance(found, Refusal):
-            self._is_users = self._reason is None and found.is_users
-            self._lose(rank.name(found.reason))
+            self._lose(rank.name(found.reason), found.is_users)
 
     def check(self) -> None:
-        """Raise what ended a rank.
-
-        Raises:
-            FastDeployError: the user's fault, such as a file that is damaged.
-            ExecutorDeadError: anything else.
-        """
-        if self._reason is None:
-            return
-        raise FastDeployError(self._reason) if self._is_users else ExecutorDeadError(self._reason)
+        """Raise what ended a rank, see `Ending`."""
+        self._ending.check()
 
     def give_up(self, reason: str) -> None:
         """End all ranks for a reason that the caller has found, unless there is one already."""
-        deadline = time.monotonic() + SILENT_SECONDS
-        while self._reason is None and time.monotonic() < deadline:
-            time.sleep(LOOK_SECONDS / 10)  # the watch may know better why
+        self._ending.wait(SILENT_SECONDS, LOOK_SECONDS / 10)  # the watch may know better why
         self._lose(reason)
         self.check()
 
@@ -153,7 +142,7 @@ class RankActors:
     # The watch ------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        while not self._closing.wait(PULSE_SECONDS) and self._reason is None:
+        while not self._closing.wait(PULSE_SECONDS) and self._ending.reason is None:
             for rank in self._ranks:
                 if rank.greeting is not None:
                     self._feel(rank)
@@ -192,9 +181,8 @@ class RankActors:
             if wrong is not None:
                 self._lose(rank.name(wrong))
 
-    def _lose(self, reason: str) -> None:
-        if self._reason is None:
-            self._reason = one_line(reason)
+    def _lose(self, reason: str, is_users: bool = False) -> None:
+        if self._ending.tell(one_line(reason), is_users):
             self._end()  # whoever waits for the lost one would wait long
 
     def _end(self) -> None:

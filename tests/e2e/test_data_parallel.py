@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import threading
 import time
@@ -13,33 +12,20 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from one_answer import BODY, CHAT, LONG, answer, per_replica, wait_running
 from server_process import ServerProcess, running_server
 
 from fastdeploy_lite import LLM
 from fastdeploy_lite.utils.errors import ConfigError
 
-CHAT = "/v1/chat/completions"
 FLAGS = (
     "--data-parallel-size", "2", "--max-model-len", "1024", "--max-num-seqs", "8",
     "--num-gpu-blocks-override", "160",
 )  # fmt: skip
-BODY: dict[str, Any] = {
-    "messages": [{"role": "user", "content": "Tell me of the moon over the old river."}],
-    "max_tokens": 24,
-    "temperature": 0,
-}
-LONG = {**BODY, "max_tokens": 900, "min_tokens": 800}
 
 
 def engines(server: ServerProcess) -> list[psutil.Process]:
     return [p for p in server.family() if any("core_process" in word for word in p.cmdline())]
-
-
-def per_replica(server: ServerProcess, name: str) -> dict[str, float]:
-    """Samples of one gauge by replica."""
-    text = httpx.get(f"{server.url}/metrics", timeout=10).text
-    found = re.findall(rf'^fastdeploy:{name}{{replica="(\d+)"}} (\S+)$', text, re.MULTILINE)
-    return {replica: float(value) for replica, value in found}
 
 
 def post_many(server: ServerProcess, count: int, body: dict[str, Any]) -> list[Any]:
@@ -63,18 +49,6 @@ def join(found: list[Any]) -> list[tuple[int, str]]:
     for thread in threads:
         thread.join(90)
     return [each for each in found if isinstance(each, tuple)]
-
-
-def wait_running(server: ServerProcess, count: int) -> None:
-    deadline = time.monotonic() + 30
-    while server.metric("fastdeploy:num_requests_running") < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def answer(server: ServerProcess) -> Any:
-    found = httpx.post(f"{server.url}{CHAT}", json=BODY, timeout=60)
-    return found.status_code, found.json().get("choices")
 
 
 @pytest.mark.timeout(240)

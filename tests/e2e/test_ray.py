@@ -5,24 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 from local_ray import LocalCluster, local_cluster
+from one_answer import answer, per_replica
 from server_process import ServerProcess, running_server
 
-CHAT = "/v1/chat/completions"
 FLAGS = (
     "--distributed-executor-backend", "ray", "--max-model-len", "1024", "--max-num-seqs", "8",
     "--num-gpu-blocks-override", "160",
 )  # fmt: skip
-BODY: dict[str, Any] = {
-    "messages": [{"role": "user", "content": "Tell me of the moon over the old river."}],
-    "max_tokens": 24,
-    "temperature": 0,
-}
 
 
 def actors() -> set[int]:
@@ -30,11 +24,6 @@ def actors() -> set[int]:
     return {
         p.pid for p in psutil.process_iter(["cmdline"]) if "RankActor" in str(p.info["cmdline"])
     }
-
-
-def answer(server: ServerProcess) -> Any:
-    found = httpx.post(f"{server.url}{CHAT}", json=BODY, timeout=60)
-    return found.status_code, found.json().get("choices")
 
 
 def wait(ready: Callable[[], bool], seconds: float) -> float:
@@ -86,6 +75,4 @@ def lose_a_node(remote: ServerProcess, cluster: LocalCluster, is_split: bool) ->
 
 
 def up(remote: ServerProcess, is_split: bool) -> bool:
-    text = httpx.get(f"{remote.url}/metrics", timeout=10).text
-    states = [line for line in text.splitlines() if line.startswith("fastdeploy:replica_up{")]
-    return is_split or all(line.endswith((" 1.0", " 1")) for line in states)
+    return is_split or all(per_replica(remote, "replica_up").values())

@@ -9,26 +9,19 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 import storm
+from one_answer import BODY, CHAT, LONG, answer, wait_running
 from server_process import ServerProcess, running_server
 from tiny_model import write_tiny_model
 
 from fastdeploy_lite import LLM, SamplingParams
 from fastdeploy_lite.engine.sampling_params import GuidedDecodingParams
 
-CHAT = "/v1/chat/completions"
 FLAGS = ("--tensor-parallel-size", "2", "--max-model-len", "1024", "--max-num-seqs", "16")
-BODY: dict[str, Any] = {
-    "messages": [{"role": "user", "content": "Tell me of the moon over the old river."}],
-    "max_tokens": 24,
-    "temperature": 0,
-}
-LONG = {**BODY, "max_tokens": 900, "min_tokens": 800}
 PROMPTS = ["白日依山尽，", "The quick brown fox", "def main():", "Once upon a time", "1, 2, 3, 4,"]
 
 
@@ -52,16 +45,8 @@ def load(server: ServerProcess, count: int = 3) -> list[threading.Thread]:
     threads = [threading.Thread(target=post) for _ in range(count)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 20
-    while server.metric("fastdeploy:num_requests_running") < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_running(server, count)
     return threads
-
-
-def answer(server: ServerProcess) -> Any:
-    found = httpx.post(f"{server.url}{CHAT}", json=BODY, timeout=60)
-    return found.status_code, found.json().get("choices")
 
 
 def test_demo_answers_are_those_of_one_process_at_any_size() -> None:

@@ -118,7 +118,9 @@ def without_key(folder: Path) -> Path:
     return folder
 
 
-def test_the_option_wins_then_the_key_then_the_weights(tmp_path: Path) -> None:
+def test_the_option_wins_then_the_key_then_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     demo = Checkpoint.open(demo_path())
     by_weights = row_order.decide(demo)
     assert (by_weights.order, by_weights.warning) == ("natural", None)
@@ -134,10 +136,18 @@ def test_the_option_wins_then_the_key_then_the_weights(tmp_path: Path) -> None:
         "permuted"
     )
     (copy / "config.json").write_text(json.dumps(config))
-    written = row_order.decide(Checkpoint.open(copy))
+    lies = Checkpoint.open(copy)
+    doubted = row_order.decide(lies, doubts_key=True)
+    assert (doubted.order, doubted.reason) == ("permuted", "by config.json")
+    assert doubted.warning is not None and "but look natural" in doubted.warning
+
+    monkeypatch.setattr(row_order, "measure", lambda *_: pytest.fail("the key has said it"))
+    written = row_order.decide(lies)
     assert (written.order, written.reason) == ("permuted", "by config.json")
-    assert written.warning is not None
-    assert row_order.decide(Checkpoint.open(copy), "natural").order == "natural"
+    assert written.warning is row_order.decide(lies, "permuted").warning is None
+    forced = row_order.decide(lies, "natural")
+    assert (forced.order, forced.reason) == ("natural", "as asked")
+    assert forced.warning == "2-bit rows are read in natural order, but config.json says permuted"
 
 
 def test_the_study_of_detection_tells_right_from_wrong(tmp_path: Path) -> None:
