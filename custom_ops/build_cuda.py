@@ -172,7 +172,10 @@ def _build_ops(
     includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
     includes += cublas_includes(nvcc)
     kernels = sorted((native / "cuda").rglob("*.cu"))
-    hosts = [*sorted((native / "cuda").rglob("*.cc")), native / "bindings" / "module_cuda.cc"]
+    hosts = [
+        *sorted((native / "cuda").rglob("*.cc")),
+        *sorted((native / "bindings").glob("*cuda*.cc")),
+    ]
     units = [_unit(nvcc, native, source, build_dir, targets) for source in kernels]
     units += [_unit(nvcc, native, source, build_dir, includes) for source in hosts]
     # the largest files first, so that the last compiler does not run alone

@@ -1,10 +1,13 @@
 """CUDA ops over plain device addresses; 0 stands for an absent tensor, the stream comes last.
 
-Only `fastdeploy_lite.model_executor.ops.cuda_*` call these: they check shapes and dtypes first.
+Only `fastdeploy_lite.model_executor.ops.cuda_*` and, for the encoders, `quantization.card` call
+these: they check shapes and dtypes first.
 Failures raise RuntimeError naming the op. Every op only queues work on the stream and may be
 captured into a graph, but for upload, download, synchronize, time_copy and the functions of pinned
 memory, events and graphs.
 """
+
+from collections.abc import Sequence
 
 max_top_logprobs: int
 
@@ -37,6 +40,8 @@ def device_facts(device: int) -> DeviceFacts: ...
 def upload(device: int, host: int, nbytes: int, stream: int) -> None: ...
 def download(host: int, device: int, nbytes: int, stream: int) -> None: ...
 def copy(to: int, source: int, nbytes: int, stream: int) -> None: ...
+def allocate(nbytes: int) -> int: ...
+def release(memory: int) -> None: ...
 def allocate_pinned(nbytes: int) -> int: ...
 def free_pinned(memory: int) -> None: ...
 def copy_to_pinned(pinned: int, device: int, nbytes: int, stream: int) -> None: ...
@@ -342,5 +347,64 @@ def token_logprobs(
     out_logprobs: int,
     rows: int,
     vocab: int,
+    stream: int,
+) -> None: ...
+
+bad_column: int
+
+class EncodeInput:
+    """A matrix on the card and the codes among which its columns choose."""
+
+    def __init__(
+        self,
+        weight: int,
+        is_float: bool,
+        row_of: int,
+        rows: int,
+        columns: int,
+        books: int,
+        codes: int,
+        factors: Sequence[float],
+    ) -> None: ...
+
+def encode_plain_bytes(rows: int, columns: int, codes: int) -> int: ...
+def encode_hessian_bytes(rows: int, columns: int, codes: int) -> int: ...
+def encode_plain(
+    given: EncodeInput, refinements: int, result: Sequence[int], scratch: int, stream: int
+) -> None: ...
+def encode_hessian(
+    given: EncodeInput,
+    terms: Sequence[int],
+    candidates: int,
+    descents: int,
+    result: Sequence[int],
+    scratch: int,
+    stream: int,
+) -> None: ...
+def hessian_terms(terms: Sequence[int], size: int, wide: int, status: int, stream: int) -> None: ...
+def blend_moments(
+    first: int,
+    first_share: float,
+    second: int,
+    second_share: float,
+    size: int,
+    damping: float,
+    mean: int,
+    mixed: int,
+    status: int,
+    stream: int,
+) -> None: ...
+def multiply(
+    a: int,
+    lda: int,
+    transposed: bool,
+    b: int,
+    ldb: int,
+    c: int,
+    ldc: int,
+    rows: int,
+    columns: int,
+    depth: int,
+    accumulate: bool,
     stream: int,
 ) -> None: ...

@@ -57,17 +57,22 @@ def decide() -> Device:
     Raises:
         ConfigError: `FD_LITE_DEVICE` names an unknown device or one that is not there.
     """
-    wanted = os.environ.get(DEVICE_VARIABLE, "").strip().lower()
-    if wanted in ("", "auto"):
+    asked = wanted()
+    if asked == "auto":
         return _automatic()
-    if wanted not in _KINDS:
+    if asked not in _KINDS:
         raise ConfigError(
-            f"{DEVICE_VARIABLE} is {wanted!r}, expected one of auto, {', '.join(_KINDS)}"
+            f"{DEVICE_VARIABLE} is {asked!r}, expected one of auto, {', '.join(_KINDS)}"
         )
-    missing = _missing(wanted)
+    missing = _missing(asked)
     if missing is not None:
-        raise ConfigError(f"{DEVICE_VARIABLE} is {wanted!r} but {missing}")
-    return Device(wanted, f"{DEVICE_VARIABLE}={wanted}")
+        raise ConfigError(f"{DEVICE_VARIABLE} is {asked!r} but {missing}")
+    return Device(asked, f"{DEVICE_VARIABLE}={asked}")
+
+
+def wanted() -> str:
+    """What `FD_LITE_DEVICE` asks for; "auto" when it asks for nothing."""
+    return os.environ.get(DEVICE_VARIABLE, "").strip().lower() or "auto"
 
 
 def prepare_environment() -> None:
@@ -164,7 +169,7 @@ def describe() -> dict[str, str]:
         "reason": device.reason,
         "paddle": _paddle_version() or "not installed",
         "paddle CUDA": _paddle_cuda() or "none",
-        "CUDA module": "built" if _has_cuda_module() else "not built",
+        "CUDA module": "built" if has_cuda_module() else "not built",
         "NVIDIA plug-in": str(plugin) if plugin else "not built",
         "NVIDIA cards": str(_count_cards()),
     }
@@ -186,7 +191,7 @@ def _missing(kind: str) -> str | None:
         return None
     if _count_cards() == 0:
         return "no NVIDIA card is present"
-    if not _has_cuda_module():
+    if not has_cuda_module():
         return "the CUDA module is not built: install again where nvcc is on PATH"
     if kind == "gpu" and not _paddle_cuda():
         return "the installed Paddle has no CUDA support"
@@ -199,7 +204,8 @@ def _count_cards() -> int:
     return len(visible_cards())
 
 
-def _has_cuda_module() -> bool:
+def has_cuda_module() -> bool:
+    """Whether this installation has the CUDA ops."""
     return importlib.util.find_spec(CUDA_MODULE) is not None
 
 

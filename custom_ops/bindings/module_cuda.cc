@@ -14,6 +14,8 @@
 
 namespace py = pybind11;
 
+void bind_encode(py::module_& m);  // cuda_encode.cc
+
 namespace {
 
 namespace fc = fd::cuda;
@@ -158,6 +160,8 @@ void bind_runtime(py::module_& m) {
   m.def("copy", [](Address to, Address from, int64_t bytes, Address stream) {
     fc::copy(at<void>(to), at<const void>(from), bytes, stream_of(stream));
   });
+  m.def("allocate", [](int64_t bytes) { return reinterpret_cast<Address>(fc::allocate(bytes)); });
+  m.def("release", [](Address memory) { fc::release(at<void>(memory)); });
   m.def("allocate_pinned",
         [](int64_t bytes) { return reinterpret_cast<Address>(fc::allocate_pinned(bytes)); });
   m.def("free_pinned", [](Address memory) { fc::free_pinned(at<void>(memory)); });
@@ -443,4 +447,5 @@ PYBIND11_MODULE(_ops_cuda, m) {
   bind_attention(m);
   bind_sampling(m);
   bind_ranks(m);
+  bind_encode(m);
 }

@@ -112,6 +112,18 @@ void copy(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream), "copy");
 }
 
+void* allocate(int64_t bytes) {
+  void* memory = nullptr;
+  check(cudaMalloc(&memory, bytes), "allocate");
+  return memory;
+}
+
+void release(void* memory) {
+  const cudaError_t status = cudaFree(memory);
+  // At exit the driver may have gone first.
+  if (status != cudaErrorCudartUnloading) check(status, "release");
+}
+
 void* allocate_pinned(int64_t bytes) {
   void* memory = nullptr;
   check(cudaHostAlloc(&memory, bytes, cudaHostAllocPortable), "allocate_pinned");

@@ -26,6 +26,9 @@ void upload(void* device, const void* host, int64_t bytes, cudaStream_t stream);
 /// Copies to the host and waits.
 void download(void* host, const void* device, int64_t bytes, cudaStream_t stream);
 void copy(void* to, const void* from, int64_t bytes, cudaStream_t stream);
+/// Memory of the card, outside Paddle's pools.
+void* allocate(int64_t bytes);
+void release(void* memory);
 /// Page-locked host memory.
 void* allocate_pinned(int64_t bytes);
 void free_pinned(void* memory);

@@ -30,6 +30,7 @@ from fastdeploy_lite.formats.ccq import (
 from fastdeploy_lite.formats.tiles import pack_int4, pack_int8
 from fastdeploy_lite.models.linear import Linear
 from fastdeploy_lite.quantization import ccq_hessian, ccq_search, hessian, int_hessian
+from fastdeploy_lite.quantization.convert import ccq_tensors
 from fastdeploy_lite.quantization.journal import FileTensor, LayerResult
 from fastdeploy_lite.quantization.weight_only import IntWeight, quantize_int4, quantize_int8
 from fastdeploy_lite.quantization_config import WeightKind
@@ -234,7 +235,7 @@ def encode_matrix(
     if kind == "ccq":
         encoded = _encode_ccq(weight, moments, settings)
         return EncodedMatrix(
-            _ccq_tensors(encoded), to_true_order(encoded.decode(), settings.row_order)
+            ccq_tensors(encoded), to_true_order(encoded.decode(), settings.row_order)
         )
     if moments is not None:
         result = int_hessian.quantize(weight, moments, _LARGEST[kind])
@@ -281,16 +282,6 @@ def for_loading(tensors: dict[str, FileTensor]) -> dict[str, Any]:
     return {
         suffix: bfloat16_to_float32(array) if dtype == "BF16" else array
         for suffix, (array, dtype) in tensors.items()
-    }
-
-
-def _ccq_tensors(encoded: CCQWeight) -> dict[str, FileTensor]:
-    return {
-        "quant_weight": (encoded.packed, "U8"),
-        "weight_scale": (encoded.local_scale, "U8"),
-        "super_scales": (float32_to_bfloat16(encoded.super_scale), "BF16"),
-        "code_scale": (encoded.code_scale, "F32"),
-        "code_zp": (encoded.code_zp, "F32"),
     }
 
 

@@ -90,7 +90,7 @@ def encode(
     """
     matrix = checked_matrix(weight)
     rows, columns = matrix.shape
-    table = np.asarray(_default_codes(rows) if codes is None else codes, dtype=np.float32)
+    table = np.asarray(default_codes(rows) if codes is None else codes, dtype=np.float32)
     if table.ndim != 2 or table.shape[1] != 2 or len(table) == 0:
         raise ValueError(f"codes: found shape {list(table.shape)}, expected [number of codes, 2]")
     books = code_books(table)
@@ -122,7 +122,7 @@ def round_to_bfloat16(values: npt.NDArray[Any]) -> ArrayF32:
     return bfloat16_to_float32(float32_to_bfloat16(values))
 
 
-def _default_codes(rows: int) -> Sequence[tuple[float, float]]:
+def default_codes(rows: int) -> Sequence[tuple[float, float]]:
     return CODES[: 64 if rows <= 512 else 32 if rows <= 2048 else 16]
 
 
@@ -146,7 +146,7 @@ def _encode_block(
     result: CCQWeight,
 ) -> None:
     """Encode columns ``part`` of ``matrix`` into ``result``."""
-    columns = matrix[:, part].T.astype(np.float64)
+    columns = np.ascontiguousarray(matrix[:, part].T, np.float64)
     peak = np.abs(columns).max(axis=1)
     # Scaling by a power of two is exact and keeps squares inside float32 for any input.
     exponent = np.where(peak > 0, np.frexp(peak)[1], 0)
@@ -271,7 +271,10 @@ def _fit_super_scale(
     """Least-squares super scale for the bytes ``packed`` [n, R] and the local scales."""
     points = books[fit.code[:, None], :, packed]  # [n, R, 4]
     local = np.repeat(fit.local_scale, VECTORS_PER_GROUP, axis=1).astype(np.float64)
-    cross = (np.einsum("nri,nri->nr", points, block.vectors) * local).sum(axis=1)
+    # In an order that is no library's: a card adds up the same numbers.
+    product = points * block.vectors
+    inner = (product[..., 0] + product[..., 1]) + (product[..., 2] + product[..., 3])
+    cross = (inner * local).sum(axis=1)
     square = (np.square(points, dtype=np.float64).sum(axis=2) * local**2).sum(axis=1)
     ratio = np.divide(cross, square, out=np.zeros_like(cross), where=square > 0)
     fit.super_scale = np.where(ratio > 0, _valid_super_scale(ratio, floor), fit.super_scale).astype(

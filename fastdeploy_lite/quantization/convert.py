@@ -36,10 +36,17 @@ from fastdeploy_lite.checkpoint.linears import (
 )
 from fastdeploy_lite.checkpoint.progress import loading_bar
 from fastdeploy_lite.checkpoint.writer import PARTIAL_SUFFIX, write_json
-from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder, to_stored_order, to_true_order
+from fastdeploy_lite.formats.ccq import (
+    ROW_ORDERS,
+    CCQWeight,
+    RowOrder,
+    to_stored_order,
+    to_true_order,
+)
 from fastdeploy_lite.formats.tiles import pack_int4, pack_int8
 from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization import ccq_search
+from fastdeploy_lite.quantization.card import Card
 from fastdeploy_lite.quantization.journal import FileTensor, Journal, LayerResult
 from fastdeploy_lite.quantization.weight_only import quantize_int4, quantize_int8
 from fastdeploy_lite.quantization_config import QuantizationConfig, WeightKind
@@ -116,6 +123,7 @@ def quantize_checkpoint(
     shard_bytes: int = 4 << 30,
     force: bool = False,
     workers: int | None = None,
+    card: Card | None = None,
     progress: bool = True,
 ) -> ConversionReport:
     """Quantise the bf16 checkpoint in ``model_dir`` into the new folder ``output_dir``.
@@ -135,10 +143,12 @@ def quantize_checkpoint(
     part of the matrices, as the published TP models are.
     shard_bytes: size of an output file. force: replace an output folder that is not empty.
     workers: threads of the encoder (default: all CPUs).
+    card: searches the codes of CCQ experts (`card.find`); None: the CPU.
 
-    The result depends on the input alone, not on threads or memory. Layers of 2-bit experts are
-    kept in the folder `output_dir` + `.unfinished` until all is done: a run that was killed goes on
-    after them when it is started again with the same arguments, and ends with the same bytes.
+    The result depends on the input alone, not on threads, memory or card. Layers of 2-bit experts
+    are kept in the folder `output_dir` + `.unfinished` until all is done: a run that was killed
+    goes on after them when it is started again with the same arguments, on whatever device, and
+    ends with the same bytes.
 
     Raises ConfigError (arguments, an input that is quantised already, other arguments than the
     unfinished run) and CheckpointError (damaged input, a linear whose sizes the format cannot hold,
@@ -158,7 +168,7 @@ def quantize_checkpoint(
     prepare_output(Path(model_dir), output, force)
     report = ConversionReport()
     journal = _journal(output, ranks[0], config, codes, tensor_parallel_size)
-    works = [_Encoding(rank, codes, workers, row_order, report, journal) for rank in ranks]
+    works = [_Encoding(rank, codes, workers, row_order, report, journal, card) for rank in ranks]
     try:
         _write(output, works, config, shard_bytes, progress)
     except CheckpointError:  # of the input, which will be another one next time
@@ -251,21 +261,25 @@ def quantize_matrix(
     if kind == "ccq":
         stored = to_stored_order(weight, row_order)
         encoded = ccq_search.encode(stored, codes=codes, workers=workers)
-        tensors: dict[str, FileTensor] = {
-            "quant_weight": (encoded.packed, "U8"),
-            "weight_scale": (encoded.local_scale, "U8"),
-            "super_scales": (float32_to_bfloat16(encoded.super_scale), "BF16"),
-            "code_scale": (encoded.code_scale, "F32"),
-            "code_zp": (encoded.code_zp, "F32"),
-        }
-        return tensors, to_true_order(encoded.decode(), row_order)
+        return ccq_tensors(encoded), to_true_order(encoded.decode(), row_order)
     quantize, pack = (quantize_int8, pack_int8) if kind == "int8" else (quantize_int4, pack_int4)
     result = quantize(weight)
-    tensors = {
+    tensors: dict[str, FileTensor] = {
         "quant_weight": (pack(result.quantized), "I8"),
         "weight_scale": (float32_to_bfloat16(result.scale), "BF16"),
     }
     return tensors, result.dequantize()
+
+
+def ccq_tensors(encoded: CCQWeight) -> dict[str, FileTensor]:
+    """What a file holds of an encoded matrix, by suffix."""
+    return {
+        "quant_weight": (encoded.packed, "U8"),
+        "weight_scale": (encoded.local_scale, "U8"),
+        "super_scales": (float32_to_bfloat16(encoded.super_scale), "BF16"),
+        "code_scale": (encoded.code_scale, "F32"),
+        "code_zp": (encoded.code_zp, "F32"),
+    }
 
 
 def target_config(
@@ -420,6 +434,7 @@ class _Encoding:
     row_order: RowOrder
     report: ConversionReport
     journal: Journal | None
+    card: Card | None
 
     def layer(self, linears: Sequence[Linear]) -> tuple[dict[str, FileTensor], int]:
         """Tensors by full key for the linears of a layer, and the bytes that were read for them.
@@ -463,23 +478,34 @@ class _Encoding:
         source = read_linear(self.checkpoint, _as_dense(linear)).arrays["weight"]
         # In one order of memory whatever the file's: sums of another order differ in the last bit.
         source = np.ascontiguousarray(source)
-        weight = bfloat16_to_float32(source) if source.dtype == np.uint16 else source
         try:
-            tensors, decoded = quantize_matrix(
-                linear.kind,
-                weight,
-                codes=self.codes,
-                workers=self.workers,
-                row_order=self.row_order,
-            )
-        except ValueError as error:
-            raise CheckpointError(f"{self.checkpoint.source}: {linear.module}: {error}") from error
-        kind.weights += weight.size
+            tensors, energy, error = self._quantized(linear.kind, source)
+        except ValueError as error_found:
+            raise CheckpointError(
+                f"{self.checkpoint.source}: {linear.module}: {error_found}"
+            ) from error_found
+        kind.weights += source.size
         kind.bits += 8 * sum(array.nbytes for array, _ in tensors.values())
-        kind.energy += float(np.square(weight, dtype=np.float64).sum())
-        kind.error += float(np.square(decoded - weight, dtype=np.float64).sum())
+        kind.energy += energy
+        kind.error += error
         named = {f"{linear.module}.{suffix}": tensor for suffix, tensor in tensors.items()}
         return named, source.nbytes
+
+    def _quantized(
+        self, kind: WeightKind, source: npt.NDArray[Any]
+    ) -> tuple[dict[str, FileTensor], float, float]:
+        """Tensors by suffix, and the sums of squares of weights and errors."""
+        is_bfloat16 = source.dtype == np.uint16
+        if kind == "ccq" and self.card is not None:
+            given = source if is_bfloat16 else source.astype(np.float32, copy=False)
+            found = self.card.encode(given, codes=self.codes, row_order=self.row_order)
+            return ccq_tensors(found.weight), found.energy, found.error
+        weight = bfloat16_to_float32(source) if is_bfloat16 else source
+        tensors, decoded = quantize_matrix(
+            kind, weight, codes=self.codes, workers=self.workers, row_order=self.row_order
+        )
+        energy = float(np.square(weight, dtype=np.float64).sum())
+        return tensors, energy, float(np.square(decoded - weight, dtype=np.float64).sum())
 
 
 def _as_dense(linear: Linear) -> Linear:

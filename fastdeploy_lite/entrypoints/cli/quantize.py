@@ -10,6 +10,7 @@ from typing import get_args
 from fastdeploy_lite import _ops_cpu
 from fastdeploy_lite.formats.ccq import ROW_ORDERS
 from fastdeploy_lite.models.family import ModelConfig
+from fastdeploy_lite.quantization import card
 from fastdeploy_lite.quantization.budget import w4_end_layer_for_bits
 from fastdeploy_lite.quantization.convert import (
     DEFAULT_W4_END_LAYER,
@@ -134,6 +135,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "restart needs after every layer",
     )
     text.add_argument("--seed", type=int, default=0, help="of the draw of text (default 0)")
+    parser.add_argument(
+        "--device",
+        choices=card.CHOICES,
+        default="auto",
+        help="where 2-bit codes are searched: nvidia, cpu, or auto: a card where there is one "
+        "(default)",
+    )
     parser.add_argument("--num-threads", type=int, metavar="N", help="default: all CPUs")
     parser.add_argument("--force", action="store_true", help="replace a model in --output")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
@@ -146,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
         if args.bits is not None and args.int4_layers is None:
             args.moe_w4_end_layer = _layers_for_bits(args)
         _check_tuning(args)
+        args.card = _card(args)
         text = _convert(args) if args.calibration is None else _calibrate(args)
     except (FastDeployError, OSError) as error:
         print(f"fastdeploy-lite quantize: {error}", file=sys.stderr)
@@ -153,6 +162,14 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(text)
     return 0
+
+
+def _card(args: argparse.Namespace) -> card.Card | None:
+    """Where codes are searched, with a line that says so."""
+    found, reason = card.find(args.device)
+    if not args.quiet and args.scheme in ("w4w2", "2bits"):
+        print(f"2-bit codes are searched on {'an NVIDIA card' if found else 'the CPU'}: {reason}")
+    return found
 
 
 def _check_tuning(args: argparse.Namespace) -> None:
@@ -211,6 +228,7 @@ def _convert(args: argparse.Namespace) -> str:
         shard_bytes=args.shard_size,
         force=args.force,
         workers=args.num_threads,
+        card=args.card,
         progress=not args.quiet,
     )
     return summary(report)

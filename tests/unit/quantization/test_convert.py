@@ -17,9 +17,10 @@ from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import model_linears, read_linear, verify
 from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32
 from fastdeploy_lite.entrypoints.cli import quantize as cli
-from fastdeploy_lite.formats.ccq import to_true_order
+from fastdeploy_lite.formats.ccq import to_stored_order, to_true_order
 from fastdeploy_lite.formats.tiles import unpack_int4, unpack_int8
-from fastdeploy_lite.quantization import convert
+from fastdeploy_lite.quantization import ccq_search, convert
+from fastdeploy_lite.quantization.card import Encoded
 from fastdeploy_lite.quantization.convert import quantize_checkpoint, quantize_matrix
 from fastdeploy_lite.quantization.weight_only import dequantize
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
@@ -127,6 +128,33 @@ def test_result_is_deterministic_and_independent_of_threads_and_shards(
     assert set(first) == set(second)
     for key in first:
         np.testing.assert_array_equal(first.get(key).data, second.get(key).data)
+
+
+class CardOfTheCpu:
+    """Encodes as a card would, and counts."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def encode(self, weight: np.ndarray, *, codes: object, row_order: str) -> Encoded:
+        assert weight.dtype == np.uint16, "a card takes the file's bfloat16 as it is"
+        self.calls += 1
+        wide = bfloat16_to_float32(weight)
+        found = ccq_search.encode(to_stored_order(wide, row_order), codes=codes)
+        lost = to_true_order(found.decode(), row_order) - wide
+        energy = float(np.square(wide, dtype=np.float64).sum())
+        return Encoded(found, energy, float(np.square(lost, dtype=np.float64).sum()))
+
+
+def test_a_card_searches_the_codes_and_the_files_stay_the_same(
+    source: Path, tmp_path: Path
+) -> None:
+    card = CardOfTheCpu()
+    with_card = quantize_checkpoint(source, tmp_path / "card", scheme="2bits", card=card, **QUIET)
+    without = quantize_checkpoint(source, tmp_path / "cpu", scheme="2bits", **QUIET)
+    assert card.calls == 3 * 2 * 2, "two matrices of two experts in three layers"
+    assert weights(tmp_path / "card") == weights(tmp_path / "cpu")
+    assert with_card.kinds == without.kinds
 
 
 def test_unfused_inputs_and_extra_tensors(tmp_path: Path) -> None:
@@ -240,8 +268,9 @@ def run_cli(*arguments: object) -> int:
 def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     options = ("--scheme", "2bits", "--code", "128.5,0.25", "--shard-size", "1MiB")
-    assert run_cli("--model", source, "--output", out, *options) == 0
+    assert run_cli("--model", source, "--output", out, *options, "--device", "cpu") == 0
     text = capsys.readouterr().out
+    assert text.startswith("2-bit codes are searched on the CPU: --device cpu\n")
     assert "ccq:" in text
     assert "int8:" in text
     scale = Checkpoint.open(out).get("ernie.layers.1.mlp.experts.0.up_gate_proj.code_scale").data

@@ -1,0 +1,85 @@
+"""The encoders of 2-bit weights on the card against those of the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastdeploy_lite.formats.ccq import CCQWeight, to_stored_order
+from fastdeploy_lite.quantization import card as cards
+from fastdeploy_lite.quantization import ccq_hessian, ccq_search, hessian
+from fastdeploy_lite.quantization.card import Card
+from fastdeploy_lite.utils.arrays import bfloat16_to_float32, float32_to_bfloat16
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Card:
+    found, reason = cards.find("nvidia")
+    assert found is not None, reason
+    return found
+
+
+def random_matrix(rows: int, columns: int, kind: str) -> np.ndarray:
+    random = np.random.default_rng(rows + columns)
+    if kind == "heavy tails":
+        return random.standard_t(3, (rows, columns)).astype(np.float32)
+    matrix = random.standard_normal((rows, columns), np.float32)
+    if kind == "adversarial":
+        matrix[:, 0] = 0
+        matrix[:64, 1] = 0
+        matrix[:, 2] *= 1e-30
+        matrix[:, 3] *= 1e30
+        matrix[5, 4] = 1e9
+        matrix[64:128] *= 1e-6
+        matrix[:, 5] = 1
+    return matrix
+
+
+def assert_same(found: CCQWeight, expected: CCQWeight) -> None:
+    for name in CCQWeight.__slots__:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "heavy tails", "adversarial"])
+@pytest.mark.parametrize("shape", [(128, 6), (384, 37), (1536, 300), (2560, 129), (8192, 9)])
+def test_data_free_arrays_are_those_of_the_cpu(
+    encoder: Card, shape: tuple[int, int], kind: str
+) -> None:
+    bits = float32_to_bfloat16(random_matrix(*shape, kind))
+    found = encoder.encode(bits, row_order="permuted")
+    stored = to_stored_order(bfloat16_to_float32(bits), "permuted")
+    assert_same(found.weight, ccq_search.encode(stored))
+    assert_same(encoder.encode(bits, row_order="permuted").weight, found.weight)
+
+
+@pytest.mark.parametrize("tokens", [0, 7, 3000])
+@pytest.mark.parametrize("kind", ["gaussian", "heavy tails"])
+@pytest.mark.parametrize("shape", [(128, 5), (640, 65), (1536, 33)])
+def test_search_under_moments(
+    encoder: Card, shape: tuple[int, int], kind: str, tokens: int
+) -> None:
+    matrix = random_matrix(*shape, kind)
+    x = np.random.default_rng(tokens).standard_normal((tokens, shape[0]), np.float32)
+    own = encoder.second_moment(x)
+    np.testing.assert_allclose(own, hessian.second_moment(x), atol=0.02)
+    moments = hessian.blend(own, tokens)
+    found = encoder.encode_hessian(matrix, moments)
+    assert_same(encoder.encode_hessian(matrix, moments).weight, found.weight)
+    expected = ccq_hessian.encode(matrix, moments)
+
+    def lost(encoded: CCQWeight) -> float:
+        error = encoded.decode() - matrix
+        return float(hessian.loss(np.ascontiguousarray(error.T), moments).sum())
+
+    # Sums of products in another order: a byte may differ now and then, and what follows it.
+    assert (found.weight.packed == expected.packed).mean() > 0.9
+    assert lost(found.weight) == pytest.approx(lost(expected), rel=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (1000, 2560, 3072), (130, 36, 132)])
+def test_products(encoder: Card, shape: tuple[int, int, int]) -> None:
+    rows, depth, columns = shape
+    random = np.random.default_rng(sum(shape))
+    left = random.standard_normal((rows, depth), np.float32)
+    right = random.standard_normal((depth, columns), np.float32)
+    np.testing.assert_allclose(encoder.multiply(left, right), left @ right, atol=2e-3)
