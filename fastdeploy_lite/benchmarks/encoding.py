@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fastdeploy_lite import _ops_cpu
 from fastdeploy_lite.formats.ccq import CCQWeight
 from fastdeploy_lite.quantization import ccq_hessian, ccq_search, hessian
+from fastdeploy_lite.quantization.card import Card
 
 ArrayF32: TypeAlias = npt.NDArray[np.float32]
 METHODS = ("data-free", "hessian")
@@ -25,10 +26,30 @@ DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, tuple[int, int]], ArrayF
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Routed experts of a model: shapes [K, N] of up_gate and down, and how many there are."""
+
+    shapes: tuple[tuple[int, int], ...]
+    count: int
+
+    def seconds(self, rows: Sequence[Row]) -> float:
+        """Time for all of them when each shape takes what its row says."""
+        millions = (self.count * k * n / 1e6 for k, n in self.shapes)
+        return sum(m * row.ms for m, row in zip(millions, rows, strict=True)) / 1e3
+
+
+MODELS = {
+    "21b": Experts(((2560, 3072), (1536, 2560)), 27 * 64),
+    "300b": Experts(((8192, 7168), (3584, 8192)), 51 * 64),
+}
+
+
+@dataclass(frozen=True)
 class Row:
     """One encoder on one matrix; times are milliseconds for a million weights.
 
     Attributes:
+        shape: [K, N] of the matrix.
         method: of METHODS.
         ms, low_ms, high_ms: the median, the fastest and the slowest round.
         cpu_ms: processor time of the fastest round, all threads.
@@ -36,6 +57,7 @@ class Row:
         product_error: the same of the products with inputs of the moments that were given.
     """
 
+    shape: tuple[int, int]
     method: str
     ms: float
     low_ms: float
@@ -46,22 +68,37 @@ class Row:
 
 
 def measure(
-    method: str, rows: int, columns: int, distribution: str, rounds: int, seed: int = 0
+    method: str,
+    rows: int,
+    columns: int,
+    distribution: str,
+    rounds: int,
+    seed: int = 0,
+    card: Card | None = None,
 ) -> Row:
     """Encode a matrix [rows, columns] `rounds` times.
 
-    For `hessian`, the factorisation of the moments is part of the time. They are those of 2 tokens
-    an input, sizes of inputs log-normal with deviation 0.5.
+    With a card, copies to it and back are part of the time. For `hessian`, the factorisation of the
+    moments is. They are those of 2 tokens an input, sizes of inputs log-normal with deviation 0.5.
     """
     random = np.random.default_rng(seed)
     weight = DISTRIBUTIONS[distribution](random, (rows, columns))
-    moments = _moments(random, rows)
+    moments = _moments(random, rows, card)
 
     def encode() -> CCQWeight:
+        if card is not None:
+            found = (
+                card.encode(weight)
+                if method == "data-free"
+                else card.encode_hessian(weight, moments)
+            )
+            return found.weight
         if method == "data-free":
             return ccq_search.encode(weight, workers=_ops_cpu.num_threads())
         return ccq_hessian.encode(weight, moments)
 
+    if card is not None:
+        encode()  # the first call allocates
     times = [_timed(encode) for _ in range(rounds)]
     scale = 1e3 / (weight.size / 1e6)
     wall = [scale * seconds for _, seconds, _ in times]
@@ -69,6 +106,7 @@ def measure(
     error = np.ascontiguousarray((encoded.decode() - weight).T)
     before = hessian.loss(np.ascontiguousarray(weight.T), moments).sum()
     return Row(
+        (rows, columns),
         method,
         statistics.median(wall),
         min(wall),
@@ -79,10 +117,11 @@ def measure(
     )
 
 
-def _moments(random: np.random.Generator, rows: int) -> ArrayF32:
+def _moments(random: np.random.Generator, rows: int, card: Card | None) -> ArrayF32:
     sizes = np.exp(0.5 * random.standard_normal(rows)).astype(np.float32)
     x = random.standard_normal((2 * rows, rows), np.float32) * sizes
-    return hessian.blend(hessian.second_moment(x), len(x))
+    moments = hessian.second_moment(x) if card is None else card.second_moment(x)
+    return hessian.blend(moments, len(x))
 
 
 def _timed(encode: Callable[[], CCQWeight]) -> tuple[CCQWeight, float, float]:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from fastdeploy_lite import _ops_cpu
 from fastdeploy_lite.benchmarks import encoding
+from fastdeploy_lite.quantization import card
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, quote
 
 _ROWS_MULTIPLE = 128
-_HEAD = ("method", "ms", "from", "to", "processor ms", "error", "error of products")
+_HEAD = ("shape", "method", "ms", "from", "to", "processor ms", "error", "error of products")
 
 
 def add_arguments(parser: FlexibleArgumentParser) -> None:
@@ -21,6 +22,9 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
     group = parser.add_argument_group("benchmark")
     add = group.add_argument
     add("--shape", type=_shape, default=(2560, 3072), metavar="K,N", help="of the matrix")
+    add("--experts-of", choices=tuple(encoding.MODELS), default=None,
+        help="both shapes of this model's experts, and the time for all of them")  # fmt: skip
+    add("--device", choices=card.CHOICES, default="cpu", help="where codes are searched")
     add("--methods", type=_methods, default=encoding.METHODS,
         help=f"of {', '.join(encoding.METHODS)}")  # fmt: skip
     add("--distribution", choices=tuple(encoding.DISTRIBUTIONS), default="gaussian",
@@ -56,18 +60,27 @@ def run(args: argparse.Namespace) -> int:
         if args.num_threads < 1:
             raise ConfigError(f"--num-threads: found {args.num_threads}, expected at least 1")
         _ops_cpu.set_num_threads(args.num_threads)
-    rows, columns = args.shape
+    found_card, _ = card.find(args.device)
+    place = f"{_ops_cpu.num_threads()} threads ({_ops_cpu.current_isa()})"
     print(
-        f"[{rows}, {columns}], {args.distribution}, {_ops_cpu.num_threads()} threads "
-        f"({_ops_cpu.current_isa()}): milliseconds for a million weights, median, fastest and "
-        f"slowest of {args.rounds} rounds\n"
+        f"{args.distribution}, {found_card.name if found_card else place}: milliseconds for a "
+        f"million weights, median, fastest and slowest of {args.rounds} rounds\n"
     )
-    print(f"| {' | '.join(_HEAD)} |\n|{'---|' * len(_HEAD)}")
-    found = []
+    print(f"| {' | '.join(_HEAD)} |\n|{'---|' * len(_HEAD)}", flush=True)
+    model = encoding.MODELS.get(args.experts_of)
+    shapes = (args.shape,) if model is None else model.shapes
+    found, totals = [], []
     for method in args.methods:
-        row = encoding.measure(method, rows, columns, args.distribution, args.rounds)
-        found.append(row)
-        print(f"| {' | '.join(_cells(row))} |", flush=True)
+        rows = []
+        for k, n in shapes:
+            row = encoding.measure(method, k, n, args.distribution, args.rounds, card=found_card)
+            rows.append(row)
+            print(f"| {' | '.join(_cells(row))} |", flush=True)
+        found += rows
+        if model is not None:
+            totals.append(f"{method} {model.seconds(rows):,.0f} s")
+    if model is not None:
+        print(f"\nAll {model.count} experts of {args.experts_of}: {', '.join(totals)}")
     if args.json:
         text = json.dumps([dataclasses.asdict(row) for row in found], indent=1)
         try:
@@ -80,4 +93,9 @@ def run(args: argparse.Namespace) -> int:
 def _cells(row: encoding.Row) -> tuple[str, ...]:
     times = (row.ms, row.low_ms, row.high_ms, row.cpu_ms)
     errors = (row.error, row.product_error)
-    return (row.method, *(f"{ms:,.0f}" for ms in times), *(f"{e:.5f}" for e in errors))
+    return (
+        str(list(row.shape)),
+        row.method,
+        *(f"{ms:,.{0 if ms >= 10 else 2}f}" for ms in times),
+        *(f"{e:.5f}" for e in errors),
+    )

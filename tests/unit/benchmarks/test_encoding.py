@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy_lite.benchmarks.encoding import measure
+from fastdeploy_lite.benchmarks import encoding
+from fastdeploy_lite.benchmarks.encoding import Experts, measure
 from fastdeploy_lite.entrypoints.cli import main as cli
 
 
@@ -36,6 +37,22 @@ def test_a_table_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFi
     for row in rows:
         assert f"| {row['method']} | {row['ms']:,.0f} |" in said
         assert f"{row['error']:.5f}" in said
+
+
+def test_times_of_all_experts_follow_from_their_shapes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = Experts(((128, 8), (256, 4)), 1000)
+    monkeypatch.setitem(encoding.MODELS, "21b", experts)
+    command = ["bench", "quantize", "--experts-of", "21b", "--rounds", "1"]
+    assert cli.run([*command, "--methods", "data-free"]) == 0
+    said = capsys.readouterr().out
+    assert "| [128, 8] | data-free |" in said
+    assert "| [256, 4] | data-free |" in said
+    assert "All 1000 experts of 21b: data-free " in said
+    rows = [measure("data-free", *shape, "gaussian", 1) for shape in experts.shapes]
+    taken = rows[0].ms * 128 * 8 / 1e6 + rows[1].ms * 256 * 4 / 1e6  # one expert of each
+    assert experts.seconds(rows) == pytest.approx(taken)
 
 
 @pytest.mark.parametrize(
