@@ -1,6 +1,9 @@
-// The index behind suffix speculation.
+// Guesses of the next tokens: by looking up what followed before.
 #include <pybind11/stl.h>
 
+#include <memory>
+
+#include "../cpu/drafters.h"
 #include "../cpu/suffix_index.h"
 #include "bindings.h"
 
@@ -26,6 +29,32 @@ void bind_speculation(py::module_& m) {
            "What followed the longest end of `context` that occurs in the index.")
       .def_property_readonly("num_tokens", &SuffixIndex::num_tokens)
       .def_property_readonly("nbytes", &SuffixIndex::nbytes);
+
+  using cpu::AnswerIndex;
+  using cpu::Drafter;
+  py::class_<AnswerIndex, std::shared_ptr<AnswerIndex>>(m, "AnswerIndex",
+                                                        "The newest tokens of earlier answers.")
+      .def(py::init<int64_t>(), py::arg("most_tokens"))
+      .def("add", &AnswerIndex::add, py::arg("answer"),
+           "Remember an answer, of a long one its end.")
+      .def("propose", &AnswerIndex::propose, py::arg("context"), py::arg("most"),
+           py::arg("least_share"), "What followed the longest known end of `context`.")
+      .def_property_readonly("num_tokens", &AnswerIndex::num_tokens);
+  py::class_<Drafter, std::shared_ptr<Drafter>>(m, "Drafter", "The memory of one sequence.")
+      .def("extend", &Drafter::extend, py::arg("tokens"), no_gil(),
+           "Append tokens of the sequence.")
+      .def("propose", &Drafter::propose, py::arg("most"), no_gil(),
+           "Guess at most `most` tokens after those that are known; and how many tokens before "
+           "them had occurred in the same order.");
+  py::class_<cpu::NgramDrafter, Drafter, std::shared_ptr<cpu::NgramDrafter>>(
+      m, "NgramDrafter", "Copies what followed the longest, latest match of the newest tokens.")
+      .def(py::init<int32_t, int32_t>(), py::arg("shortest"), py::arg("longest"));
+  py::class_<cpu::SuffixDrafter, Drafter, std::shared_ptr<cpu::SuffixDrafter>>(
+      m, "SuffixDrafter", "Follows the longest end that occurred before, here or in an answer.")
+      .def(py::init<std::shared_ptr<AnswerIndex>, float>(), py::arg("answers"),
+           py::arg("least_share"));
+  m.def("propose_all", &cpu::propose_all, py::arg("drafters"), py::arg("tokens"), py::arg("most"),
+        no_gil(), "Let each drafter read its new tokens and guess.");
 }
 
 }  // namespace fd

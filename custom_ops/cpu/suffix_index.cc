@@ -3,22 +3,40 @@
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 
 namespace fd::cpu {
+
+void EdgeTable::place(uint64_t key, int32_t edge) {
+  size_t i = home(key);
+  while (slots_[i].edge != kNone) i = (i + 1) & (slots_.size() - 1);
+  slots_[i] = {key, edge};
+}
+
+void EdgeTable::insert(uint64_t key, int32_t edge) {
+  if (++count_ * 3 > slots_.size() * 2) {
+    const std::vector<Slot> old = std::exchange(slots_, std::vector<Slot>(2 * slots_.size()));
+    for (const Slot& slot : old) {
+      if (slot.edge != kNone) place(slot.key, slot.edge);
+    }
+  }
+  place(key, edge);
+}
 
 SuffixIndex::SuffixIndex() { add_state(0, kNone); }
 
 int32_t SuffixIndex::next(int32_t state, int32_t token) const {
-  const auto found = edge_of_.find(key(state, token));
-  return found == edge_of_.end() ? kNone : edges_[found->second].target;
+  const int32_t edge = edge_of_.find(key(state, token));
+  return edge == kNone ? kNone : edges_[edge].target;
 }
 
 void SuffixIndex::connect(int32_t state, int32_t token, int32_t target) {
-  const auto [place, is_new] = edge_of_.try_emplace(key(state, token), edges_.size());
-  if (!is_new) {
-    edges_[place->second].target = target;
+  const int32_t known = edge_of_.find(key(state, token));
+  if (known != kNone) {
+    edges_[known].target = target;
     return;
   }
+  edge_of_.insert(key(state, token), static_cast<int32_t>(edges_.size()));
   edges_.push_back({token, target, states_[state].first_edge});
   states_[state].first_edge = static_cast<int32_t>(edges_.size()) - 1;
 }
@@ -114,35 +132,35 @@ SuffixDraft SuffixIndex::propose_repeat(int32_t most, float least_share) const {
   return follow(state, states_[state].length, most, least_share);
 }
 
+SuffixIndex::Place SuffixIndex::step(Place place, int32_t token) const {
+  int32_t target = next(place.state, token);
+  while (target == kNone && place.state != kRoot) {
+    place.state = states_[place.state].link;
+    place.matched = states_[place.state].length;
+    target = next(place.state, token);
+  }
+  return target == kNone ? place : Place{target, place.matched + 1};
+}
+
+SuffixDraft SuffixIndex::propose_at(Place place, int32_t most, float least_share) const {
+  while (place.state != kRoot && states_[place.state].first_edge == kNone) {
+    place.state = states_[place.state].link;
+    place.matched = states_[place.state].length;
+  }
+  if (place.state == kRoot) return {};
+  return follow(place.state, place.matched, most, least_share);
+}
+
 SuffixDraft SuffixIndex::propose(const std::vector<int32_t>& context, int32_t most,
                                  float least_share) const {
-  int32_t state = kRoot, matched = 0;
-  for (const int32_t token : context) {
-    int32_t target = next(state, token);
-    while (target == kNone && state != kRoot) {
-      state = states_[state].link;
-      matched = states_[state].length;
-      target = next(state, token);
-    }
-    if (target == kNone) continue;
-    state = target;
-    ++matched;
-  }
-  while (state != kRoot && states_[state].first_edge == kNone) {
-    state = states_[state].link;
-    matched = states_[state].length;
-  }
-  if (state == kRoot) return {};
-  return follow(state, matched, most, least_share);
+  Place place;
+  for (const int32_t token : context) place = step(place, token);
+  return propose_at(place, most, least_share);
 }
 
 int64_t SuffixIndex::nbytes() const {
-  constexpr int64_t kNodeOverhead = 16;  // of an unordered_map: next pointer and cached hash
-  const int64_t entry = sizeof(std::pair<const uint64_t, int32_t>) + kNodeOverhead;
   return static_cast<int64_t>(states_.capacity() * sizeof(State)) +
-         static_cast<int64_t>(edges_.capacity() * sizeof(Edge)) +
-         static_cast<int64_t>(edge_of_.size()) * entry +
-         static_cast<int64_t>(edge_of_.bucket_count() * sizeof(void*));
+         static_cast<int64_t>(edges_.capacity() * sizeof(Edge)) + edge_of_.nbytes();
 }
 
 }  // namespace fd::cpu

@@ -3,8 +3,8 @@
 // it was seen last. It answers what followed the longest suffix of a context that is known.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <unordered_map>
 #include <vector>
 
 namespace fd::cpu {
@@ -17,8 +17,46 @@ struct SuffixDraft {
   int32_t matched = 0;
 };
 
+// Edges by state and token: one array with linear probing, since a node for each edge would cost
+// more time to allocate and to free than all the rest of the index.
+class EdgeTable {
+ public:
+  static constexpr int32_t kNone = -1;
+
+  EdgeTable() : slots_(kFirstSlots) {}
+  int32_t find(uint64_t key) const {
+    for (size_t i = home(key);; i = (i + 1) & (slots_.size() - 1)) {
+      if (slots_[i].edge == kNone || slots_[i].key == key) return slots_[i].edge;
+    }
+  }
+  // `key` must not be in the table.
+  void insert(uint64_t key, int32_t edge);
+  int64_t nbytes() const { return static_cast<int64_t>(slots_.size() * sizeof(Slot)); }
+
+ private:
+  static constexpr size_t kFirstSlots = 64;  // a power of two, as all sizes are
+  struct Slot {
+    uint64_t key = 0;
+    int32_t edge = kNone;
+  };
+  size_t home(uint64_t key) const {
+    return ((key * 0x9E3779B97F4A7C15ull) >> 32) & (slots_.size() - 1);
+  }
+  void place(uint64_t key, int32_t edge);
+
+  std::vector<Slot> slots_;
+  size_t count_ = 0;
+};
+
 class SuffixIndex {
  public:
+  // The longest known end of some text: its state, and how many tokens of the state's substrings
+  // the text ends with. It is out of date once the index grows.
+  struct Place {
+    int32_t state = 0;
+    int32_t matched = 0;
+  };
+
   SuffixIndex();
 
   // Begins another sequence; matches do not run across the boundary.
@@ -31,6 +69,9 @@ class SuffixIndex {
   SuffixDraft propose_repeat(int32_t most, float least_share) const;
   // What followed the longest end of `context` that occurs in the index.
   SuffixDraft propose(const std::vector<int32_t>& context, int32_t most, float least_share) const;
+  // The same in two parts: where a text leads, a token at a time, and what followed there.
+  Place step(Place place, int32_t token) const;
+  SuffixDraft propose_at(Place place, int32_t most, float least_share) const;
 
   int64_t num_tokens() const { return num_tokens_; }
   // Estimate of the memory held.
@@ -70,7 +111,7 @@ class SuffixIndex {
 
   std::vector<State> states_;
   std::vector<Edge> edges_;
-  std::unordered_map<uint64_t, int32_t> edge_of_;
+  EdgeTable edge_of_;
   int32_t last_ = kRoot;
   int64_t num_tokens_ = 0;
 };

@@ -46,7 +46,8 @@ from fastdeploy_lite.request.step import (
     SliceResult,
     TokenLogprobs,
 )
-from fastdeploy_lite.speculation.speculator import Candidate, Speculator
+from fastdeploy_lite.speculation.drafters import Text
+from fastdeploy_lite.speculation.speculator import Speculator
 from fastdeploy_lite.utils.errors import ConfigError, RequestError, one_line
 from fastdeploy_lite.utils.logging import get_logger
 
@@ -326,6 +327,7 @@ class EngineCore:
         batch: list[tuple[_Active, SequenceSlice]] = []
         now = time.time()
         guesses = self._guesses(plan)
+        started = time.perf_counter()
         for sequence, count in plan:
             active = self._active[sequence.request.request_id]
             if not active.scheduled:
@@ -333,7 +335,7 @@ class EngineCore:
             try:
                 if not self._is_ready(active, count, outputs):
                     continue
-                guess = guesses.get(sequence.request.request_id, ())
+                guess = guesses.get(sequence.request.request_id, ()) if guesses else ()
                 batch.append((active, self._slice(active, count, guess)))
             except Exception as error:  # one request's rules must not stop the others
                 outputs.append(self._fail(active, error))
@@ -341,25 +343,33 @@ class EngineCore:
             time.sleep(self._patience)  # all wait for their constraints: no need to spin
         self._stats.last_batch_size = len(batch)
         if batch:
-            results = self._execute_timed([part for _, part in batch])
+            before = self._stats.generation_tokens
+            slices = [part for _, part in batch]
+            results = self._execute(slices)
             for (active, part), result in zip(batch, results, strict=True):
                 self._advance(active, part, result, outputs)
+            if self._speculator is not None:
+                # Prefills come last, so that this says whether there are any.
+                seconds = time.perf_counter() - started if plan[-1][1] == 1 else None
+                emitted = self._stats.generation_tokens - before
+                checked = sum(len(p.draft_token_ids) for p in slices) if guesses else 0
+                sampled = [part.sample for part in slices].count(True)
+                self._speculator.note_step(sampled, checked, emitted, seconds)
 
     def _guesses(self, plan: list[tuple[Sequence, int]]) -> dict[str, list[int]]:
         """Guessed tokens worth checking, within the step's budget and free KV blocks."""
         speculator = self._speculator
         if speculator is None or speculator.rests():
             return {}
-        most = self.config.speculative.most_tokens if self.config.speculative else 0
-        candidates = []
-        for sequence, count in plan:
-            active = self._active[sequence.request.request_id]
-            if count == 1 and sequence.output_token_ids:
-                room = min(active.generation.num_free - 1, most)
-                room = self._scheduler.room_for_guesses(sequence, room) if room > 0 else 0
-                candidates.append(Candidate(active.request.request_id, room))
+        decoding = [s for s, count in plan if count == 1 and s.output_token_ids]
         free = self.config.scheduler.max_num_batched_tokens - sum(count for _, count in plan)
-        return speculator.choose(candidates, min(free, self.config.max_draft_tokens))
+        most = min(free, self.config.max_draft_tokens)
+        return speculator.choose(decoding, self._room_for_guesses, most)
+
+    def _room_for_guesses(self, sequence: Text, most: int) -> int:
+        active = self._active[sequence.request_id]
+        room = min(active.generation.num_free - 1, most)
+        return self._scheduler.room_for_guesses(active.sequence, room) if room > 0 else 0
 
     def _is_ready(self, active: _Active, count: int, outputs: list[EngineOutput]) -> bool:
         """Whether an answer takes part in this step; a fulfilled constraint ends one here."""
@@ -402,17 +412,6 @@ class EngineCore:
             num_banned_now=generation.num_banned_now,
             num_drafts=self._speculator.num_drafts if free and self._speculator else 0,
         )
-
-    def _execute_timed(self, slices: list[SequenceSlice]) -> list[SliceResult]:
-        """`_execute`; the speculator learns what a step of decoding costs."""
-        before = self._stats.model_seconds
-        results = self._execute(slices)
-        checked = sum(len(part.draft_token_ids) for part in slices)
-        total = sum(len(part.token_ids) for part in slices)
-        if self._speculator is not None and total == len(slices) + checked:
-            seconds = self._stats.model_seconds - before
-            self._speculator.note_step(total, checked > 0, seconds)
-        return results
 
     def _execute(self, slices: list[SequenceSlice]) -> list[SliceResult]:
         """Run the model; requests that a step fails for have an error in their results.
@@ -494,9 +493,11 @@ class EngineCore:
         output.stop_reason = generation.stop_reason  # now: the text ends here, not with the EOS
         if not active.first_token:
             self._first_token(active, output)
-        is_whole = len(output.new_token_ids) == len(result.token_ids)
-        drafts = result.draft_token_ids if is_whole else ()
-        self._note_guess(active, part, output.new_token_ids, drafts)
+        checked = len(part.draft_token_ids)
+        if self._speculator is not None and (checked or self._speculator.num_drafts):
+            is_whole = len(output.new_token_ids) == len(result.token_ids)
+            drafts = result.draft_token_ids if is_whole else ()
+            self._speculator.note_tokens(active.sequence, output.new_token_ids, checked, drafts)
         self._stats.generation_tokens += len(output.new_token_ids)
         outputs.append(output)
         if generation.reason is None and not self._settle(active):
@@ -505,20 +506,6 @@ class EngineCore:
             self._close_early(active, outputs)
         elif generation.reason is not None:
             self._complete(active, outputs[-1])
-
-    def _note_guess(
-        self,
-        active: _Active,
-        part: SequenceSlice,
-        tokens: list[int],
-        drafts: ReadOnlyList[int],
-    ) -> None:
-        if self._speculator is None:
-            return
-        request_id = active.request.request_id
-        if len(active.sequence.output_token_ids) == len(tokens):
-            self._speculator.start(request_id, active.request.prompt_token_ids)
-        self._speculator.note_tokens(request_id, tokens, len(part.draft_token_ids), drafts)
 
     def _close_early(self, active: _Active, outputs: list[EngineOutput]) -> bool:
         """Append the closing EOS without a step: it is known, and nobody asked how likely it is.
@@ -533,10 +520,11 @@ class EngineCore:
         generation.accept(eos)
         self._stats.generation_tokens += 1
         outputs.append(EngineOutput(active.request.request_id, [eos]))
-        self._complete(active, outputs[-1])
+        self._complete(active, outputs[-1], without_step=1)
         return True
 
-    def _complete(self, active: _Active, output: EngineOutput) -> None:
+    def _complete(self, active: _Active, output: EngineOutput, without_step: int = 0) -> None:
+        """End a request; the last `without_step` tokens of its answer needed no step."""
         generation = active.generation
         output.finished = True
         output.finish_reason = generation.reason
@@ -544,7 +532,8 @@ class EngineCore:
         output.num_cached_tokens = active.sequence.num_cached_tokens
         output.timing = active.timing
         if self._speculator is not None:
-            output.draft_counts = self._speculator.counts(active.request.request_id)
+            sampled = len(active.sequence.output_token_ids) - without_step
+            output.draft_counts = self._speculator.counts(active.request.request_id, sampled)
         self._forget(active)
 
     def _first_token(self, active: _Active, output: EngineOutput) -> None:
@@ -583,7 +572,7 @@ class EngineCore:
     def _forget(self, active: _Active) -> None:
         self._scheduler.finish(active.sequence)
         if self._speculator is not None:
-            self._speculator.finish(active.request.request_id)
+            self._speculator.finish(active.sequence)
         del self._active[active.request.request_id]
 
     # Reports -------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ bit for bit, whatever was guessed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -83,14 +82,30 @@ def _row_of(part: SequenceSlice, row: int) -> SequenceSlice:
     """The slice as it would be if the first `row` guesses were known and the rest did not exist."""
     if row == 0:
         return part
-    masks = part.draft_bitmasks
-    return replace(
-        part,
+    masks, output = part.draft_bitmasks, part.output_token_ids
+    if part.logits_processors:  # nobody else reads it
+        output = [*output, *part.draft_token_ids[:row]]
+    # In a fifth of the time of `dataclasses.replace`: a step has many rows.
+    return SequenceSlice(
+        request_id=part.request_id,
+        slot=part.slot,
         fresh=False,
+        token_ids=part.token_ids,
+        start=part.start,
+        block_table=part.block_table,
+        sample=part.sample,
+        prompt_token_ids=part.prompt_token_ids,
+        output_token_ids=output,
+        sampling=part.sampling,
         step=part.step + row,
-        output_token_ids=[*part.output_token_ids, *part.draft_token_ids[:row]],
         banned_now=part.banned_now if row < part.num_banned_now else (),
+        forced_token=part.forced_token,
         bitmask=None if masks is None else masks[row - 1],
+        logits_processors=part.logits_processors,
+        draft_token_ids=part.draft_token_ids,
+        draft_bitmasks=masks,
+        num_banned_now=part.num_banned_now,
+        num_drafts=part.num_drafts,
     )
 
 

@@ -14,6 +14,9 @@ METHODS = ("ngram", "suffix", "mtp", "naive")
 WITHOUT_EFFECT = ("benchmark_mode", "mtp_strategy", "num_model_steps", "quantization")
 DEFAULT_TOKENS = {"ngram": 5, "suffix": 8, "mtp": 1, "naive": 0}
 MOST_TOKENS = 32
+# Tokens of steps that check guesses: all steps up to a size cost about the same, since they are one
+# graph where there are graphs. Larger steps than the last are not.
+CHECK_SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _log = get_logger("fastdeploy")
 
 

@@ -1,19 +1,34 @@
-"""Guesses of the next tokens from the tokens of a sequence and of earlier answers."""
+"""Guesses of the next tokens of sequences, from their own tokens, earlier answers or a layer."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from fastdeploy_lite import _ops_cpu
 from fastdeploy_lite.speculation.config import SpeculativeConfig
 
-LONGEST_CONTEXT = 64
 # An answer is remembered with the end of its prompt, so that its first words can be guessed.
 PROMPT_TOKENS_KEPT = 8
+# Answers that wait to be indexed, at most: while guesses rest nobody asks for them.
+MOST_WAITING = 256
+
+
+class Text(Protocol):
+    """A sequence of the engine: its lists grow, and are read when a guess is wanted."""
+
+    @property
+    def request_id(self) -> str:
+        """Name of the request."""
+
+    @property
+    def prompt_token_ids(self) -> Sequence[int]:
+        """What was asked."""
+
+    @property
+    def output_token_ids(self) -> Sequence[int]:
+        """What was answered so far."""
 
 
 class Draft(NamedTuple):
@@ -26,185 +41,96 @@ class Draft(NamedTuple):
 NOTHING = Draft([], 0)
 
 
-class Drafter(Protocol):
-    """The memory of one sequence."""
+class Drafters(Protocol):
+    """The guesses of one engine."""
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Append tokens of the sequence."""
+    def propose(self, texts: Sequence[Text], most: int) -> list[Draft]:
+        """Guess at most `most` tokens after each text, as it is now."""
 
-    def propose(self, most: int) -> Draft:
-        """Guess at most `most` tokens after those that are known."""
+    def offer(self, text: Text, tokens: Sequence[int]) -> None:
+        """Take what a layer of the model thinks comes next."""
 
-    def finish(self) -> None:
-        """The sequence has ended."""
+    def finish(self, text: Text) -> None:
+        """A sequence has ended."""
 
 
-class NgramDrafter:
-    """Finds the last earlier place where the newest tokens stand, and copies what follows there.
+class LookupDrafters:
+    """Looks up what followed before: "ngram" in a sequence itself, "suffix" in answers, too.
 
-    Args:
-        shortest, longest: How many of the newest tokens are compared; the longest match wins, among
-            equals the latest.
+    A sequence is read when somebody asks for a guess, so that one that is never asked costs
+    nothing.
     """
 
-    def __init__(self, shortest: int, longest: int) -> None:
-        self._shortest, self._longest = shortest, longest
-        self._tokens: npt.NDArray[np.int32] = np.empty(256, np.int32)
-        self._count = 0
+    def __init__(self, config: SpeculativeConfig) -> None:
+        self._config = config
+        self._answers = _ops_cpu.AnswerIndex(config.suffix_decoding_max_cached_tokens)
+        self._waiting: deque[list[int]] = deque(maxlen=MOST_WAITING)
+        self._known: dict[str, tuple[_ops_cpu.Drafter, int]] = {}  # and output tokens read
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """See Drafter."""
-        end = self._count + len(tokens)
-        if end > len(self._tokens):
-            grown = np.empty(2 * end, np.int32)
-            grown[: self._count] = self._tokens[: self._count]
-            self._tokens = grown
-        self._tokens[self._count : end] = tokens
-        self._count = end
+    def propose(self, texts: Sequence[Text], most: int) -> list[Draft]:
+        """See Drafters; one call of native code for all."""
+        while self._waiting:
+            self._answers.add(self._waiting.popleft())
+        drafters, news = [], []
+        for text in texts:
+            output = text.output_token_ids
+            known = self._known.get(text.request_id)
+            if known is None:
+                drafter, new = self.create(), [*text.prompt_token_ids, *output]
+            else:
+                drafter, read = known
+                new = list(output[read:])
+            self._known[text.request_id] = drafter, len(output)
+            drafters.append(drafter)
+            news.append(new)
+        return [Draft(*found) for found in _ops_cpu.propose_all(drafters, news, most)]
 
-    def propose(self, most: int) -> Draft:
-        """See Drafter; one pass over the tokens (30 us for 100,000)."""
-        tokens = self._tokens[: self._count]
-        places = np.flatnonzero(tokens[:-1] == tokens[-1]) if self._count > 1 else tokens[:0]
-        matched, best = 0, places
-        for back in range(1, self._longest + 1):  # places whose last `back` tokens agree
-            if not len(places):
-                break
-            matched, best = back, places
-            if back == self._longest or back >= self._count:
-                break
-            places = places[places >= back]
-            places = places[tokens[places - back] == tokens[-1 - back]]
-        if matched < self._shortest:
-            return NOTHING
-        start = int(best[-1]) + 1
-        copied = tokens[start : start + most].tolist()
-        # Where the match runs into the end, what was copied so far goes on: a loop in the text.
-        period = self._count - start
-        while len(copied) < most:
-            copied.append(copied[len(copied) - period])
-        return Draft(copied, matched)
+    def offer(self, text: Text, tokens: Sequence[int]) -> None:
+        """See Drafters; there is no layer."""
 
-    def finish(self) -> None:
-        """See Drafter."""
+    def finish(self, text: Text) -> None:
+        """See Drafters; the answer becomes something that others may repeat."""
+        self._known.pop(text.request_id, None)
+        if self._config.method == "suffix" and text.output_token_ids:
+            start = text.prompt_token_ids[-PROMPT_TOKENS_KEPT:]
+            self._waiting.append([*start, *text.output_token_ids])
 
-
-class AnswerIndex:
-    """Earlier answers, the newest about `most_tokens` tokens of them.
-
-    An index cannot forget single answers, so two take turns: when the newer one is half full, the
-    older one is dropped.
-    """
-
-    def __init__(self, most_tokens: int) -> None:
-        self._half = most_tokens // 2
-        self._old = _ops_cpu.SuffixIndex()
-        self._new = _ops_cpu.SuffixIndex()
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens remembered."""
-        return self._old.num_tokens + self._new.num_tokens
-
-    def add(self, answer: Sequence[int]) -> None:
-        """Remember an answer, of a long one its end."""
-        if not self._half:
-            return
-        answer = answer[-self._half :]
-        if self._new.num_tokens + len(answer) > self._half:
-            self._old, self._new = self._new, _ops_cpu.SuffixIndex()
-        self._new.start_sequence()
-        self._new.extend(answer)
-
-    def propose(
-        self, context: Sequence[int], most: int, least_share: float
-    ) -> _ops_cpu.SuffixDraft:
-        """What followed the longest known end of `context`."""
-        drafts = [index.propose(context, most, least_share) for index in (self._new, self._old)]
-        return max(drafts, key=_worth)
+    def create(self) -> _ops_cpu.Drafter:
+        """A drafter that has read nothing."""
+        config = self._config
+        if config.method == "suffix":
+            least = config.suffix_decoding_min_token_prob
+            return _ops_cpu.SuffixDrafter(self._answers, least)
+        return _ops_cpu.NgramDrafter(config.min_ngram_size, config.max_ngram_size)
 
 
-class SuffixDrafter:
-    """Looks for the longest end of the sequence that occurred before, in it or in earlier answers.
-
-    Args:
-        answers: Shared by all sequences.
-        least_share: A guess ends where it would follow less than this share of what was seen.
-    """
-
-    def __init__(self, answers: AnswerIndex, least_share: float) -> None:
-        self._answers = answers
-        self._least_share = least_share
-        self._own = _ops_cpu.SuffixIndex()
-        self._context: list[int] = []
-        self._answer: list[int] = []
-        self._has_prompt = False
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        """See Drafter; the first call brings the prompt."""
-        self._own.extend(tokens)
-        self._context = [*self._context, *tokens][-LONGEST_CONTEXT:]
-        self._answer.extend(tokens if self._has_prompt else tokens[-PROMPT_TOKENS_KEPT:])
-        self._has_prompt = True
-
-    def propose(self, most: int) -> Draft:
-        """See Drafter."""
-        own = self._own.propose_repeat(most, self._least_share)
-        other = self._answers.propose(self._context, most, self._least_share)
-        best = max(own, other, key=_worth)
-        return Draft(best.tokens, best.matched) if best.tokens else NOTHING
-
-    def finish(self) -> None:
-        """See Drafter; the answer becomes something that others may repeat."""
-        self._answers.add(self._answer)
-
-
-def _worth(draft: _ops_cpu.SuffixDraft) -> tuple[float, int]:
-    """Tokens that will probably be right; a longer match decides between equals."""
-    return sum(draft.shares), draft.matched
-
-
-class ModelDrafter:
+class LayerDrafters:
     """Passes on what a layer of the model guessed at the end of the step before."""
 
     # All guesses of one layer are equally well founded.
     MATCHED = 1
 
     def __init__(self) -> None:
-        self._offered: list[int] = []
+        self._offered: dict[str, tuple[int, list[int]]] = {}  # after so many output tokens
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """See Drafter; older guesses no longer fit."""
-        self._offered = []
+    def propose(self, texts: Sequence[Text], most: int) -> list[Draft]:
+        """See Drafters; guesses of what followed fewer tokens no longer fit."""
+        found = []
+        for text in texts:
+            after, tokens = self._offered.get(text.request_id, (0, []))
+            fits = bool(tokens) and after == len(text.output_token_ids)
+            found.append(Draft(tokens[:most], self.MATCHED) if fits else NOTHING)
+        return found
 
-    def offer(self, tokens: Sequence[int]) -> None:
-        """Take the guesses of what follows the tokens that are known."""
-        self._offered = list(tokens)
+    def offer(self, text: Text, tokens: Sequence[int]) -> None:
+        """See Drafters."""
+        self._offered[text.request_id] = len(text.output_token_ids), list(tokens)
 
-    def propose(self, most: int) -> Draft:
-        """See Drafter."""
-        return Draft(self._offered[:most], self.MATCHED) if self._offered else NOTHING
-
-    def finish(self) -> None:
-        """See Drafter."""
+    def finish(self, text: Text) -> None:
+        """See Drafters."""
+        self._offered.pop(text.request_id, None)
 
 
-class DrafterFactory:
-    """Makes the drafters of one engine."""
-
-    def __init__(self, config: SpeculativeConfig) -> None:
-        self._config = config
-        self._answers = AnswerIndex(config.suffix_decoding_max_cached_tokens)
-
-    def create(self, prompt: Sequence[int]) -> Drafter:
-        """A drafter that has read `prompt`."""
-        config = self._config
-        drafter: Drafter
-        if config.method == "mtp":
-            drafter = ModelDrafter()
-        elif config.method == "suffix":
-            drafter = SuffixDrafter(self._answers, config.suffix_decoding_min_token_prob)
-        else:
-            drafter = NgramDrafter(config.min_ngram_size, config.max_ngram_size)
-        drafter.extend(prompt)
-        return drafter
+def create_drafters(config: SpeculativeConfig) -> Drafters:
+    """The drafters of an engine."""
+    return LayerDrafters() if config.method == "mtp" else LookupDrafters(config)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Sequence
 
 # Upper ends of the classes of match lengths that share a rate of success.
 CLASS_ENDS = (1, 2, 3, 5, 8, 16)
+# Rate before anything was seen, worth so many guesses: too low for a trial, which captures graphs.
+# Guesses that are not checked are judged, too, so that it takes few steps to know better.
+PRIOR, PRIOR_WEIGHT = 0.15, 8.0
 # What was seen this many guesses ago weighs 1 / e: texts change.
 GUESSES_REMEMBERED = 64
-STEPS_REMEMBERED = 128
+STEPS_REMEMBERED = 15
+LOOKS_REMEMBERED = 128
+STALE_AFTER = 256
 # A sequence's own record counts as much as that of all sequences after this many guesses.
 OWN_WEIGHT = 6.0
 
@@ -27,7 +35,7 @@ class HitRate:
 
     __slots__ = ("_hits", "_trials")
 
-    def __init__(self, prior: float = 0.5, weight: float = 2.0) -> None:
+    def __init__(self, prior: float, weight: float) -> None:
         self._hits, self._trials = prior * weight, weight
 
     def note(self, hits: int, missed: bool) -> None:
@@ -59,14 +67,14 @@ class HitRates:
         own = self._own.get(kind)
         if own is not None:
             return own.value
-        return 0.5 if self._shared is None else self._shared.value(matched)
+        return PRIOR if self._shared is None else self._shared.value(matched)
 
     def note(self, matched: int, hits: int, missed: bool) -> None:
         """See HitRate.note."""
         kind = match_class(matched)
         own = self._own.get(kind)
         if own is None:
-            weight = 2.0 if self._shared is None else OWN_WEIGHT
+            weight = PRIOR_WEIGHT if self._shared is None else OWN_WEIGHT
             own = self._own[kind] = HitRate(self.value(matched), weight)
         own.note(hits, missed)
         if self._shared is not None:
@@ -83,7 +91,7 @@ class Average:
         """Record one value; an interruption counts as at most four times the mean."""
         if self._weight >= 4:
             value = min(value, 4 * self.value)
-        fade = 1.0 - 1.0 / STEPS_REMEMBERED
+        fade = 1.0 - 1.0 / LOOKS_REMEMBERED
         self._weight = self._weight * fade + 1.0
         self._sum = self._sum * fade + value
 
@@ -93,37 +101,106 @@ class Average:
         return self._sum / self._weight if self._weight else 0.0
 
 
-class StepLine:
-    """Seconds of a step as a line over its tokens, by least squares over the last steps."""
+class StepCosts:
+    """Seconds of a step by its size: what a graph or a kernel does with few more tokens is the
+    same, and may be quite another thing with many more.
 
-    def __init__(self) -> None:
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
-        self.count = 0
+    Args:
+        sizes: Classes of sizes, ascending; above the last one, classes are as wide as it is large.
+        least: Steps of a class that must be measured. The first ones may capture a graph, which
+            takes as long as twenty.
 
-    def note(self, tokens: int, seconds: float) -> None:
-        """Record one step; one that was interrupted counts as at most four times the expected."""
-        if self.count >= 4:
-            seconds = min(seconds, 4 * max(self.seconds(tokens), 1e-9))
-        fade = 1.0 - 1.0 / STEPS_REMEMBERED
-        self._weight = self._weight * fade + 1.0
-        self._x = self._x * fade + tokens
-        self._y = self._y * fade + seconds
-        self._xx = self._xx * fade + tokens * tokens
-        self._xy = self._xy * fade + tokens * seconds
-        self.count += 1
+    Attributes:
+        now: Steps so far, of any kind; counted by the owner.
+        stale_after: Steps after which a class must be measured again: costs change, too.
+    """
+
+    # Interruptions make steps longer, never shorter: what two of three steps exceed is the cost.
+    EXCEEDED_BY = 3
+
+    def __init__(self, sizes: Sequence[int], least: int) -> None:
+        self._sizes, self._least = tuple(sizes), least
+        self._noted: dict[int, deque[float]] = {}
+        self._found: dict[int, float] = {}  # what was worked out from them
+        self._known: list[int] = []  # classes that ever had enough steps
+        self._last: dict[int, int] = {}  # when one was recorded
+        self.now, self.stale_after = 0, STALE_AFTER
+
+    def size(self, tokens: int) -> int:
+        """The class of a step of `tokens`: most tokens of a step in it."""
+        index = bisect_left(self._sizes, tokens)
+        widest = self._sizes[-1]
+        return self._sizes[index] if index < len(self._sizes) else -(-tokens // widest) * widest
 
     @property
-    def slope(self) -> float | None:
-        """Seconds of one more token, at least 0; None while all steps had equally many."""
-        spread = self._xx * self._weight - self._x * self._x
-        if spread <= 1e-6 * self._xx * self._weight:
-            return None
-        return max((self._xy * self._weight - self._x * self._y) / spread, 0.0)
+    def sizes_noted(self) -> list[int]:
+        """Classes of which steps were recorded."""
+        return sorted(self._noted)
 
-    def seconds(self, tokens: float) -> float:
-        """What a step of `tokens` takes; 0 before any was measured."""
-        if not self._weight:
-            return 0.0
-        return max((self._y + (self.slope or 0.0) * (tokens * self._weight - self._x)), 0.0) / (
-            self._weight
-        )
+    def note(self, tokens: int, seconds: float) -> None:
+        """Record one step."""
+        size = self.size(tokens)
+        noted = self._noted.get(size)
+        if noted is None or self._is_stale(size):
+            noted = self._noted[size] = deque(maxlen=STEPS_REMEMBERED)
+        noted.append(seconds)
+        self._last[size] = self.now
+        self._found.pop(size, None)
+        if len(noted) == self._least and size not in self._known:
+            insort(self._known, size)
+
+    def knew(self, tokens: int) -> bool:
+        """Whether enough steps of the class of `tokens` were measured, be it long ago."""
+        return self.size(tokens) in self._known
+
+    def larger(self, tokens: int, most: float) -> tuple[int, float] | None:
+        """The smallest measured class of `tokens` to `most` tokens, and what its steps take."""
+        for size in self._known[bisect_left(self._known, tokens) :]:
+            if size > most:
+                break
+            noted = self._noted[size]
+            if len(noted) < self._least or self._is_stale(size):
+                continue
+            found = self._found.get(size)
+            if found is None:
+                ordered = sorted(noted)
+                found = self._found[size] = ordered[(len(ordered) - 1) // self.EXCEEDED_BY]
+            return size, found
+        return None
+
+    def _is_stale(self, size: int) -> bool:
+        return self.now - self._last[size] > self.stale_after
+
+
+class Purse:
+    """Seconds that guessing may still cost: a share of the time that decoding takes, and what
+    guesses saved. So guessing costs no more than that share, whatever is estimated wrongly.
+
+    Args:
+        share: Of each step's time.
+        reserve: Most that it holds, in steps.
+    """
+
+    def __init__(self, share: float, reserve: float) -> None:
+        self._share, self._reserve = share, reserve
+        self._most = 0.0
+        self.seconds = 0.0
+
+    @property
+    def is_rich(self) -> bool:
+        """Whether at least half of the reserve is there."""
+        return self.seconds >= 0.5 * self._most
+
+    def can_pay(self, on_credit: bool = False) -> bool:
+        """Whether guessing may go on; with credit, until as much is owed as the reserve."""
+        return self.seconds > (-self._most if on_credit else 0.0)
+
+    def pass_step(self, seconds: float) -> None:
+        """Earn the share of a step of decoding."""
+        most = self._reserve * seconds
+        self.seconds = min(self.seconds + self._share * seconds, most) if self._most else most
+        self._most = most
+
+    def add(self, seconds: float) -> None:
+        """Record what guesses saved, or less than 0 for what they cost."""
+        self.seconds += seconds

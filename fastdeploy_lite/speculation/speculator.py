@@ -2,302 +2,358 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 from fastdeploy_lite.request.messages import DraftCounts
-from fastdeploy_lite.speculation.config import SpeculativeConfig
-from fastdeploy_lite.speculation.drafters import (
-    NOTHING,
-    Draft,
-    Drafter,
-    DrafterFactory,
-    ModelDrafter,
-)
-from fastdeploy_lite.speculation.rates import Average, HitRates, StepLine
+from fastdeploy_lite.speculation.config import CHECK_SIZES, SpeculativeConfig
+from fastdeploy_lite.speculation.drafters import Draft, Text, create_drafters
+from fastdeploy_lite.speculation.rates import STALE_AFTER, Average, HitRates, Purse, StepCosts
 
-# A guess must be expected to pay this much more than it costs: estimates are noisy, and a guess
-# that just breaks even only adds jitter.
-MARGIN = 1.1
-# Before the cost of a longer step is known, guesses that are right this often are tried anyway.
-TRIED_RATE = 0.6
-TRIED_TOKENS = 3
-STEPS_TRIED = 8
-# After so many steps without a checked guess, one is tried again: costs change, too.
-STEPS_BETWEEN_TRIES = 500
-# After so many steps in which no guess paid, looking for guesses is the cost that is left: one step
-# in so many looks from then on. A text that begins to repeat waits for it.
-STEPS_UNTIL_REST = 32
-REST_STEPS = 16
-# A draft layer's work is part of every step; so often one goes without, to know what that costs.
+# A step with guesses must be expected to give this much more tokens a second: estimates are noisy,
+# and a guess that just breaks even only adds jitter.
+MARGIN = 1.05
+# A size of step whose cost is not known is tried where it would give this much more at no cost.
+TRIED_GAIN = 1.4
+# Guesses that come true less often than this are not thought about.
+LEAST_CHANCE = 0.05
+# Guessing may cost this share of the time of decoding, and as much at once as so many steps take.
+SHARE, RESERVE = 0.01, 4.0
+# A check is charged at most so many plain steps: it may have been interrupted.
+MOST_CHARGED = 4.0
+# Costs of steps with guesses are measured anew after `StepCosts.stale_after` steps without any, and
+# after each time in vain the wait is twice as long.
+MOST_STALE_AFTER = 16_384
+# So often a step goes without guesses, to know what that takes.
 STEPS_BETWEEN_PLAIN = 64
-
-
-class Candidate(NamedTuple):
-    """A sequence that decodes in the next step.
-
-    Attributes:
-        request_id: Of the request.
-        room: Most tokens that may be guessed for it: KV blocks, length limit, rules.
-    """
-
-    request_id: str
-    room: int
+# Numbers of sequences whose steps without guesses cost about the same.
+PLAIN_SIZES = (*range(1, 17), *range(20, 65, 4), 80, 96, 112, 128)
+PLAIN_STEPS, CHECKING_STEPS = 2, 3  # measured before a cost is known
+# A cost that is not known is at most that of a step so many times as large.
+CHECKING_REACH, PLAIN_REACH = 2.0, 1.25
+# While time is short, a look is at so many sequences, others each time.
+LOOKED_AT = 4
 
 
 class _Memory:
-    """One sequence: its drafter, how good it has been, and the guess that is open."""
+    """How good the guesses for one sequence have been."""
 
-    __slots__ = ("_drafter", "_unread", "counts", "draft", "rates")
+    __slots__ = ("counts", "rates")
 
-    def __init__(self, drafter: Drafter, shared: HitRates) -> None:
-        self._drafter = drafter
-        self._unread: list[int] = []
+    def __init__(self, shared: HitRates) -> None:
         self.rates = HitRates(shared)
-        self.draft: Draft = NOTHING
         self.counts = DraftCounts()
-
-    def add(self, tokens: Sequence[int], drafts: Sequence[int]) -> None:
-        """New tokens of the sequence, and what a draft layer thinks comes next."""
-        self._unread.extend(tokens)
-        if isinstance(self._drafter, ModelDrafter):
-            self.drafter()
-            self._drafter.offer(drafts)
-
-    def drafter(self) -> Drafter:
-        """The drafter, once it has read all tokens: while guesses rest it needs to read none."""
-        if self._unread:
-            self._drafter.extend(self._unread)
-            self._unread = []
-        return self._drafter
-
-
-class _Rest:
-    """When to look for guesses at all."""
-
-    def __init__(self) -> None:
-        self._without = 0  # looks in which nothing was worth checking
-        self.left = 0  # steps until the next look
-
-    def take_step(self) -> bool:
-        """Count a step, and say whether it goes without looking."""
-        if not self.left:
-            return False
-        self.left -= 1
-        return True
-
-    def note(self, has_guesses: bool) -> None:
-        """Record what a look found."""
-        self._without = 0 if has_guesses else self._without + 1
-        if self._without >= STEPS_UNTIL_REST:
-            self.left = REST_STEPS - 1
 
 
 class Speculator:
     """Speculation of one engine.
 
+    A step goes: `rests`, and `choose` unless it does; `note_tokens` of sequences whose guesses were
+    checked, of all when a draft layer was asked; `note_step`. A step that rests costs next to
+    nothing.
+
     Args:
         config: Method and limits.
 
     Attributes:
-        num_drafts: Tokens that a draft layer is to guess for each sequence in the step that was
-            last chosen for.
+        num_drafts: Tokens that a draft layer is to guess for each sequence in this step.
+        totals: What all guesses gave.
+        seconds: Time spent on guessing, the checks themselves excluded.
+        looks: Steps that looked for guesses.
     """
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self.config = config
         self.num_drafts = 0
-        self._steps = 0
-        self._factory = DrafterFactory(config)
+        self.totals = DraftCounts()
+        self.seconds, self.looks = 0.0, 0
+        self._drafters = create_drafters(config)
+        self._open: dict[str, Draft] = {}  # guesses of this step that were not judged yet
+        self._looked_at: list[tuple[Text, int]] = []  # with the length of the answer
         self._memories: dict[str, _Memory] = {}
         self._rates = HitRates()
-        self._plain, self._checking = StepLine(), StepLine()
-        self._rest = _Rest()
-        self._steps_unchecked = 0
+        self._plain = StepCosts(PLAIN_SIZES, PLAIN_STEPS)
+        self._checking = StepCosts(CHECK_SIZES, CHECKING_STEPS)
+        self._purse = Purse(SHARE, RESERVE)
         self._own_seconds = Average()
-        self._own_unfinished = 0.0
-        self.totals = DraftCounts()
+        self._turn = 0  # of the sequences that are looked at next
+        self._checks_noted = 0  # in this step
+        self._steps_since_plain = 0
+        # The last look: whether its guesses paid, and whether most of them were right.
+        self._goes_well = self._is_promising = False
 
-    # A sequence's life ---------------------------------------------------------------------------
+    # A sequence's end ----------------------------------------------------------------------------
 
-    def start(self, request_id: str, prompt: Sequence[int]) -> None:
-        """A sequence begins."""
+    def finish(self, text: Text) -> None:
+        """A sequence has ended, whatever ended it; unknown ones are ignored."""
         if self.config.most_tokens:
-            self._memories[request_id] = _Memory(self._factory.create(prompt), self._rates)
+            self._drafters.finish(text)
+            self._memories.pop(text.request_id, None)
 
-    def finish(self, request_id: str) -> None:
-        """A sequence has ended, whatever ended it; unknown ids are ignored."""
-        memory = self._memories.pop(request_id, None)
-        if memory is not None:
-            memory.drafter().finish()
+    def counts(self, request_id: str, tokens: int) -> DraftCounts | None:
+        """How the guesses for a sequence did; None if nothing is guessed here.
 
-    def counts(self, request_id: str) -> DraftCounts | None:
-        """How the guesses for a sequence did; None if nothing is guessed for it."""
+        Args:
+            request_id: Of the request.
+            tokens: That steps gave it.
+        """
+        if not self.config.most_tokens:
+            return None
         memory = self._memories.get(request_id)
-        return None if memory is None else memory.counts
+        counts = DraftCounts() if memory is None else memory.counts
+        counts.steps = tokens - counts.accepted
+        return counts
 
     # A step --------------------------------------------------------------------------------------
 
     def rests(self) -> bool:
         """Whether the next step goes without guesses; asked once a step, before `choose`."""
-        if not self._rest.take_step():
+        offered, self.num_drafts = self.num_drafts, 0
+        if not self.config.most_tokens:
+            return True
+        if not self.config.adaptive:
             return False
-        self._end_choice({})
-        return True
+        if self._steps_since_plain >= STEPS_BETWEEN_PLAIN:
+            return True
+        # What a layer guessed in the step before was paid for; what goes well pays for itself.
+        return not (self._purse.can_pay(self._is_promising) or offered or self._goes_well)
 
-    def choose(self, candidates: Sequence[Candidate], budget: int) -> dict[str, list[int]]:
+    def choose(
+        self, texts: Sequence[Text], room: Callable[[Text, int], int], budget: int
+    ) -> dict[str, list[int]]:
         """Choose what to check in the next step.
 
         Args:
-            candidates: All sequences that decode.
+            texts: All sequences that decode.
+            room: Says how many of so many guessed tokens a sequence has room for: KV blocks, length
+                limit, rules.
             budget: Most tokens that all guesses may have together.
 
         Returns:
             Guessed tokens by request id; sequences without a guess are left out.
         """
         started = time.perf_counter()
-        chosen = self._choose(candidates, budget)
-        self._own_unfinished = time.perf_counter() - started
-        if self.config.adaptive and candidates:
-            self._rest.note(bool(chosen))
-        self._end_choice(chosen)
+        self._open = {}
+        looked_at = self._taking_turns(texts)
+        chosen = self._choose(looked_at, len(texts), room, budget) if texts else {}
+        self._goes_well = self._is_promising = False
+        if self.config.method == "mtp" and self._wants_drafts():
+            self.num_drafts = self.config.most_tokens
+        if texts:
+            seconds = time.perf_counter() - started
+            self.looks += 1
+            self._own_seconds.note(seconds)
+            self._spend(seconds)
         return chosen
-
-    def _end_choice(self, chosen: dict[str, list[int]]) -> None:
-        self._steps += 1
-        self._steps_unchecked = 0 if chosen else self._steps_unchecked + 1
-        self.num_drafts = self.config.most_tokens if self._wants_drafts() else 0
 
     def _wants_drafts(self) -> bool:
         """Whether a draft layer is to guess in this step, for the next one."""
-        if self.config.method != "mtp":
-            return False
-        if not self.config.adaptive:
-            return True
-        is_known = self._plain.count >= STEPS_TRIED and self._steps % STEPS_BETWEEN_PLAIN
-        return bool(is_known) and not self._rest.left
+        return not self.config.adaptive or self._purse.can_pay()
 
-    def _choose(self, candidates: Sequence[Candidate], budget: int) -> dict[str, list[int]]:
-        if candidates and self._own_unfinished:
-            self._own_seconds.note(self._own_unfinished / len(candidates))
-        for candidate in candidates:
-            self._guess(candidate)
-        lengths = {c.request_id: self._length(c, len(candidates)) for c in candidates}
-        if self.config.adaptive and not self._pays(lengths, len(candidates)):
-            lengths = self._trial(candidates)
+    def _spend(self, seconds: float) -> None:
+        self.seconds += seconds
+        self._purse.add(-seconds)
+
+    def _taking_turns(self, texts: Sequence[Text]) -> Sequence[Text]:
+        """All sequences, or some while nothing pays and looking takes long beside a step."""
+        if len(texts) <= LOOKED_AT or not self.config.adaptive or self.config.method == "mtp":
+            return texts
+        if self._goes_well or self._purse.is_rich:
+            return texts
+        first = self._turn % len(texts)
+        self._turn = first + LOOKED_AT
+        return [*texts[first : first + LOOKED_AT], *texts[: max(self._turn - len(texts), 0)]]
+
+    def _choose(
+        self, texts: Sequence[Text], count: int, room: Callable[[Text, int], int], budget: int
+    ) -> dict[str, list[int]]:
+        drafts = self._drafters.propose(texts, self.config.most_tokens)
+        self._open = {
+            text.request_id: draft
+            for text, draft in zip(texts, drafts, strict=True)
+            if draft.tokens
+        }
+        if not self._open:
+            return {}
+        self._looked_at = [(text, len(text.output_token_ids)) for text in texts]
+        if self.config.adaptive:
+            lengths = self._lengths(count, budget)
+        else:
+            lengths = {request_id: len(draft.tokens) for request_id, draft in self._open.items()}
         chosen: dict[str, list[int]] = {}
-        for request_id, wanted in lengths.items():
-            length = min(wanted, budget)
-            memory = self._memories.get(request_id)
-            if memory is None or length < 1:
-                continue
-            chosen[request_id] = memory.draft.tokens[:length]
-            budget -= length
+        for text in texts if lengths else ():
+            length = min(lengths.get(text.request_id, 0), budget)
+            length = room(text, length) if length > 0 else 0
+            if length > 0:
+                chosen[text.request_id] = self._open[text.request_id].tokens[:length]
+                budget -= length
         return chosen
 
     def note_tokens(
-        self, request_id: str, tokens: Sequence[int], checked: int, drafts: Sequence[int] = ()
+        self, text: Text, tokens: Sequence[int], checked: int, drafts: Sequence[int] = ()
     ) -> None:
-        """Record what a sequence got in this step, and judge its guess by it.
+        """Record what a sequence got in this step, where guesses were checked or a layer asked.
 
         Args:
-            request_id: Of the request.
+            text: The sequence, with the new tokens.
             tokens: New tokens, in order.
             checked: Guessed tokens that the step computed.
             drafts: What a draft layer thinks comes next.
         """
-        memory = self._memories.get(request_id)
-        if memory is None:
+        if self.num_drafts:
+            self._drafters.offer(text, drafts)
+        if not checked or not tokens:
             return
+        memory = self._judge(text.request_id, tokens, checked)
+        self._checks_noted += 1
         for counts in (memory.counts, self.totals):
             counts.note(checked, len(tokens) - 1)
-        memory.add(tokens, drafts)
-        if memory.draft is NOTHING:
-            return
-        started = time.perf_counter()
-        # A guess that was not checked is judged by its first token: the account costs nothing.
-        judged = memory.draft.tokens[: max(checked, 1)]
-        pairs = zip(judged, tokens, strict=False)
-        hits = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(judged), len(tokens)))
-        if judged and tokens:
-            memory.rates.note(memory.draft.matched, hits, hits < min(len(judged), len(tokens)))
-        memory.draft = NOTHING
-        self._own_unfinished += time.perf_counter() - started
 
-    def note_step(self, tokens: int, checked: bool, seconds: float) -> None:
-        """Record a step of decoding sequences only.
+    def note_step(self, count: int, checked: int, emitted: int, seconds: float | None) -> None:
+        """Record a step, after the tokens of its sequences.
 
         Args:
-            tokens: All tokens computed.
-            checked: Whether guesses were among them.
-            seconds: Of the model.
+            count: Sequences that it sampled for.
+            checked: Guessed tokens that it computed.
+            emitted: Tokens that it gave.
+            seconds: That it took without the time of guessing; None if it did more than decode.
         """
+        self.totals.steps += count - self._checks_noted
+        self._checks_noted = 0
+        if self._open:
+            self._judge_the_rest()
+        if seconds is None or not count:
+            return
+        self._plain.now = self._checking.now = self._plain.now + 1
+        if not checked and not self.num_drafts:
+            self._plain.note(count, seconds)
+            self._steps_since_plain = 0
+        else:
+            self._settle(count, checked, emitted, seconds)
         if checked:
-            self._checking.note(tokens, seconds)
-        elif not self.num_drafts:  # guessing is no part of a plain step
-            self._plain.note(tokens, seconds)
+            self._checking.note(count + checked, seconds)
+        self._purse.pass_step(seconds)
+
+    def _judge_the_rest(self) -> None:
+        """Judge guesses that were not checked by their first token: the account costs nothing."""
+        started = time.perf_counter()
+        judged = hits = 0
+        for text, known in self._looked_at:
+            draft = self._open.get(text.request_id)
+            tokens = text.output_token_ids[known : known + 1]
+            if draft is not None and tokens:
+                judged += 1
+                hits += draft.tokens[0] == tokens[0]
+                self._judge(text.request_id, tokens, 1)
+        self._open = {}
+        self._is_promising = 0 < judged <= 2 * hits
+        self._spend(time.perf_counter() - started)
+
+    def _judge(self, request_id: str, tokens: Sequence[int], checked: int) -> _Memory:
+        memory = self._memories.get(request_id)
+        if memory is None:
+            memory = self._memories[request_id] = _Memory(self._rates)
+        draft = self._open.pop(request_id)
+        judged = min(checked, len(tokens))
+        pairs = zip(draft.tokens[:judged], tokens, strict=False)
+        hits = next((i for i, (guess, token) in enumerate(pairs) if guess != token), judged)
+        memory.rates.note(draft.matched, hits, hits < judged)
+        return memory
+
+    def _settle(self, count: int, checked: int, emitted: int, seconds: float) -> None:
+        """Charge a step with guesses; the few that measure a size first are on the house: they
+        capture its graph, which takes as long as twenty."""
+        self._steps_since_plain += 1
+        plain = self._plain_seconds(count)
+        if plain is None:
+            return
+        saved = emitted / count * plain - seconds
+        is_first = checked > 0 and not self._checking.knew(count + checked)
+        self._purse.add(max(saved, 0.0 if is_first else -MOST_CHARGED * plain))
+        if not checked:
+            return
+        self._goes_well = saved > 0 or (is_first and emitted > count)
+        if saved > 0:
+            self._checking.stale_after = STALE_AFTER
+        elif not is_first:
+            self._checking.stale_after = min(2 * self._checking.stale_after, MOST_STALE_AFTER)
 
     # Decisions -----------------------------------------------------------------------------------
 
-    def _guess(self, candidate: Candidate) -> None:
-        memory = self._memories.get(candidate.request_id)
-        if memory is None:
-            return
-        most = min(self.config.most_tokens, candidate.room)
-        memory.draft = memory.drafter().propose(most) if most > 0 else NOTHING
-
-    def _rate(self, request_id: str) -> float:
-        memory = self._memories.get(request_id)
-        if memory is None or not memory.draft.tokens:
-            return 0.0
-        return memory.rates.value(memory.draft.matched)
-
-    def _length(self, candidate: Candidate, count: int) -> int:
-        """Guessed tokens of a sequence that are each worth more than they cost."""
-        memory = self._memories.get(candidate.request_id)
-        if memory is None:
-            return 0
-        available = len(memory.draft.tokens)
-        if not self.config.adaptive:
-            return available
-        if self._checking.count < STEPS_TRIED:
-            return 0
-        # Where all guesses have one length, only the step as a whole has a price: see `_pays`.
-        slope = self._checking.slope or 0.0
-        # A token is worth what it costs without guessing; the i-th guess comes true with rate^i.
-        worth = self._plain_seconds(count) / count
-        least = MARGIN * slope / worth if worth else math.inf
-        rate, chance, length = self._rate(candidate.request_id), 1.0, 0
-        while length < available and chance * rate > least:
-            chance *= rate
-            length += 1
-        return length
-
-    def _plain_seconds(self, count: int) -> float:
-        """A step of `count` sequences without guesses."""
-        return self._plain.seconds(count) or self._checking.seconds(count)
-
-    def _pays(self, lengths: dict[str, int], count: int) -> bool:
-        """Whether the whole step is expected to give more tokens a second than a plain one."""
-        checked = sum(lengths.values())
-        if not checked:
-            return False
-        won = 0.0
-        for request_id, length in lengths.items():
-            rate = self._rate(request_id)
-            won += sum(rate**i for i in range(1, length + 1))
-        seconds = self._checking.seconds(count + checked) + self._own_seconds.value * count
-        return (count + won) * self._plain_seconds(count) > MARGIN * count * seconds
-
-    def _trial(self, candidates: Sequence[Candidate]) -> dict[str, int]:
-        """Short guesses of sequences that are often right, while or when costs are not known."""
-        learning = self._checking.count < STEPS_TRIED and self._plain.count >= STEPS_TRIED
-        due = self._steps_unchecked >= STEPS_BETWEEN_TRIES
-        if not learning and not due:
+    def _lengths(self, count: int, budget: int) -> dict[str, int]:
+        """Guessed tokens of each sequence that a step of `count` sequences is to check."""
+        plain = self._plain_seconds(count)
+        ranked = self._ranked(budget)
+        if plain is None or not ranked:
             return {}
-        # Different lengths, so that a line can be drawn through their costs.
-        most = 1 + self._checking.count % TRIED_TOKENS
-        tried = [c.request_id for c in candidates if self._rate(c.request_id) > TRIED_RATE]
-        return {r: min(most, len(self._memories[r].draft.tokens)) for r in tried}
+        won = [0.0]
+        for chance, _ in ranked:
+            won.append(won[-1] + chance)
+        taken = self._best_number(count, plain, won)
+        lengths: dict[str, int] = {}
+        for _, request_id in ranked[:taken]:
+            lengths[request_id] = lengths.get(request_id, 0) + 1
+        return lengths
+
+    def _plain_seconds(self, count: int) -> float | None:
+        """A step of `count` sequences without guesses; a step of fewer than one that was measured
+        takes at least its share of it."""
+        reach = max(PLAIN_REACH * count, self._plain.size(count))
+        larger = self._plain.larger(count, reach)
+        return None if larger is None else larger[1] * min(count / larger[0], 1.0)
+
+    def _checking_seconds(self, tokens: int) -> float | None:
+        """At most what a step of `tokens` that checks guesses takes."""
+        reach = max(CHECKING_REACH * tokens, self._checking.size(tokens))
+        larger = self._checking.larger(tokens, reach)
+        return None if larger is None else larger[1]
+
+    def _ranked(self, most: int) -> list[tuple[float, str]]:
+        """The guessed tokens that are likeliest to be right, each with its chance.
+
+        The i-th token of a guess is right with the i-th power of its rate, so those of one sequence
+        come in their order.
+        """
+        ranked = []
+        for request_id, draft in self._open.items():
+            memory = self._memories.get(request_id)
+            rates = self._rates if memory is None else memory.rates
+            chance = rate = rates.value(draft.matched)
+            for _ in draft.tokens:
+                if chance < LEAST_CHANCE:
+                    break
+                ranked.append((chance, request_id))
+                chance *= rate
+        ranked.sort(key=_chance, reverse=True)
+        return ranked[:most]
+
+    def _best_number(self, count: int, plain: float, won: Sequence[float]) -> int:
+        """How many of the ranked tokens give most tokens a second; 0 if a plain step does.
+
+        Sizes are tried in their order, so that no step is much larger than any that was measured.
+
+        Args:
+            count: Sequences.
+            plain: Seconds of a step without guesses.
+            won: Tokens expected from the first 0, 1, ... guesses.
+        """
+        most, taken, known = len(won) - 1, 0, plain
+        best = MARGIN * count / plain
+        checked = 0
+        while checked < most:
+            checked = min(self._checking.size(count + checked + 1) - count, most)
+            seconds = self._checking_seconds(count + checked)
+            is_trial = seconds is None
+            if is_trial and count + won[checked] < TRIED_GAIN * count:
+                continue
+            known = known if seconds is None else seconds
+            speed = (count + won[checked]) / (known + self._own_seconds.value)
+            if speed > best:
+                best, taken = speed, checked
+            if is_trial:
+                break
+        return taken
+
+
+def _chance(ranked: tuple[float, str]) -> float:
+    return ranked[0]

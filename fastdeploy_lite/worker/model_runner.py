@@ -38,6 +38,7 @@ from fastdeploy_lite.model_executor.weights import (
 from fastdeploy_lite.model_executor.workspace import Workspace
 from fastdeploy_lite.models.registry import ModelRegistry
 from fastdeploy_lite.request.step import SequenceSlice, SliceResult
+from fastdeploy_lite.speculation.config import CHECK_SIZES
 from fastdeploy_lite.utils.errors import ConfigError
 from fastdeploy_lite.worker import kv_budget
 from fastdeploy_lite.worker.kv_budget import MemoryReport
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 LOGIT_ROWS_AT_ONCE = 256
 # Tokens of a step that checks guesses by graph. Larger ones gain little: their kernels outlast the
 # launches.
-MOST_SPREAD = 64
+MOST_SPREAD = CHECK_SIZES[-1]
 
 
 class DecodeGraphs(Protocol):
@@ -290,7 +291,8 @@ class ModelRunner:
         few = expert_placement.GRAPH_SIZES if self._host_links else None
         self._graphs = CudaDecodeGraphs(self.workspace, most, few if sizes is None else sizes)
         if self._most_spread:
-            self._guess_graphs = CudaDecodeGraphs(self.workspace, self._most_spread, few)
+            checks = [*CHECK_SIZES, self._most_spread] if few is None else few
+            self._guess_graphs = CudaDecodeGraphs(self.workspace, self._most_spread, checks)
 
     def _new_caches(self, num_blocks: int) -> list[KVCache]:
         model = self.config.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from model_driver import PaddedSteps, Running, make_runner, sequences
 
+from fastdeploy_lite.model_executor.verification import _row_of
 from fastdeploy_lite.request.step import SamplerParams, SequenceSlice, SliceResult
 from fastdeploy_lite.speculation.config import SpeculativeConfig
 from fastdeploy_lite.worker.model_runner import ModelRunner
@@ -182,3 +184,16 @@ def test_a_row_that_fails_is_left_to_its_own_step(runner: ModelRunner) -> None:
     part = draft_slice(one, [])
     part.logits_processors = [fails_third]
     assert "no third token" in (runner.execute([part])[0].error or "")
+
+
+def test_the_rows_of_a_slice_differ_only_where_they_must() -> None:
+    """A field that is added to a slice must reach its rows, too."""
+    given = {field.name: object() for field in dataclasses.fields(SequenceSlice)}
+    given |= {"draft_token_ids": [7, 8], "draft_bitmasks": [None, None], "output_token_ids": [1]}
+    part = SequenceSlice(**{**given, "step": 5, "num_banned_now": 2})
+    changed = {"fresh": False, "bitmask": None}
+    assert _row_of(part, 0) is part
+    processed = {"step": 6, "output_token_ids": [1, 7]}
+    assert _row_of(part, 1) == dataclasses.replace(part, **changed, **processed)
+    part.logits_processors, part.num_banned_now = None, 1
+    assert _row_of(part, 1) == dataclasses.replace(part, **changed, step=6, banned_now=())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastdeploy_lite import _ops_cpu
+from fastdeploy_lite._ops_cpu import AnswerIndex, NgramDrafter
 from fastdeploy_lite.speculation.config import SpeculativeConfig
-from fastdeploy_lite.speculation.drafters import AnswerIndex, DrafterFactory, NgramDrafter
+from fastdeploy_lite.speculation.drafters import MOST_WAITING, Drafters, create_drafters
 from fastdeploy_lite.utils.errors import ConfigError
 
 texts = st.lists(st.integers(0, 2), max_size=40)
@@ -38,7 +42,7 @@ def test_ngram_copies_what_followed_the_longest_latest_match(
     assert drafter.propose(most) == (tokens, matched)
 
 
-def test_ngram_grows_past_its_first_buffer() -> None:
+def test_ngram_finds_what_is_far_away() -> None:
     drafter = NgramDrafter(2, 5)
     drafter.extend([1, 2, 3])
     drafter.extend(list(range(10, 5000)))
@@ -46,33 +50,87 @@ def test_ngram_grows_past_its_first_buffer() -> None:
     assert drafter.propose(3) == ([3, 10, 11], 2)
 
 
+@dataclass
+class Said:
+    """A sequence."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    output_token_ids: list[int] = field(default_factory=list)
+
+
+def guess(drafters: Drafters, text: Said, most: int) -> list[int]:
+    return drafters.propose([text], most)[0].tokens
+
+
 def test_suffix_learns_from_earlier_answers() -> None:
-    factory = DrafterFactory(SpeculativeConfig("suffix"))
-    first = factory.create([100, 101])
-    assert first.propose(4).tokens == []
-    first.extend([5, 6, 7])
-    first.extend([8, 9])
-    first.finish()
-    second = factory.create([200, 101])
-    assert second.propose(4).tokens == [5, 6, 7, 8]  # the prompt ends like the first one
-    second.extend([6])
-    assert second.propose(8).tokens == [7, 8, 9]
+    drafters = create_drafters(SpeculativeConfig("suffix"))
+    first = Said("a", [100, 101])
+    assert guess(drafters, first, 4) == []
+    first.output_token_ids += [5, 6, 7, 8, 9]
+    drafters.finish(first)
+    second = Said("b", [200, 101])
+    assert guess(drafters, second, 4) == [5, 6, 7, 8]  # the prompt ends like the first one
+    second.output_token_ids.append(6)
+    assert guess(drafters, second, 8) == [7, 8, 9]
+
+
+def test_suffix_learns_from_an_answer_that_was_never_guessed_about() -> None:
+    config = SpeculativeConfig("suffix", suffix_decoding_min_token_prob=0.0)
+    drafters = create_drafters(config)
+    for i in range(2 * MOST_WAITING):
+        drafters.finish(Said(f"{i}", [1, 2], [5, 6, 10 + i]))
+    assert guess(drafters, Said("x", [9, 5, 6]), 1) == [9 + 2 * MOST_WAITING]
+
+
+def test_a_suffix_is_followed_while_the_answers_change() -> None:
+    """The place of a sequence in the index of answers is kept from guess to guess."""
+    drafters = create_drafters(SpeculativeConfig("suffix"))
+    text = Said("x", [1, 2, 3])
+    assert guess(drafters, text, 3) == []
+    drafters.finish(Said("a", [7], [2, 3, 4, 5]))
+    assert guess(drafters, text, 3) == [4, 5]
+    text.output_token_ids.append(4)
+    assert guess(drafters, text, 3) == [5]
+    for i in range(3):
+        drafters.finish(Said(f"b{i}", [8], [3, 4, 6]))
+    assert guess(drafters, text, 3) == [5]  # three tokens agree with the first answer
+    text.output_token_ids += [6, 3, 4]
+    assert guess(drafters, text, 1) == [6]
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=9), st.booleans()), max_size=8),
+    st.integers(0, 60),
+)
+def test_a_followed_suffix_is_the_one_that_is_looked_up_anew(
+    parts: list[tuple[list[int], bool]], most: int
+) -> None:
+    index = _ops_cpu.AnswerIndex(most)
+    drafter = _ops_cpu.SuffixDrafter(index, 0.0)
+    read: list[int] = []
+    for part, is_answer in parts:
+        if is_answer:
+            index.add(part)
+        else:
+            drafter.extend(part)
+            read += part
+        fresh = _ops_cpu.SuffixDrafter(index, 0.0)
+        fresh.extend(read)
+        assert drafter.propose(4) == fresh.propose(4)
 
 
 def test_suffix_prefers_what_is_likelier_to_come_true() -> None:
-    factory = DrafterFactory(SpeculativeConfig("suffix"))
-    for _ in range(3):
-        earlier = factory.create([1])
-        earlier.extend([2, 3, 4, 5])
-        earlier.finish()
-    drafter = factory.create([3, 9, 8, 3, 7, 6, 2, 3])
-    assert drafter.propose(4).tokens == [4, 5]
+    drafters = create_drafters(SpeculativeConfig("suffix"))
+    for i in range(3):
+        drafters.finish(Said(f"{i}", [1], [2, 3, 4, 5]))
+    assert guess(drafters, Said("x", [3, 9, 8, 3, 7, 6, 2, 3]), 4) == [4, 5]
 
 
 def test_suffix_stops_where_the_text_branches() -> None:
-    factory = DrafterFactory(SpeculativeConfig("suffix", suffix_decoding_min_token_prob=0.6))
-    drafter = factory.create([1, 2, 3, 1, 2, 4, 1, 2, 5, 1])
-    assert drafter.propose(4).tokens == [2]
+    config = SpeculativeConfig("suffix", suffix_decoding_min_token_prob=0.6)
+    text = Said("x", [1, 2, 3, 1, 2, 4, 1, 2, 5, 1])
+    assert guess(create_drafters(config), text, 4) == [2]
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=30), max_size=30), st.integers(0, 100))

@@ -2,18 +2,91 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import pytest
 
-from fastdeploy_lite.speculation.config import SpeculativeConfig
-from fastdeploy_lite.speculation.rates import HitRates, StepLine
-from fastdeploy_lite.speculation.speculator import Candidate, Speculator
+from fastdeploy_lite.speculation.config import CHECK_SIZES, SpeculativeConfig
+from fastdeploy_lite.speculation.drafters import Text
+from fastdeploy_lite.speculation.rates import PRIOR, HitRates, Purse, StepCosts
+from fastdeploy_lite.speculation.speculator import Speculator
 
 NextToken = Callable[[list[int]], int]
+
+
+@dataclass
+class Answer:
+    """A sequence; `will_say` is what the model says, however it is asked."""
+
+    request_id: str
+    prompt_token_ids: list[int] = field(default_factory=list)
+    output_token_ids: list[int] = field(default_factory=list)
+    will_say: list[int] = field(default_factory=list)
+
+    @property
+    def rest(self) -> list[int]:
+        return self.will_say[len(self.output_token_ids) :]
+
+
+@dataclass
+class Device:
+    """What a step takes, in seconds.
+
+    Attributes:
+        fixed, per_token: A step of so many tokens.
+        checking: How many fixed parts a step with guesses takes.
+        capture: What the first step with guesses of a size takes on top.
+        look: What one look for guesses takes, whatever is found.
+        noise: Steps take up to so much more or less; one in a hundred is interrupted, and takes
+            twenty times as long.
+    """
+
+    fixed: float
+    per_token: float
+    checking: float = 1.0
+    capture: float = 0.0
+    look: float = 0.0
+    noise: float = 0.1
+    spent: float = 0.0
+    is_looking: bool = False
+    rng: random.Random = field(default_factory=lambda: random.Random(3))
+    captured: set[int] = field(default_factory=set)
+
+    def plain_step(self, count: int) -> float:
+        return self.fixed + self.per_token * count
+
+    def step(self, count: int, guesses: int) -> float:
+        seconds = self.plain_step(count + guesses)
+        if guesses:
+            seconds += (self.checking - 1.0) * self.fixed
+        seconds *= self.rng.uniform(1 - self.noise, 1 + self.noise)
+        size = next((s for s in CHECK_SIZES if s >= count + guesses), 0)
+        if guesses and size not in self.captured:
+            self.captured.add(size)
+            seconds += self.capture
+        if self.noise and self.rng.random() < 0.01:
+            seconds *= 20
+        self.spent += seconds
+        return seconds
+
+    def clock(self) -> float:
+        """For `time.perf_counter`, which is read before and after looking and judging."""
+        self.spent += self.look / 2 if self.is_looking else 0.0
+        self.is_looking = not self.is_looking
+        return self.spent
+
+    @property
+    def interruptions(self) -> float:
+        """How many times longer all steps take with those that are interrupted."""
+        return 1.19 if self.noise else 1.0
+
+
+def card(**extra: float) -> Device:
+    """About a small model on a card with CUDA graphs."""
+    return Device(6e-4, 1e-5, capture=15e-3, look=5e-5, **extra)
 
 
 def repetitive(length: int = 40) -> NextToken:
@@ -27,55 +100,89 @@ def noise(seed: int, words: int) -> NextToken:
     return lambda text: rng.randrange(words)
 
 
-def run(
+def answers(sources: Sequence[NextToken], tokens: int, name: str = "") -> list[Answer]:
+    made = []
+    for i, source in enumerate(sources):
+        text = list(range(10 * i, 10 * i + 8))
+        for _ in range(tokens + 33):
+            text.append(source(text))
+        made.append(Answer(f"{name}{i}", text[:8], [], text[8:]))
+    return made
+
+
+def everything(text: Text, most: int) -> int:
+    return most
+
+
+def run(speculator: Speculator, device: Device, texts: list[Answer], tokens: int) -> None:
+    """Answer `tokens` tokens of each text together."""
+    alive = list(texts)
+    while alive:
+        chosen = {} if speculator.rests() else speculator.choose(alive, everything, 256)
+        guesses, emitted, count = sum(map(len, chosen.values())), 0, len(alive)
+        seconds = device.step(count, guesses)
+        for text in alive.copy():
+            guess, truth = chosen.get(text.request_id, []), text.rest
+            right = next((i for i, g in enumerate(guess) if g != truth[i]), len(guess))
+            new = truth[: right + 1]
+            text.output_token_ids += new
+            emitted += len(new)
+            if guess:
+                speculator.note_tokens(text, new, len(guess))
+            if len(text.output_token_ids) >= tokens:
+                alive.remove(text)
+                speculator.finish(text)
+        speculator.note_step(count, guesses, emitted, seconds)
+    assert speculator.totals.drafted >= speculator.totals.accepted
+
+
+def speedup(
     method: str,
-    sources: list[NextToken],
-    fixed: float,
-    per_token: float,
+    sources: Sequence[NextToken],
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
     *,
-    steps_of_setup: float = 0.0,
-    tokens: int = 600,
+    tokens: int = 2000,
     adaptive: bool = True,
 ) -> float:
-    """Simulate a batch; return the time by plain decoding over the time with speculation."""
+    """Time by plain decoding over the time with speculation, that of guessing included."""
+    monkeypatch.setattr(time, "perf_counter", device.clock)
     speculator = Speculator(SpeculativeConfig(method, adaptive=adaptive))
-    rng = random.Random(3)
-    texts: dict[str, list[int]] = {}
-    for i, _ in enumerate(sources):
-        texts[str(i)] = list(range(10 * i, 10 * i + 8))
-        speculator.start(str(i), texts[str(i)])
-    # What the model will say does not depend on how it is asked.
-    for text, source in zip(texts.values(), sources, strict=True):
-        for _ in range(tokens):
-            text.append(source(text))
-    known = dict.fromkeys(texts, 8)
-    spent = 0.0
-    while known:
-        candidates = [Candidate(r, 100) for r in known]
-        chosen = {} if speculator.rests() else speculator.choose(candidates, 512)
-        size = len(known) + sum(map(len, chosen.values()))
-        seconds = fixed + per_token * size + (steps_of_setup * fixed if chosen else 0.0)
-        seconds *= rng.uniform(0.9, 1.1)
-        speculator.note_step(size, bool(chosen), seconds)
-        spent += seconds
-        for request_id in list(known):
-            text, at = texts[request_id], known[request_id]
-            guess = chosen.get(request_id, [])
-            right = next((i for i, g in enumerate(guess) if g != text[at + i]), len(guess))
-            new = text[at : at + right + 1]
-            speculator.note_tokens(request_id, new, len(guess))
-            known[request_id] += len(new)
-            if known[request_id] + 33 >= len(text):
-                del known[request_id]
-                speculator.finish(request_id)
-    assert speculator.totals.drafted >= speculator.totals.accepted
-    plain = (tokens - 33) * (fixed + per_token * len(sources))
-    return plain / spent
+    run(speculator, device, answers(sources, tokens), tokens)
+    return tokens * device.plain_step(len(sources)) * device.interruptions / device.spent
 
 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
-def test_it_pays_where_the_text_repeats_and_steps_are_flat(method: str) -> None:
-    assert run(method, [repetitive()], 1.0, 0.01) > 3.0
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_on_a_card_a_text_that_repeats_gains(
+    method: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [repetitive(31 + i) for i in range(batch)]
+    assert speedup(method, sources, card(), monkeypatch) > 2.0
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("words", [10, 1000])
+def test_on_a_card_a_text_without_order_costs_next_to_nothing(
+    method: str, batch: int, words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [noise(seed, words) for seed in range(batch)]
+    assert speedup(method, sources, card(noise=0.0), monkeypatch) > 0.98
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_after_a_long_rest_what_repeats_is_noticed(
+    method: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = card()
+    monkeypatch.setattr(time, "perf_counter", device.clock)
+    speculator = Speculator(SpeculativeConfig(method))
+    run(speculator, device, answers([noise(i, 1000) for i in range(batch)], 3000, "n"), 3000)
+    device.spent = 0.0
+    run(speculator, device, answers([repetitive()] * batch, 2000, "r"), 2000)
+    assert 2000 * device.plain_step(batch) * device.interruptions / device.spent > 1.9
 
 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
@@ -83,45 +190,133 @@ def test_it_pays_where_the_text_repeats_and_steps_are_flat(method: str) -> None:
 @pytest.mark.parametrize("per_token", [0.01, 0.3, 3.0])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_it_costs_nothing_where_guesses_are_wrong(
-    method: str, words: int, per_token: float, batch: int
+    method: str, words: int, per_token: float, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = [noise(seed, words) for seed in range(batch)]
-    assert run(method, sources, 1.0, per_token) > 0.96  # the noise of the simulated clock is 1 %
+    device = Device(1.0, per_token, look=0.01, noise=0.0)
+    assert speedup(method, sources, device, monkeypatch) > 0.975
 
 
-def test_it_stays_off_where_every_token_costs_a_step() -> None:
-    assert run("ngram", [repetitive()], 0.0, 1.0) > 0.97
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+def test_kernels_that_work_off_tokens_one_by_one_leave_little_to_gain(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About the demo on two cores at a batch of 16, where only the fixed part can be saved."""
+    sources = [repetitive(31 + i) for i in range(16)]
+    device = Device(4e-3, 3e-4, look=2e-4)
+    assert speedup(method, sources, device, monkeypatch) > 1.3
+    device = Device(4e-3, 3e-4, look=2e-4, noise=0.0)
+    assert speedup(method, [noise(i, 8) for i in range(16)], device, monkeypatch) > 0.98
 
 
-def test_it_stays_off_where_checking_needs_a_slow_kind_of_step() -> None:
-    assert run("ngram", [repetitive()], 1.0, 0.01, steps_of_setup=12.0, tokens=3000) > 0.95
+@pytest.mark.parametrize("batch", [1, 16])
+def test_it_stays_off_where_every_token_costs_a_step(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(0.0, 1.0, noise=0.0)
+    assert speedup("ngram", [repetitive()] * batch, device, monkeypatch) > 0.97
 
 
-def test_a_good_and_a_bad_sequence_are_told_apart() -> None:
-    speed = run("ngram", [repetitive(), noise(1, 3)], 1.0, 0.2)
+def test_it_stays_off_where_checking_needs_a_slow_kind_of_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device(1.0, 0.01, checking=12.0, noise=0.0)
+    assert speedup("ngram", [repetitive()], device, monkeypatch, tokens=4000) > 0.96
+
+
+def test_a_good_and_a_bad_sequence_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [repetitive(), noise(1, 3)]
+    speed = speedup("ngram", sources, Device(1.0, 0.2), monkeypatch)
     assert speed > 1.0
-    always = run("ngram", [repetitive(), noise(1, 3)], 1.0, 0.2, adaptive=False)
+    always = speedup("ngram", sources, Device(1.0, 0.2), monkeypatch, adaptive=False)
     assert speed > always * 0.95
+
+
+def test_costs_that_change_are_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that others used while sizes were measured for the first time."""
+    device = Device(1.0, 0.01, checking=20.0, noise=0.0)
+    monkeypatch.setattr(time, "perf_counter", device.clock)
+    speculator = Speculator(SpeculativeConfig("ngram"))
+    run(speculator, device, answers([repetitive()], 500, "a"), 500)
+    assert speculator.totals.checks < 30
+    device.checking, device.spent = 1.0, 0.0
+    run(speculator, device, answers([repetitive()], 4000, "b"), 4000)
+    assert 4000 * device.plain_step(1) / device.spent > 1.5
+
+
+def test_the_time_of_guessing_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look that takes as long as a hundred steps is no help, however right it is."""
+    device = Device(1.0, 0.01, look=100.0, noise=0.0)
+    speculator = Speculator(SpeculativeConfig("ngram"))
+    monkeypatch.setattr(time, "perf_counter", device.clock)
+    run(speculator, device, answers([repetitive()], 8000), 8000)
+    assert speculator.looks <= 3
 
 
 def test_naive_guesses_nothing() -> None:
     speculator = Speculator(SpeculativeConfig("naive"))
-    speculator.start("a", [1, 1, 1, 1, 1, 1])
-    assert speculator.choose([Candidate("a", 5)], 10) == {}
-    speculator.note_tokens("a", [1], 0)
+    text = Answer("a", [1, 1, 1, 1, 1, 1])
+    assert speculator.rests()
+    speculator.note_step(1, 0, 1, 1.0)
     assert speculator.totals.checks == 0
+    assert speculator.counts("a", 1) is None
+    speculator.finish(text)
 
 
 def test_room_and_budget_are_kept() -> None:
     speculator = Speculator(SpeculativeConfig("ngram", adaptive=False))
-    for name in "ab":
-        speculator.start(name, [1, 2, 3, 4, 5] * 3)
-    chosen = speculator.choose([Candidate("a", 2), Candidate("b", 0)], 10)
-    assert chosen == {"a": [1, 2]}
-    assert speculator.choose([Candidate("a", 9), Candidate("b", 9)], 6) == {
-        "a": [1, 2, 3, 4, 5],
-        "b": [1],
-    }
+    texts = [Answer(name, [1, 2, 3, 4, 5] * 3) for name in "ab"]
+    room = {"a": 2, "b": 0}
+
+    def room_of(text: Text, most: int) -> int:
+        return min(room[text.request_id], most)
+
+    assert not speculator.rests()
+    assert speculator.choose(texts, room_of, 10) == {"a": [1, 2]}
+    speculator.note_step(2, 2, 2, None)
+    room = {"a": 9, "b": 9}
+    assert speculator.choose(texts, room_of, 6) == {"a": [1, 2, 3, 4, 5], "b": [1]}
+
+
+def test_counts_are_of_a_request_and_of_all() -> None:
+    speculator = Speculator(SpeculativeConfig("ngram", adaptive=False))
+    text = Answer("a", [1, 2, 3, 4, 5] * 3)
+    assert not speculator.rests()
+    assert speculator.choose([text], everything, 3) == {"a": [1, 2, 3]}
+    text.output_token_ids += [1, 2, 9]
+    speculator.note_tokens(text, [1, 2, 9], 3)
+    speculator.note_step(1, 3, 3, None)
+    assert not speculator.rests()
+    assert speculator.choose([text], everything, 3) == {}
+    text.output_token_ids.append(9)
+    speculator.note_step(1, 0, 1, None)
+    counts = speculator.counts("a", 4)
+    assert counts == speculator.totals
+    assert counts is not None
+    assert (counts.steps, counts.checks, counts.drafted, counts.accepted) == (2, 1, 3, 2)
+    other = speculator.counts("b", 7)
+    assert other is not None
+    assert (other.steps, other.checks) == (7, 0)
+    speculator.note_step(5, 0, 5, 1.0)
+    assert speculator.totals.steps == 7
+
+
+def test_while_nothing_pays_few_sequences_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = card()
+    monkeypatch.setattr(time, "perf_counter", device.clock)
+    speculator, seen = Speculator(SpeculativeConfig("suffix")), []
+    propose = speculator._drafters.propose
+
+    def watched(texts: Sequence[Text], most: int) -> list:
+        seen.append([text.request_id for text in texts])
+        return propose(texts, most)
+
+    monkeypatch.setattr(speculator._drafters, "propose", watched)
+    run(speculator, device, answers([noise(i, 1000) for i in range(16)], 2000), 2000)
+    late = seen[-12:]
+    assert {len(names) for names in late} == {4}
+    assert len({name for names in late for name in names}) == 16
+    assert len(seen) < 700
 
 
 def test_rates_are_of_a_sequence_and_of_all() -> None:
@@ -134,19 +329,41 @@ def test_rates_are_of_a_sequence_and_of_all() -> None:
     assert bad.value(4) < 0.15
     assert 0.2 < shared.value(4) < 0.95
     assert HitRates(shared).value(4) == shared.value(4)
-    assert HitRates(shared).value(1) == 0.5
+    assert HitRates(shared).value(1) == PRIOR
 
 
-def test_the_line_is_found_through_noise_and_interruptions() -> None:
-    line, rng = StepLine(), random.Random(1)
-    assert line.slope is None
-    assert line.seconds(3) == 0.0
-    for _ in range(400):
-        tokens = rng.randint(1, 9)
-        seconds = (2.0 + 0.5 * tokens) * rng.uniform(0.95, 1.05)
-        line.note(tokens, 50.0 if rng.random() < 0.01 else seconds)
-    assert line.slope == pytest.approx(0.5, rel=0.2)
-    assert line.seconds(5) == pytest.approx(4.5, rel=0.1)
+def test_costs_are_found_through_captures_and_interruptions() -> None:
+    costs, rng = StepCosts((4, 8, 16), 3), random.Random(1)
+    assert [costs.size(n) for n in (1, 4, 5, 16, 17, 33)] == [4, 4, 8, 16, 32, 48]
+    for seconds in (20.0, 20.0, 1.0):
+        assert costs.larger(5, 8) is None
+        costs.note(6, seconds)
+    assert costs.larger(5, 8) == (8, 1.0)
+    for _ in range(100):
+        costs.note(8, 50.0 if rng.random() < 0.2 else rng.uniform(1.9, 2.1))
+    found = costs.larger(3, 8)
+    assert found is not None
+    assert found[1] == pytest.approx(2.0, rel=0.05)
+    assert costs.larger(9, 100) is None
+    assert costs.larger(3, 7) is None
+    costs.now += costs.stale_after + 1
+    assert costs.larger(3, 8) is None
+    for _ in range(3):
+        costs.note(8, 7.0)
+    assert costs.larger(3, 8) == (8, 7.0)
+
+
+def test_a_purse_bounds_what_guessing_costs() -> None:
+    purse, lost = Purse(0.01, 4.0), 0.0
+    for _ in range(10_000):
+        if purse.seconds > 0:
+            purse.add(-0.7)
+            lost += 0.7
+        purse.pass_step(1.0)
+    assert 0.008 < lost / 10_000 < 0.0115
+    purse.add(100.0)
+    purse.pass_step(1.0)
+    assert purse.seconds == 4.0
 
 
 def run_layer(
@@ -156,21 +373,25 @@ def run_layer(
     that share of a step; return the time by plain decoding over the time with it."""
     config = SpeculativeConfig("mtp", num_speculative_tokens=most, adaptive=adaptive)
     speculator, rng = Speculator(config), random.Random(4)
-    speculator.start("a", [1, 2, 3])
-    spent, written = 0.0, 0
-    while written < tokens:
-        guess = speculator.choose([Candidate("a", 100)], 512).get("a", [])
+    text, spent = Answer("a", [1, 2, 3]), 0.0
+    while len(text.output_token_ids) < tokens:
+        rests = speculator.rests()
+        guess = [] if rests else speculator.choose([text], everything, 512).get("a", [])
         asked = speculator.num_drafts
         seconds = 1.0 + 0.05 * len(guess) + (drafting if asked else 0.0)
         seconds *= rng.uniform(0.9, 1.1)
-        speculator.note_step(1 + len(guess), bool(guess), seconds)
         spent += seconds
+        written = len(text.output_token_ids)
         truth = range(written, written + len(guess) + 1)  # each token is its place in the text
         hits = next((i for i, g in enumerate(guess) if g != truth[i]), len(guess))
-        written += hits + 1
+        new = list(truth[: hits + 1])
+        text.output_token_ids += new
+        written += len(new)
         drafts = [written + i if rng.random() < right else -1 for i in range(asked)]
-        speculator.note_tokens("a", list(truth[: hits + 1]), len(guess), drafts)
-    return written / spent
+        if guess or asked:
+            speculator.note_tokens(text, new, len(guess), drafts)
+        speculator.note_step(1, len(guess), len(new), seconds)
+    return len(text.output_token_ids) / spent
 
 
 def test_a_layer_that_is_right_pays() -> None:
@@ -182,63 +403,49 @@ def test_a_layer_that_is_right_pays() -> None:
 
 def test_a_layer_that_is_wrong_is_left_alone() -> None:
     """Its work is part of each step that it guesses in, so it has to be asked less and less."""
-    assert run_layer(0.0, 0.5, adaptive=False) < 0.65
+    assert run_layer(0.0, 0.5, adaptive=False) < 0.7
     assert run_layer(0.0, 0.2) > 0.97
     assert run_layer(0.0, 0.02) > 0.97
-    assert run_layer(0.0, 0.5) > 0.93
+    assert run_layer(0.0, 0.5) > 0.97
 
 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
 def test_other_methods_ask_no_layer(method: str) -> None:
     speculator = Speculator(SpeculativeConfig(method, adaptive=False))
-    speculator.start("a", [1, 2, 3])
+    text = Answer("a", [1, 2, 3])
     for _ in range(50):
-        speculator.choose([Candidate("a", 100)], 512)
+        assert not speculator.rests()
+        speculator.choose([text], everything, 512)
         assert speculator.num_drafts == 0
-        speculator.note_step(1, False, 1.0)
-        speculator.note_tokens("a", [5], 0)
+        text.output_token_ids.append(5)
+        speculator.note_step(1, 0, 1, 1.0)
 
 
 def test_guesses_for_other_tokens_are_forgotten() -> None:
-    speculator = Speculator(SpeculativeConfig("mtp", num_speculative_tokens=4, adaptive=False))
-    speculator.start("a", [1, 2, 3])
-    speculator.note_tokens("a", [4], 0, [5, 6, 7])
-    assert speculator.choose([Candidate("a", 2)], 512) == {"a": [5, 6]}
-    speculator.note_tokens("a", [5, 6, 9], 2)  # the layer said nothing more
-    assert speculator.choose([Candidate("a", 100)], 512) == {}
+    config = SpeculativeConfig("mtp", num_speculative_tokens=4, adaptive=False)
+    speculator, text = Speculator(config), Answer("a", [1, 2, 3])
+
+    def room(_: Text, most: int) -> int:
+        return min(most, 2)
+
+    assert speculator.choose([text], everything, 512) == {}
+    text.output_token_ids.append(4)
+    speculator.note_tokens(text, [4], 0, [5, 6, 7])
+    assert speculator.choose([text], room, 512) == {"a": [5, 6]}
+    text.output_token_ids += [5, 6, 9]
+    speculator.note_tokens(text, [5, 6, 9], 2)  # the layer said nothing more
+    assert speculator.choose([text], everything, 512) == {}
+    text.output_token_ids.append(1)
+    speculator.note_tokens(text, [1], 0, [5])
+    text.output_token_ids.append(1)  # a step without guesses in between
+    assert speculator.choose([text], everything, 512) == {}
 
 
-def test_while_nothing_repeats_few_steps_look_for_guesses() -> None:
-    """On a card a step takes half a millisecond, and looking is what is left of the cost."""
-    speculator, looks = Speculator(SpeculativeConfig("suffix")), 0
-    speculator.start("a", list(range(100)))
-    for step in range(1000):
-        if not speculator.rests():
-            looks += 1
-            assert speculator.choose([Candidate("a", 9)], 9) == {}
-        speculator.note_step(1, False, 1.0)
-        speculator.note_tokens("a", [100 + step], 0)
-    assert looks < 100
-    assert speculator.totals.steps == 1000
-    # What was not read at once is there when it is needed.
-    speculator.note_tokens("a", [50, 51, 52, 53, 54, 55], 0)
-    while speculator.rests():
-        pass
-    assert speculator._memories["a"].drafter().propose(3).tokens == [56, 57, 58]
-
-
-def test_steps_that_only_read_prompts_are_no_failed_looks() -> None:
+def test_steps_that_only_read_prompts_are_no_looks() -> None:
     speculator = Speculator(SpeculativeConfig("ngram"))
+    speculator.note_step(1, 0, 1, 1.0)
     for _ in range(1000):
         assert not speculator.rests()
-        assert speculator.choose([], 9) == {}
-
-
-def test_the_time_of_guessing_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count()
-    monkeypatch.setattr(time, "perf_counter", lambda: 1e-3 * next(clock))
-    cheap = run("ngram", [repetitive()], 1.0, 0.01)
-    clock = itertools.count()
-    monkeypatch.setattr(time, "perf_counter", lambda: 100.0 * next(clock))
-    assert cheap > 3.0
-    assert run("ngram", [repetitive()], 1.0, 0.01) == pytest.approx(1.0, abs=0.1)
+        assert speculator.choose([], everything, 9) == {}
+        speculator.note_step(0, 0, 0, None)
+    assert speculator.looks == 0

@@ -1,0 +1,103 @@
+// What guesses the next tokens of a sequence from tokens that were read or written before.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "suffix_index.h"
+
+namespace fd::cpu {
+
+// Guessed tokens, and how many tokens before them had occurred in the same order.
+using Draft = std::pair<std::vector<int32_t>, int32_t>;
+
+// The memory of one sequence.
+class Drafter {
+ public:
+  virtual ~Drafter() = default;
+  // Appends tokens of the sequence.
+  virtual void extend(const std::vector<int32_t>& tokens) = 0;
+  // Guesses at most `most` tokens after those that are known.
+  virtual Draft propose(int32_t most) = 0;
+};
+
+// Finds the earlier place where most of the newest tokens stand, the latest among equals, and
+// copies what follows there.
+class NgramDrafter : public Drafter {
+ public:
+  // How many of the newest tokens are compared.
+  NgramDrafter(int32_t shortest, int32_t longest) : shortest_(shortest), longest_(longest) {}
+  void extend(const std::vector<int32_t>& tokens) override;
+  Draft propose(int32_t most) override;
+
+ private:
+  // The last place before `end` where `token` stands, -1 without one.
+  int64_t last_place(int64_t end, int32_t token) const;
+
+  int32_t shortest_, longest_;
+  std::vector<int32_t> tokens_;
+};
+
+// Earlier answers, the newest about `most_tokens` tokens of them. They are indexed when somebody
+// asks. An index cannot forget single answers, so two take turns: when the newer one is half full,
+// the older one is dropped.
+class AnswerIndex {
+ public:
+  explicit AnswerIndex(int64_t most_tokens) : half_(most_tokens / 2) {}
+  void add(std::vector<int32_t> answer);
+  // Indexes what was added since.
+  void settle();
+  SuffixDraft propose(const std::vector<int32_t>& context, int32_t most, float least_share);
+  int64_t num_tokens();
+
+  // After `settle`; the second number is another one for every content.
+  const SuffixIndex& newer() const { return *new_; }
+  const SuffixIndex& older() const { return *old_; }
+  int64_t turns() const { return turns_; }
+
+ private:
+  int64_t half_;
+  int64_t turns_ = 0;
+  std::unique_ptr<SuffixIndex> old_ = std::make_unique<SuffixIndex>();
+  std::unique_ptr<SuffixIndex> new_ = std::make_unique<SuffixIndex>();
+  std::deque<std::vector<int32_t>> waiting_;
+  int64_t num_waiting_ = 0;  // tokens
+};
+
+// Looks for the longest end of the sequence that occurred before, in it or in earlier answers.
+class SuffixDrafter : public Drafter {
+ public:
+  // A guess ends where it would follow less than `least_share` of what was seen.
+  SuffixDrafter(std::shared_ptr<AnswerIndex> answers, float least_share)
+      : answers_(std::move(answers)), least_share_(least_share) {}
+  void extend(const std::vector<int32_t>& tokens) override;
+  Draft propose(int32_t most) override;
+
+ private:
+  static constexpr int64_t kLongestContext = 64;
+
+  // Where the sequence stands in an index of answers, as long as that does not change.
+  struct Cursor {
+    int64_t turn = -1;
+    int64_t size = -1;
+    int64_t read = 0;  // tokens of the sequence
+    SuffixIndex::Place place;
+  };
+  SuffixDraft propose_in(const SuffixIndex& index, int64_t turn, Cursor& cursor, int32_t most);
+
+  std::shared_ptr<AnswerIndex> answers_;
+  float least_share_;
+  SuffixIndex own_;
+  std::vector<int32_t> tail_;  // the newest tokens, kLongestContext or more
+  int64_t count_ = 0;
+  Cursor in_new_, in_old_;
+};
+
+// Lets each drafter read its new tokens and guess.
+std::vector<Draft> propose_all(const std::vector<Drafter*>& drafters,
+                               const std::vector<std::vector<int32_t>>& tokens, int32_t most);
+
+}  // namespace fd::cpu
