@@ -408,3 +408,20 @@ def multiply(
     accumulate: bool,
     stream: int,
 ) -> None: ...
+
+inner_parts: int
+
+def factorize(hessian: int, size: int, wide: int, status: int, stream: int) -> None: ...
+def solve(
+    upper: int,
+    size: int,
+    right: int,
+    divisor: float,
+    columns: int,
+    wide: int,
+    solution: int,
+    stream: int,
+) -> None: ...
+def swiglu(both: int, weight: int, tokens: int, width: int, out: int, stream: int) -> None: ...
+def permute_moments(source: int, row_of: int, size: int, to: int, stream: int) -> None: ...
+def inner_product(a: int, b: int, count: int, parts: int, total: int, stream: int) -> None: ...

@@ -102,6 +102,36 @@ void bind_encode(py::module_& m) {
                             second_share, size, damping, at<double>(mean), at<float>(mixed),
                             at<int>(status), stream_of(stream));
         });
+  m.def(
+      "factorize",
+      [](Address hessian, int size, Address wide, Address status, Address stream) {
+        fc::factorize(at<const float>(hessian), size, at<double>(wide), at<int>(status),
+                      stream_of(stream));
+      },
+      no_gil());
+  m.def(
+      "solve",
+      [](Address upper, int size, Address right, double divisor, int columns, Address wide,
+         Address solution, Address stream) {
+        fc::solve(at<const double>(upper), size, at<const float>(right), divisor, columns,
+                  at<double>(wide), at<float>(solution), stream_of(stream));
+      },
+      no_gil());
+  m.def("swiglu",
+        [](Address both, Address weight, int tokens, int width, Address out, Address stream) {
+          fc::swiglu(at<const float>(both), at<const float>(weight), tokens, width, at<float>(out),
+                     stream_of(stream));
+        });
+  m.def("permute_moments", [](Address from, Address row_of, int size, Address to, Address stream) {
+    fc::permute_moments(at<const float>(from), at<const int>(row_of), size, at<float>(to),
+                        stream_of(stream));
+  });
+  m.attr("inner_parts") = fc::kInnerParts;
+  m.def("inner_product",
+        [](Address a, Address b, int64_t count, Address parts, Address total, Address stream) {
+          fc::inner_product(at<const float>(a), at<const float>(b), count, at<double>(parts),
+                            at<double>(total), stream_of(stream));
+        });
   m.def("multiply",
         [](Address a, int64_t lda, bool transposed, Address b, int64_t ldb, Address c, int64_t ldc,
            int rows, int columns, int depth, bool accumulate, Address stream) {

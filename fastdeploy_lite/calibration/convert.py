@@ -27,6 +27,7 @@ from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization import convert
 from fastdeploy_lite.quantization.budget import w4_layers_for_bits
+from fastdeploy_lite.quantization.card import Card
 from fastdeploy_lite.quantization.journal import FileTensor, Journal, LayerResult, Notes
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
@@ -75,6 +76,7 @@ def quantize_with_calibration(
     w4_layers: Sequence[int] | None = None,
     measured_bits: float | None = None,
     tuning: TuningSettings | None = None,
+    card: Card | None = None,
     shard_bytes: int = 4 << 30,
     force: bool = False,
     progress: bool = True,
@@ -90,6 +92,9 @@ def quantize_with_calibration(
     measured_bits: measure what each layer gains by int4 and make those int4 that gain most, so that
         the routed experts keep to so many bits a weight; in place of w4_end_layer and w4_layers.
     tuning: how scales and norms learn from the bf16 model once all is encoded; None: they do not.
+    card: searches 2-bit codes and takes the products of whole matrices (`quantization.card.find`);
+        None: the CPU. Sums run in another order there, so that results differ in their last bits,
+        and a run goes on only on the kind of device that it began on.
     keep_every: seconds of work, in whole layers, that a killed run may lose; 0 writes the streams
     after every layer.
 
@@ -122,10 +127,12 @@ def quantize_with_calibration(
     described = _describe(checkpoint, windows, text, settings, config)
     if tuning is not None:
         described["tuning"] = asdict(tuning)
+    if card is not None:
+        described["device"] = "nvidia"
     journal = Journal(unfinished, described)
     report.settings = described
     points = _RestartPoints(journal, keep_every, config.num_hidden_layers, tuning is not None)
-    layers = _Layers(checkpoint, config, windows, settings, points, report)
+    layers = _Layers(checkpoint, config, windows, settings, points, report, card)
     layers.run(progress)
     tuned = {} if tuning is None else layers.tune(tuning, text.seed, progress)
     convert.prepare_output(Path(model_dir), output, force)
@@ -207,7 +214,9 @@ class _Layers:
         settings: CalibrationSettings,
         points: _RestartPoints,
         report: CalibratedReport,
+        card: Card | None,
     ) -> None:
+        self._card = card
         self.checkpoint, self.config, self.journal = checkpoint, config, points.journal
         self._windows, self._settings, self._report = windows, settings, report
         self._points = points
@@ -221,7 +230,7 @@ class _Layers:
         done = self._report.resumed_layers = len(self._report.layers)
         if done == self.config.num_hidden_layers:
             return
-        encoder = CalibratedEncoder(self.checkpoint, self._windows, self._settings)
+        encoder = CalibratedEncoder(self.checkpoint, self._windows, self._settings, self._card)
         if state:
             encoder.restore(state)
         layers = range(done, self.config.num_hidden_layers)

@@ -17,6 +17,7 @@ from fastdeploy_lite.calibration.experts import (
     add_outputs,
     group_by_expert,
 )
+from fastdeploy_lite.calibration.products import HOST, Products
 from fastdeploy_lite.calibration.streams import ArrayF32, LayerRunner, Made, MlpInput
 from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import read_linear
@@ -29,7 +30,8 @@ from fastdeploy_lite.formats.ccq import (
 )
 from fastdeploy_lite.formats.tiles import pack_int4, pack_int8
 from fastdeploy_lite.models.linear import Linear
-from fastdeploy_lite.quantization import ccq_hessian, ccq_search, hessian, int_hessian
+from fastdeploy_lite.quantization import ccq_hessian, ccq_search, int_hessian
+from fastdeploy_lite.quantization.card import Card
 from fastdeploy_lite.quantization.convert import ccq_tensors
 from fastdeploy_lite.quantization.journal import FileTensor, LayerResult
 from fastdeploy_lite.quantization.weight_only import IntWeight, quantize_int4, quantize_int8
@@ -37,6 +39,7 @@ from fastdeploy_lite.quantization_config import WeightKind
 from fastdeploy_lite.utils.arrays import bfloat16_to_float32, float32_to_bfloat16
 from fastdeploy_lite.utils.errors import CheckpointError
 
+UP = "up_gate_proj"
 METHODS = ("data-free", "diagonal", "hessian", "corrected")
 """What the encoder knows, from nothing to everything: see docs/quantize.md."""
 
@@ -73,9 +76,18 @@ class CalibratedEncoder:
         checkpoint: Checkpoint,
         windows: Sequence[npt.NDArray[np.int32]],
         settings: CalibrationSettings,
+        card: Card | None = None,
     ) -> None:
-        """Embed the text. Raises ConfigError and CheckpointError of the model's files."""
-        self.checkpoint, self.settings = checkpoint, settings
+        """Embed the text. Raises ConfigError and CheckpointError of the model's files.
+
+        Args:
+            checkpoint: the bf16 model.
+            windows: token ids.
+            settings: of the encoder.
+            card: searches 2-bit codes and takes the products of whole matrices; None: the CPU.
+        """
+        self.checkpoint, self.settings, self.card = checkpoint, settings, card
+        self.products: Products = HOST if card is None else card
         self.runner = LayerRunner(checkpoint, [len(window) for window in windows])
         self._reference = self.runner.embed(np.concatenate(list(windows)))
         self._quantized = self._reference.copy()
@@ -119,6 +131,9 @@ class _LayerWork:
         self.tensors: dict[str, Any] = {}
         self.figures: dict[str, Any] = {"layer": layer, "kinds": {}, "experts": []}
         self._packed: dict[tuple[str, int], dict[str, FileTensor]] = {}
+        # By linear: with a card several are under way at once, and sums want an order.
+        self._losses: dict[tuple[str, int], list[Any]] = {}
+        self._sums: dict[str, tuple[WeightKind, int, int, float, float]] = {}
 
     def run(self) -> None:
         made: dict[str, Any] = {}
@@ -130,24 +145,26 @@ class _LayerWork:
         before, after = reference.residual + reference.dense, quantized.residual + quantized.dense
         if self.experts:
             self._run_experts(reference, quantized, before, after)
+        self._add_up()
         self.figures["stream_error"] = self.owner.advance(before, after)
 
     def _run_experts(
         self, reference: MlpInput, quantized: MlpInput, before: ArrayF32, after: ArrayF32
     ) -> None:
         """Encode the experts; `before` and `after` become the streams behind the layer."""
+        products = self.owner.products
         count = self.owner.checkpoint.config.moe_num_experts
         routed = group_by_expert(quantized.experts, quantized.weights, count)
         self.figures["tokens"] = [len(tokens) for tokens in routed]
         plain = group_by_expert(reference.experts, reference.weights, count)
-        add_outputs(before, reference.x, plain, self._read_expert)
+        add_outputs(before, reference.x, plain, self._read_expert, products)
         if self.owner.settings.method == "corrected":
             target = before - after
         else:  # each expert by itself: what the bf16 experts give on the same input
             target = np.zeros_like(after)
-            add_outputs(target, quantized.x, routed, self._read_expert)
+            add_outputs(target, quantized.x, routed, self._read_expert, products)
         self._encode(reference, quantized, target, routed)
-        add_outputs(after, quantized.x, routed, self._decode_expert)
+        add_outputs(after, quantized.x, routed, self._decode_expert, products)
 
     def _encode(
         self, reference: MlpInput, quantized: MlpInput, target: ArrayF32, routed: list[Routed]
@@ -161,13 +178,14 @@ class _LayerWork:
             self._read_expert,
             self._encode_expert,
             self.owner.settings.method == "corrected",
+            self.owner.products,
         ).run()
         left = float(np.square(target, dtype=np.float64).sum())
         self.figures["output_error"] = left / max(wanted, 1e-30)
 
     def _encoded(self, linear: Linear, weight: ArrayF32, moments: ArrayF32 | None) -> EncodedMatrix:
         try:
-            return encode_matrix(linear.kind, weight, moments, self.owner.settings)
+            return encode_matrix(linear.kind, weight, moments, self.owner.settings, self.owner.card)
         except ValueError as error:
             source = self.owner.checkpoint.source
             raise CheckpointError(f"{source}: {linear.module}: {error}") from error
@@ -186,12 +204,11 @@ class _LayerWork:
         original = np.ascontiguousarray(weight.T)
         rounded = np.ascontiguousarray(round_to_nearest(weight, linear.kind).T)
         decoded = np.ascontiguousarray(matrix.decoded.T)
-        energy = max(float(hessian.loss(original, moments).sum()), 1e-30)
-        after, before = (
-            float(hessian.loss(original - found, moments).sum()) / energy
-            for found in (decoded, rounded)
+        energy, after, before = self.owner.products.losses(
+            [original, original - decoded, original - rounded], moments
         )
-        self.figures["experts"].append([name, expert, after, before])
+        energy = max(energy, 1e-30)
+        self._losses[name, expert] = [name, expert, after / energy, before / energy]
         self._keep(linear, matrix)
         self._packed[name, expert] = matrix.tensors
         return matrix.decoded
@@ -207,15 +224,32 @@ class _LayerWork:
         for suffix, tensor in matrix.tensors.items():
             self.tensors[f"{linear.module}.{suffix}"] = tensor
         original = self._read(linear)
-        kind = self.figures["kinds"].setdefault(linear.kind, [0, 0, 0.0, 0.0])
-        kind[0] += original.size
-        kind[1] += 8 * sum(array.nbytes for array, _ in matrix.tensors.values())
-        kind[2] += float(np.square(original, dtype=np.float64).sum())
-        kind[3] += float(np.square(matrix.decoded - original, dtype=np.float64).sum())
+        self._sums[linear.module] = (
+            linear.kind,
+            original.size,
+            8 * sum(array.nbytes for array, _ in matrix.tensors.values()),
+            float(np.square(original, dtype=np.float64).sum()),
+            float(np.square(matrix.decoded - original, dtype=np.float64).sum()),
+        )
+
+    def _add_up(self) -> None:
+        """Put the figures of all linears into the report, gate and up first."""
+        order = sorted(self.experts, key=lambda key: (key[0] != UP, key))
+        self.figures["experts"] = [self._losses[key] for key in order if key in self._losses]
+        always = [linear.module for linear in self.always]
+        chosen = [self.experts[key].module for key in order]
+        for module in (*always, *chosen):
+            name, *sums = self._sums[module]
+            total = self.figures["kinds"].setdefault(name, [0, 0, 0.0, 0.0])
+            total[:] = [one + other for one, other in zip(total, sums, strict=True)]
 
 
 def encode_matrix(
-    kind: WeightKind, weight: ArrayF32, moments: ArrayF32 | None, settings: CalibrationSettings
+    kind: WeightKind,
+    weight: ArrayF32,
+    moments: ArrayF32 | None,
+    settings: CalibrationSettings,
+    card: Card | None = None,
 ) -> EncodedMatrix:
     """Encode one matrix [K, N] as `settings.method` says.
 
@@ -224,6 +258,7 @@ def encode_matrix(
         weight: in true row order.
         moments: [K, K] of its inputs; None encodes without them.
         settings: the method, and the row order of ccq.
+        card: searches the codes of ccq; None: the CPU.
 
     Raises:
         ValueError: a value is not finite, or the format cannot hold the sizes.
@@ -233,7 +268,7 @@ def encode_matrix(
     if settings.method == "data-free":
         moments = None
     if kind == "ccq":
-        encoded = _encode_ccq(weight, moments, settings)
+        encoded = _encode_ccq(weight, moments, settings, card)
         return EncodedMatrix(
             ccq_tensors(encoded), to_true_order(encoded.decode(), settings.row_order)
         )
@@ -248,9 +283,22 @@ _LARGEST: dict[WeightKind, int] = {"int8": 127, "int4": 7}
 
 
 def _encode_ccq(
-    weight: ArrayF32, moments: ArrayF32 | None, settings: CalibrationSettings
+    weight: ArrayF32,
+    moments: ArrayF32 | None,
+    settings: CalibrationSettings,
+    card: Card | None,
 ) -> CCQWeight:
     order = settings.row_order
+    if card is not None:
+        if moments is None:
+            return card.encode(weight, row_order=order).weight
+        return card.encode_hessian(
+            weight,
+            moments,
+            candidates=settings.candidates,
+            descents=settings.descents,
+            row_order=order,
+        ).weight
     stored = to_stored_order(weight, order)
     if moments is None:
         return ccq_search.encode(stored)

@@ -14,16 +14,19 @@ same inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fastdeploy_lite.quantization import hessian
+from fastdeploy_lite.calibration.products import HOST, Products
 
 ArrayF32 = npt.NDArray[np.float32]
+_Result = TypeVar("_Result")
 RIDGE = 0.02
 """Share of the mean diagonal of the moments that holds a corrected weight to the original."""
 ROWS_AT_ONCE = 16384
@@ -57,25 +60,40 @@ def group_by_expert(experts: npt.NDArray[np.int32], weights: ArrayF32, count: in
     return found
 
 
-def swiglu(both: ArrayF32) -> ArrayF32:
-    """silu(gate) * up of [T, 2 I], the gate first."""
-    half = both.shape[1] // 2
-    gate = both[:, :half]
-    with np.errstate(over="ignore"):  # e^-x of a very negative gate: the quotient is then 0
-        result: ArrayF32 = gate / (1 + np.exp(-gate)) * both[:, half:]
-    return result
-
-
 def add_outputs(
-    out: ArrayF32, x: ArrayF32, routed: Sequence[Routed], read: Read, sign: float = 1.0
+    out: ArrayF32,
+    x: ArrayF32,
+    routed: Sequence[Routed],
+    read: Read,
+    products: Products = HOST,
 ) -> None:
     """Add the weighted outputs of all experts on `x` [T, H] to `out` [T, H]."""
-    for expert, tokens in enumerate(routed):
-        up_gate, down = read("up_gate_proj", expert), read("down_proj", expert)
+
+    def both(expert: int) -> tuple[ArrayF32, ArrayF32]:
+        return read("up_gate_proj", expert), read("down_proj", expert)
+
+    for tokens, (up_gate, down) in zip(
+        routed, in_order(both, len(routed), products.workers), strict=True
+    ):
         for at in range(0, len(tokens), ROWS_AT_ONCE):
             rows = tokens.rows[at : at + ROWS_AT_ONCE]
-            scale = sign * tokens.weights[at : at + ROWS_AT_ONCE, None]
-            out[rows] += (swiglu(x[rows] @ up_gate) * scale.astype(np.float32)) @ down
+            scale = tokens.weights[at : at + ROWS_AT_ONCE].astype(np.float32)
+            out[rows] += products.outputs(x[rows], up_gate, scale, down)
+
+
+def in_order(work: Callable[[int], _Result], count: int, workers: int) -> Iterator[_Result]:
+    """work(0), work(1) ... in order, as many of them under way at once as there are workers."""
+    if workers == 1:
+        yield from map(work, range(count))
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[_Result]] = deque()
+        for index in range(count):
+            waiting.append(pool.submit(work, index))
+            if len(waiting) == workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 class LayerEncoding:
@@ -93,6 +111,7 @@ class LayerEncoding:
         read: Read,
         encode: Encode,
         correct: bool,
+        products: Products,
     ) -> None:
         """Prepare the layer.
 
@@ -103,51 +122,64 @@ class LayerEncoding:
             read: bf16 weights.
             encode: makes and keeps the quantised form.
             correct: whether weights move to make up for errors before them.
+            products: takes the products of whole matrices.
         """
         self.x, self.reference_x, self.target = x, reference_x, target
         self.routed, self._read, self._encode, self._correct = routed, read, encode, correct
+        self._products = products
         self._activations: list[ArrayF32] = []
 
     def run(self) -> None:
         """Encode gate and up of all experts, then down of all experts."""
-        pooled = hessian.second_moment(self.x)
-        up_gate = [self._up_gate(expert, pooled) for expert in range(len(self.routed))]
-        self._activations = [
-            swiglu(self.x[tokens.rows] @ weight) * tokens.weights[:, None]
-            for tokens, weight in zip(self.routed, up_gate, strict=True)
-        ]
-        moments = [hessian.second_moment(part) for part in self._activations]
-        down = [self._read("down_proj", expert) for expert in range(len(self.routed))]
+        products, count = self._products, len(self.routed)
+        pooled = products.second_moment(self.x)
+
+        def up_gate(expert: int) -> tuple[ArrayF32, ArrayF32]:
+            tokens, weight = self.routed[expert], self._up_gate(expert, pooled)
+            found = products.activations(self.x[tokens.rows], weight, tokens.weights)
+            return found, products.second_moment(found)
+
+        pairs = list(in_order(up_gate, count, products.workers))
+        self._activations = [activations for activations, _ in pairs]
+        moments = [moment for _, moment in pairs]
+        down = [self._read("down_proj", expert) for expert in range(count)]
         for expert, weight in enumerate(down):
             self._subtract(expert, weight)
         if self._correct:
-            for expert in range(len(self.routed)):
+            for expert in range(count):
                 down[expert] = self._corrected_down(expert, down[expert], moments[expert])
         everything = np.sum(moments, axis=0)
         total = sum(map(len, self.routed))
-        for expert, weight in enumerate(down):
-            blended = hessian.blend(moments[expert], len(self.routed[expert]), everything, total)
-            self._subtract(expert, self._encode("down_proj", expert, weight, blended) - weight)
+
+        def encoded(expert: int) -> ArrayF32:
+            own = products.blend(moments[expert], len(self.routed[expert]), everything, total)
+            return self._encode("down_proj", expert, down[expert], own) - down[expert]
+
+        for expert, step in enumerate(in_order(encoded, count, products.workers)):
+            self._subtract(expert, step)
 
     def _up_gate(self, expert: int, pooled: ArrayF32) -> ArrayF32:
         tokens = self.routed[expert]
         weight = self._read("up_gate_proj", expert)
         part = self.x[tokens.rows]
-        moments = hessian.second_moment(part, tokens.weights)
+        moments = self._products.second_moment(part, tokens.weights)
         if self._can_correct(expert, weight):
             drift = (self.reference_x[tokens.rows] - part) * np.square(tokens.weights)[:, None]
-            weight = weight + ridge(moments, (part.T @ drift) @ weight)
+            wanted = self._products.multiply(self._products.cross_moment(part, drift), weight)
+            weight = weight + self._products.ridge(moments, wanted, RIDGE)
         # Weighted by the router, moments are of another size than those of all tokens.
         share = float(np.square(tokens.weights).sum()) if len(tokens) else 0.0
         own = moments * np.float32(len(tokens) / share) if share > 0 else moments
-        blended = hessian.blend(own, len(tokens), pooled, len(self.x))
+        blended = self._products.blend(own, len(tokens), pooled, len(self.x))
         return self._encode("up_gate_proj", expert, weight, blended)
 
     def _corrected_down(self, expert: int, weight: ArrayF32, moments: ArrayF32) -> ArrayF32:
         if not self._can_correct(expert, weight):
             return weight
-        missing = self._activations[expert].T @ self.target[self.routed[expert].rows]
-        step = ridge(moments, missing)
+        missing = self._products.cross_moment(
+            self._activations[expert], self.target[self.routed[expert].rows]
+        )
+        step = self._products.ridge(moments, missing, RIDGE)
         self._subtract(expert, step)
         return weight + step
 
@@ -156,15 +188,5 @@ class LayerEncoding:
 
     def _subtract(self, expert: int, weight: ArrayF32) -> None:
         """Take what `weight` gives off the target."""
-        self.target[self.routed[expert].rows] -= self._activations[expert] @ weight
-
-
-def ridge(moments: ArrayF32, cross: ArrayF32) -> ArrayF32:
-    """Least-squares change (M + RIDGE mean(M) 1)^-1 cross; zero where nothing was seen."""
-    mean = float(np.trace(moments, dtype=np.float64)) / len(moments)
-    if mean <= 0:
-        return np.zeros_like(cross)
-    damped = moments.astype(np.float64)
-    damped[np.diag_indices(len(damped))] += RIDGE * mean
-    solved: Any = np.linalg.solve(damped, cross.astype(np.float64))
-    return np.asarray(solved, np.float32)
+        given = self._products.multiply(self._activations[expert], weight)
+        self.target[self.routed[expert].rows] -= given

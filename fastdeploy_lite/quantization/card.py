@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,7 @@ Choice = str
 CHOICES: tuple[Choice, ...] = ("auto", "cpu", "nvidia")
 Array: TypeAlias = npt.NDArray[Any]
 Codes: TypeAlias = Sequence[tuple[float, float]]
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 _NOT_FINITE = 1
 
 
@@ -86,8 +89,26 @@ def _card() -> Card:
     return Card(importlib.import_module(device.CUDA_MODULE))
 
 
+def _one_at_a_time(method: _Method) -> _Method:
+    """Calls share the card's memory: threads take turns, and the host's work goes on beside."""
+
+    @functools.wraps(method)
+    def locked(self: Card, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, locked)
+
+
 class Card:
-    """The first visible card: its memory for one matrix at a time, kept between calls."""
+    """The first visible card: its memory for one matrix at a time, kept between calls.
+
+    Products are those of `calibration.products.Products`, whose host side is numpy. Any thread may
+    call.
+    """
+
+    workers = min(8, len(os.sched_getaffinity(0)))
+    """Experts of a layer under way at once in calibration; each holds some 200 MB."""
 
     def __init__(self, native: Any) -> None:
         """Make a stream. Raises RuntimeError of the driver.
@@ -96,10 +117,12 @@ class Card:
             native: the module `_ops_cuda`.
         """
         self._native = native
+        self.lock = threading.RLock()
         self.name: str = native.device_facts(0).name
         self._stream: int = native.create_stream()
         self._rooms: dict[str, tuple[int, int]] = {}
 
+    @_one_at_a_time
     def encode(
         self, weight: Array, *, codes: Codes | None = None, row_order: RowOrder = "natural"
     ) -> Encoded:
@@ -122,6 +145,7 @@ class Card:
         self._native.encode_plain(given, ccq_search.REFINEMENTS, results, scratch, self._stream)
         return self._encoded(weight, table, results)
 
+    @_one_at_a_time
     def encode_hessian(
         self,
         weight: Array,
@@ -148,7 +172,7 @@ class Card:
         if moments.shape != (rows, rows):
             raise ValueError(f"hessian: found shape {list(moments.shape)}, expected {[rows, rows]}")
         table = _table(ccq_hessian.default_codes(rows) if codes is None else codes)
-        terms = self._terms(_stored_moments(moments, row_order))
+        terms = self._terms(moments, row_order)
         given = self._input(weight, table, row_order)
         scratch = self._room(
             "scratch", self._native.encode_hessian_bytes(*weight.shape, len(table))
@@ -159,63 +183,183 @@ class Card:
         )
         return self._encoded(weight, table, results)
 
+    @_one_at_a_time
     def multiply(self, left: ArrayF32, right: ArrayF32) -> ArrayF32:
         """left [M, K] times right [K, N] in float32, every sum through K in order.
 
-        Sizes of which 4 is no divisor, and matrices without elements, are left to numpy.
+        Sizes that are no multiples of 4, and matrices without elements, are left to numpy.
         """
-        (rows, depth), columns = left.shape, right.shape[1]
-        if depth % 4 or columns % 4 or not rows:
+        if _is_odd(left.shape[1], right.shape[1], left.size):
             return np.asarray(left @ right, np.float32)
-        return self._multiply(left, right, False, rows, depth)
+        rows, columns = left.shape[0], right.shape[1]
+        out = self._room("product", 4 * rows * columns)
+        self._multiply(self._floats("left", left), left.shape, self._floats("right", right),
+                       columns, out)  # fmt: skip
+        return self._download_floats(out, (rows, columns))
 
     def second_moment(self, x: ArrayF32, weight: ArrayF32 | None = None) -> ArrayF32:
         """What `hessian.second_moment` says of x [T, K]."""
-        if x.shape[1] % 4 or not len(x):
-            return hessian.second_moment(x, weight)
         scaled = x if weight is None else x * weight[:, None]
-        return self._multiply(scaled, None, True, x.shape[1], len(x))
+        return self.cross_moment(scaled, None)
+
+    @_one_at_a_time
+    def cross_moment(self, x: ArrayF32, y: ArrayF32 | None) -> ArrayF32:
+        """x' y of x [T, K] and y [T, N], by default x, as `multiply` takes products."""
+        columns = x.shape[1] if y is None else y.shape[1]
+        if _is_odd(x.shape[1], columns, x.size):
+            return np.asarray(x.T @ (x if y is None else y), np.float32)
+        a = self._floats("left", x)
+        b = a if y is None else self._floats("right", y)
+        out = self._room("product", 4 * x.shape[1] * columns)
+        self._multiply(a, x.shape, b, columns, out, transposed=True)
+        return self._download_floats(out, (x.shape[1], columns))
+
+    @_one_at_a_time
+    def blend(
+        self, moment: ArrayF32, tokens: int, pooled: ArrayF32 | None = None, pooled_tokens: int = 0
+    ) -> ArrayF32:
+        """`hessian.blend`, to the same bits but for the order in which the diagonal is summed."""
+        size, damping = len(moment), hessian.DAMPING
+        prior = hessian.PRIOR_TOKENS_PER_ROW * size
+        shares = [1.0 if tokens > 0 else 0.0, 0.0]
+        parts = [self._floats("left", moment) if tokens > 0 else 0, 0]
+        if pooled is not None and pooled_tokens > 0:
+            shares[1] = prior / pooled_tokens
+            parts[1] = self._floats("right", pooled)
+        out = self._blended(parts, shares, size, damping)
+        return self._download_floats(out, moment.shape)
+
+    @_one_at_a_time
+    def losses(self, errors: Sequence[ArrayF32], moments: ArrayF32) -> list[float]:
+        """Sums of `hessian.loss` of errors [N, K] under moments [K, K]."""
+        size, right = len(moments), self._floats("right", moments)
+        total = self._room("total", 8)
+        parts = self._room("parts", 8 * self._native.inner_parts)
+        found = []
+        for error in errors:
+            left = self._floats("left", error)
+            out = self._room("product", error.nbytes)
+            self._multiply(left, error.shape, right, size, out)
+            self._native.inner_product(out, left, error.size, parts, total, self._stream)
+            found.append(float(self._download(total, (1,), np.float64)[0]))
+        return found
+
+    @_one_at_a_time
+    def ridge(self, moments: ArrayF32, cross: ArrayF32, share: float) -> ArrayF32:
+        """(M + share mean(M) 1)^-1 cross of M [K, K] and cross [K, N]; zeros where M is."""
+        (size, columns), status = cross.shape, self._room("status", 4)
+        right = self._floats("right", cross)
+        damped = self._blended([self._floats("left", moments), 0], [1.0, 0.0], size, share)
+        mean = float(self._download(self._room("mean", 8), (1,), np.float64)[0])
+        if mean <= 0:
+            return np.zeros_like(cross)
+        upper = self._room("wide", 8 * size * size)
+        self._native.factorize(damped, size, upper, status, self._stream)
+        self._check(status)
+        wide = self._room("wide right", 8 * size * columns)
+        out = self._room("product", 4 * size * columns)
+        self._native.solve(upper, size, right, mean, columns, wide, out, self._stream)
+        return self._download_floats(out, cross.shape)
+
+    @_one_at_a_time
+    def activations(self, x: ArrayF32, up_gate: ArrayF32, weight: ArrayF32) -> ArrayF32:
+        """swiglu(x up_gate) [T, I] of x [T, K] and up_gate [K, 2 I], rows times weight [T]."""
+        width = up_gate.shape[1] // 2
+        return self._download_floats(self._activations(x, up_gate, weight), (len(x), width))
+
+    @_one_at_a_time
+    def outputs(self, x: ArrayF32, up_gate: ArrayF32, weight: ArrayF32, down: ArrayF32) -> ArrayF32:
+        """`activations` times down [I, N]."""
+        inner = self._activations(x, up_gate, weight)
+        (depth, columns), shape = down.shape, (len(x), down.shape[1])
+        out = self._room("product", 4 * len(x) * columns)
+        self._multiply(inner, (len(x), depth), self._floats("right", down), columns, out)
+        return self._download_floats(out, shape)
+
+    def _activations(self, x: ArrayF32, up_gate: ArrayF32, weight: ArrayF32) -> int:
+        tokens, both = len(x), up_gate.shape[1]
+        product = self._room("product", 4 * tokens * both)
+        out = self._room("activations", 2 * tokens * both)
+        left, right = self._floats("left", x), self._floats("right", up_gate)
+        self._multiply(left, x.shape, right, both, product)
+        weights = self._floats("weights", weight)
+        self._native.swiglu(product, weights, tokens, both // 2, out, self._stream)
+        return out
 
     def _multiply(
-        self, left: ArrayF32, right: ArrayF32 | None, transposed: bool, rows: int, depth: int
-    ) -> ArrayF32:
-        a = self._upload("left", np.ascontiguousarray(left, np.float32))
-        b = a if right is None else self._upload("right", np.ascontiguousarray(right, np.float32))
-        columns = left.shape[1] if right is None else right.shape[1]
-        c = self._room("product", 4 * rows * columns)
+        self,
+        left: int,
+        shape: tuple[int, ...],
+        right: int,
+        columns: int,
+        out: int,
+        transposed: bool = False,
+    ) -> None:
+        """left, or its transpose, times right [K, columns]; `shape` is left's."""
+        rows, depth = reversed(shape) if transposed else shape
         self._native.multiply(
-            a, left.shape[1], transposed, b, columns, c, columns, rows, columns, depth, False,
+            left, shape[1], transposed, right, columns, out, columns, rows, columns, depth, False,
             self._stream,
         )  # fmt: skip
-        product: ArrayF32 = self._download(c, (rows, columns), np.float32)
-        return product
 
-    def _terms(self, moments: ArrayF32) -> list[int]:
+    def _blended(
+        self, parts: Sequence[int], shares: Sequence[float], size: int, damping: float
+    ) -> int:
+        """Moments [K, K] on the card whose mean diagonal is 1 + damping; the identity of none."""
+        out, status = self._room("blended", 4 * size * size), self._room("status", 4)
+        self._native.clear(status, 4, self._stream)
+        self._native.blend_moments(
+            parts[0], shares[0], parts[1], shares[1], size, damping, self._room("mean", 8), out,
+            status, self._stream,
+        )  # fmt: skip
+        self._check(status)
+        return out
+
+    def _check(self, status: int) -> None:
+        found = int(self._download(status, (1,), np.int32)[0])
+        if found:
+            said = "finite" if found == _NOT_FINITE else "positive definite"
+            raise ValueError(f"moments of the activations are not {said}")
+
+    def _floats(self, name: str, array: ArrayF32) -> int:
+        return self._upload(name, np.ascontiguousarray(array, np.float32))
+
+    def _terms(self, moments: ArrayF32, row_order: RowOrder) -> list[int]:
+        """Terms of moments in true order for rows in `row_order`."""
         size = len(moments)
         blocks, inner = 4 * 4 * size, 4 * ccq.GROUP_ROWS * size
         terms = [
-            self._upload("hessian", np.ascontiguousarray(moments, np.float32)),
+            self._floats("hessian", moments),
             self._room("elimination metric", blocks),
             self._room("feedback", 4 * size * size),
             self._room("descent metric", blocks),
             self._room("descent inverse", blocks),
             self._room("descent feedback", inner),
         ]
+        if row_order != "natural":
+            stored = self._room("stored hessian", 4 * size * size)
+            self._native.permute_moments(
+                terms[0], self._row_order(row_order), size, stored, self._stream
+            )
+            terms[0] = stored
         wide, status = self._room("wide", 8 * size * size), self._room("status", 4)
         self._native.clear(status, 4, self._stream)
         self._native.hessian_terms(terms, size, wide, status, self._stream)
-        if self._download(status, (1,), np.int32)[0]:
-            raise ValueError("moments of the activations are not positive definite")
+        self._check(status)
         return terms
+
+    def _row_order(self, row_order: RowOrder) -> int:
+        """Where a stored row of a group comes from, int32 [64]."""
+        rows = to_stored_order(np.arange(ccq.GROUP_ROWS, dtype=np.int32), row_order)
+        return self._upload("row order", np.ascontiguousarray(rows))
 
     def _input(self, weight: Array, table: ArrayF32, row_order: RowOrder) -> Any:
         rows, columns = weight.shape
-        order = to_stored_order(np.arange(ccq.GROUP_ROWS, dtype=np.int32), row_order)
         books = np.ascontiguousarray(code_books(table).transpose(0, 2, 1))
         return self._native.EncodeInput(
             self._upload("weight", np.ascontiguousarray(weight)),
             weight.dtype == np.float32,
-            self._upload("row order", np.ascontiguousarray(order)),
+            self._row_order(row_order),
             rows,
             columns,
             self._upload("books", books),
@@ -283,6 +427,9 @@ class Card:
         self._native.upload(address, array.ctypes.data, array.nbytes, self._stream)
         return address
 
+    def _download_floats(self, address: int, shape: tuple[int, ...]) -> ArrayF32:
+        return np.asarray(self._download(address, shape, np.float32))
+
     def _download(self, address: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
         array: Array = np.empty(shape, dtype)
         self._native.download(array.ctypes.data, address, array.nbytes, self._stream)
@@ -315,5 +462,6 @@ def _table(codes: Codes) -> ArrayF32:
     return table
 
 
-def _stored_moments(moments: ArrayF32, row_order: RowOrder) -> ArrayF32:
-    return to_stored_order(to_stored_order(moments, row_order).T, row_order)
+def _is_odd(inner: int, columns: int, size: int) -> bool:
+    """Whether a product's rows are not whole runs of 16 bytes, or there is none."""
+    return bool(inner % 4 or columns % 4 or not size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fastdeploy_lite.calibration.products import HOST
 from fastdeploy_lite.formats.ccq import CCQWeight, to_stored_order
 from fastdeploy_lite.quantization import card as cards
 from fastdeploy_lite.quantization import ccq_hessian, ccq_search, hessian
@@ -83,3 +84,28 @@ def test_products(encoder: Card, shape: tuple[int, int, int]) -> None:
     left = random.standard_normal((rows, depth), np.float32)
     right = random.standard_normal((depth, columns), np.float32)
     np.testing.assert_allclose(encoder.multiply(left, right), left @ right, atol=2e-3)
+
+
+@pytest.mark.parametrize("columns", [5, 64, 700])
+def test_products_of_calibration(encoder: Card, columns: int) -> None:
+    random = np.random.default_rng(columns)
+    x = random.standard_normal((900, 640), np.float32)
+    y = random.standard_normal((900, columns), np.float32)
+    moments = HOST.second_moment(x)
+    cross = HOST.cross_moment(x, y)
+    np.testing.assert_allclose(encoder.cross_moment(x, y), cross, atol=2e-3)
+    expected = HOST.ridge(moments, cross, 0.02)
+    np.testing.assert_allclose(encoder.ridge(moments, cross, 0.02), expected, atol=1e-5)
+    assert encoder.losses([x, 2 * x], moments) == pytest.approx(
+        HOST.losses([x, 2 * x], moments), rel=1e-5
+    )
+    weight = random.uniform(0, 1, 900).astype(np.float32)
+    up_gate = random.standard_normal((640, 512), np.float32) / 20
+    down = random.standard_normal((256, 640), np.float32)
+    inner = HOST.activations(x, up_gate, weight)
+    np.testing.assert_allclose(encoder.activations(x, up_gate, weight), inner, atol=1e-4)
+    np.testing.assert_allclose(encoder.outputs(x, up_gate, weight, down), inner @ down, atol=1e-2)
+    np.testing.assert_allclose(
+        encoder.blend(moments, 900, moments, 50), hessian.blend(moments, 900, moments, 50),
+        rtol=1e-6,
+    )  # fmt: skip

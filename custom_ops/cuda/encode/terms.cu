@@ -221,6 +221,33 @@ __global__ void __launch_bounds__(kThreads)
       make_float4(result[0], result[1], result[2], result[3]);
 }
 
+__global__ void __launch_bounds__(kThreads)
+    permute_kernel(const float* from, const int* row_of, int64_t size, float* to) {
+  const int64_t at = index64(), row = at / size, column = at % size;
+  if (row >= size) return;
+  const auto place = [row_of](int64_t i) {
+    return i / kGroupRows * kGroupRows + row_of[i % kGroupRows];
+  };
+  to[at] = from[place(row) * size + place(column)];
+}
+
+/// Sums of every gridDim.x-th run of values, or of `parts`.
+__global__ void __launch_bounds__(kThreads)
+    inner_kernel(const float* a, const float* b, int64_t count, const double* parts, double* out) {
+  __shared__ double sums[kThreads];
+  double sum = 0.0;
+  for (int64_t i = index64(); i < count; i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    sum += parts != nullptr ? parts[i] : static_cast<double>(a[i]) * b[i];
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) out[blockIdx.x] = sums[0];
+}
+
 dim3 for_threads(int64_t count) {
   return dim3(static_cast<unsigned>(ceil_div<int64_t>(count, kThreads)));
 }
@@ -260,6 +287,21 @@ void descent_terms(const float* hessian, int size, float* metric, float* inverse
                    cudaStream_t stream) {
   queue("descent_terms", descent_kernel, for_threads(int64_t{size} * kGroupBlocks), kThreads,
         stream, hessian, size, metric, inverse, feedback);
+}
+
+void permute_moments(const float* from, const int* row_of, int size, float* to,
+                     cudaStream_t stream) {
+  queue("permute_moments", permute_kernel, for_threads(int64_t{size} * size), kThreads, stream,
+        from, row_of, int64_t{size}, to);
+}
+
+void inner_product(const float* a, const float* b, int64_t count, double* parts, double* total,
+                   cudaStream_t stream) {
+  const double* none = nullptr;
+  queue("inner_product", inner_kernel, dim3(kInnerParts), kThreads, stream, a, b, count, none,
+        parts);
+  queue("inner_product", inner_kernel, dim3(1), kThreads, stream, a, b, int64_t{kInnerParts}, parts,
+        total);
 }
 
 }  // namespace fd::cuda

@@ -26,4 +26,21 @@ void elimination_terms(const double* upper, int size, float* metric, float* feed
 void descent_terms(const float* hessian, int size, float* metric, float* inverse, float* feedback,
                    cudaStream_t stream);
 
+/// solution [K, N] = H^-1 right / divisor of H = U U'; wide: float64 [K, N] scratch.
+void solve(const double* upper, int size, const float* right, double divisor, int columns,
+           double* wide, float* solution, cudaStream_t stream);
+
+/// out [T, I] = silu(gate) * up * weight [T] of both [T, 2 I], the gate first.
+void swiglu(const float* both, const float* weight, int tokens, int width, float* out,
+            cudaStream_t stream);
+
+/// to [K, K] = from with rows and columns where row_of [64] says inside every group.
+void permute_moments(const float* from, const int* row_of, int size, float* to,
+                     cudaStream_t stream);
+
+/// total = sum of a * b over `count` values, float64, in one order.
+void inner_product(const float* a, const float* b, int64_t count, double* parts, double* total,
+                   cudaStream_t stream);
+constexpr int kInnerParts = 1024;  // doubles of scratch
+
 }  // namespace fd::cuda

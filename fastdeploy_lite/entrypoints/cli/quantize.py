@@ -267,6 +267,7 @@ def _calibrate(args: argparse.Namespace) -> str:
         w4_layers=None if measured else args.int4_layers,
         measured_bits=args.bits if measured else None,
         tuning=None if args.tune is None else TuningSettings(epochs=args.tune),
+        card=args.card,
         shard_bytes=args.shard_size,
         force=args.force,
         progress=not args.quiet,

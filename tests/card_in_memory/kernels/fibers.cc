@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-dim3 threadIdx, blockIdx, blockDim;
+dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace fibers {
 namespace {
@@ -91,6 +91,7 @@ uint64_t* warp_slots() { return &slots[current / kWarp * kWarp]; }
 void run(dim3 grid, int threads, const std::function<void()>& kernel) {
   body = &kernel;
   blockDim = dim3(threads);
+  gridDim = grid;
   if (fibers.size() < static_cast<size_t>(threads)) fibers = std::vector<Fiber>(threads);
   slots.resize((threads + kWarp - 1) / kWarp * kWarp);
   for (unsigned z = 0; z < grid.z; ++z) {

@@ -32,13 +32,16 @@ from fastdeploy_lite.calibration.encoder import (
     read_dense,
 )
 from fastdeploy_lite.calibration.experts import add_outputs, group_by_expert
+from fastdeploy_lite.calibration.products import HostProducts
 from fastdeploy_lite.calibration.streams import LayerRunner
 from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import verify
 from fastdeploy_lite.checkpoint.linears import model_linears
 from fastdeploy_lite.entrypoints.cli import main as cli
 from fastdeploy_lite.entrypoints.evaluation import load_runner
-from fastdeploy_lite.formats.ccq import ROW_ORDERS
+from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder, to_stored_order
+from fastdeploy_lite.quantization import ccq_hessian
+from fastdeploy_lite.quantization.card import Encoded
 from fastdeploy_lite.quantization.journal import LayerResult
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
@@ -109,6 +112,60 @@ def test_each_method_knows_more_and_loses_less(model: Path, text: Path, tmp_path
     written = json.loads((tmp_path / "hessian" / "report.json").read_text(encoding="utf-8"))
     assert sum(written["layers"][1]["tokens"]) == 2 * 1500
     assert written["settings"]["method"] == "hessian"
+
+
+class CardOfTheCpu(HostProducts):
+    """Works as a card does, on several experts side by side, and counts what it searched."""
+
+    workers = 3
+
+    def __init__(self) -> None:
+        self.searched = 0
+
+    def encode_hessian(
+        self,
+        weight: np.ndarray,
+        moments: np.ndarray,
+        *,
+        candidates: int,
+        descents: int,
+        row_order: RowOrder,
+    ) -> Encoded:
+        time.sleep(0.01 * (self.searched % 2))  # the last may overtake the first
+        self.searched += 1
+        stored = to_stored_order(to_stored_order(moments, row_order).T, row_order)
+        found = ccq_hessian.encode(
+            to_stored_order(weight, row_order),
+            np.ascontiguousarray(stored),
+            candidates=candidates,
+            descents=descents,
+        )
+        return Encoded(found, 0.0, 0.0)
+
+
+def test_a_card_does_the_work_of_the_cpu(model: Path, text: Path, tmp_path: Path) -> None:
+    """The same files and figures, and a run of one is not continued on the other."""
+    reports = []
+    for name, card in (("cpu", None), ("card", CardOfTheCpu())):
+        report = quantize_with_calibration(
+            model,
+            tmp_path / name,
+            CalibrationText(str(text), 600),
+            QUICK,
+            scheme="2bits",
+            card=card,
+            progress=False,
+        )
+        reports.append([{**layer, "seconds": 0} for layer in report.layers])
+    assert card is not None
+    assert card.searched == 2 * 2 * len([layer for layer in reports[1] if layer["experts"]])
+    assert reports[0] == reports[1]
+    assert weights(tmp_path / "cpu") == weights(tmp_path / "card")
+    settings = [
+        json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8"))["settings"]
+        for name in ("cpu", "card")
+    ]
+    assert settings[1] == {**settings[0], "device": "nvidia"}
 
 
 def test_both_row_orders_are_as_good_and_run(model: Path, text: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastdeploy_lite.calibration.products import HostProducts
 from fastdeploy_lite.formats.ccq import CCQWeight, to_stored_order
 from fastdeploy_lite.quantization import card as cards
 from fastdeploy_lite.quantization import ccq_hessian, ccq_search, hessian
@@ -106,6 +107,49 @@ def test_products(card: Card, shape: tuple[int, int, int]) -> None:
     weight = random.uniform(0, 1, rows).astype(np.float32)
     expected = hessian.second_moment(left, weight)
     np.testing.assert_allclose(card.second_moment(left, weight), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [5, 64, 70])
+def test_products_of_calibration(card: Card, columns: int) -> None:
+    """Each is what numpy gives, sums in another order."""
+    random = np.random.default_rng(columns)
+    host = HostProducts()
+    x = random.standard_normal((40, 128), np.float32)
+    y = random.standard_normal((40, columns), np.float32)
+    moments = host.second_moment(x)
+    cross = host.cross_moment(x, y)
+    np.testing.assert_allclose(card.cross_moment(x, y), cross, atol=1e-4)
+    expected = host.ridge(moments, cross, 0.02)
+    np.testing.assert_allclose(card.ridge(moments, cross, 0.02), expected, atol=1e-4)
+    assert not card.ridge(np.zeros_like(moments), cross, 0.02).any()
+    assert card.losses([x, 2 * x], moments) == pytest.approx(
+        host.losses([x, 2 * x], moments), rel=1e-5
+    )
+    weight = random.uniform(0, 1, 40).astype(np.float32)
+    up_gate = random.standard_normal((128, 256), np.float32)
+    down = random.standard_normal((128, 64), np.float32)
+    inner = host.activations(x, up_gate, weight)
+    np.testing.assert_allclose(card.activations(x, up_gate, weight), inner, atol=1e-4, rtol=1e-5)
+    np.testing.assert_allclose(
+        card.outputs(x, up_gate, weight, down), inner @ down, rtol=1e-4, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("tokens", [0, 40, 1000])
+@pytest.mark.parametrize("pooled_tokens", [0, 60])
+def test_blended_moments(card: Card, tokens: int, pooled_tokens: int) -> None:
+    random = np.random.default_rng(tokens)
+    own, pooled = (
+        hessian.second_moment(random.standard_normal((count, 64), np.float32))
+        for count in (tokens, pooled_tokens)
+    )
+    arguments = own, tokens, pooled, pooled_tokens
+    np.testing.assert_allclose(card.blend(*arguments), hessian.blend(*arguments), rtol=1e-6)
+
+
+def test_moments_that_are_not_finite_are_named(card: Card) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        card.blend(np.full((64, 64), np.nan, np.float32), 3)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 2.0**127])
