@@ -98,6 +98,19 @@ void token_logprobs(const TensorView& view, const TensorView& tokens, int64_t to
                        matrix<float>("out_logprobs", out_logprobs, rows, top)});
 }
 
+void best_logits(const TensorView& view, const TensorView& temperature, const TensorView& out_ids,
+                 const TensorView& out_values) {
+  const cpu::Logits logits = logits_rows(view);
+  const int64_t rows = logits.rows, count = out_ids.check_rank("out_ids", 2).shape[1];
+  if (count < 1 || count > logits.vocabulary) {
+    throw std::invalid_argument("best_logits: out_ids is " + std::to_string(count) +
+                                " wide, expected 1 to " + std::to_string(logits.vocabulary));
+  }
+  cpu::best_logits({logits, vector<float>("temperature", temperature, rows), count,
+                    matrix<int32_t>("out_ids", out_ids, rows, count),
+                    matrix<float>("out_values", out_values, rows, count)});
+}
+
 }  // namespace
 
 void bind_sampling(py::module_& m) {
@@ -115,6 +128,8 @@ void bind_sampling(py::module_& m) {
   m.def("token_logprobs", &token_logprobs, py::arg("logits"), py::arg("tokens"), py::arg("k"),
         py::arg("out_logprob"), py::arg("out_rank"), py::arg("out_ids"), py::arg("out_logprobs"),
         no_gil());
+  m.def("best_logits", &best_logits, py::arg("logits"), py::arg("temperature"), py::arg("out_ids"),
+        py::arg("out_values"), no_gil());
   m.def("philox4x32_10", &philox4x32_10, py::arg("counter"), py::arg("key"),
         "The generator behind `sample`, for its known-answer tests.");
 }

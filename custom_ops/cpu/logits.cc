@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -186,6 +187,36 @@ void token_logprobs(const LogprobArguments& a) {
     }
   });
   raise_fault("token_logprobs", faults);
+}
+
+void best_logits(const BestArguments& a) {
+  const SamplingKernels& kernels = pick(sampling_kernels_tables);
+  const int64_t width = a.logits.vocabulary;
+  parallel_for(a.logits.rows, rows_per_piece(a.logits), [&](int64_t begin, int64_t end) {
+    LogitsRow row;
+    std::vector<float> scaled;  // division can make different logits equal: it decides the order
+    for (int64_t r = begin; r < end; ++r) {
+      const float* own = a.logits.row(r);
+      int32_t* ids = a.ids + r * a.count;
+      float* values = a.values + r * a.count;
+      scaled.assign(own, own + width);
+      if (a.temperature[r] != 0.0f && a.temperature[r] != 1.0f) {
+        kernels.scale(scaled.data(), width, 0.0f, a.temperature[r]);
+      }
+      if (row.open(scaled.data(), width) == RowFault::kNan) {
+        std::iota(ids, ids + a.count, 0);
+        std::fill_n(values, a.count, std::numeric_limits<float>::quiet_NaN());
+        continue;
+      }
+      row.collect(row.bound_of_best(a.count));
+      std::vector<Candidate>& found = row.candidates();
+      std::partial_sort(found.begin(), found.begin() + a.count, found.end());
+      for (int64_t i = 0; i < a.count; ++i) {
+        ids[i] = found[i].id;
+        values[i] = own[ids[i]];
+      }
+    }
+  });
 }
 
 }  // namespace fd::cpu

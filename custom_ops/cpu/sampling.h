@@ -77,4 +77,15 @@ struct LogprobArguments {
 };
 void token_logprobs(const LogprobArguments& args);
 
+struct BestArguments {
+  Logits logits;
+  const float* temperature;  // [rows]
+  int64_t count;
+  int32_t* ids;   // [rows, count]
+  float* values;  // [rows, count]
+};
+// The logits of the best tokens by logit / temperature, ties by id, best first. A row with NaN
+// gives NaN.
+void best_logits(const BestArguments& args);
+
 }  // namespace fd::cpu

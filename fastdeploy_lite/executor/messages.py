@@ -35,6 +35,8 @@ class RankSlice(msgspec.Struct, array_like=True):
         new_blocks: blocks that were appended since the sequence's last step; all if fresh.
         num_drafts: how many of `token_ids` are guesses.
         scored_prompt: length of a prompt whose log-probabilities are wanted, 0 for none.
+        candidates: see SequenceSlice; 0 where it does not sample.
+        temperature: where there are candidates.
     """
 
     slot: int
@@ -45,6 +47,8 @@ class RankSlice(msgspec.Struct, array_like=True):
     new_blocks: list[int]
     num_drafts: int = 0
     scored_prompt: int = 0
+    candidates: int = 0
+    temperature: float = 1.0
 
 
 class Step(msgspec.Struct, tag=True):
@@ -122,6 +126,7 @@ class SliceWriter:
         known = 0 if part.fresh else self._sent.get(part.slot, 0)
         table = part.block_table
         self._sent[part.slot] = len(table)
+        candidates = part.candidates if part.sample else 0
         return RankSlice(
             part.slot,
             part.fresh,
@@ -131,6 +136,8 @@ class SliceWriter:
             list(table[known:]),
             len(part.draft_token_ids),
             0 if part.sampling.prompt_logprobs is None else len(part.prompt_token_ids),
+            candidates,
+            part.sampling.temperature if candidates else 1.0,
         )
 
 
@@ -160,10 +167,9 @@ class SliceReader:
             sample=part.sample,
             prompt_token_ids=[0] * part.scored_prompt,
             output_token_ids=(),
-            sampling=_SCORED if part.scored_prompt else _PLAIN,
+            sampling=SamplerParams(
+                part.temperature, prompt_logprobs=0 if part.scored_prompt else None
+            ),
             draft_token_ids=drafts,
+            known_candidates=part.candidates,
         )
-
-
-_PLAIN = SamplerParams()
-_SCORED = SamplerParams(prompt_logprobs=0)

@@ -70,6 +70,8 @@ class SliceSender:
             ) from error
 
     def _news(self, part: SequenceSlice) -> SequenceSlice:
+        # Ranks that do not sample miss what it depends on, and all must gather alike.
+        part = replace(part, known_candidates=part.candidates)
         if part.fresh:
             return replace(part, logits_processors=None)
         blocks, tokens = self._sent[part.slot]

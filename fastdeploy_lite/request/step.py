@@ -15,6 +15,10 @@ LogitsRow = npt.NDArray[np.float32]
 LogitsProcessor = Callable[[Sequence[int], LogitsRow], "LogitsRow | None"]
 """`processor(output_token_ids, row)` edits the logits row [V] in place or returns another one."""
 
+MOST_CANDIDATES = 256
+GREEDY_TOP_P = 1e-5
+TINY_TEMPERATURE = 1e-3  # below it logits are shifted by their largest before they are divided
+
 
 @dataclass(slots=True)
 class SamplerParams:
@@ -85,6 +89,7 @@ class SequenceSlice:
         draft_bitmasks: what `bitmask` becomes after each guess; None allows all everywhere.
         num_banned_now: sampled positions that `banned_now` holds for.
         num_drafts: tokens that the draft model is to guess after the new ones, at most.
+        known_candidates: `candidates`, where not all is known that it depends on.
     """
 
     request_id: str
@@ -106,6 +111,33 @@ class SequenceSlice:
     draft_bitmasks: Sequence[npt.NDArray[np.int32] | None] | None = None
     num_banned_now: int = 1
     num_drafts: int = 0
+    known_candidates: int | None = None
+
+    @property
+    def candidates(self) -> int:
+        """Best tokens of a row, by logit over temperature, that decide what is sampled; 0: any may.
+
+        Of so many at least `top_k` (or one, where the best is taken) keep their logits, since all
+        that is done before only lowers those of certain tokens.
+        """
+        if self.known_candidates is not None:
+            return self.known_candidates
+        params = self.sampling
+        is_plain = params.logprobs is None and self.bitmask is None and not self.logits_processors
+        lowers = params.repetition_penalty >= 1.0 and params.frequency_penalty >= 0.0
+        lowers = lowers and params.presence_penalty >= 0.0
+        bias = params.logit_bias or {}
+        tiny = 0.0 < params.temperature < TINY_TEMPERATURE
+        if self.draft_token_ids or not is_plain or not lowers or tiny:
+            return 0
+        if any(value > 0.0 for value in bias.values()):
+            return 0
+        is_greedy = params.temperature == 0.0 or params.top_p <= GREEDY_TOP_P
+        kept = 1 if is_greedy else max(0, params.top_k)
+        lowered = len(bias) + len(params.banned_ids) + len(self.banned_now)
+        if params.uses_penalties:
+            lowered += len(self.prompt_token_ids) + len(self.output_token_ids)
+        return kept + lowered if 0 < kept <= MOST_CANDIDATES - lowered else 0
 
     @property
     def num_rows(self) -> int:

@@ -22,6 +22,7 @@ from fastdeploy_lite.distributed.communicator import Communicator
 from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder
 from fastdeploy_lite.model_executor import expert_placement, ops, order_probe
 from fastdeploy_lite.model_executor.backend import paddle
+from fastdeploy_lite.model_executor.candidates import CandidateRows
 from fastdeploy_lite.model_executor.draft_weights import open_draft
 from fastdeploy_lite.model_executor.drafting import Drafting
 from fastdeploy_lite.model_executor.input_batch import BatchShape, InputBatch
@@ -106,6 +107,7 @@ class ModelRunner:
         self._check_loading: Callable[[], None] | None = None
         self._batches: dict[tuple[int, bool], ForwardBatch] = {}
         self._drafting: Drafting | None = None
+        self._candidates: CandidateRows | None = None
 
     def load_model(
         self, show_progress: bool = False, check: Callable[[], None] | None = None
@@ -141,6 +143,7 @@ class ModelRunner:
         ) as source:
             self._row_order = source.row_order
             self.model = ModelRegistry.get_class(model)(model, source, cos_sin, self.dtype, **more)
+            self._candidates = self._new_candidates()
             is_permuted = isinstance(getattr(source, "weights", None), PermutedWeights)
         if config.has_draft_model:
             self._load_draft(config, cos_sin, is_permuted)
@@ -164,6 +167,13 @@ class ModelRunner:
         self._prompts = PromptScorer(
             self.model.logits, self._scratch, as_logits, keeps=self._samples
         )
+
+    def _new_candidates(self) -> CandidateRows | None:
+        if self.communicator is None or not self.place.is_cpu_place():
+            return None
+        if not hasattr(self.model, "own_logits"):  # of a plug-in
+            return None
+        return CandidateRows(self.communicator, self.vocab_size)
 
     def _load_draft(self, config: RuntimeConfig, cos_sin: Any, is_permuted: bool) -> None:
         limits = config.scheduler
@@ -332,7 +342,7 @@ class ModelRunner:
         results = [SliceResult() for _ in slices]
         is_decode = shape.decode_only and len(sampled) == len(slices)
         if is_decode:
-            hidden, logits = self._decode(shape)
+            hidden, logits = self._decode(shape, slices)
             if self._drafting is None:  # else the arrays are still needed
                 self._inputs.prepare_next()
         elif self._checks_by_graph(shape, slices):
@@ -342,7 +352,8 @@ class ModelRunner:
             self._score_prompts(hidden, slices, results)
             count = sum(slices[index].num_rows for index in sampled)
             if sampled:
-                logits = self.model.logits(self._sampled_rows(hidden, count), self.workspace)
+                parts = [slices[index] for index in sampled]
+                logits = self._logits(self._sampled_rows(hidden, count), parts)
         if sampled and self._samples:
             found = self._sample(logits, [slices[index] for index in sampled])
             for index, result in zip(sampled, found, strict=True):
@@ -369,7 +380,16 @@ class ModelRunner:
         ops.gather_rows(logits, rows, out)
         return out
 
-    def _decode(self, shape: BatchShape) -> tuple[Any, Any]:
+    def _logits(self, hidden: Any, slices: Sequence[SequenceSlice]) -> Any:
+        """Logits of the rows that these slices sample; over several ranks perhaps those alone that
+        can be sampled, and on the first rank alone."""
+        count = 0 if self._candidates is None else self._candidates.count(slices)
+        if self._candidates is None or count == 0:
+            return self.model.logits(hidden, self.workspace)
+        own = self.model.own_logits(hidden, self.workspace)
+        return self._candidates.gather(own, slices, count)
+
+    def _decode(self, shape: BatchShape, slices: Sequence[SequenceSlice]) -> tuple[Any, Any]:
         """One token per sequence, every row sampled: hidden states [B, H] and logits [B, V], by
         graph where there is one.
         """
@@ -377,7 +397,8 @@ class ModelRunner:
         size = None if self._graphs is None else self._graphs.bucket(count)
         if self._graphs is None or size is None:
             self._inputs.buffer.upload()
-            return self._all_logits(count)
+            hidden = self._all_hidden(count)
+            return hidden, self._logits(hidden, slices)
         self._inputs.pad_decode(count, size)
         self._inputs.buffer.upload()
         hidden, logits = self._graphs.run(size, lambda: self._all_logits(size))
@@ -404,12 +425,15 @@ class ModelRunner:
 
     def _all_logits(self, count: int, spread: bool = False) -> tuple[Any, Any]:
         """Hidden states and logits of `count` single tokens, all of them sampled."""
+        hidden = self._all_hidden(count, spread)
+        return hidden, self.model.logits(hidden, self.workspace)
+
+    def _all_hidden(self, count: int, spread: bool = False) -> Any:
         batch = self._batches.get((count, spread))
         if batch is None:
             batch = self._batches[count, spread] = self._batch(count, count, spread)
         ops.announce_step(self.place, count)
-        hidden = self.model(batch)
-        return hidden, self.model.logits(hidden, self.workspace)
+        return self.model(batch)
 
     def _prefill(
         self, shape: BatchShape, slices: Sequence[SequenceSlice], sampled: Sequence[int]

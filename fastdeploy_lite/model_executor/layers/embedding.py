@@ -45,14 +45,16 @@ class LogitsHead:
 
     def __call__(self, hidden: Any, workspace: Workspace) -> Any:
         """Return the logits of every row, in the workspace buffer "logits"."""
-        rows, columns = hidden.shape[0], self.weight.out_features
         if self.communicator is None:
-            logits = workspace.get("logits", [rows, columns], "float32")
-            ops.linear(hidden, self.weight, logits)
-            return logits
-        own = workspace.get("own_logits", [rows, columns], "float32")
-        ops.linear(hidden, self.weight, own)
-        size = self.communicator.size
+            return self.own(hidden, workspace, "logits")
+        rows, columns, size = hidden.shape[0], self.weight.out_features, self.communicator.size
+        own = self.own(hidden, workspace)
         logits = workspace.get("logits", [rows, columns * size], "float32")
         self.communicator.all_gather(own, [columns] * size, logits)
+        return logits
+
+    def own(self, hidden: Any, workspace: Workspace, name: str = "own_logits") -> Any:
+        """Return this rank's logits [R, V / ranks], in the workspace buffer `name`."""
+        logits = workspace.get(name, [hidden.shape[0], self.weight.out_features], "float32")
+        ops.linear(hidden, self.weight, logits)
         return logits

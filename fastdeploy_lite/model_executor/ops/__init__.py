@@ -25,6 +25,7 @@ from fastdeploy_lite.model_executor.ops.packed_weight import (
 )
 from fastdeploy_lite.model_executor.ops.sampling import (
     SAMPLE_ROWS,
+    best_logits,
     mask_logits,
     process_logits,
     sample,
@@ -61,6 +62,7 @@ __all__ = [
     "add_rms_norm",
     "allocate_weight",
     "announce_step",
+    "best_logits",
     "clear",
     "decode_attention",
     "download",

@@ -214,3 +214,30 @@ def token_logprobs(
         args.view("out_ids", out_ids, "int32", rows, k),
         args.view("out_logprobs", out_logprobs, "float32", rows, k),
     )
+
+
+def best_logits(logits: Tensor, temperature: Tensor, out_ids: Tensor, out_values: Tensor) -> None:
+    """Find the best tokens of each row by logit / temperature, equal quotients by ascending id.
+
+    On the CPU alone. In this order tokens are sampled, so the first k of a row, and of each part of
+    a row, hold the k best of the whole one.
+
+    Args:
+        logits: float32 [R, V].
+        temperature: float32 [R]; 0 and 1 leave the logits as they are.
+        out_ids: int32 [R, k], best first.
+        out_values: float32 [R, k], their logits, undivided; NaN where a row has NaN.
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: a tensor of another shape or place; k is not 1 to V.
+    """
+    args = Arguments("best_logits", logits)
+    view = args.view("logits", logits, "float32", None, None)
+    rows, k = view[2][0], out_ids.shape[1]
+    args.native()(
+        view,
+        args.view("temperature", temperature, "float32", rows),
+        args.view("out_ids", out_ids, "int32", rows, k),
+        args.view("out_values", out_values, "float32", rows, k),
+    )

@@ -144,6 +144,10 @@ class Ernie4_5_MoeForCausalLM:  # noqa: N801 - the architecture's name in config
         """Return float32 logits [R, V] of hidden states [R, H]."""
         return self.head(hidden, workspace)
 
+    def own_logits(self, hidden: Any, workspace: Workspace) -> Any:
+        """Return this rank's share of them, [R, V / ranks]."""
+        return self.head.own(hidden, workspace)
+
     def weights(self) -> dict[str, list[ExpertWeight]]:
         """Return all matrices by role: embedding, head, attention, mlp, experts."""
         found: dict[str, list[ExpertWeight]] = {

@@ -256,6 +256,44 @@ def test_a_step_that_fails_fails_for_all_and_the_next_one_is_sound(tmp_path: Pat
             executor.execute([sequences(PROMPTS[1:2], LENGTH)[0].slice(100)])
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_candidates_of_each_rank_give_the_tokens_of_all_logits(tmp_path: Path, size: int) -> None:
+    """Mixed batches, chunks of prompts and single tokens; a processor asks for all logits."""
+    folder = write_tiny_model(tmp_path, kind="w4w2", seed=3)
+    ways = [
+        SamplerParams(temperature=0.0),
+        SamplerParams(temperature=0.8, top_k=20, top_p=0.9, seed=3),
+        SamplerParams(temperature=1.5, top_k=50, seed=4, presence_penalty=0.5, banned_ids=(5,)),
+    ]
+
+    def answers(executor: Any, by_candidates: bool) -> list[list[int]]:
+        running = sequences(PROMPTS, LENGTH)
+        for one, way in zip(running, ways, strict=True):
+            one.sampling = way
+        if by_candidates:
+            for one in running:
+                real = one.slice
+                one.slice = lambda most, real=real: replace(  # type: ignore[method-assign]
+                    real(most), logits_processors=None
+                )
+        generate(executor, running, COUNT, 40)
+        return [one.output for one in running]
+
+    with ranks(folder, size) as executor:
+        rows = executor.runner._candidates
+        assert rows is not None
+        counted: list[int] = []
+        real = rows.gather
+        rows.gather = lambda own, parts, count: (  # type: ignore[method-assign]
+            counted.append(count) or real(own, parts, count)
+        )
+        wanted = answers(executor, False)
+        assert not counted
+        assert answers(executor, True) == wanted
+        assert len(counted) >= COUNT
+        assert len({token for one in wanted for token in one}) > 10
+
+
 def test_a_failure_of_another_rank_is_told_with_its_reason(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path, kind="2bits")
     with ranks(folder, 2) as executor:
