@@ -17,7 +17,6 @@ from fastdeploy_lite.calibration.experts import (
     add_outputs,
     group_by_expert,
 )
-from fastdeploy_lite.calibration.products import HOST, Products
 from fastdeploy_lite.calibration.streams import ArrayF32, LayerRunner, Made, MlpInput
 from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import read_linear
@@ -34,6 +33,7 @@ from fastdeploy_lite.quantization import ccq_hessian, ccq_search, int_hessian
 from fastdeploy_lite.quantization.card import Card
 from fastdeploy_lite.quantization.convert import ccq_tensors
 from fastdeploy_lite.quantization.journal import FileTensor, LayerResult
+from fastdeploy_lite.quantization.products import HOST, Products
 from fastdeploy_lite.quantization.weight_only import IntWeight, quantize_int4, quantize_int8
 from fastdeploy_lite.quantization_config import WeightKind
 from fastdeploy_lite.utils.arrays import bfloat16_to_float32, float32_to_bfloat16
@@ -201,11 +201,9 @@ class _LayerWork:
     ) -> ArrayF32:
         linear = self.experts[name, expert]  # type: ignore[index]
         matrix = self._encoded(linear, weight, moments)
-        original = np.ascontiguousarray(weight.T)
-        rounded = np.ascontiguousarray(round_to_nearest(weight, linear.kind).T)
-        decoded = np.ascontiguousarray(matrix.decoded.T)
+        rounded = round_to_nearest(weight, linear.kind)
         energy, after, before = self.owner.products.losses(
-            [original, original - decoded, original - rounded], moments
+            [weight, weight - matrix.decoded, weight - rounded], moments
         )
         energy = max(energy, 1e-30)
         self._losses[name, expert] = [name, expert, after / energy, before / energy]

@@ -23,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fastdeploy_lite.calibration.products import HOST, Products
+from fastdeploy_lite.quantization.products import HOST, Products
 
 ArrayF32 = npt.NDArray[np.float32]
 _Result = TypeVar("_Result")

@@ -25,6 +25,7 @@ from fastdeploy_lite.formats import ccq
 from fastdeploy_lite.formats.ccq import ArrayF32, CCQWeight, RowOrder, to_stored_order
 from fastdeploy_lite.quantization import ccq_hessian, ccq_search, hessian
 from fastdeploy_lite.quantization.code_search import code_books
+from fastdeploy_lite.quantization.products import HostProducts
 from fastdeploy_lite.quantization.weight_only import check_finite
 from fastdeploy_lite.utils.arrays import bfloat16_to_float32
 from fastdeploy_lite.utils.errors import ConfigError
@@ -100,11 +101,11 @@ def _one_at_a_time(method: _Method) -> _Method:
     return cast(_Method, locked)
 
 
-class Card:
+class Card(HostProducts):
     """The first visible card: its memory for one matrix at a time, kept between calls.
 
-    Products are those of `calibration.products.Products`, whose host side is numpy. Any thread may
-    call.
+    Products are those of `products.Products`; sizes that the kernels do not take are left to numpy.
+    Any thread may call.
     """
 
     workers = min(8, len(os.sched_getaffinity(0)))
@@ -185,12 +186,9 @@ class Card:
 
     @_one_at_a_time
     def multiply(self, left: ArrayF32, right: ArrayF32) -> ArrayF32:
-        """left [M, K] times right [K, N] in float32, every sum through K in order.
-
-        Sizes that are no multiples of 4, and matrices without elements, are left to numpy.
-        """
+        """left [M, K] times right [K, N] in float32, every sum through K in order."""
         if _is_odd(left.shape[1], right.shape[1], left.size):
-            return np.asarray(left @ right, np.float32)
+            return super().multiply(left, right)
         rows, columns = left.shape[0], right.shape[1]
         out = self._room("product", 4 * rows * columns)
         self._multiply(self._floats("left", left), left.shape, self._floats("right", right),
@@ -200,16 +198,16 @@ class Card:
     def second_moment(self, x: ArrayF32, weight: ArrayF32 | None = None) -> ArrayF32:
         """What `hessian.second_moment` says of x [T, K]."""
         scaled = x if weight is None else x * weight[:, None]
-        return self.cross_moment(scaled, None)
+        return self.cross_moment(scaled, scaled)
 
     @_one_at_a_time
-    def cross_moment(self, x: ArrayF32, y: ArrayF32 | None) -> ArrayF32:
-        """x' y of x [T, K] and y [T, N], by default x, as `multiply` takes products."""
-        columns = x.shape[1] if y is None else y.shape[1]
+    def cross_moment(self, x: ArrayF32, y: ArrayF32) -> ArrayF32:
+        """x' y of x [T, K] and y [T, N], as `multiply` takes products."""
+        columns = y.shape[1]
         if _is_odd(x.shape[1], columns, x.size):
-            return np.asarray(x.T @ (x if y is None else y), np.float32)
+            return super().cross_moment(x, y)
         a = self._floats("left", x)
-        b = a if y is None else self._floats("right", y)
+        b = a if y is x else self._floats("right", y)
         out = self._room("product", 4 * x.shape[1] * columns)
         self._multiply(a, x.shape, b, columns, out, transposed=True)
         return self._download_floats(out, (x.shape[1], columns))
@@ -231,16 +229,17 @@ class Card:
 
     @_one_at_a_time
     def losses(self, errors: Sequence[ArrayF32], moments: ArrayF32) -> list[float]:
-        """Sums of `hessian.loss` of errors [N, K] under moments [K, K]."""
-        size, right = len(moments), self._floats("right", moments)
+        """Sums of e' H e over the columns of errors [K, N] under moments [K, K]."""
+        size, columns = errors[0].shape
+        if _is_odd(size, columns, 1):
+            return super().losses(errors, moments)
         total = self._room("total", 8)
         parts = self._room("parts", 8 * self._native.inner_parts)
-        found = []
+        left, found = self._floats("left", moments), []
         for error in errors:
-            left = self._floats("left", error)
-            out = self._room("product", error.nbytes)
-            self._multiply(left, error.shape, right, size, out)
-            self._native.inner_product(out, left, error.size, parts, total, self._stream)
+            right, out = self._floats("right", error), self._room("product", error.nbytes)
+            self._multiply(left, moments.shape, right, columns, out)
+            self._native.inner_product(out, right, error.size, parts, total, self._stream)
             found.append(float(self._download(total, (1,), np.float64)[0]))
         return found
 
@@ -248,6 +247,8 @@ class Card:
     def ridge(self, moments: ArrayF32, cross: ArrayF32, share: float) -> ArrayF32:
         """(M + share mean(M) 1)^-1 cross of M [K, K] and cross [K, N]; zeros where M is."""
         (size, columns), status = cross.shape, self._room("status", 4)
+        if size % ccq.GROUP_ROWS:
+            return super().ridge(moments, cross, share)
         right = self._floats("right", cross)
         damped = self._blended([self._floats("left", moments), 0], [1.0, 0.0], size, share)
         mean = float(self._download(self._room("mean", 8), (1,), np.float64)[0])
@@ -264,12 +265,18 @@ class Card:
     @_one_at_a_time
     def activations(self, x: ArrayF32, up_gate: ArrayF32, weight: ArrayF32) -> ArrayF32:
         """swiglu(x up_gate) [T, I] of x [T, K] and up_gate [K, 2 I], rows times weight [T]."""
+        if _is_odd(x.shape[1], up_gate.shape[1], x.size):
+            return super().activations(x, up_gate, weight)
         width = up_gate.shape[1] // 2
         return self._download_floats(self._activations(x, up_gate, weight), (len(x), width))
 
     @_one_at_a_time
     def outputs(self, x: ArrayF32, up_gate: ArrayF32, weight: ArrayF32, down: ArrayF32) -> ArrayF32:
         """`activations` times down [I, N]."""
+        if _is_odd(x.shape[1], up_gate.shape[1], x.size) or _is_odd(
+            down.shape[0], down.shape[1], 1
+        ):
+            return super().outputs(x, up_gate, weight, down)
         inner = self._activations(x, up_gate, weight)
         (depth, columns), shape = down.shape, (len(x), down.shape[1])
         out = self._room("product", 4 * len(x) * columns)

@@ -32,7 +32,6 @@ from fastdeploy_lite.calibration.encoder import (
     read_dense,
 )
 from fastdeploy_lite.calibration.experts import add_outputs, group_by_expert
-from fastdeploy_lite.calibration.products import HostProducts
 from fastdeploy_lite.calibration.streams import LayerRunner
 from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import verify
@@ -43,6 +42,7 @@ from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder, to_stored_order
 from fastdeploy_lite.quantization import ccq_hessian
 from fastdeploy_lite.quantization.card import Encoded
 from fastdeploy_lite.quantization.journal import LayerResult
+from fastdeploy_lite.quantization.products import HostProducts
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 QUICK = CalibrationSettings(candidates=1, descents=1)

@@ -1,4 +1,4 @@
-"""The large products of calibration, on the CPU; `quantization.card.Card` has the same methods."""
+"""The large products of calibration, on the CPU; `card.Card` has the same methods."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Products(Protocol):
         """See `hessian.blend`."""
 
     def losses(self, errors: Sequence[ArrayF32], moments: ArrayF32) -> list[float]:
-        """Sums of `hessian.loss` of errors [N, K]."""
+        """Sums of e' H e over the columns of errors [K, N]."""
 
     def ridge(self, moments: ArrayF32, cross: ArrayF32, share: float) -> ArrayF32:
         """(M + share mean(M) 1)^-1 cross; zero where nothing was seen."""
@@ -71,7 +71,8 @@ class HostProducts:
 
     def losses(self, errors: Sequence[ArrayF32], moments: ArrayF32) -> list[float]:
         """Sums of `hessian.loss`."""
-        return [float(hessian.loss(error, moments).sum()) for error in errors]
+        columns = (np.ascontiguousarray(error.T) for error in errors)
+        return [float(hessian.loss(error, moments).sum()) for error in columns]
 
     def ridge(self, moments: ArrayF32, cross: ArrayF32, share: float) -> ArrayF32:
         """Least squares, regularised."""
