@@ -238,15 +238,15 @@ class Sequences:
 
 
 class UniformRouting:
-    """Replaces the expert ids of every MoE layer by fixed random ones, on the device.
+    """Hands fixed random expert ids to every MoE layer in place of the router's.
 
-    The router itself still runs; a copy of [tokens, top_k] ids a layer is what this adds.
+    The router itself still runs, and nothing is added to a step.
     """
 
     def __init__(self, runner: Any) -> None:
         import numpy as np  # noqa: PLC0415
 
-        from fastdeploy_lite.model_executor import ops  # noqa: PLC0415
+        from fastdeploy_lite.model_executor.layers.moe import Router  # noqa: PLC0415
 
         model, limits = runner.config.model, runner.config.scheduler
         random = np.random.default_rng(7)
@@ -255,19 +255,22 @@ class UniformRouting:
         scores = random.random(shape, np.float32)
         self._ids = np.argsort(scores, axis=2)[:, :, : model.moe_k].astype(np.int32)
         self._tables = [_device_array(ids, runner.place) for ids in self._ids]
-        self._rows = _device_array(np.arange(shape[1], dtype=np.int32), runner.place)
-        self._route, self._calls, self._held = ops.route, 0, {}
-        ops.route = self._replace
+        self._calls, self._held = 0, {}
+        choose = Router.__call__
 
-    def _replace(self, x: Any, gate: Any, bias: Any, top_k: int, ids: Any, weights: Any) -> None:
+        def uniform(router: Any, x: Any, workspace: Any) -> Any:
+            return self._replaced(choose(router, x, workspace))
+
+        Router.__call__ = uniform
+
+    def _replaced(self, routes: tuple[Any, Any]) -> tuple[Any, Any]:
         from fastdeploy_lite.model_executor import ops  # noqa: PLC0415
 
-        self._route(x, gate, bias, top_k, ids, weights)
-        count = x.shape[0]
-        rows = self._held.setdefault(count, self._rows[:count])
-        table = self._tables[self._calls % self._layers].view("float32")  # 32-bit rows are copied
-        ops.gather_rows(table, rows, ids.view("float32"))
+        layer, count = self._calls % self._layers, routes[0].shape[0]
         self._calls += 1
+        if (layer, count) not in self._held:  # graphs keep its address
+            self._held[layer, count] = ops.fix(self._tables[layer][:count])
+        return self._held[layer, count], routes[1]
 
     def used(self, batch: int) -> float:
         """Mean share of a layer's experts that a decode step of `batch` tokens reads."""
