@@ -525,23 +525,32 @@ template <int kDim, bool kNew>
 __global__ void __launch_bounds__(kAttentionThreads, 1) decode_attention(const AttentionParams p) {
   extern __shared__ uint4 raw[];
   auto& shared = *reinterpret_cast<DecodeShared<kDim>*>(raw);
-  wait_for_inputs();
+  // With kNew the kernel ahead writes nothing but `qkv`: the step's arrays and the tokens of the
+  // cache are there, and come while it still runs.
+  if constexpr (!kNew) wait_for_inputs();
   shared.work.fill(p, [&p](int n, int context) { return decode_segments(p, n, context); });
   const int items = shared.work.total() * p.kv_heads;
   const bool draws = items > 2 * static_cast<int>(gridDim.x);
-  if (static_cast<int>(blockIdx.x) >= items) return;
+  if (static_cast<int>(blockIdx.x) >= items) {
+    if constexpr (kNew) wait_for_inputs();
+    return;
+  }
   Round round;
   round.segment = find_segment(shared.work, blockIdx.x, p.kv_heads);
   round.start = round.segment.begin;
   round.find_blocks(p);
   int upcoming = blockIdx.x + gridDim.x;
   auto token_of = [&shared](const Round& of) { return shared.work.token[of.segment.sequence]; };
-  Queries<kDim> q;
-  load_queries<kDim, kNew>(q, p, shared.work, round.segment);
   Keys<kDim> keys;
   keys.load(p, round);
-  if constexpr (kNew) keys.take_new(p, round, token_of(round));
   fetch_values(shared, p, round);
+  if constexpr (kNew) {
+    if (threadIdx.x < kDim / 32) prefetch(new_angles<kDim>(p, token_of(round)) + 32 * threadIdx.x);
+    wait_for_inputs();
+  }
+  Queries<kDim> q;
+  load_queries<kDim, kNew>(q, p, shared.work, round.segment);
+  if constexpr (kNew) keys.take_new(p, round, token_of(round));
   DecodeState<kDim> state;
   while (round.steps > 0) {
     Round next = round;

@@ -31,8 +31,9 @@ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-/// Whether kernels may start before the one ahead of them has ended (Hopper on); see launch.
-bool starts_early();
+/// Whether the next kernel of a stream may start before the one ahead of it has ended (Hopper on);
+/// see launch.
+bool starts_early(cudaStream_t stream);
 
 /// Launches a kernel that calls wait_for_inputs() before it reads what others have written. Its
 /// blocks may then take their places, and read weights, while the kernel ahead still runs: see
@@ -49,7 +50,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int thre
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = starts_early() ? 1 : 0;
+  config.numAttrs = starts_early(stream) ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
 }
 
@@ -62,6 +63,11 @@ __device__ __forceinline__ void wait_for_inputs() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+/// Brings the line of `p` to L2.
+__device__ __forceinline__ void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 __device__ __forceinline__ float warp_sum(float v) {
