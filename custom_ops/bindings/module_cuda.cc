@@ -187,6 +187,8 @@ void bind_runtime(py::module_& m) {
   m.def("synchronize", [](Address stream) { fc::synchronize(stream_of(stream)); }, no_gil());
   m.def("allow_early_start", &fc::allow_early_start);
   m.def("create_stream", &fc::create_stream);
+  m.def("follow",
+        [](Address stream, Address ahead) { fc::follow(stream_of(stream), stream_of(ahead)); });
   m.def("begin_capture", [](Address stream) { fc::begin_capture(stream_of(stream)); });
   m.def("end_capture",
         [](Address stream, bool discard) { return fc::end_capture(stream_of(stream), discard); });

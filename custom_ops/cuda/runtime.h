@@ -54,6 +54,10 @@ void allow_early_start(bool allowed);
 /// A stream that waits for no other and lives as long as the process; graphs are captured on one.
 uint64_t create_stream();
 
+/// What is queued on `stream` from now on waits for what is queued on `ahead`; so a capture of one
+/// takes in the other, until that has followed back.
+void follow(cudaStream_t stream, cudaStream_t ahead);
+
 /// A captured sequence of kernels.
 void begin_capture(cudaStream_t stream);
 /// Ends the capture and returns a handle for launch_graph; 0 if `discard`, or if nothing was

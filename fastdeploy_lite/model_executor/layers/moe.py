@@ -10,6 +10,10 @@ from fastdeploy_lite.model_executor.layers.linear import GatedMLP
 from fastdeploy_lite.model_executor.ops import ExpertWeight, HostWeight
 from fastdeploy_lite.model_executor.workspace import Workspace
 
+ROUTED_BESIDE = 16
+"""Up to so many tokens the router leaves the card room for the shared experts; for more they begin
+behind it, which measures faster."""
+
 
 class Router:
     """Choice of top_k experts: by probability plus bias; weighted by probability alone."""
@@ -60,15 +64,42 @@ class MoE:
         if self.up_gate is None or self.down is None:
             ops.clear(out)
             return out, self._shared(x, workspace)
-        ids, weights = self.router(x, workspace)
         if isinstance(self.up_gate, HostWeight) or isinstance(self.down, HostWeight):
             assert self._host is not None
-            self._host.begin(x, ids, weights)
+            self._host.begin(x, *self.router(x, workspace))
             shared = self._shared(x, workspace)  # on the card, beside the CPU's work
             self._host.finish(out)
             return out, shared
+        beside = _Beside(self.shared, x, workspace)
+        if x.shape[0] <= ROUTED_BESIDE:
+            beside.begin()
+        ids, weights = self.router(x, workspace)
+        beside.begin()
         ops.routed_experts(x, ids, weights, self.up_gate, self.down, out, workspace)
-        return out, self._shared(x, workspace)
+        return out, beside.result()
 
     def _shared(self, x: Any, workspace: Workspace) -> Any | None:
         return None if self.shared is None else self.shared(x, workspace)
+
+
+class _Beside:
+    """The shared experts on a branch of their own."""
+
+    def __init__(self, mlp: GatedMLP | None, x: Any, workspace: Workspace) -> None:
+        self._mlp, self._x, self._workspace = mlp, x, workspace
+        self._branch: ops.Branch | None = None
+        self._out: Any | None = None
+
+    def begin(self) -> None:
+        """Queue them, unless that has been done."""
+        if self._mlp is None or self._branch is not None:
+            return
+        self._branch = ops.branch(self._x)
+        with self._branch:
+            self._out = self._mlp(self._x, self._workspace)
+
+    def result(self) -> Any | None:
+        """What they give, for what is queued from now on; None without any."""
+        if self._branch is not None:
+            self._branch.join()
+        return self._out

@@ -38,7 +38,9 @@ from fastdeploy_lite.model_executor.ops.segments import (
     segmented_moe,
 )
 from fastdeploy_lite.model_executor.ops.transfer import (
+    Branch,
     announce_step,
+    branch,
     clear,
     download,
     host_array,
@@ -52,6 +54,7 @@ from fastdeploy_lite.model_executor.ops.weights import allocate_weight, fill_wei
 
 __all__ = [
     "SAMPLE_ROWS",
+    "Branch",
     "ExpertWeight",
     "HostLink",
     "HostWeight",
@@ -63,6 +66,7 @@ __all__ = [
     "allocate_weight",
     "announce_step",
     "best_logits",
+    "branch",
     "clear",
     "decode_attention",
     "download",

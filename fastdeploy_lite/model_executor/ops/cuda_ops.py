@@ -59,6 +59,11 @@ def own_scratch(place: Any) -> Callable[[], AbstractContextManager[None]]:
     return runtime.Scratch(place).use
 
 
+def branch(rows: int) -> runtime.Branch | None:
+    """See ops.branch."""
+    return runtime.Branch() if rows <= runtime.BRANCH_ROWS else None
+
+
 def announce_step(rows: int) -> None:
     """See ops.announce_step."""
     _ops_cuda.allow_early_start(rows <= runtime.EARLY_START_ROWS)

@@ -30,6 +30,9 @@ EARLY_START_ROWS = 16
 At 64 tokens that makes a step 3 % slower, see docs/performance.md.
 """
 
+BRANCH_ROWS = 64
+"""Steps of up to so many tokens leave room on the card for a second kernel, see `Branch`."""
+
 
 class Scratch:
     """Memory on a card that ops use in turn: partial results, and what kernels count with.
@@ -43,6 +46,7 @@ class Scratch:
         self._place = place
         self._memory: Tensor | None = None
         self._counters: Tensor | None = None
+        self._beside: tuple[int, Scratch] | None = None
 
     def memory(self) -> int:
         """Address of SCRATCH_BYTES."""
@@ -59,6 +63,12 @@ class Scratch:
             _ops_cuda.synchronize(stream())  # a graph that zeroed them would do so at each replay
             self._counters = counters
         return int(self._counters.data_ptr())
+
+    def beside(self) -> tuple[int, Scratch]:
+        """Stream of a `Branch`, and the memory that its ops take."""
+        if self._beside is None:
+            self._beside = int(_ops_cuda.create_stream()), Scratch(self._place)
+        return self._beside
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
@@ -131,6 +141,29 @@ def _scratch() -> Scratch:
     if not _thread.scratches:  # ops outside of any runner, as tests call them
         _thread.scratches.append(Scratch(paddle.framework._current_expected_place()))
     return _thread.scratches[-1]
+
+
+class Branch:
+    """See ops.branch. What it queues has scratch memory of its own."""
+
+    def __init__(self) -> None:
+        """Begin behind what the stream has queued so far."""
+        self._stream, self._scratch = _scratch().beside()
+        _ops_cuda.follow(self._stream, stream())
+
+    def __enter__(self) -> None:
+        """Queue this thread's ops on the branch."""
+        _thread.streams.append(self._stream)
+        _thread.scratches.append(self._scratch)
+
+    def __exit__(self, *_: object) -> None:
+        """Queue them on the stream again."""
+        _thread.streams.pop()
+        _thread.scratches.pop()
+
+    def join(self) -> None:
+        """See ops.branch."""
+        _ops_cuda.follow(stream(), self._stream)
 
 
 def attention_counters() -> int:

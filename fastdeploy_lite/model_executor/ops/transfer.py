@@ -6,7 +6,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -142,6 +142,48 @@ def own_scratch(place: Any) -> Callable[[], AbstractContextManager[None]]:
         use: Callable[[], AbstractContextManager[None]] = native("cuda", "own_scratch")(place)
         return use
     return nullcontext
+
+
+class Branch(Protocol):
+    """Work beside the stream; see `branch`."""
+
+    def __enter__(self) -> None:
+        """Queue ops on the branch."""
+
+    def __exit__(self, *_: object) -> None:
+        """Queue ops on the stream again."""
+
+    def join(self) -> None:
+        """Let what is queued from now on wait for the branch."""
+
+
+class _InOrder:
+    """A branch where there is but one queue."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def join(self) -> None:
+        pass
+
+
+_IN_ORDER = _InOrder()
+
+
+def branch(x: Any) -> Branch:
+    """Return a branch for work that a card may do beside what is queued outside of it until `join`.
+
+    It begins behind what is queued so far. Ops inside and outside may not share buffers that one of
+    them writes. On the CPU, and for so many rows that they fill a card, the work is done in order.
+
+    Args:
+        x: what the branch works on, [T, H].
+    """
+    found = native("cuda", "branch")(x.shape[0]) if place_kind(x.place) == "cuda" else None
+    return _IN_ORDER if found is None else found
 
 
 def announce_step(place: Any, rows: int) -> None:
