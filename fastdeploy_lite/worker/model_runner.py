@@ -267,7 +267,8 @@ class ModelRunner:
         return utilization * total - (total - free) - reserved
 
     def _run_largest_step(self) -> None:
-        """Grow the workspace to its final size: sequences that together fill the token budget."""
+        """Grow all buffers to their final size: sequences that together fill the token budget, then
+        one token, for which the kernels of few rows and branches have memory of their own."""
         limits = self.config.scheduler
         longest = min(limits.max_num_batched_tokens, limits.max_model_len)
         whole, rest = divmod(limits.max_num_batched_tokens, longest)
@@ -281,6 +282,8 @@ class ModelRunner:
         self._inputs.buffer.upload()
         rows = min(self.config.max_logit_rows, sum(lengths))
         self.model.logits(self._sampled_rows(hidden, rows), self.workspace)
+        with expert_placement.muted(self._host_links):
+            self.model(self._own_batch([0], [1], 0, blocks, caches))
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Allocate `num_blocks` blocks per layer, replacing any earlier cache."""
