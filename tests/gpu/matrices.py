@@ -27,6 +27,8 @@ def arrays(kind: str, random: np.random.Generator, rows: int, columns: int) -> d
         found = ccq_arrays(random, rows, columns)
         if kind == "ccq_wide":  # codes past the fast decoder's range
             found["code_scale"] *= np.float32(16)
+        if kind == "ccq_mixed":  # some of them
+            found["code_scale"][random.random(columns) < 0.01] *= np.float32(16)
         return found
     if kind == "dense":
         return {"weight": cards.bf16_bits(random.standard_normal((rows, columns)) / rows**0.5)}
@@ -53,12 +55,17 @@ def make(
 ) -> tuple[Any, np.ndarray]:
     """A weight on the card and float64 [K, N], or [E, K, N] with experts.
 
-    Kinds are those of allocate_weight, and "ccq_wide": CCQ that takes the slower decoder.
+    Kinds are those of allocate_weight, "ccq_wide": CCQ that takes the slower decoder, and
+    "ccq_mixed": CCQ of which a column in a hundred takes it.
     """
     from fastdeploy_lite.model_executor import ops
 
     weight = ops.allocate_weight(
-        kind.removesuffix("_wide"), rows, columns, cards.place(), num_experts=experts
+        kind.removesuffix("_wide").removesuffix("_mixed"),
+        rows,
+        columns,
+        cards.place(),
+        num_experts=experts,
     )
     dense = []
     for expert in range(max(experts, 1)):

@@ -49,7 +49,7 @@ def test_fused_moe(kind: str, experts: int, top_k: int, hidden: int, inner: int)
         assert cards.error(cards.get(out), expected) < 8e-3, tokens
 
 
-@pytest.mark.parametrize("kind", ["ccq", "ccq_wide", "int4", "int8", "dense"])
+@pytest.mark.parametrize("kind", ["ccq", "ccq_wide", "ccq_mixed", "int4", "int8", "dense"])
 @pytest.mark.parametrize(
     ("experts", "top_k", "hidden", "inner"),
     [(16, 4, 384, 256), (8, 1, 256, 128), (64, 6, 640, 384), (64, 8, 2048, 896)],
@@ -96,6 +96,37 @@ def test_a_token_has_the_same_bits_in_any_batch_and_tile(
             np.testing.assert_array_equal(
                 run(rows), alone[rows], err_msg=f"{tokens} tokens, tiles or path {forced}"
             )
+
+
+@pytest.mark.parametrize("kind", ["ccq", "ccq_mixed", "int4", "int8"])
+@pytest.mark.parametrize("tiles", ["low", "short", "tall"])
+def test_every_height_of_a_tile_gives_the_bits_of_the_plain_kernel(
+    kind: str, tiles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts with numbers of rows at and beside the edges between the kernels' tiles."""
+    from fastdeploy_lite.model_executor import ops
+    from fastdeploy_lite.model_executor.ops import cuda_moe
+
+    random = np.random.default_rng(91)
+    experts, hidden, inner = 64, 1152, 640
+    edges = [8, 16, 24, 32, 40, 48, 64, 96, 128, 144, 288][: 4 if tiles == "low" else None]
+    rows = [1, *edges, *(edge + 1 for edge in edges)]
+    rows += [48 if tiles == "tall" else 0] * (experts - len(rows))  # the mean decides the kernel
+    ids = random.permutation(np.repeat(np.arange(experts), rows)).astype(np.int32)[:, None]
+    tokens = len(ids)
+    up, _ = matrices.make(kind, random, hidden, 2 * inner, experts)
+    down, _ = matrices.make(kind, random, inner, hidden, experts)
+    x = cards.round_bf16(random.standard_normal((tokens, hidden)))
+    weights = np.ones((tokens, 1), np.float32)
+
+    def run(path: int) -> np.ndarray:
+        monkeypatch.setattr(cuda_moe, "CHOSEN_PATH", path)
+        out = cards.poisoned([tokens, hidden])
+        tensors = (cards.put(x, "bfloat16"), cards.put(ids), cards.put(weights))
+        ops.fused_moe(*tensors, up, down, out, cards.Workspace())
+        return cards.get(out)
+
+    np.testing.assert_array_equal(run(1), run(2))
 
 
 def test_a_batch_beside_another_on_its_own_stream_and_scratch() -> None:

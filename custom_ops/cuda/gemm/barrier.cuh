@@ -48,6 +48,13 @@ __device__ __forceinline__ uint64_t streaming_policy() {
   return policy;
 }
 
+/// Policy for rows of x, which many blocks read.
+__device__ __forceinline__ uint64_t keeping_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 /// `bytes` and both addresses are multiples of 16.
 __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes,
                                           uint32_t barrier, uint64_t policy) {

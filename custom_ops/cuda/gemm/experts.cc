@@ -36,31 +36,30 @@ class Pieces {
 int padded(int k) { return ceil_div(k, kChunkK) * kChunkK; }
 
 struct SortedMemory {
-  int* slot_of_row;
-  int* token_of_row;
-  int4* tiles;
-  int* counts;  // tiles of two kinds, next items of the first product, of the second
+  SortedSlots sorted;
   __half* x;
   float* x_scale;
+  __nv_bfloat16* inner_bf16;
   __half* inner;
   float* inner_scale;
-  __nv_bfloat16* outputs;     // [slots][H]
-  __nv_bfloat16* inner_bf16;  // the same memory, before the second product
+  __nv_bfloat16* outputs;  // [slots][H]; in the memory of x, which is read no more by then
   int64_t bytes;
 
   SortedMemory(void* memory, const ExpertsPlan& plan, const ExpertsShape& s) {
     const int64_t slots = int64_t{s.tokens} * s.top_k;
+    const int64_t x_rows = plan.path == ExpertsPath::kTiles ? slots : s.tokens;
     Pieces pieces(memory);
-    slot_of_row = pieces.take<int>(slots);
-    token_of_row = pieces.take<int>(slots);
-    tiles = pieces.take<int4>(plan.max_tiles);
-    counts = pieces.take<int>(kSortCounts);
-    x = pieces.take<__half>(int64_t{s.tokens} * padded(s.hidden));
-    x_scale = pieces.take<float>(s.tokens);
-    inner = pieces.take<__half>(slots * padded(s.inner));
+    sorted.slot_of_row = pieces.take<int>(slots);
+    sorted.token_of_row = pieces.take<int>(slots);
+    sorted.tile_of_row = pieces.take<int2>(slots);
+    sorted.tiles = pieces.take<int4>(plan.max_tiles);
+    sorted.counts = pieces.take<int>(kSortCounts);
+    x_scale = pieces.take<float>(x_rows);
     inner_scale = pieces.take<float>(slots);
-    outputs = pieces.take<__nv_bfloat16>(slots * (s.hidden > s.inner ? s.hidden : s.inner));
-    inner_bf16 = outputs;
+    inner_bf16 = pieces.take<__nv_bfloat16>(slots * s.inner);
+    inner = pieces.take<__half>(slots * padded(s.inner));
+    x = pieces.take<__half>(std::max(x_rows * padded(s.hidden), slots * s.hidden));
+    outputs = reinterpret_cast<__nv_bfloat16*>(x);
     bytes = pieces.used();
   }
 };
@@ -91,21 +90,26 @@ void run_sorted(const ExpertsPlan& plan, const ExpertsCall& call, void* memory,
   const ExpertsShape s = shape_of(call);
   const SortedMemory m(memory, plan, s);
   const int slots = s.tokens * s.top_k;
-  const bool wgmma = plan.path == ExpertsPath::kTiles;
-  const RowOrder order = wgmma ? RowOrder::kSlots : RowOrder::kEights;
+  const bool hopper = plan.path == ExpertsPath::kTiles;
+  const RowOrder order = hopper ? RowOrder::kSlots : RowOrder::kEights;
   auto multiply = [&](const TilesJob& job) {
-    if (wgmma) return tiles_wgmma(job, plan.tile_tokens, card.multiprocessors, stream);
+    if (hopper) return tiles_hopper(job, plan.tile_tokens, card.multiprocessors, stream);
     tiles_plain(job, plan.max_tiles, stream);
   };
-  sort_slots(call.ids, slots, s.top_k, s.experts, plan.tile_tokens, m.slot_of_row, m.token_of_row,
-             m.tiles, m.counts, stream);
-  convert_rows(call.x, s.tokens, s.hidden, padded(s.hidden), order, m.x, m.x_scale, stream);
-  multiply({call.up_gate, m.x, m.x_scale, m.slot_of_row, m.tiles, m.counts, m.counts + 2,
-            m.token_of_row, true, m.inner_bf16});
-  convert_rows(m.inner_bf16, slots, s.inner, padded(s.inner), order, m.inner, m.inner_scale,
-               stream);
-  multiply({call.down, m.inner, m.inner_scale, m.slot_of_row, m.tiles, m.counts, m.counts + 4,
-            nullptr, false, m.outputs});
+  const SortedSlots& sorted = m.sorted;
+  sort_slots(call.ids, slots, s.top_k, s.experts, plan.tile_tokens, sorted, stream);
+  // Hopper's tiles take rows in their own order, so those of a token once for each of its experts
+  const int2* tile_of_row = hopper ? sorted.tile_of_row : nullptr;
+  convert_rows({call.x, hopper ? slots : s.tokens, s.hidden, padded(s.hidden),
+                hopper ? sorted.token_of_row : nullptr, tile_of_row, m.x, m.x_scale},
+               order, stream);
+  multiply({call.up_gate, m.x, m.x_scale, sorted.slot_of_row, sorted.tiles, sorted.counts,
+            sorted.counts + 2, hopper ? nullptr : sorted.token_of_row, true, m.inner_bf16});
+  convert_rows(
+      {m.inner_bf16, slots, s.inner, padded(s.inner), nullptr, tile_of_row, m.inner, m.inner_scale},
+      order, stream);
+  multiply({call.down, m.inner, m.inner_scale, sorted.slot_of_row, sorted.tiles, sorted.counts,
+            sorted.counts + 4, nullptr, false, m.outputs});
   combine(m.outputs, call.route_weights, call.out, s.tokens, s.top_k, s.hidden, stream);
 }
 

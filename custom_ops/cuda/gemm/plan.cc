@@ -5,12 +5,11 @@
 #include <string>
 
 #include "stream_shape.h"
+#include "tiles_shape.h"
 
 namespace fd::cuda {
 namespace {
 
-constexpr int kWgmmaTile = 128;
-constexpr int kLowTile = 64;  // for batches of so many tokens: no tall tiles, one launch less
 constexpr int kPlainTile = 32;
 constexpr int kLongCopy = 2;  // chunks: 4 KB reach the bandwidth that 2 KB miss by a sixth
 constexpr int kMostStages = 4;
@@ -46,6 +45,16 @@ bool plan_stream(const ExpertsShape& s, const CardFacts& card, ExpertsPlan& plan
   return left >= kStreamWarps * s.chunk_bytes;
 }
 
+/// Most rows of a tile of Hopper's, by the rows that experts have on average. Where they have less
+/// than a kernel's most by half (for few rows) or a third, the few experts that need more take two
+/// tiles: a launch for them alone would leave most of the card idle.
+int hopper_tile(const ExpertsShape& s) {
+  const int64_t slots = int64_t{s.tokens} * s.top_k;
+  if (2 * slots <= int64_t{kMostLowRows} * s.experts) return kMostLowRows;
+  if (3 * slots <= 2 * int64_t{kMostShortRows} * s.experts) return kMostShortRows;
+  return kMostTallRows;
+}
+
 }  // namespace
 
 ExpertsPlan plan_experts(const ExpertsShape& shape, const CardFacts& card, int forced) {
@@ -61,8 +70,7 @@ ExpertsPlan plan_experts(const ExpertsShape& shape, const CardFacts& card, int f
     throw std::invalid_argument("experts: path " + std::to_string(forced) + " cannot serve " +
                                 std::to_string(shape.tokens) + " tokens on this card");
   }
-  const int wgmma_tile = shape.tokens <= kLowTile ? kLowTile : kWgmmaTile;
-  plan.tile_tokens = plan.path == ExpertsPath::kTiles ? wgmma_tile : kPlainTile;
+  plan.tile_tokens = plan.path == ExpertsPath::kTiles ? hopper_tile(shape) : kPlainTile;
   const int slots = shape.tokens * shape.top_k;
   plan.max_tiles = slots / plan.tile_tokens + std::min(shape.experts, slots);
   return plan;

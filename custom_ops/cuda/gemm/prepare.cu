@@ -23,7 +23,7 @@ struct Cut {
   __device__ Cut(int rows, int tile_tokens) : tiles(ceil_div(rows, tile_tokens)), height(0) {
     if (tiles > 0) height = ceil_div(ceil_div(rows, tiles), 8) * 8;
   }
-  __device__ bool tall() const { return height > kShortTile; }
+  __device__ bool tall() const { return height > kMostShortRows; }
 };
 
 /// Where each expert's rows and tiles begin; one warp, 32 experts at a time.
@@ -52,10 +52,11 @@ __device__ void place_experts(const int* count, int experts, int tile_tokens, in
 
 /// One block. The order of rows inside an expert is free: a row's result depends on the row alone.
 __global__ void sort_kernel(const int* ids, int slots, int top_k, int experts, int tile_tokens,
-                            int* slot_of_row, int* token_of_row, int4* tiles, int* counts) {
+                            const SortedSlots out) {
   __shared__ int count[kMaxExperts], first_row[kMaxExperts], first_tile[kMaxExperts];
+  __shared__ int used[kMaxExperts];
   __shared__ int tile_counts[2];
-  for (int e = threadIdx.x; e < experts; e += blockDim.x) count[e] = 0;
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) count[e] = used[e] = 0;
   __syncthreads();
   for (int i = threadIdx.x; i < slots; i += blockDim.x) atomicAdd(&count[ids[i]], 1);
   __syncthreads();
@@ -63,33 +64,37 @@ __global__ void sort_kernel(const int* ids, int slots, int top_k, int experts, i
     place_experts(count, experts, tile_tokens, first_row, first_tile, tile_counts);
   }
   __syncthreads();
-  if (threadIdx.x < kSortCounts)
-    counts[threadIdx.x] = threadIdx.x < 2 ? tile_counts[threadIdx.x] : 0;
+  if (threadIdx.x < kSortCounts) {
+    out.counts[threadIdx.x] = threadIdx.x < 2 ? tile_counts[threadIdx.x] : 0;
+  }
   for (int e = threadIdx.x; e < experts; e += blockDim.x) {
     const Cut cut(count[e], tile_tokens);
     const int first = first_tile[e] + (cut.tall() ? 0 : tile_counts[0]);
     for (int t = 0; t < cut.tiles; ++t) {
       const int begin = t * cut.height;
-      tiles[first + t] = make_int4(e, first_row[e] + begin, min(cut.height, count[e] - begin), 0);
+      out.tiles[first + t] =
+          make_int4(e, first_row[e] + begin, min(cut.height, count[e] - begin), 0);
     }
   }
-  __syncthreads();
   for (int i = threadIdx.x; i < slots; i += blockDim.x) {
-    const int row = atomicAdd(&first_row[ids[i]], 1);
-    slot_of_row[row] = i;
-    token_of_row[row] = i / top_k;
+    const int e = ids[i], inside = atomicAdd(&used[e], 1), row = first_row[e] + inside;
+    const Cut cut(count[e], tile_tokens);
+    const int begin = inside / cut.height * cut.height;
+    out.slot_of_row[row] = i;
+    out.token_of_row[row] = i / top_k;
+    out.tile_of_row[row] = make_int2(first_row[e] + begin, min(cut.height, count[e] - begin));
   }
 }
 
 /// One block a row.
 template <RowOrder kOrder>
-__global__ void __launch_bounds__(kConvertThreads)
-    convert_kernel(const bf16* x, int width, int padded, __half* out, float* scale) {
+__global__ void __launch_bounds__(kConvertThreads) convert_kernel(const RowsJob job) {
   __shared__ float tops[kConvertThreads / kWarp];
-  const int64_t row = blockIdx.x;
-  const uint4* from = reinterpret_cast<const uint4*>(x + row * width);
+  const int row = blockIdx.x;
+  const int64_t source = job.source_of_row != nullptr ? job.source_of_row[row] : row;
+  const uint4* from = reinterpret_cast<const uint4*>(job.x + source * job.width);
   float top = 0.0f;
-  for (int i = threadIdx.x; i < width / 8; i += kConvertThreads) {
+  for (int i = threadIdx.x; i < job.width / 8; i += kConvertThreads) {
     top = fmaxf(top, largest_of(__ldg(from + i)));
   }
   top = warp_max(top);
@@ -98,18 +103,21 @@ __global__ void __launch_bounds__(kConvertThreads)
 #pragma unroll
   for (int i = 0; i < kConvertThreads / kWarp; ++i) top = fmaxf(top, tops[i]);
   const float factor = row_scale(top);
-  if (threadIdx.x == 0) scale[row] = factor;
-  uint32_t* to = reinterpret_cast<uint32_t*>(out + row * padded);
-  for (int i = threadIdx.x; i < padded / 8; i += kConvertThreads) {
-    const uint4 v = to_slots(i < width / 8 ? __ldg(from + i) : make_uint4(0, 0, 0, 0), factor);
+  if (threadIdx.x == 0) job.scale[row] = factor;
+  const int2 tile = job.tile_of_row != nullptr ? job.tile_of_row[row] : make_int2(0, 0);
+  const int first = tile.y > 0 ? tile.x : row;
+  uint8_t* to = reinterpret_cast<uint8_t*>(job.out + int64_t{first} * job.padded);
+  for (int i = threadIdx.x; i < job.padded / 8; i += kConvertThreads) {
+    const uint4 v = to_slots(i < job.width / 8 ? __ldg(from + i) : make_uint4(0, 0, 0, 0), factor);
     if constexpr (kOrder == RowOrder::kEights) {
       reinterpret_cast<uint4*>(to)[i] = v;
     } else {
-      uint32_t* at = to + i / 4 * 16 + i % 4;
-      at[0] = v.x;
-      at[4] = v.y;
-      at[8] = v.z;
-      at[12] = v.w;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int byte = i / 4 * 64 + j * 16 + i % 4 * 4;
+        const int64_t at = tile.y > 0 ? tiled_byte(tile.y, row - first, byte) : byte;
+        *reinterpret_cast<uint32_t*>(to + at) = word_of(v, j);
+      }
     }
   }
 }
@@ -117,22 +125,19 @@ __global__ void __launch_bounds__(kConvertThreads)
 }  // namespace
 
 void sort_slots(const int* ids, int slots, int top_k, int experts, int tile_tokens,
-                int* slot_of_row, int* token_of_row, int4* tiles, int* counts,
-                cudaStream_t stream) {
+                const SortedSlots& out, cudaStream_t stream) {
   if (experts > kMaxExperts) {
     throw std::runtime_error("sort_slots: " + std::to_string(experts) + " experts exceed 1024");
   }
-  sort_kernel<<<1, 1024, 0, stream>>>(ids, slots, top_k, experts, tile_tokens, slot_of_row,
-                                      token_of_row, tiles, counts);
+  sort_kernel<<<1, 1024, 0, stream>>>(ids, slots, top_k, experts, tile_tokens, out);
   check_launch("sort_slots");
 }
 
-void convert_rows(const bf16* x, int rows, int width, int padded, RowOrder order, __half* out,
-                  float* scale, cudaStream_t stream) {
-  if (rows == 0) return;
+void convert_rows(const RowsJob& job, RowOrder order, cudaStream_t stream) {
+  if (job.rows == 0) return;
   auto kernel = order == RowOrder::kSlots ? convert_kernel<RowOrder::kSlots>
                                           : convert_kernel<RowOrder::kEights>;
-  kernel<<<rows, kConvertThreads, 0, stream>>>(x, width, padded, out, scale);
+  kernel<<<job.rows, kConvertThreads, 0, stream>>>(job);
   check_launch("convert_rows");
 }
 

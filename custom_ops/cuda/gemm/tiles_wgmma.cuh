@@ -1,181 +1,162 @@
-// Many rows an expert, on compute capability 9.0: decoded weights as register operands of wgmma.
+// Sorted rows on compute capability 9.0: decoded weights as register operands of wgmma.
 //
-// A persistent block takes items: 16 column blocks (256 columns) of one tile of up to 128 rows.
-// Warpgroup 0 feeds: its first warp draws items and has weights copied in bulk, the others copy
-// rows of x. Warpgroups 1 and 2 multiply, each 8 column blocks: while the tensor cores work on 32
-// rows, the next 32 are decoded.
+// A persistent block takes items: a run of column blocks of one tile of rows. Warpgroup 0 feeds: a
+// warp draws items, one has weights copied in bulk and one rows of x, which convert_rows() left as
+// wgmma reads them from shared memory. (Three warps with cp.async could not keep up: those that
+// multiply tall tiles waited for x half of their time.) The other warpgroups multiply: while the
+// tensor cores work on 32 rows of K of 64 columns, the next are decoded.
 #pragma once
 
-#include "barrier.cuh"
-#include "jobs.cuh"
+#include "tiles_items.cuh"
 #include "wgmma.cuh"
 
 namespace fd::cuda {
 
 namespace tiles {
 
-constexpr int kMaxTileTokens = 128;
-constexpr int kThreads = 384;
-constexpr int kBlocks = 16;  // column blocks of an item
-constexpr int kStageK = 64;  // rows of K in a stage of x: 128 bytes, one swizzle
-constexpr int kStages = 4;
-constexpr int kStageBytes = kMaxTileTokens * kStageK * 2;
-constexpr int kSlots = 3;  // of weights
-constexpr int kItems = 4;  // items drawn ahead
-constexpr int kCopyThreads = 96;
-constexpr int kCopyLag = 2;          // stages requested before one is waited for
-constexpr int kStagingStride = 144;  // bytes; 64 columns and a shift by one bank group
-constexpr int kFeedRegisters = 40;
-constexpr int kMultiplyRegisters = 232;
-
-/// Weights that one bulk copy brings: about 2 KB of a block.
-template <Coding kCoding>
-struct Slot {
-  static constexpr int kTiles = kChunkTiles / lane_vectors(kCoding);
-  static constexpr int kBytes = scale_bytes(kCoding) + kTiles * tile_size(kCoding);
-  static constexpr int kPerChunk = kChunkTiles / kTiles;
+/// Up to 16 rows: decoding is what takes time, so many warps, with two blocks each, which share
+/// what a step costs beside it. 2 KB copies: pieces of 1 KB, more finely spread, took a fifth
+/// longer.
+struct Low {
+  static constexpr bool kTall = false;
+  static constexpr int kGroups = 4;  // warpgroups that multiply
+  static constexpr int kFeedRegisters = 32;
+  static constexpr int kMultiplyRegisters = 112;
+  static constexpr int kRows = kMostLowRows;
+  static constexpr int kWarpBlocks = 2;
+  static constexpr int kStageK = 2 * kTiledK;  // rows of K in a stage of x
+  static constexpr int kStages = 4;
+  static constexpr int kSlots = 3;  // of weights
 };
 
-struct Item {
-  int expert, first, count, block;  // block: first of the item's column blocks; -1: no more items
+/// Up to 48 rows: as before, but the sums leave registers for fewer warps.
+struct Short {
+  static constexpr bool kTall = false;
+  static constexpr int kGroups = 3;
+  static constexpr int kFeedRegisters = 40;
+  static constexpr int kMultiplyRegisters = 152;
+  static constexpr int kRows = kMostShortRows;
+  static constexpr int kWarpBlocks = 2;
+  static constexpr int kStageK = 2 * kTiledK;
+  static constexpr int kStages = 4;
+  static constexpr int kSlots = 3;
 };
 
-template <Coding kCoding>
+/// Up to 144 rows: the tensor cores are what takes time.
+struct Tall {
+  static constexpr bool kTall = true;
+  static constexpr int kGroups = 3;
+  static constexpr int kFeedRegisters = 40;
+  static constexpr int kMultiplyRegisters = 152;
+  static constexpr int kRows = kMostTallRows;
+  static constexpr int kWarpBlocks = 1;
+  static constexpr int kStageK = kTiledK;
+  static constexpr int kStages = 6;
+  static constexpr int kSlots = 2;
+};
+
+template <typename Kind>
+constexpr int kWarps = Kind::kGroups * 4;  // that multiply
+template <typename Kind>
+constexpr int kThreads = (1 + Kind::kGroups) * 128;
+template <typename Kind>
+constexpr int kBlocks = kWarps<Kind> * Kind::kWarpBlocks;  // column blocks of an item
+template <typename Kind>
+constexpr int kPieceBytes = Kind::kRows * kTiledK * 2;  // of x, for 64 rows of K: one swizzle
+template <typename Kind>
+constexpr int kStagingStride = Kind::kWarpBlocks * 64 + 16;  // bytes; shifts by one bank group
+
+/// A block starts with the same registers for each thread, in eights: warpgroups that ask for more
+/// in total than that wait for ever.
+template <typename Kind>
+constexpr bool kRegistersSuffice =
+    Kind::kFeedRegisters + Kind::kGroups * Kind::kMultiplyRegisters <=
+    65536 / kThreads<Kind> / 8 * 8 * (1 + Kind::kGroups);
+
+template <Coding kCoding, typename Kind>
 struct Shared {
-  alignas(1024) uint8_t x[kStages][kStageBytes];
-  alignas(128) uint8_t weights[kSlots][kBlocks * Slot<kCoding>::kBytes];
-  alignas(16) uint8_t staging[2][kMaxTileTokens * kStagingStride];
-  Item items[kItems];
-  int sources[kMaxTileTokens];  // rows of x of the item whose copies are requested
-  uint64_t x_full[kStages], x_free[kStages];
-  uint64_t weights_full[kSlots], weights_free[kSlots];
-  uint64_t item_full[kItems], item_free[kItems];
+  alignas(1024) uint8_t x[Kind::kStages][Kind::kStageK / kTiledK * kPieceBytes<Kind>];
+  alignas(128) uint8_t weights[Kind::kSlots][kBlocks<Kind> * Slot<kCoding>::kBytes];
+  alignas(16) uint8_t staging[Kind::kGroups][Kind::kRows * kStagingStride<Kind>];
+  ItemRing<Kind::kRows> items;
+  uint64_t x_full[Kind::kStages], x_free[Kind::kStages];
+  uint64_t weights_full[Kind::kSlots], weights_free[Kind::kSlots];
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/// Waits for an item and lets go of its place.
-template <typename S>
-__device__ __forceinline__ Item take_item(S& shared, RingPlace& place) {
-  barrier_wait(shared_address(&shared.item_full[place.slot]), place.parity);
-  const Item item = shared.items[place.slot];
-  __syncwarp();
-  if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&shared.item_free[place.slot]));
-  place.next(kItems);
-  return item;
-}
-
-/// Warp 0: draws items and keeps the ring of weights full.
-template <Coding kCoding, bool kTall>
-__device__ __forceinline__ void feed_weights(const TilesJob& job, Shared<kCoding>& shared) {
+/// Keeps the ring of weights full.
+template <Coding kCoding, typename Kind>
+__device__ __forceinline__ void feed_weights(const TilesJob& job, Shared<kCoding, Kind>& shared) {
   using S = Slot<kCoding>;
-  const int lane = threadIdx.x;
-  const int groups = ceil_div(job.w.blocks(), kBlocks);
-  const int first_tile = kTall ? 0 : job.tile_counts[0];
-  const int items = job.tile_counts[kTall ? 0 : 1] * groups;
+  const int lane = threadIdx.x % kWarp;
   const int slots = job.w.chunks_of_k() * S::kPerChunk;
-  const int64_t block_bytes = int64_t{slots} * S::kBytes;
   const uint64_t policy = streaming_policy();
   RingPlace ring, drawn;
-  ring.parity = drawn.parity = 1;
+  ring.parity = 1;
   while (true) {
-    int at = 0;
-    if (lane == 0) at = atomicAdd(job.next_items + (kTall ? 0 : 1), 1);
-    at = __shfl_sync(kFullMask, at, 0);
-    const bool more = at < items;
-    Item item{0, 0, 0, -1};
-    if (more) {
-      const int4 tile = job.tiles[first_tile + at / groups];
-      item = {tile.x, tile.y, tile.z, at % groups * kBlocks};
-    }
-    barrier_wait(shared_address(&shared.item_free[drawn.slot]), drawn.parity);
-    if (lane == 0) {
-      shared.items[drawn.slot] = item;
-      barrier_arrive(shared_address(&shared.item_full[drawn.slot]));
-    }
-    drawn.next(kItems);
-    if (!more) return;
-    const int block = min(item.block + lane, job.w.blocks() - 1);
+    const Item item = shared.items.take(drawn);
+    if (item.block < 0) return;
+    shared.items.release(drawn);
     const uint8_t* from =
-        job.w.chunks + (int64_t{item.expert} * job.w.blocks() + block) * block_bytes;
+        block_bytes(job.w, item.expert, item.block + lane, int64_t{slots} * S::kBytes);
     for (int s = 0; s < slots; ++s, from += S::kBytes) {
       const uint32_t full = shared_address(&shared.weights_full[ring.slot]);
       barrier_wait(shared_address(&shared.weights_free[ring.slot]), ring.parity);
-      if (lane == 0) barrier_expect(full, kBlocks * S::kBytes);
+      if (lane == 0) barrier_expect(full, kBlocks<Kind> * S::kBytes);
       __syncwarp();
-      if (lane < kBlocks) {
+      if (lane < kBlocks<Kind>) {
         bulk_copy(shared_address(shared.weights[ring.slot]) + lane * S::kBytes, from, S::kBytes,
                   full, policy);
       }
-      ring.next(kSlots);
+      ring.next(Kind::kSlots);
     }
   }
 }
 
-__device__ __forceinline__ void copiers_sync() {
-  asm volatile("bar.sync 3, %0;" ::"n"(kCopyThreads) : "memory");
-}
-
-/// Warps 1 to 3: copy rows of x. A stage is handed over kCopyLag stages after its request.
-template <Coding kCoding>
-__device__ __forceinline__ void feed_x(const TilesJob& job, Shared<kCoding>& shared) {
-  constexpr int kRowsAtOnce = kCopyThreads / 8;
-  const int thread = threadIdx.x - kWarp, chunk = thread % 8;
-  const int width = job.w.padded_k();
-  RingPlace ring, done, drawn;
+/// Keeps the ring of x full: 64 rows of K of a tile are one piece (tiled_byte).
+template <Coding kCoding, typename Kind>
+__device__ __forceinline__ void feed_x(const TilesJob& job, Shared<kCoding, Kind>& shared) {
+  constexpr int kPieces = Kind::kStageK / kTiledK;
+  const int width = job.w.padded_k(), lane = threadIdx.x % kWarp;
+  const uint64_t policy = keeping_policy();
+  RingPlace ring, drawn;
   ring.parity = 1;
-  int pending = 0;
-  auto hand_over = [&] {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    barrier_arrive(shared_address(&shared.x_full[done.slot]));
-    done.next(kStages);
-    --pending;
-  };
   while (true) {
-    const Item item = take_item(shared, drawn);
-    if (item.block < 0) break;
-    copiers_sync();
-    for (int r = thread; r < item.count; r += kCopyThreads) {
-      shared.sources[r] = source_row(job, item.first + r);
-    }
-    copiers_sync();
-    const __half* x = job.x + chunk * 8;
-#pragma unroll 1
-    for (int k = 0; k < width; k += kStageK) {
+    const Item item = shared.items.take(drawn);
+    if (item.block < 0) return;
+    shared.items.release(drawn);
+    const int bytes = item.count * kTiledK * 2;
+    const uint8_t* from =
+        reinterpret_cast<const uint8_t*>(job.x + int64_t{item.first} * width) + lane * bytes;
+    for (int k = 0; k < width; k += Kind::kStageK, from += kPieces * bytes) {
+      const uint32_t full = shared_address(&shared.x_full[ring.slot]);
       barrier_wait(shared_address(&shared.x_free[ring.slot]), ring.parity);
-      uint8_t* stage = shared.x[ring.slot];
-#pragma unroll 4
-      for (int r = thread / 8; r < item.count; r += kRowsAtOnce) {
-        copy_async(stage + r * 128 + ((chunk ^ (r & 7)) << 4),
-                   x + int64_t{shared.sources[r]} * width + k, true);
+      if (lane == 0) barrier_expect(full, kPieces * bytes);
+      __syncwarp();
+      if (lane < kPieces) {
+        bulk_copy(shared_address(shared.x[ring.slot]) + lane * kPieceBytes<Kind>, from, bytes, full,
+                  policy);
       }
-      copy_commit();
-      ring.next(kStages);
-      if (++pending > kCopyLag) {
-        copy_wait<kCopyLag>();
-        hand_over();
-      }
+      ring.next(Kind::kStages);
     }
   }
-  copy_wait<0>();
-  while (pending > 0) hand_over();
 }
 
-/// Registers of a multiplying warp: two column blocks, each m16 of its warpgroup's two m64.
-template <Coding kCoding, bool kExact>
+/// A multiplying warp's weights: a column block, an m16 of each of its warpgroup's m64.
+template <Coding kCoding, bool kExact, int kWarpBlocks>
 struct Weights {
-  LaneTile<kCoding, kExact> tile[2];
-  LaneCode<kExact> code[2];
-  uint32_t pairs[2];  // local scales of two tiles
-  GroupScale scale[2];
+  LaneTile<kCoding, kExact> tile[kWarpBlocks];
+  LaneCode<kExact> code[kWarpBlocks];
+  uint32_t pairs[kWarpBlocks];  // local scales of two tiles
+  GroupScale scale[kWarpBlocks];
 
-  /// Tile `kTile` of the slot's bytes.
+  /// Tile `kTile` of the blocks' bytes in a slot.
   template <int kTile>
-  __device__ __forceinline__ void load(const uint8_t* slot, int warp) {
+  __device__ __forceinline__ void load(const uint8_t* at) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      const uint8_t* at = slot + (4 * m + warp) * Slot<kCoding>::kBytes;
+    for (int m = 0; m < kWarpBlocks; ++m, at += 4 * Slot<kCoding>::kBytes) {
       if constexpr (kCoding == Coding::kCcq && kTile % 2 == 0) {
         pairs[m] = *reinterpret_cast<const uint32_t*>(at + lane / 4 * 8 + kTile / 2 * 4);
       }
@@ -186,31 +167,30 @@ struct Weights {
     }
   }
 
-  template <int kTile, int kPart, int kStep>
+  /// Operands of both steps of part `kPart` of block `m`.
+  template <int kTile, int kPart, int m>
   __device__ __forceinline__ void decode(const Registers& held, uint32_t (&a)[2][4]) {
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      if constexpr (kCoding == Coding::kCcq && kPart % 2 == 0 && kStep == 0) {
-        scale[m] = GroupScale::of<kTile % 2 * 2 + kPart / 2>(pairs[m], held);
-      }
-      tile[m].template decode<kPart, kStep>(code[m], scale[m], held, a[m]);
+    if constexpr (kCoding == Coding::kCcq && kPart % 2 == 0) {
+      scale[m] = GroupScale::of<kTile % 2 * 2 + kPart / 2>(pairs[m], held);
     }
+    tile[m].template decode<kPart, 0>(code[m], scale[m], held, a[0]);
+    tile[m].template decode<kPart, 1>(code[m], scale[m], held, a[1]);
   }
 };
 
-/// Adds a k-step to the sums of both m64.
+/// Adds 32 rows of K to the sums of an m64.
 template <int kN>
-__device__ __forceinline__ void add_step(float (&sums)[2][kN / 2], const uint32_t (&a)[2][4],
+__device__ __forceinline__ void add_part(float (&sums)[kN / 2], const uint32_t (&a)[2][4],
                                          uint64_t x) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-  for (int m = 0; m < 2; ++m) Wgmma<kN>::add(sums[m], a[m], x);
+  for (int step = 0; step < 2; ++step) Wgmma<kN>::add(sums, a[step], x + 2 * step);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-/// Waits until at most kPending steps are unfinished.
+/// Waits until at most kPending parts are unfinished.
 template <int kPending>
-__device__ __forceinline__ void wait_steps() {
+__device__ __forceinline__ void wait_parts() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
@@ -221,25 +201,27 @@ __device__ __forceinline__ uint64_t stage_descriptor(const uint8_t* stage) {
 }
 
 /// A multiplying warp's way through the rings.
-template <Coding kCoding, bool kExact>
+template <Coding kCoding, typename Kind>
 struct Multiplier {
-  Shared<kCoding>& shared;
+  static constexpr int kWarpBlocks = Kind::kWarpBlocks;
+  Shared<kCoding, Kind>& shared;
   Registers held;
-  int group, warp, lane;  // warpgroup 0 or 1, warp in it
+  int group, warp, lane;  // warpgroup of those that multiply, warp in it
   RingPlace x, weights, drawn;
-  int used = 0;  // oldest stage of x still held
-  Weights<kCoding, kExact> w;
   uint64_t stage;  // descriptor of the stage in use
 
-  __device__ Multiplier(Shared<kCoding>& memory, uint32_t zero)
+  __device__ Multiplier(Shared<kCoding, Kind>& memory, uint32_t zero)
       : shared(memory),
         held(zero),
         group(threadIdx.x / 128 - 1),
         warp(threadIdx.x / kWarp % 4),
         lane(threadIdx.x % kWarp) {}
 
+  /// The warp's first block; its warpgroup's next m64 is four blocks on.
+  __device__ __forceinline__ int first_block() const { return group * 4 * kWarpBlocks + warp; }
+
   __device__ __forceinline__ const uint8_t* slot_bytes() const {
-    return shared.weights[weights.slot] + group * 8 * Slot<kCoding>::kBytes;
+    return shared.weights[weights.slot] + first_block() * Slot<kCoding>::kBytes;
   }
 
   __device__ __forceinline__ void wait_weights() {
@@ -249,78 +231,76 @@ struct Multiplier {
   __device__ __forceinline__ void free_weights() {
     __syncwarp();
     if (lane == 0) barrier_arrive(shared_address(&shared.weights_free[weights.slot]));
-    weights.next(kSlots);
+    weights.next(Kind::kSlots);
   }
 
   __device__ __forceinline__ void wait_x() {
     barrier_wait(shared_address(&shared.x_full[x.slot]), x.parity);
     stage = stage_descriptor(shared.x[x.slot]);
-    x.next(kStages);
+    x.next(Kind::kStages);
   }
 
-  /// Lets go of the oldest stage, whose parts are finished.
+  /// Lets go of the stage `kBack` before the one in use, whose parts are finished.
+  template <int kBack>
   __device__ __forceinline__ void free_x() {
-    if (lane == 0) barrier_arrive(shared_address(&shared.x_free[used]));
-    used = used + 1 == kStages ? 0 : used + 1;
+    const int at = x.slot - 1 - kBack;
+    if (lane == 0) barrier_arrive(shared_address(&shared.x_free[at < 0 ? at + Kind::kStages : at]));
   }
 
-  /// Step `kStep` of part `kPart`, whose operands are in a[kStep]; then decodes the next one, of
-  /// the same tile, into those of the step before, which is finished by then.
-  template <int kN, int kTile, int kPart, int kStep>
-  __device__ __forceinline__ void step(float (&sums)[2][kN / 2], uint32_t (&a)[2][2][4]) {
-    add_step<kN>(sums, a[kStep], stage + 4 * (kPart % 2) + 2 * kStep);
-    wait_steps<1>();
-    if constexpr (kPart == 2 && kStep == 0) free_x();
-    if constexpr (kPart < 3 || kStep == 0) {
-      w.template decode<kTile, kPart + kStep, 1 - kStep>(held, a[1 - kStep]);
+  /// Part `kPart` of tile `kTile` of a slot for block `m`, decoded in a[its parity]; leaves the
+  /// next one in the other, whose own product is finished by then.
+  template <int kN, int kTile, int kPart, int m, bool kExact>
+  __device__ __forceinline__ void add_next(float (&sums)[kWarpBlocks][kN / 2],
+                                           uint32_t (&a)[2][2][4],
+                                           Weights<kCoding, kExact, kWarpBlocks>& w, bool first,
+                                           bool more) {
+    constexpr int kAt = kPart * kWarpBlocks + m, kRow = kPart * 32;
+    constexpr bool kLast = kAt == 4 * kWarpBlocks - 1;
+    constexpr int kNextTile = kLast ? (kTile + 1) % Slot<kCoding>::kTiles : kTile;
+    constexpr int kInStage = kRow % Kind::kStageK;
+    if constexpr (kInStage == 0 && m == 0) wait_x();
+    add_part<kN>(sums[m], a[kAt % 2],
+                 stage + kInStage / kTiledK * (kPieceBytes<Kind> / 16) + kInStage % kTiledK / 8);
+    wait_parts<1>();
+    if constexpr (kInStage == 0 && m == 0) {
+      if (kPart > 0 || !first) free_x<1>();
     }
-  }
-
-  /// Tile `kTile` of a slot, whose first step is decoded in a[0]; leaves there the next tile's.
-  template <int kN, int kTile>
-  __device__ __forceinline__ void add_tile(float (&sums)[2][kN / 2], uint32_t (&a)[2][2][4],
-                                           bool first, bool more) {
-    constexpr int kNext = (kTile + 1) % Slot<kCoding>::kTiles;
-    wait_x();
-    add_step<kN>(sums, a[0], stage);
-    wait_steps<1>();
-    if (!first) free_x();
-    w.template decode<kTile, 0, 1>(held, a[1]);
-    step<kN, kTile, 0, 1>(sums, a);
-    step<kN, kTile, 1, 0>(sums, a);
-    step<kN, kTile, 1, 1>(sums, a);
-    wait_x();
-    step<kN, kTile, 2, 0>(sums, a);
-    step<kN, kTile, 2, 1>(sums, a);
-    step<kN, kTile, 3, 0>(sums, a);
-    if constexpr (kNext == 0) {
-      free_weights();
-      if (more) {
-        wait_weights();
-        w.template load<0>(slot_bytes(), warp);
+    if constexpr (kLast) {
+      if constexpr (kNextTile == 0) {
+        free_weights();
+        if (more) {
+          wait_weights();
+          w.template load<0>(slot_bytes());
+        }
+      } else {
+        w.template load<kNextTile>(slot_bytes());
       }
+      w.template decode<kNextTile, 0, 0>(held, a[0]);  // after the last tile: of old words
     } else {
-      w.template load<kNext>(slot_bytes(), warp);
+      w.template decode<kTile, (kAt + 1) / kWarpBlocks, (kAt + 1) % kWarpBlocks>(held,
+                                                                                 a[(kAt + 1) % 2]);
+      add_next<kN, kTile, (kAt + 1) / kWarpBlocks, (kAt + 1) % kWarpBlocks, kExact>(sums, a, w,
+                                                                                    first, more);
     }
-    step<kN, kTile, 3, 1>(sums, a);
-    w.template decode<kNext, 0, 0>(held, a[0]);  // of old words after the last tile: not used
   }
 
-  template <int kN>
-  __device__ __forceinline__ void add_slots(float (&sums)[2][kN / 2], int slots) {
+  template <int kN, bool kExact>
+  __device__ __forceinline__ void add_slots(float (&sums)[kWarpBlocks][kN / 2],
+                                            Weights<kCoding, kExact, kWarpBlocks>& w, int slots) {
     uint32_t a[2][2][4];
     wait_weights();
-    w.template load<0>(slot_bytes(), warp);
+    w.template load<0>(slot_bytes());
     w.template decode<0, 0, 0>(held, a[0]);
 #pragma unroll 1
     for (int s = 1; s <= slots; ++s) {
-      add_tile<kN, 0>(sums, a, s == 1, s < slots);
-      if constexpr (Slot<kCoding>::kTiles > 1) add_tile<kN, 1>(sums, a, false, s < slots);
-      if constexpr (Slot<kCoding>::kTiles > 2) add_tile<kN, 2>(sums, a, false, s < slots);
-      if constexpr (Slot<kCoding>::kTiles > 3) add_tile<kN, 3>(sums, a, false, s < slots);
+      const bool more = s < slots;
+      add_next<kN, 0, 0, 0>(sums, a, w, s == 1, more);
+      if constexpr (Slot<kCoding>::kTiles > 1) add_next<kN, 1, 0, 0>(sums, a, w, false, more);
+      if constexpr (Slot<kCoding>::kTiles > 2) add_next<kN, 2, 0, 0>(sums, a, w, false, more);
+      if constexpr (Slot<kCoding>::kTiles > 3) add_next<kN, 3, 0, 0>(sums, a, w, false, more);
     }
-    wait_steps<0>();
-    free_x();
+    wait_parts<0>();
+    free_x<0>();
   }
 };
 
@@ -328,99 +308,100 @@ __device__ __forceinline__ void group_sync(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
 
-/// Two tokens' values of this lane's column, as bf16, to staging [token][64 columns], where each of
-/// the warpgroup's 8 blocks has 8 columns.
+/// Whether all threads of the warpgroup say so.
+__device__ __forceinline__ bool group_and(int group, bool mine) {
+  int all;
+  asm volatile(
+      "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.and.pred q, %2, 128, p;\n"
+      "selp.b32 %0, 1, 0, q;\n}\n"
+      : "=r"(all)
+      : "r"(static_cast<int>(mine)), "r"(group + 1)
+      : "memory");
+  return all != 0;
+}
+
+/// Two tokens' values of this lane's column, as bf16, to staging: rows of tokens, 8 columns for
+/// each of the warpgroup's blocks.
+template <int kStride>
 __device__ __forceinline__ void stage_pair(uint8_t* staging, uint32_t pair, int tokens, int block,
                                            int lane) {
-  const uint32_t row = shared_address(staging) + block * 16 + (tokens + lane % 8) * kStagingStride;
+  const uint32_t row = shared_address(staging) + block * 16 + (tokens + lane % 8) * kStride;
   asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(row), "r"(pair)
                : "memory");
 }
 
-/// From staging to 64 columns of each row of the output.
-template <Coding kCoding, bool kExact>
-__device__ __forceinline__ void write_rows(const TilesJob& job,
-                                           const Multiplier<kCoding, kExact>& at, const Item& item,
-                                           const uint8_t* staging, int first_column, int end,
-                                           int width) {
-  const int thread = threadIdx.x % 128, piece = thread % 8;
+/// From staging to the warpgroup's columns of each row of the output.
+template <Coding kCoding, typename Kind>
+__device__ __forceinline__ void write_rows(const TilesJob& job, const Multiplier<kCoding, Kind>& at,
+                                           const Item& item, const uint8_t* staging,
+                                           int first_column, int end, int width) {
+  constexpr int kPieces = 4 * Kind::kWarpBlocks;  // of 8 columns
+  const int thread = threadIdx.x % 128, piece = thread % kPieces;
   const int column = first_column + piece * 8;
   group_sync(at.group);
   if (column < end) {
-    for (int row = thread / 8; row < item.count; row += 16) {
+    for (int row = thread / kPieces; row < item.count; row += 128 / kPieces) {
       const int sorted = item.first + row;
       const int target = job.gated ? sorted : job.slot_of_row[sorted];
       *reinterpret_cast<uint4*>(job.out + int64_t{target} * width + column) =
-          *reinterpret_cast<const uint4*>(staging + row * kStagingStride + piece * 16);
+          *reinterpret_cast<const uint4*>(staging + row * kStagingStride<Kind> + piece * 16);
     }
   }
   group_sync(at.group);
 }
 
-/// Column g of the lane's block m, in the weight's vectors.
-template <Coding kCoding, bool kExact>
-__device__ __forceinline__ int64_t first_column_of(const TilesJob& job,
-                                                   const Multiplier<kCoding, kExact>& at,
-                                                   const Item& item, int m) {
-  const int block = min(item.block + at.group * 8 + 4 * m + at.warp, job.w.blocks() - 1);
+/// Column g of the warp's block `m`, in the weight's vectors.
+template <Coding kCoding, typename Kind>
+__device__ __forceinline__ int64_t column_of(const TilesJob& job,
+                                             const Multiplier<kCoding, Kind>& at, const Item& item,
+                                             int m) {
+  const int block = min(item.block + at.first_block() + 4 * m, job.w.blocks() - 1);
   return (int64_t{item.expert} * job.w.blocks() + block) * kBlockColumns + at.lane / 4;
 }
 
-/// Values of columns g (kHalf 0) or g + 8 of the lane's blocks to staging; kGated: of swiglu.
-template <int kN, int kHalf, bool kGated, Coding kCoding, bool kExact>
-__device__ __forceinline__ void stage_item(const TilesJob& job,
-                                           const Multiplier<kCoding, kExact>& at, const Item& item,
-                                           const float (&sums)[2][kN / 2]) {
-  float scale[2][2];
+/// Values of columns g (kHalf 0) or g + 8 of the warp's blocks to staging; kGated: of swiglu.
+template <int kN, int kHalf, bool kGated, Coding kCoding, typename Kind>
+__device__ __forceinline__ void stage_item(const TilesJob& job, const Multiplier<kCoding, Kind>& at,
+                                           const Item& item,
+                                           const float (&sums)[Kind::kWarpBlocks][kN / 2]) {
+  const float* inverses = at.shared.items.inverse[at.drawn.slot] + at.lane % 4 * 2;
 #pragma unroll
-  for (int m = 0; m < 2; ++m) {
-    const float* of_column = job.w.column_scale + first_column_of(job, at, item, m);
-    scale[m][0] = __ldg(of_column);
-    scale[m][1] = __ldg(of_column + 8);
-  }
+  for (int m = 0; m < Kind::kWarpBlocks; ++m) {
+    const float* of_column = job.w.column_scale + column_of(job, at, item, m);
+    const float scale[2] = {__ldg(of_column), __ldg(of_column + 8)};
 #pragma unroll
-  for (int j = 0; j < kN / 8; ++j) {
-    float inverse[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = min(8 * j + at.lane % 4 * 2 + i, item.count - 1);
-      inverse[i] = inverse_scale(__ldg(job.x_scale + source_row(job, item.first + row)));
-    }
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int j = 0; j < kN / 8; ++j) {
       float value[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float own = scaled(sums[m][4 * j + 2 * kHalf + i], scale[m][kHalf], inverse[i]);
-        value[i] =
-            kGated ? swiglu(own, scaled(sums[m][4 * j + 2 + i], scale[m][1], inverse[i])) : own;
+        const float inverse = inverses[8 * j + i];  // past the rows: anything
+        const float own = scaled(sums[m][4 * j + 2 * kHalf + i], scale[kHalf], inverse);
+        value[i] = kGated ? swiglu(own, scaled(sums[m][4 * j + 2 + i], scale[1], inverse)) : own;
       }
-      stage_pair(at.shared.staging[at.group], pack_bf16(value[0], value[1]), 8 * j, 4 * m + at.warp,
-                 at.lane);
+      stage_pair<kStagingStride<Kind>>(at.shared.staging[at.group], pack_bf16(value[0], value[1]),
+                                       8 * j, 4 * m + at.warp, at.lane);
     }
   }
 }
 
-template <Coding kCoding, bool kExact, int kN>
-__device__ __forceinline__ void multiply_item(const TilesJob& job, Multiplier<kCoding, kExact>& at,
+template <bool kExact, int kN, Coding kCoding, typename Kind>
+__device__ __forceinline__ void multiply_item(const TilesJob& job, Multiplier<kCoding, Kind>& at,
                                               const Item& item) {
-  const int first_block = item.block + at.group * 8;
-  if constexpr (kCoding == Coding::kCcq) {
+  Weights<kCoding, kExact, Kind::kWarpBlocks> w;
+  float sums[Kind::kWarpBlocks][kN / 2];
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      at.w.code[m].load(job.w.codes, job.w.exact, first_column_of(job, at, item, m));
+  for (int m = 0; m < Kind::kWarpBlocks; ++m) {
+    if constexpr (kCoding == Coding::kCcq) {
+      w.code[m].load(job.w.codes, job.w.exact, column_of(job, at, item, m));
     }
-  }
-  float sums[2][kN / 2];
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) sums[m][i] = 0.0f;
   }
-  at.template add_slots<kN>(sums, job.w.chunks_of_k() * Slot<kCoding>::kPerChunk);
+  at.template add_slots<kN>(sums, w, job.w.chunks_of_k() * Slot<kCoding>::kPerChunk);
 
   uint8_t* staging = at.shared.staging[at.group];
-  const int half = job.w.out_features / 2, first_column = first_block * 8;
+  const int half = job.w.out_features / 2;
+  const int first_column = (item.block + at.group * 4 * Kind::kWarpBlocks) * 8;
   if (job.gated) {
     stage_item<kN, 0, true>(job, at, item, sums);
     write_rows(job, at, item, staging, first_column, half, half);
@@ -432,76 +413,94 @@ __device__ __forceinline__ void multiply_item(const TilesJob& job, Multiplier<kC
   }
 }
 
-template <Coding kCoding, bool kExact, bool kTall>
-__device__ __forceinline__ void multiply_items(const TilesJob& job, Shared<kCoding>& shared) {
-  Multiplier<kCoding, kExact> at(shared, static_cast<uint32_t>(job.w.out_features) >> 30);
+/// The least of the heights that holds the item's rows.
+template <int kN, int... kHigher, Coding kCoding, typename Kind>
+__device__ __forceinline__ void multiply_height(const TilesJob& job, Multiplier<kCoding, Kind>& at,
+                                                const Item& item) {
+  if constexpr (sizeof...(kHigher) == 0) {
+    multiply_item<false, kN>(job, at, item);
+  } else if (item.count <= kN) {
+    multiply_item<false, kN>(job, at, item);
+  } else {
+    multiply_height<kHigher...>(job, at, item);
+  }
+}
+
+template <Coding kCoding, typename Kind>
+__device__ __forceinline__ void multiply_items(const TilesJob& job, Shared<kCoding, Kind>& shared) {
+  Multiplier<kCoding, Kind> at(shared, static_cast<uint32_t>(job.w.out_features) >> 30);
   while (true) {
-    const Item item = take_item(shared, at.drawn);
+    const Item& item = shared.items.take(at.drawn);
     if (item.block < 0) return;
-    if constexpr (kTall) {
-      if (item.count <= 96) {
-        multiply_item<kCoding, kExact, 96>(job, at, item);
-      } else {
-        multiply_item<kCoding, kExact, 128>(job, at, item);
+    bool proven = true;  // of the warpgroup's columns, so that its warps take one way
+    if constexpr (kCoding == Coding::kCcq) {
+      if (!job.w.proven) {
+        for (int m = 0; m < Kind::kWarpBlocks; ++m) {
+          proven = columns_proven<kCoding>(job.w, column_of(job, at, item, m)) && proven;
+        }
+        proven = group_and(at.group, proven);
       }
-    } else if (item.count <= 16) {
-      multiply_item<kCoding, kExact, 16>(job, at, item);
-    } else if (item.count <= 32) {
-      multiply_item<kCoding, kExact, 32>(job, at, item);
-    } else {
-      multiply_item<kCoding, kExact, 64>(job, at, item);
     }
+    if (kCoding == Coding::kCcq && !proven) {  // rare: one height is enough
+      multiply_item<kCoding == Coding::kCcq, Kind::kRows>(job, at, item);
+    } else if constexpr (Kind::kTall) {
+      // each instance costs registers: more of them and products would be serialised
+      multiply_height<64, 96, 128, 144>(job, at, item);
+    } else if constexpr (Kind::kRows == kMostLowRows) {
+      multiply_height<8, 16>(job, at, item);
+    } else {
+      multiply_height<8, 16, 24, 32, 40, 48>(job, at, item);
+    }
+    shared.items.release(at.drawn);
   }
 }
 
 #endif  // sm_90a
 
-/// kTall: the tiles of more than kShortTile rows, which need registers of their own.
-template <Coding kCoding, bool kExact, bool kTall>
-__global__ void __launch_bounds__(kThreads, 1) tiles_kernel(const __grid_constant__ TilesJob job) {
+template <Coding kCoding, typename Kind>
+__global__ void __launch_bounds__(kThreads<Kind>, 1)
+    tiles_kernel(const __grid_constant__ TilesJob job) {
+  static_assert(kRegistersSuffice<Kind>);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t memory[];
-  auto& shared = *reinterpret_cast<Shared<kCoding>*>(memory);
+  auto& shared = *reinterpret_cast<Shared<kCoding, Kind>*>(memory);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(shared_address(&shared.x_full[i]), kCopyThreads);
-      barrier_init(shared_address(&shared.x_free[i]), 8);
+    for (int i = 0; i < Kind::kStages; ++i) {
+      barrier_init(shared_address(&shared.x_full[i]), 1);
+      barrier_init(shared_address(&shared.x_free[i]), kWarps<Kind>);
     }
-    for (int i = 0; i < kSlots; ++i) {
+    for (int i = 0; i < Kind::kSlots; ++i) {
       barrier_init(shared_address(&shared.weights_full[i]), 1);
-      barrier_init(shared_address(&shared.weights_free[i]), 8);
+      barrier_init(shared_address(&shared.weights_free[i]), kWarps<Kind>);
     }
-    for (int i = 0; i < kItems; ++i) {
-      barrier_init(shared_address(&shared.item_full[i]), 1);
-      barrier_init(shared_address(&shared.item_free[i]), 3 + 8);
-    }
+    shared.items.init(2 + kWarps<Kind>);
     barrier_publish();
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFeedRegisters));
-    if (threadIdx.x < kWarp) {
-      feed_weights<kCoding, kTall>(job, shared);
-    } else {
-      feed_x<kCoding>(job, shared);
-    }
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Kind::kFeedRegisters));
+    const int warp = threadIdx.x / kWarp;
+    if (warp == 0) feed_weights(job, shared);
+    if (warp == 1) feed_x(job, shared);
+    if (warp == 2) draw_items<kCoding, Kind::kTall, kBlocks<Kind>>(job, shared.items);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMultiplyRegisters));
-    multiply_items<kCoding, kExact, kTall>(job, shared);
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Kind::kMultiplyRegisters));
+    multiply_items(job, shared);
   }
 #endif
 }
 
 }  // namespace tiles
 
-template <Coding kCoding, bool kExact, bool kTall>
+template <Coding kCoding, typename Kind>
 void launch_tiles_wgmma(const TilesJob& job, int multiprocessors, cudaStream_t stream) {
-  auto kernel = tiles::tiles_kernel<kCoding, kExact, kTall>;
-  constexpr int kBytes = sizeof(tiles::Shared<kCoding>);
+  auto kernel = tiles::tiles_kernel<kCoding, Kind>;
+  constexpr int kBytes = sizeof(tiles::Shared<kCoding, Kind>);
+  static_assert(kBytes <= 227 * 1024);
   static const cudaError_t raised = cudaFuncSetAttribute(
       reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   check(raised, "tiles_wgmma: shared memory");
-  kernel<<<multiprocessors, tiles::kThreads, kBytes, stream>>>(job);
+  kernel<<<multiprocessors, tiles::kThreads<Kind>, kBytes, stream>>>(job);
   check_launch("tiles_wgmma");
 }
 

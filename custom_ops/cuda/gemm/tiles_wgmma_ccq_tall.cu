@@ -3,6 +3,6 @@
 
 namespace fd::cuda {
 
-template void launch_tiles_wgmma<Coding::kCcq, false, true>(const TilesJob&, int, cudaStream_t);
+template void launch_tiles_wgmma<Coding::kCcq, tiles::Tall>(const TilesJob&, int, cudaStream_t);
 
 }  // namespace fd::cuda

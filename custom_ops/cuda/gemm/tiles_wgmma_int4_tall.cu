@@ -3,6 +3,6 @@
 
 namespace fd::cuda {
 
-template void launch_tiles_wgmma<Coding::kInt4, false, true>(const TilesJob&, int, cudaStream_t);
+template void launch_tiles_wgmma<Coding::kInt4, tiles::Tall>(const TilesJob&, int, cudaStream_t);
 
 }  // namespace fd::cuda

@@ -3,6 +3,6 @@
 
 namespace fd::cuda {
 
-template void launch_tiles_wgmma<Coding::kInt8, false, false>(const TilesJob&, int, cudaStream_t);
+template void launch_tiles_wgmma<Coding::kInt8, tiles::Short>(const TilesJob&, int, cudaStream_t);
 
 }  // namespace fd::cuda

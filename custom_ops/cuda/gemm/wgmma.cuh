@@ -8,11 +8,25 @@ namespace fd::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define FD_D4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
-#define FD_D16(i) FD_D4(i), FD_D4((i) + 4), FD_D4((i) + 8), FD_D4((i) + 12)
+#define FD_D8(i) FD_D4(i), FD_D4((i) + 4)
+#define FD_D16(i) FD_D8(i), FD_D8((i) + 8)
 
 /// `b`: descriptor of [N][16] in shared memory.
 template <int kN>
 struct Wgmma;
+
+template <>
+struct Wgmma<8> {
+  __device__ static __forceinline__ void add(float (&d)[4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {"
+        "%0,%1,%2,%3"
+        "}, {%4,%5,%6,%7}, %8, p, 1, 1, 0;\n}\n"
+        : FD_D4(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
 
 template <>
 struct Wgmma<16> {
@@ -22,7 +36,20 @@ struct Wgmma<16> {
         "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
         "%0,%1,%2,%3,%4,%5,%6,%7"
         "}, {%8,%9,%10,%11}, %12, p, 1, 1, 0;\n}\n"
-        : FD_D4(0), FD_D4(4)
+        : FD_D8(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct Wgmma<24> {
+  __device__ static __forceinline__ void add(float (&d)[12], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n24k16.f32.f16.f16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11"
+        "}, {%12,%13,%14,%15}, %16, p, 1, 1, 0;\n}\n"
+        : FD_D8(0), FD_D4(8)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
 };
@@ -36,6 +63,34 @@ struct Wgmma<32> {
         "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
         "}, {%16,%17,%18,%19}, %20, p, 1, 1, 0;\n}\n"
         : FD_D16(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct Wgmma<40> {
+  __device__ static __forceinline__ void add(float (&d)[20], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n40k16.f32.f16.f16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19"
+        "}, {%20,%21,%22,%23}, %24, p, 1, 1, 0;\n}\n"
+        : FD_D16(0), FD_D4(16)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct Wgmma<48> {
+  __device__ static __forceinline__ void add(float (&d)[24], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23"
+        "}, {%24,%25,%26,%27}, %28, p, 1, 1, 0;\n}\n"
+        : FD_D16(0), FD_D8(16)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
 };
@@ -85,7 +140,25 @@ struct Wgmma<128> {
   }
 };
 
+template <>
+struct Wgmma<144> {
+  __device__ static __forceinline__ void add(float (&d)[72], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n144k16.f32.f16.f16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+        "%64,%65,%66,%67,%68,%69,%70,%71"
+        "}, {%72,%73,%74,%75}, %76, p, 1, 1, 0;\n}\n"
+        : FD_D16(0), FD_D16(16), FD_D16(32), FD_D16(48), FD_D8(64)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
 #undef FD_D4
+#undef FD_D8
 #undef FD_D16
 #endif
 

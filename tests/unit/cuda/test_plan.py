@@ -57,6 +57,18 @@ def test_a_streaming_plan_fits_the_card(
     assert tokens * LARGE["top_k"] <= min(128, card["multiprocessors"])
 
 
+@pytest.mark.parametrize("shape", [LARGE, SMALL])
+def test_tiles_get_higher_with_the_rows_an_expert_has(shape: dict[str, int]) -> None:
+    def height(mean: float) -> int:  # of tiles where experts have so many rows on average
+        tokens = int(mean * shape["experts"] / shape["top_k"])
+        return int(plan(tokens, HOPPER, **shape, forced=TILES)["tile_tokens"])
+
+    low, short, tall = 16, 48, 144
+    assert [height(mean) for mean in (0.5, 8)] == [low, low]
+    assert [height(mean) for mean in (8.2, 32)] == [short, short]
+    assert [height(mean) for mean in (32.2, 64, 512)] == [tall, tall, tall]
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 64, 65, 300, 4096])
 @pytest.mark.parametrize("card", [HOPPER, AMPERE])
 def test_there_is_room_for_all_tiles(tokens: int, card: dict[str, int]) -> None:
