@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """How long a 2-bit model of 21B-A3B's widths takes to load on the CPU, and how much memory.
 
-    python entrypoints/bench_load.py --model /tmp/random-21b [--layers 28] [--rounds 3]
+    python entrypoints/bench_load.py --model FOLDER [--layers 28] [--rounds 3] [--packed-cache DIR]
 
 The folder is written where none is: random weights, experts in 2 bits, other linears in int8. Every
 round starts a new process twice: "cold" after the kernel was asked to forget the files' pages
-(another process that maps them keeps them), "warm" right after that. Peak memory is the process's
-largest resident set, which counts the mapped pages of files; "weights" is what is kept of them.
+(another process that maps them keeps them), "warm" right after that. With --packed-cache each round
+does so also from packed weights in DIR, which are written before the first. Peak memory is the
+process's largest resident set, which counts the mapped pages of files; "weights" is what is kept of
+them.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,7 @@ def write_model(folder: Path, layers: int) -> None:
     write_random_model(folder, {**config, "quantization_config": QUANTIZATION})
 
 
-def load_once(folder: Path) -> None:
+def load_once(folder: Path, cache: Path | None) -> None:
     """Load in this process and print what it took."""
     from fastdeploy_lite.worker.model_runner import ModelRunner  # noqa: PLC0415
 
@@ -53,13 +56,15 @@ def load_once(folder: Path) -> None:
         model_path=folder,
         model=ModelConfig.from_dir(folder),
         scheduler=SchedulerConfig(1, max_num_batched_tokens=512, max_model_len=512),
-        load=LoadConfig(),
+        load=LoadConfig(packed_cache=cache),
         use_cudagraph=False,
     )
     runner = ModelRunner(config)
+    started = time.process_time()
     runner.load_model()
     weights = sum(runner.memory_report().weights.values())
-    print(json.dumps({"seconds": runner.load_seconds, "peak": peak_bytes(), "weights": weights}))
+    found = {"seconds": runner.load_seconds, "cpu": time.process_time() - started}
+    print(json.dumps({**found, "peak": peak_bytes(), "weights": weights}))
 
 
 def peak_bytes() -> int:
@@ -81,9 +86,11 @@ def forget(folder: Path) -> None:
             os.close(descriptor)
 
 
-def in_new_process(folder: Path) -> dict[str, Any]:
+def in_new_process(folder: Path, cache: Path | None = None) -> dict[str, Any]:
     """One load; ends the run where it fails."""
     command = [sys.executable, __file__, CHILD, "--model", str(folder)]
+    if cache is not None:
+        command += ["--packed-cache", str(cache)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"loading {folder} failed:\n{done.stderr}")
@@ -104,27 +111,38 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder; written if not there")
     parser.add_argument("--layers", type=int, default=28, help="of a model that is written")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--packed-cache", type=Path, help="folder for packed weights")
     parser.add_argument(CHILD, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load_once:
-        load_once(args.model)
+        load_once(args.model, args.packed_cache)
         return
     if not args.model.exists():
         write_model(args.model, args.layers)
     nbytes = sum(path.stat().st_size for path in args.model.glob("*.safetensors"))
-    runs: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
+    forms: dict[str, Path | None] = {"": None}
+    if args.packed_cache is not None:
+        forms[" packed"] = args.packed_cache
+        first = in_new_process(args.model, args.packed_cache)
+        print(f"first, packed weights written: {first['seconds']:.1f} s", file=sys.stderr)
+    runs: dict[str, list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
-        forget(args.model)
-        for kind, found in runs.items():
-            found.append(in_new_process(args.model))
-            print(f"{kind}: {found[-1]['seconds']:.1f} s", file=sys.stderr)
-    print("| | seconds | GB/s of files | peak, GB | weights, GB |\n|---|---|---|---|---|")
-    for kind, found in runs.items():
-        seconds = [run["seconds"] for run in found]
+        for form, cache in forms.items():
+            for path in filter(None, (args.model, args.packed_cache)):
+                forget(path)
+            for kind in (f"cold{form}", f"warm{form}"):
+                found = in_new_process(args.model, cache)
+                runs.setdefault(kind, []).append(found)
+                print(f"{kind}: {found['seconds']:.1f} s", file=sys.stderr)
+    print("| | seconds | CPU seconds | GB/s of files | peak, GB | weights, GB |")
+    print("|---|---|---|---|---|---|")
+    for kind, all_runs in runs.items():
+        seconds = [run["seconds"] for run in all_runs]
         print(
-            f"| {kind} | {spread(seconds)} | {spread([nbytes / s / 1e9 for s in seconds])}"
-            f" | {spread([run['peak'] / 1e9 for run in found])}"
-            f" | {found[0]['weights'] / 1e9:.2f} |"
+            f"| {kind} | {spread(seconds)} | {spread([run['cpu'] for run in all_runs])}"
+            f" | {spread([nbytes / s / 1e9 for s in seconds])}"
+            f" | {spread([run['peak'] / 1e9 for run in all_runs])}"
+            f" | {all_runs[0]['weights'] / 1e9:.2f} |"
         )
 
 

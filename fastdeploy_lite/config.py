@@ -168,11 +168,13 @@ class LoadConfig:
 
     `row_order`: in which order 2-bit experts store their rows; auto asks the files.
     `lm_head_quantization`: wint8 makes an int8 head of the bf16 one, on the CPU.
+    `packed_cache`: folder where weights for the CPU are kept as its kernels read them.
     """
 
     load_choices: LoadChoice = "default"
     row_order: WantedOrder = "auto"
     lm_head_quantization: Literal["wint8"] | None = None
+    packed_cache: Path | None = None
 
     def __post_init__(self) -> None:
         if self.load_choices not in get_args(LoadChoice):

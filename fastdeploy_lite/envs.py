@@ -108,6 +108,7 @@ VARIABLES: dict[str, Callable[[str | None], Any]] = {
     "FD_LITE_NUM_THREADS": _at_least(0, 0),
     "FD_LITE_CPU_ISA": _text(None),  # the native module reads it, and says what there is
     "FD_LITE_HUGE_PAGES": _boolean(True),
+    "FD_LITE_PACKED_CACHE": _text(None),
     "FD_LITE_RAY_WAIT_SECONDS": _at_least(0, 120),
     "FD_LITE_WINT2_ROW_ORDER": _one_of("auto", "auto", "natural", "permuted"),
     "FD_LITE_STRICT_STATUS": _boolean(False),

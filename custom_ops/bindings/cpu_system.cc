@@ -5,6 +5,7 @@
 
 #include "../cpu/read_kernels.h"
 #include "bindings.h"
+#include "checked_read.h"
 #include "cpu_features.h"
 #include "cpu_quota.h"
 #include "cpu_topology.h"
@@ -64,6 +65,12 @@ void bind_system(py::module_& m) {
       "Names of the instruction sets that were built and that this machine runs, plainest first.");
   m.def("fold_memory", &fold_memory, py::arg("data"), no_gil(),
         "Exclusive or of all whole 64-bit words: a pass over memory, to measure its speed.");
+  m.attr("CHECKSUM_BYTES") = kChecksumBytes;
+  m.def("checksums", &checksums, py::arg("data"), py::arg("sums"), no_gil(),
+        "CRC-32C of each CHECKSUM_BYTES of data.");
+  m.def("read_checked", &read_checked, py::arg("file"), py::arg("offset"), py::arg("data"),
+        py::arg("sums"), no_gil(),
+        "Fill data from an open file, and sums with its checksums; 0 or an errno.");
 }
 
 }  // namespace fd

@@ -27,6 +27,7 @@ class DummySource:
     """
 
     row_order = ""
+    is_permuted = False
     host_links: Mapping[int, HostLink] = NO_LINKS
 
     def __init__(self, config: RuntimeConfig, place: Any) -> None:

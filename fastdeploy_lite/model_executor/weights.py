@@ -51,6 +51,7 @@ from fastdeploy_lite.model_executor.ops import (
     SegmentedWeight,
     Weight,
 )
+from fastdeploy_lite.model_executor.packed_cache import PackedCache, PackedCacheSource
 from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization.online import OnlineQuantizer
 from fastdeploy_lite.quantization_config import WeightKind
@@ -90,20 +91,41 @@ def open_source(
     parallel, ranks = config.parallel, config.parallel.tensor_parallel_size
     if host_links:
         check_memory(offloaded_nbytes(config.model, host_links))
-    head_nbytes = 0
     if config.load.head_kind == "int8":
         int8_head.check_head(config.model, ranks, place)
-        head_nbytes = int8_head.head_nbytes(config.model, ranks)
     if config.load.load_choices == "dummy":
         check_tensor_parallel(config.model, ranks)
         source = DummySource(config, place)
         source.host_links = host_links
         if place.is_cpu_place() and parallel.rank == 0:
-            check_memory(source.nbytes * ranks + head_nbytes)
+            check_memory(source.nbytes * ranks + _head_nbytes(config))
         return source
-    weights, decision = open_weights(config)
+
+    def open_files(needs_room: bool) -> CheckpointSource:
+        return _open_checkpoint(config, place, show_progress, check, host_links, needs_room)
+
+    if config.load.packed_cache is None or not (place.is_cpu_place() or host_links):
+        return open_files(True)
+    cache = PackedCache(config.load.packed_cache, config, host_links)
+    kept = PackedCacheSource(cache, open_files, place, host_links, show_progress, check)
     if place.is_cpu_place() and parallel.rank == 0:
-        check_memory(_kept_nbytes(weights, config.model, ranks) + head_nbytes)
+        check_memory(kept.nbytes * ranks)
+    return kept
+
+
+def _open_checkpoint(
+    config: RuntimeConfig,
+    place: Any,
+    show_progress: bool,
+    check: Callable[[], None] | None,
+    host_links: Mapping[int, HostLink],
+    needs_room: bool,
+) -> CheckpointSource:
+    """As `open_source`; needs_room: look for the memory that all weights take."""
+    ranks = config.parallel.tensor_parallel_size
+    weights, decision = open_weights(config)
+    if needs_room and place.is_cpu_place() and config.parallel.rank == 0:
+        check_memory(_kept_nbytes(weights, config.model, ranks) + _head_nbytes(config))
     if decision.order == "permuted":
         weights = PermutedWeights(weights)
     if config.model.quantizes_on_load:
@@ -171,6 +193,13 @@ def check_memory(needed: int) -> None:
         )
 
 
+def _head_nbytes(config: RuntimeConfig) -> int:
+    """Bytes of the output heads that are made while loading."""
+    if config.load.head_kind == "dense":
+        return 0
+    return int8_head.head_nbytes(config.model, config.parallel.tensor_parallel_size)
+
+
 def _kept_nbytes(weights: HostWeights, model: ModelConfig, ranks: int) -> int:
     """Bytes of the weights as all ranks of this host keep them: those of the files, or of what is
     made of them."""
@@ -202,6 +231,7 @@ class CheckpointSource:
         self.weights: HostWeights = (
             FileWeights(checkpoint) if isinstance(checkpoint, Checkpoint) else checkpoint
         )
+        self.is_permuted = isinstance(self.weights, PermutedWeights)
         self.config = self.weights.config
         self.place = place
         self._show_progress = show_progress

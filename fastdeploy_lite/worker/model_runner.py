@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite import device
-from fastdeploy_lite.checkpoint.host_weights import PermutedWeights
+from fastdeploy_lite.checkpoint.row_order import OPTION
 from fastdeploy_lite.config import BLOCK_SIZE, RuntimeConfig
 from fastdeploy_lite.distributed.communicator import Communicator
 from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder
@@ -144,7 +144,7 @@ class ModelRunner:
             self._row_order = source.row_order
             self.model = ModelRegistry.get_class(model)(model, source, cos_sin, self.dtype, **more)
             self._candidates = self._new_candidates()
-            is_permuted = isinstance(getattr(source, "weights", None), PermutedWeights)
+            is_permuted = source.is_permuted
         if config.has_draft_model:
             self._load_draft(config, cos_sin, is_permuted)
         self._inputs = InputBatch(
@@ -192,6 +192,12 @@ class ModelRunner:
     def _load_by_text(self, undecided: UndecidedRowOrderError, show_progress: bool) -> None:
         """Load in both row orders, and keep the one that reads a text better."""
         config = self.config
+        if config.load.packed_cache is not None:
+            log.warning(
+                "packed_cache has no effect: only reading tells the row order of 2-bit experts;"
+                " say which it is: %s",
+                OPTION,
+            )
         tokens = order_probe.encode(config.tokenizer_path or config.model_path, self.vocab_size)
         tokens = tokens[: config.scheduler.max_model_len]
         scores = {}
@@ -208,7 +214,7 @@ class ModelRunner:
 
     def _load_in(self, order: RowOrder, show_progress: bool) -> None:
         self.model = None  # its memory is needed
-        load = replace(self.config.load, row_order=order)
+        load = replace(self.config.load, row_order=order, packed_cache=None)
         self._load(replace(self.config, load=load), show_progress)
 
     @property

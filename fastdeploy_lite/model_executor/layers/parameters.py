@@ -16,9 +16,15 @@ class ParameterSource(Protocol):
 
     Attributes:
         row_order: how the rows of 2-bit experts are read and why, "" without such experts.
+        is_permuted: whether the hidden channels come in another order than the files', see
+            checkpoint.host_weights.PermutedWeights.
     """
 
-    row_order: str
+    @property
+    def row_order(self) -> str: ...
+
+    @property
+    def is_permuted(self) -> bool: ...
 
     def layers(self, count: int) -> Iterator[int]:
         """Numbers of the decoder layers, to be built one by one; shows how many are."""

@@ -50,7 +50,14 @@ from fastdeploy_lite.model_executor.ops.transfer import (
     upload,
     widen,
 )
-from fastdeploy_lite.model_executor.ops.weights import allocate_weight, fill_weight, finish_weight
+from fastdeploy_lite.model_executor.ops.weights import (
+    allocate_weight,
+    element_of,
+    fill_weight,
+    finish_weight,
+    layout_probe,
+    packed_arrays,
+)
 
 __all__ = [
     "SAMPLE_ROWS",
@@ -70,6 +77,7 @@ __all__ = [
     "clear",
     "decode_attention",
     "download",
+    "element_of",
     "embedding",
     "embedding_share",
     "fill_weight",
@@ -78,11 +86,13 @@ __all__ = [
     "fused_moe",
     "gather_rows",
     "host_array",
+    "layout_probe",
     "linear",
     "mask_logits",
     "memory_info",
     "narrow",
     "own_scratch",
+    "packed_arrays",
     "paged_attention",
     "process_logits",
     "randomize_weight",

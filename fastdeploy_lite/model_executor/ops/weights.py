@@ -7,6 +7,7 @@ custom_ops/cpu/linear_kernels.h, the file layouts in docs/checkpoint_format.md.
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, TypeAlias, cast, get_args
 
 import numpy as np
@@ -17,6 +18,7 @@ from fastdeploy_lite import formats, processor
 from fastdeploy_lite.model_executor.ops._dispatch import native, place_kind
 from fastdeploy_lite.model_executor.ops._view import Tensor, View, intern_place
 from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight, WeightKind
+from fastdeploy_lite.model_executor.ops.transfer import host_array
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -24,7 +26,12 @@ _ELEMENT_KINDS = {"uint16": "bf16", "float32": "f32"}
 
 
 def allocate_weight(
-    kind: str, in_features: int, out_features: int, place: Any, num_experts: int = 0
+    kind: str,
+    in_features: int,
+    out_features: int,
+    place: Any,
+    num_experts: int = 0,
+    element: str | None = None,
 ) -> PackedWeight:
     """Allocate a weight without contents; `fill_weight` must follow for every expert.
 
@@ -34,6 +41,8 @@ def allocate_weight(
         out_features: N; a multiple of 16 for int8 and int4, of 8 for ccq.
         place: Paddle place.
         num_experts: 0 for a plain linear map.
+        element: bf16 or f32, of a dense weight on the CPU that no fill will decide: see
+            `packed_arrays`.
 
     Raises:
         ValueError: unknown kind, or sizes that the kind does not allow.
@@ -49,8 +58,8 @@ def allocate_weight(
         cuda_weights.allocate(weight)
     else:
         _make_handle(weight, "bf16" if kind == "dense" else kind, {})  # checks the sizes
-        if kind != "dense":
-            _allocate_cpu(weight, kind)
+        if kind != "dense" or element is not None:
+            _allocate_cpu(weight, element or kind)
     return weight
 
 
@@ -102,6 +111,42 @@ def finish_weight(weight: PackedWeight) -> None:
         cuda_weights.finish(weight)
     elif not weight.tensors:
         raise ValueError("finish_weight: the dense weight was never filled")
+
+
+def packed_arrays(weight: PackedWeight) -> dict[str, Array]:
+    """Return all memory of a weight on the CPU, uint8 without gaps: what fills and kernels share.
+
+    Bytes of an equal weight (kind, sizes, `element_of`) may be written there instead of filling it,
+    if its `layout_probe` was the same.
+    """
+    return {
+        name: host_array(tensor).reshape(-1).view(np.uint8)
+        for name, tensor in weight.tensors.items()
+    }
+
+
+def element_of(weight: PackedWeight) -> str | None:
+    """Return what `allocate_weight` takes as `element` for a weight like this one on the CPU."""
+    if weight.kind != "dense":
+        return None
+    count = weight.in_features * weight.handle.padded_columns * max(weight.num_experts, 1)
+    return "f32" if weight.handle.data_bytes == 4 * count else "bf16"
+
+
+def layout_probe() -> str:
+    """Return a number that differs between builds which pack weights for the CPU in different ways.
+
+    It is a checksum of packed weights, so that nobody has to remember a version of the layout.
+    """
+    crc = 0
+    for kind in get_args(WeightKind):
+        weight = allocate_weight(kind, 256, 48, paddle.CPUPlace(), num_experts=2)
+        for expert in range(2):
+            random = np.random.default_rng(expert)
+            fill_weight(weight, expert, **formats.get(kind).random(random, 256, 48))
+        for array in packed_arrays(weight).values():
+            crc = zlib.crc32(array.data, crc)
+    return f"{crc:08x}"
 
 
 def _check_names(kind: str, arrays: dict[str, Any]) -> None:
