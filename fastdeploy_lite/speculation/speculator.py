@@ -15,10 +15,14 @@ from fastdeploy_lite.speculation.rates import STALE_AFTER, Average, HitRates, Pu
 MARGIN = 1.05
 # A size of step whose cost is not known is tried where it would give this much more at no cost.
 TRIED_GAIN = 1.4
+# Its steps are expected to take so much of what a line through the smaller sizes says.
+TRIED_SLOPE = 0.5
 # Guesses that come true less often than this are not thought about.
 LEAST_CHANCE = 0.05
 # Guessing may cost this share of the time of decoding, and as much at once as so many steps take.
 SHARE, RESERVE = 0.01, 4.0
+# A look costs more than its time: what it leaves to the collector of garbage, and cold caches.
+LOOK_COST = 1.5
 # A check is charged at most so many plain steps: it may have been interrupted.
 MOST_CHARGED = 4.0
 # Costs of steps with guesses are measured anew after `StepCosts.stale_after` steps without any, and
@@ -152,7 +156,7 @@ class Speculator:
 
     def _spend(self, seconds: float) -> None:
         self.seconds += seconds
-        self._purse.add(-seconds)
+        self._purse.add(-LOOK_COST * seconds)
 
     def _taking_turns(self, texts: Sequence[Text]) -> Sequence[Text]:
         """All sequences, or some while nothing pays and looking takes long beside a step."""
@@ -337,21 +341,22 @@ class Speculator:
             plain: Seconds of a step without guesses.
             won: Tokens expected from the first 0, 1, ... guesses.
         """
-        most, taken, known = len(won) - 1, 0, plain
-        best = MARGIN * count / plain
-        checked = 0
+        most, taken, best = len(won) - 1, 0, MARGIN * count / plain
+        checked, known, slope = 0, plain, 0.0
         while checked < most:
-            checked = min(self._checking.size(count + checked + 1) - count, most)
+            before, checked = checked, min(self._checking.size(count + checked + 1) - count, most)
             seconds = self._checking_seconds(count + checked)
             is_trial = seconds is None
-            if is_trial and count + won[checked] < TRIED_GAIN * count:
-                continue
-            known = known if seconds is None else seconds
-            speed = (count + won[checked]) / (known + self._own_seconds.value)
+            if seconds is None:
+                if count + won[checked] < TRIED_GAIN * count:
+                    continue
+                seconds = known + TRIED_SLOPE * slope * (checked - before)
+            speed = (count + won[checked]) / (seconds + self._own_seconds.value)
             if speed > best:
                 best, taken = speed, checked
             if is_trial:
                 break
+            known, slope = seconds, max(seconds - plain, 0.0) / checked
         return taken
 
 
