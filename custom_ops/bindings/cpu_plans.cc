@@ -1,5 +1,6 @@
 // Plans of the card's kernels: host code that any machine can check.
 #include "../cuda/gemm/plan.h"
+#include "../cuda/gemm/stream_shape.h"
 #include "bindings.h"
 
 namespace fd {
@@ -16,8 +17,7 @@ void bind_plans(py::module_& m) {
         found["path"] = static_cast<int>(plan.path);
         found["tile_tokens"] = plan.tile_tokens;
         found["max_tiles"] = plan.max_tiles;
-        found["stages"] = plan.stages;
-        found["copy_chunks"] = plan.copy_chunks;
+        found["room_bytes"] = plan.room_bytes;
         found["row_bytes"] = plan.row_bytes;
         return found;
       },
@@ -25,6 +25,15 @@ void bind_plans(py::module_& m) {
       py::arg("inner"), py::arg("chunk_bytes"), py::arg("major"), py::arg("multiprocessors"),
       py::arg("shared_bytes"), py::arg("forced") = -1,
       "Which kernels serve a call of quantised experts; see custom_ops/cuda/gemm/plan.h.");
+  m.def(
+      "stream_room",
+      [](int bytes, int chunk_bytes, int wanted) {
+        const cuda::StreamRoom room = cuda::stream_room(bytes, chunk_bytes, wanted);
+        return py::make_tuple(room.row_bytes, room.stages, room.copy_chunks);
+      },
+      py::kw_only(), py::arg("bytes"), py::arg("chunk_bytes"), py::arg("wanted"),
+      "Bytes of rows, slots of a ring and chunks of a copy of one block of the persistent kernel; "
+      "see custom_ops/cuda/gemm/stream_shape.h.");
 }
 
 }  // namespace fd

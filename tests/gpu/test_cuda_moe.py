@@ -49,10 +49,17 @@ def test_fused_moe(kind: str, experts: int, top_k: int, hidden: int, inner: int)
         assert cards.error(cards.get(out), expected) < 8e-3, tokens
 
 
+# 8,192 columns: rows of more than one group do not fit into a block of the persistent kernel
 @pytest.mark.parametrize("kind", ["ccq", "ccq_wide", "ccq_mixed", "int4", "int8", "dense"])
 @pytest.mark.parametrize(
     ("experts", "top_k", "hidden", "inner"),
-    [(16, 4, 384, 256), (8, 1, 256, 128), (64, 6, 640, 384), (64, 8, 2048, 896)],
+    [
+        (16, 4, 384, 256),
+        (8, 1, 256, 128),
+        (64, 6, 640, 384),
+        (64, 8, 2048, 896),
+        (4, 2, 8192, 128),
+    ],
 )
 def test_a_token_has_the_same_bits_in_any_batch_and_tile(
     kind: str,
@@ -89,8 +96,10 @@ def test_a_token_has_the_same_bits_in_any_batch_and_tile(
                 monkeypatch.setattr(
                     cuda_moe, "tile_rows", choose if forced is None else lambda *_, h=forced: h
                 )
-            elif forced == 0 and tokens > 8:
-                continue  # the persistent kernel takes few tokens
+            elif forced == 0 and (
+                tokens * top_k > 256 or (kind == "int8" and hidden == 8192 and tokens > 5)
+            ):
+                continue  # the persistent kernel takes few tokens, whose rows have to fit
             else:
                 monkeypatch.setattr(cuda_moe, "CHOSEN_PATH", forced)
             np.testing.assert_array_equal(

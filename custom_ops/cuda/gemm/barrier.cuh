@@ -41,6 +41,14 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+/// True in one lane of a converged warp; the compiler knows that it is one.
+__device__ __forceinline__ bool elected() {
+  uint32_t one;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n"
+               : "=r"(one));
+  return one != 0;
+}
+
 /// Policy for weights, which are read once.
 __device__ __forceinline__ uint64_t streaming_policy() {
   uint64_t policy;

@@ -128,6 +128,39 @@ struct LaneCode<true> {
   }
 };
 
+/// The reference's own multiply-add without a conversion, for codes between -2^22 and 2^22 - 1.
+struct BoundedCode {
+  float scale[2], bias[2];
+
+  /// Whether the codes of both columns lie within the bounds.
+  __device__ __forceinline__ bool load(const float2* exact, int64_t first) {
+    constexpr float kBound = 4194304.0f;
+    bool fits = true;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 v = __ldg(exact + first + 8 * i);
+      scale[i] = v.x;
+      bias[i] = v.y;
+      fits = fits && fabsf(v.y) < kBound && fabsf(__fmaf_rn(255.0f, v.x, v.y)) < kBound;
+    }
+    return fits;
+  }
+
+  template <int kColumn>
+  __device__ __forceinline__ uint32_t codes(uint32_t word, const Registers&) const {
+    uint32_t code[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float byte =
+          __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 | (2 * kColumn + i)));
+      const float raw = __fmaf_rn(byte - 8388608.0f, scale[kColumn], bias[kColumn]);
+      // 2^23 + 2^22: a float's last bit counts ones, so that rounding down is the floor
+      code[i] = __float_as_uint(__fadd_rd(raw, 12582912.0f));
+    }
+    return __byte_perm(code[0], code[1], 0x5410);
+  }
+};
+
 /// Local scales of one 64-row group for a lane's two columns, as the decoder's multipliers.
 struct GroupScale {
   uint32_t one, eighth, offset, eighth_offset;
@@ -193,16 +226,16 @@ __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-/// One lane's share of a tile of a block, and what decodes it.
-template <Coding kCoding, bool kExact>
-struct LaneTile {
+/// One lane's share of a tile of a block, and what decodes it. `Code`: a LaneCode or alike.
+template <Coding kCoding, typename Code>
+struct LaneTileOf {
   static constexpr int kVectors = lane_vectors(kCoding);
   uint4 v[kVectors];
   uint32_t codes[2];  // CCQ: of the part whose steps are decoded
 
   /// A operands of k-step `kStep` of rows 32 kPart .. 32 kPart + 31; step 0 comes first.
   template <int kPart, int kStep>
-  __device__ __forceinline__ void decode(const LaneCode<kExact>& code, const GroupScale& scale,
+  __device__ __forceinline__ void decode(const Code& code, const GroupScale& scale,
                                          const Registers& held, uint32_t (&a)[4]) {
     if constexpr (kCoding == Coding::kCcq) {
       if constexpr (kStep == 0) {
@@ -218,6 +251,9 @@ struct LaneTile {
     }
   }
 };
+
+template <Coding kCoding, bool kExact>
+using LaneTile = LaneTileOf<kCoding, LaneCode<kExact>>;
 
 /// d += a (16x16) * b (16x8), f16 in, float32 sums.
 __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,

@@ -64,18 +64,22 @@ struct SortedMemory {
   }
 };
 
+struct StreamBytes {
+  int64_t memory, state;
+};
+
 StreamState stream_state(void* memory, void* state, const ExpertsShape& s, const CardFacts& card,
-                         int64_t* bytes) {
-  const int64_t warps = int64_t{card.multiprocessors} * kStreamWarps;
+                         StreamBytes* bytes) {
   const int64_t slots = int64_t{s.tokens} * s.top_k;
   Pieces kept(state), pieces(memory);
   StreamState result{};
-  result.barrier = kept.take<unsigned>(2);
-  result.flags = kept.take<unsigned>(2 * warps);
-  result.sums = pieces.take<float4>(2 * warps * kWarp);
+  result.passed = kept.take<unsigned>(1);
+  result.ready = kept.take<unsigned>(kStreamSlots);
+  result.columns = kept.take<unsigned>(kStreamBlocks);
+  result.sums = kept.take<uint4>(int64_t{2} * card.multiprocessors * kWarp);
   result.inner = pieces.take<__nv_bfloat16>(slots * s.inner);
   result.outputs = pieces.take<__nv_bfloat16>(slots * s.hidden);
-  *bytes = pieces.used();
+  *bytes = {pieces.used(), kept.used()};
   return result;
 }
 
@@ -139,15 +143,17 @@ const CardFacts& card_facts() {
 }
 
 int64_t experts_state_bytes(const CardFacts& card) {
-  return 2 * kAlign + int64_t{2} * card.multiprocessors * kStreamWarps * sizeof(unsigned);
+  StreamBytes bytes{};
+  stream_state(nullptr, nullptr, {}, card, &bytes);
+  return bytes.state;
 }
 
 int64_t experts_memory_bytes(const ExpertsPlan& plan, const ExpertsShape& shape,
                              const CardFacts& card) {
   if (plan.path != ExpertsPath::kStream) return SortedMemory(nullptr, plan, shape).bytes;
-  int64_t bytes = 0;
+  StreamBytes bytes{};
   stream_state(nullptr, nullptr, shape, card, &bytes);
-  return bytes;
+  return bytes.memory;
 }
 
 void run_experts(const ExpertsPlan& plan, const ExpertsCall& call, const ExpertsScratch& scratch,
@@ -157,12 +163,10 @@ void run_experts(const ExpertsPlan& plan, const ExpertsCall& call, const Experts
     return run_sorted(plan, call, scratch.memory, card, stream);
   }
   StreamJob job{};
-  int64_t bytes = 0;
+  StreamBytes bytes{};
   job.call = call;
   job.state = stream_state(scratch.memory, scratch.state, shape_of(call), card, &bytes);
-  job.stages = plan.stages;
-  job.copy_chunks = plan.copy_chunks;
-  job.row_bytes = plan.row_bytes;
+  job.room_bytes = plan.room_bytes;
   launch_stream(job, card.multiprocessors, stream);
 }
 

@@ -11,38 +11,33 @@ namespace fd::cuda {
 namespace {
 
 constexpr int kPlainTile = 32;
-constexpr int kLongCopy = 2;  // chunks: 4 KB reach the bandwidth that 2 KB miss by a sixth
-constexpr int kMostStages = 4;
 
 /// Most tokens for which the persistent kernel is the faster one, by measurement; see
-/// docs/performance.md. At most twice kStreamGroup, of which shared memory often holds fewer.
+/// docs/performance.md.
 constexpr int kStreamTokens = 16;
 
-int padded(int k) { return (k + kStreamChunkK - 1) / kStreamChunkK * kStreamChunkK; }
-
-/// Rows of x that a block holds at once: all tokens, then the slots of two groups.
-int stream_row_bytes(const ExpertsShape& s) {
-  const int slots = s.tokens * s.top_k;
-  const int inner_rows = std::min(slots, 2 * std::min(s.tokens, kStreamGroup));
-  return std::max(s.tokens * (2 * padded(s.hidden) + kStreamRowGap),
-                  inner_rows * (2 * padded(s.inner) + kStreamRowGap));
-}
-
-/// Fills the ring's shape; false where the call does not fit.
+/// Fills the sizes; false where the call does not fit.
 bool plan_stream(const ExpertsShape& s, const CardFacts& card, ExpertsPlan& plan) {
-  const int slots = s.tokens * s.top_k;
-  if (card.major < 9 || s.chunk_bytes == 0 || s.tokens > kStreamRows || slots > kStreamSlots ||
-      slots > card.multiprocessors) {
+  const int slots = s.tokens * s.top_k, group = std::min(s.tokens, kStreamGroup);
+  if (card.major < 9 || s.chunk_bytes == 0 || slots > kStreamSlots ||
+      slots > card.multiprocessors * kStreamWarps || std::max(s.hidden, s.inner) > kStreamWidest) {
     return false;
   }
-  plan.row_bytes = stream_row_bytes(s);
-  const int left = card.shared_bytes - kStreamFixedBytes - plan.row_bytes;
-  for (plan.copy_chunks = kLongCopy; plan.copy_chunks > 0; --plan.copy_chunks) {
-    plan.stages = std::min(kMostStages, left / (kStreamWarps * (plan.copy_chunks * s.chunk_bytes)));
-    if (plan.stages >= 2) return true;
-  }
-  plan.copy_chunks = plan.stages = 1;
-  return left >= kStreamWarps * s.chunk_bytes;
+  const int row = stream_row_bytes(std::max(s.hidden, s.inner));
+  // a block has a part of one group or of two, unless there are more groups than blocks
+  const int rows = slots <= card.multiprocessors ? std::min(slots, 2 * group) : kStreamRows;
+  plan.row_bytes = group * row;
+  plan.room_bytes = std::min(card.shared_bytes - kStreamFixedBytes,
+                             rows * row + stream_ring_bytes(s.chunk_bytes));
+  return plan.room_bytes - plan.row_bytes >= kStreamWarps * s.chunk_bytes;
+}
+
+/// Whether it is also the fastest: with more tokens than a product has columns, a block may have to
+/// hold two full groups of rows beside two slots of a ring for every warp.
+bool streams_best(const ExpertsShape& s, const ExpertsPlan& plan) {
+  if (s.tokens <= kStreamGroup) return true;
+  return s.tokens <= kStreamTokens &&
+         plan.room_bytes >= 2 * plan.row_bytes + 2 * kStreamWarps * s.chunk_bytes;
 }
 
 /// Most rows of a tile of Hopper's, by the rows that experts have on average. Where they have less
@@ -61,9 +56,9 @@ ExpertsPlan plan_experts(const ExpertsShape& shape, const CardFacts& card, int f
   ExpertsPlan plan{};
   const bool streams = plan_stream(shape, card, plan);
   const bool wgmma = card.major == 9;
-  plan.path = streams && shape.tokens <= kStreamTokens ? ExpertsPath::kStream
-              : wgmma                                  ? ExpertsPath::kTiles
-                                                       : ExpertsPath::kPlain;
+  plan.path = streams && streams_best(shape, plan) ? ExpertsPath::kStream
+              : wgmma                              ? ExpertsPath::kTiles
+                                                   : ExpertsPath::kPlain;
   if (forced >= 0) plan.path = static_cast<ExpertsPath>(forced);
   if ((plan.path == ExpertsPath::kStream && !streams) ||
       (plan.path == ExpertsPath::kTiles && !wgmma) || forced > 2) {

@@ -31,9 +31,8 @@ struct ExpertsPlan {
   ExpertsPath path;
   int tile_tokens;  // kTiles, kPlain: most rows of a tile
   int max_tiles;
-  int stages;       // kStream: slots of a warp's ring
-  int copy_chunks;  // kStream: chunks of one bulk copy
-  int row_bytes;    // kStream: shared memory for rows of x
+  int room_bytes;  // kStream: shared memory of a block for rings and rows of x
+  int row_bytes;   // kStream: the rows of the largest possible group of an expert's slots
 };
 
 /// `forced`: an ExpertsPath, or -1 for the fastest as measured. Speed alone depends on it.

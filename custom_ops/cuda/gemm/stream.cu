@@ -7,13 +7,6 @@ extern template void launch_stream_of<Coding::kCcq>(const StreamJob&, int, cudaS
 extern template void launch_stream_of<Coding::kInt4>(const StreamJob&, int, cudaStream_t);
 extern template void launch_stream_of<Coding::kInt8>(const StreamJob&, int, cudaStream_t);
 
-int stream_shared_bytes(const ExpertsCall& call, int stages, int copy_chunks, int row_bytes) {
-  const int slots = kStreamWarps * stages;
-  const int slot_bytes = copy_chunks * chunk_bytes(call.up_gate.coding);
-  return stream::kHeadBytes + stream::round_up(slots * 16, 128) +
-         stream::round_up(slots * slot_bytes, 128) + row_bytes;
-}
-
 void launch_stream(const StreamJob& job, int multiprocessors, cudaStream_t queue) {
   switch (job.call.up_gate.coding) {
     case Coding::kCcq:

@@ -1,212 +1,97 @@
 // A few tokens (compute capability 9.0 and up): the whole of the experts in one persistent launch.
 //
 // Work is the list of chunks of all experts in use, in order of expert, block and K; every warp of
-// the grid takes an equal run of it, through a ring that a feeding warp fills by bulk copies, also
-// across the barrier between the two products. A run begins and ends anywhere in a block's K: the
-// warp first computes the head of its last block and hands the sums to the warp behind it, then
+// the grid takes an equal run of it, through a ring of its own that it keeps full by bulk copies,
+// also while it waits for the first product's rows. A run begins and ends anywhere in a block's K:
+// the warp first computes the head of its last block and hands the sums to the warp behind it, then
 // whole blocks, then the tail of its first block on top of the sums that it was handed. So a chain
 // goes from the first row of K to the last (canonical.cuh), and nobody waits: heads come first.
+//
+// Nothing waits for the whole grid: the second product of an expert starts when the first one's
+// blocks of columns have been counted, and the warp that completes a block of columns of the output
+// sums it over the experts.
 #pragma once
+
+#include <type_traits>
 
 #include "barrier.cuh"
 #include "canonical.cuh"
 #include "stream.h"
+#include "stream_rows.cuh"
+#include "stream_work.cuh"
 
 namespace fd::cuda {
 
 namespace stream {
 
-constexpr int kThreads = (kStreamWarps + 1) * kWarp;
-constexpr int kConsumers = kStreamWarps * kWarp;
+constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
+static_assert(kStreamChunkK == kChunkK);
 
-/// Experts in use, each with at most kStreamGroup of its slots.
-struct Groups {
-  int count;
-  int expert[kStreamSlots];
-  int first[kStreamSlots + 1];  // into slots
-  int slots[kStreamSlots];
+/// A warp's ring: slots of copy_chunks chunks, and a barrier each that its copy completes.
+struct Ring {
+  uint32_t slots, barriers;
+  int slot_bytes, stages, copy_chunks;
+
+  __device__ uint32_t slot(int stage) const { return slots + stage * slot_bytes; }
+  __device__ uint32_t full(int stage) const { return barriers + stage * 8; }
 };
 
-/// First part of shared memory; rings, barriers and rows of x follow.
+/// First part of shared memory; rows of x and rings follow.
 struct Head {
+  float4 handed[kStreamWarps][kWarp];              // sums for the block's next warp
+  uint64_t handed_full[2][kStreamWarps];           // barriers of both products: they have come
+  uint64_t full[kStreamWarps][kStreamMostStages];  // barriers of the rings: a copy has come
   Groups groups;
-  float tops[kStreamRows][kStreamWarps];
-  int row_source[kStreamSlots];  // rows in shared memory: token or slot
+  int bounds[2][kStreamWarps + 1];  // chunks of both products where the warps' runs begin
+  Share shares[2];
+  Stretch stretches[2][kStreamWarps][kMostStretches];  // in order
+  int stretch_counts[2][kStreamWarps];
+  int most_rows[2];  // of a round of each product
+  StreamRoom room;
+  bool by_token;               // rows of the first product are those of all tokens
+  unsigned tops[kStreamRows];  // bits of the largest magnitude of each row
   float row_inverse[kStreamRows];
 };
 
-constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 constexpr int kHeadBytes = round_up(static_cast<int>(sizeof(Head)), 128);
-static_assert(kHeadBytes + kStreamWarps * 4 * 16 + 256 <= kStreamFixedBytes);
-static_assert(kStreamChunkK == kChunkK);
+static_assert(kHeadBytes + 512 <= kStreamFixedBytes);
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-__device__ __forceinline__ void consumers_sync() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
-}
-
-/// Sorts the slots by expert and cuts runs of an expert into groups. All threads. A group has no
-/// more slots than there are tokens: that is what rows of x have room for, whatever the ids are.
-__device__ inline void find_groups(const ExpertsCall& call, Head& head) {
-  __shared__ int experts[kStreamSlots];
-  Groups& groups = head.groups;
-  const int slots = call.tokens * call.top_k, i = threadIdx.x;
-  const int most = min(call.tokens, kStreamGroup);
-  if (i < slots) experts[i] = __ldg(call.ids + i);
-  __syncthreads();
-  int rank = 0, place = 0, groups_before = 0;
-  if (i < slots) {
-    const int mine = experts[i];
-    for (int j = 0; j < slots; ++j) {
-      const int other = experts[j];
-      rank += other < mine || (other == mine && j < i);
-      place += other == mine && j < i;
-    }
-    groups.slots[rank] = i;
-  }
-  __syncthreads();
-  if (i < slots) {
-    // a group begins at each slot whose place among those of its expert is a multiple
-    head.row_source[rank] = place % most == 0;
-  }
-  __syncthreads();
-  if (i < slots && head.row_source[rank] != 0) {
-    for (int j = 0; j < rank; ++j) groups_before += head.row_source[j];
-    groups.expert[groups_before] = experts[i];
-    groups.first[groups_before] = rank;
-  }
-  const int total = __syncthreads_count(i < slots && place % most == 0);
-  if (i == 0) {
-    groups.count = total;
-    groups.first[total] = slots;
-  }
-  __syncthreads();
-}
-
-/// The chunks of one warp in one product: up to three ranges, in the order described above.
-struct Walk {
-  int begin[3], end[3];
-
-  __device__ static int bound(int64_t chunks, int warp, int warps) {
-    return static_cast<int>(chunks * warp / warps);
-  }
-
-  /// The warp that has chunk `chunk`.
-  __device__ static int owner(int64_t chunks, int chunk, int warps) {
-    return static_cast<int>(((chunk + int64_t{1}) * warps - 1) / chunks);
-  }
-
-  __device__ Walk(int total, int of_block, int warp, int warps) {
-    const int from = bound(total, warp, warps), to = bound(total, warp + 1, warps);
-    const int whole_from = (from + of_block - 1) / of_block * of_block;
-    const int whole_to = to / of_block * of_block;
-    const bool inside = whole_from > whole_to;  // all of it in one block, touching neither end
-    begin[0] = inside ? to : max(whole_to, from);
-    end[0] = to;
-    begin[1] = whole_from;
-    end[1] = inside ? whole_from : whole_to;
-    begin[2] = from;
-    end[2] = inside ? to : min(whole_from, to);
-  }
-};
-
-struct Shape {
-  int of_block, blocks, of_group, total;  // in chunks, but for `blocks`
-
-  __device__ Shape(const ExpertWeight& w, int groups)
-      : of_block(w.chunks_of_k()),
-        blocks(w.blocks()),
-        of_group(of_block * blocks),
-        total(of_group * groups) {}
-};
-
-/// One feeding lane: the copies of one multiplying warp's ring, in order.
+/// The copies of a warp's ring, in order; one lane.
 template <Coding kCoding>
 struct Feeder {
   static constexpr int kChunk = chunk_bytes(kCoding);
-  const StreamJob& job;
-  const Groups& groups;
-  int warp, warps;  // of the grid
-  int product = -1, range = 3, at = 0, end = 0;
+  const uint8_t* from = nullptr;  // of the next copy
+  int left = 0;                   // chunks of the stretch
+  int next = 0;                   // stretch; those of the second product follow
 
-  __device__ const ExpertWeight& weight() const {
-    return product == 0 ? job.call.up_gate : job.call.down;
-  }
-
-  /// Moves to the next range that is not empty; false at the end of all.
-  __device__ bool advance() {
-    while (at == end) {
-      if (++range > 2) {
-        if (++product > 1) return false;
-        range = 0;
-      }
-      const Shape shape(weight(), groups.count);
-      const Walk walk(shape.total, shape.of_block, warp, warps);
-      at = range == 0 ? walk.begin[0] : range == 1 ? walk.begin[1] : walk.begin[2];
-      end = range == 0 ? walk.end[0] : range == 1 ? walk.end[1] : walk.end[2];
-    }
+  /// Moves to the next stretch; false behind the last one.
+  __device__ bool advance(const StreamJob& job, const Head& head, int warp) {
+    const int first = head.stretch_counts[0][warp];
+    const int product = next < first ? 0 : 1, at = next - (product == 0 ? 0 : first);
+    if (at >= head.stretch_counts[product][warp]) return false;
+    const Stretch stretch = head.stretches[product][warp][at];
+    const ExpertWeight& w = product == 0 ? job.call.up_gate : job.call.down;
+    const int of_group = w.chunks_of_k() * w.blocks();
+    const int inside = stretch.begin - stretch.group * of_group;
+    from = w.chunks + (int64_t{head.groups.expert[stretch.group]} * of_group + inside) * kChunk;
+    left = stretch.end - stretch.begin;
+    ++next;
     return true;
   }
 
-  /// Chunks of the next copy: within a range and an expert.
-  __device__ int next(const uint8_t*& from) {
-    const ExpertWeight& w = weight();
-    const int of_group = w.chunks_of_k() * w.blocks();
-    const int group = at / of_group, inside = at - group * of_group;
-    const int count = min(min(job.copy_chunks, end - at), of_group - inside);
-    from = w.chunks + (int64_t{groups.expert[group]} * of_group + inside) * kChunk;
-    at += count;
-    return count;
+  /// Starts the next copy, if there is one.
+  __device__ void copy(const StreamJob& job, const Head& head, int warp, int copy_chunks,
+                       uint32_t slot, uint32_t full, uint64_t policy) {
+    if (left == 0 && !advance(job, head, warp)) return;
+    const int count = min(copy_chunks, left);
+    barrier_expect(full, count * kChunk);
+    bulk_copy(slot, from, count * kChunk, full, policy);
+    from += count * kChunk;
+    left -= count;
   }
 };
-
-struct Rings {
-  uint32_t bytes, barriers;  // of warp 0; barriers: {full, free} a slot
-  int slot_bytes, stages;
-
-  __device__ uint32_t slot(int warp, int stage) const {
-    return bytes + (warp * stages + stage) * slot_bytes;
-  }
-  __device__ uint32_t full(int warp, int stage) const {
-    return barriers + (warp * stages + stage) * 16;
-  }
-  __device__ uint32_t free(int warp, int stage) const { return full(warp, stage) + 8; }
-};
-
-__device__ __forceinline__ bool barrier_done(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}\n"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
-/// The feeding warp: lane l serves multiplying warp l.
-template <Coding kCoding>
-__device__ void feed(const StreamJob& job, const Groups& groups, const Rings& rings) {
-  const int lane = threadIdx.x % kWarp;
-  const uint64_t policy = streaming_policy();
-  Feeder<kCoding> feeder{job, groups, static_cast<int>(blockIdx.x) * kStreamWarps + lane,
-                         static_cast<int>(gridDim.x) * kStreamWarps};
-  bool active = lane < kStreamWarps && feeder.advance();
-  RingPlace place;
-  place.parity = 1;
-  while (__any_sync(kFullMask, active)) {
-    if (active && barrier_done(rings.free(lane, place.slot), place.parity)) {
-      const uint8_t* from;
-      const int bytes = feeder.next(from) * chunk_bytes(kCoding);
-      const uint32_t full = rings.full(lane, place.slot);
-      barrier_expect(full, bytes);
-      bulk_copy(rings.slot(lane, place.slot), from, bytes, full, policy);
-      place.next(rings.stages);
-      active = feeder.advance();
-    }
-  }
-}
 
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 v;
@@ -216,53 +101,75 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return v;
 }
 
-/// A multiplying warp.
 template <Coding kCoding>
 struct Stream {
+  static constexpr int kChunk = chunk_bytes(kCoding);
   const StreamJob& job;
   Head& head;
-  Rings rings;
+  Ring ring;
   uint32_t rows;  // rows of x in shared memory
   Registers held;
   int warp, lane, g, c;
-  int grid_warp, grid_warps;
+  uint64_t policy;
+  Feeder<kCoding> feeder;
   RingPlace place;
+  uint32_t chunk = 0;  // where the next chunk lies in the ring's slot
+  int slot_left = 0;   // chunks of the slot from there on
   float sums[4];
+  int first_row = 0;      // sorted slot of the first row in shared memory
+  bool by_token = false;  // rows are those of all tokens
+  bool filled = false;    // the ring
 
-  __device__ Stream(const StreamJob& j, Head& h, const Rings& r, uint32_t x)
+  __device__ Stream(const StreamJob& j, Head& h)
       : job(j),
         head(h),
-        rings(r),
-        rows(x),
+        rows(shared_address(&h) + kHeadBytes),
         held(static_cast<uint32_t>(j.call.top_k) >> 30),
         warp(threadIdx.x / kWarp),
         lane(threadIdx.x % kWarp),
         g(lane / 4),
         c(lane % 4),
-        grid_warp(blockIdx.x * kStreamWarps + warp),
-        grid_warps(gridDim.x * kStreamWarps) {}
+        policy(streaming_policy()) {}
 
-  /// One chunk: 512 rows onto the sums. `x`: this lane's row of x at the chunk.
-  template <bool kExact>
-  __device__ __forceinline__ void add_chunk(uint32_t chunk, uint32_t x,
-                                            const LaneCode<kExact>& code) {
-    uint32_t pairs[2] = {0, 0};
-    if constexpr (kCoding == Coding::kCcq) {
-      asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];"
-                   : "=r"(pairs[0]), "=r"(pairs[1])
-                   : "r"(chunk + g * 8));
-    }
-    const uint32_t tiles = chunk + scale_bytes(kCoding) + lane * 16;
-    add_tile<kExact, 0>(tiles, x, pairs[0], code);
-    add_tile<kExact, 1>(tiles, x, pairs[0], code);
-    add_tile<kExact, 2>(tiles, x, pairs[1], code);
-    add_tile<kExact, 3>(tiles, x, pairs[1], code);
+  __device__ const ExpertWeight& weight(int product) const {
+    return product == 0 ? job.call.up_gate : job.call.down;
   }
 
-  template <bool kExact, int kTile>
+  // -- one chunk: 512 rows onto the sums ----------------------------------------------------------
+
+  /// `x`: this lane's row of x at the chunk.
+  template <typename Code>
+  __device__ __forceinline__ void add_chunk(uint32_t x, const Code& code) {
+    const uint32_t tiles = chunk + scale_bytes(kCoding) + lane * 16;
+    if constexpr (std::is_same_v<Code, LaneCode<false>>) {
+      add_half(chunk + g * 8, tiles, x, code);
+      add_half(chunk + g * 8 + 4, tiles + 2 * tile_size(kCoding), x + 512, code);
+    } else {
+      // seldom run: half the code to fetch
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        add_half(chunk + g * 8 + 4 * half, tiles + half * 2 * tile_size(kCoding), x + half * 512,
+                 code);
+      }
+    }
+  }
+
+  /// Two tiles; `scales`: of this lane's columns.
+  template <typename Code>
+  __device__ __forceinline__ void add_half(uint32_t scales, uint32_t tiles, uint32_t x,
+                                           const Code& code) {
+    uint32_t pairs = 0;
+    if constexpr (kCoding == Coding::kCcq) {
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pairs) : "r"(scales));
+    }
+    add_tile<0>(tiles, x, pairs, code);
+    add_tile<1>(tiles, x, pairs, code);
+  }
+
+  template <int kTile, typename Code>
   __device__ __forceinline__ void add_tile(uint32_t tiles, uint32_t x, uint32_t pairs,
-                                           const LaneCode<kExact>& code) {
-    LaneTile<kCoding, kExact> tile;
+                                           const Code& code) {
+    LaneTileOf<kCoding, Code> tile;
 #pragma unroll
     for (int i = 0; i < lane_vectors(kCoding); ++i) {
       tile.v[i] = load_shared(tiles + kTile * tile_size(kCoding) + i * 512);
@@ -272,15 +179,15 @@ struct Stream {
       scale[0] = GroupScale::of<kTile % 2 * 2>(pairs, held);
       scale[1] = GroupScale::of<kTile % 2 * 2 + 1>(pairs, held);
     }
-    add_part<kExact, kTile, 0>(tile, x, scale[0], code);
-    add_part<kExact, kTile, 1>(tile, x, scale[0], code);
-    add_part<kExact, kTile, 2>(tile, x, scale[1], code);
-    add_part<kExact, kTile, 3>(tile, x, scale[1], code);
+    add_part<kTile, 0>(tile, x, scale[0], code);
+    add_part<kTile, 1>(tile, x, scale[0], code);
+    add_part<kTile, 2>(tile, x, scale[1], code);
+    add_part<kTile, 3>(tile, x, scale[1], code);
   }
 
-  template <bool kExact, int kTile, int kPart>
-  __device__ __forceinline__ void add_part(LaneTile<kCoding, kExact>& tile, uint32_t x,
-                                           const GroupScale& scale, const LaneCode<kExact>& code) {
+  template <int kTile, int kPart, typename Code>
+  __device__ __forceinline__ void add_part(LaneTileOf<kCoding, Code>& tile, uint32_t x,
+                                           const GroupScale& scale, const Code& code) {
     const uint4 b = load_shared(x + kTile * 256 + kPart * 64);
     uint32_t a[2][4];
     tile.template decode<kPart, 0>(code, scale, held, a[0]);
@@ -289,85 +196,100 @@ struct Stream {
     mma_f16(sums, a[1], b.z, b.w);
   }
 
-  struct At {
-    int group, block, chunk;  // chunk of the block
-  };
+  // -- runs of chunks -----------------------------------------------------------------------------
 
-  __device__ At locate(const Shape& shape, int index) const {
-    const int group = index / shape.of_group, rest = index - group * shape.of_group;
-    return {group, rest / shape.of_block, rest % shape.of_block};
-  }
-
-  /// Chunks begin .. end of one range.
-  __device__ void multiply_range(int product, const Shape& shape, int begin, int end,
-                                 int first_row) {
-    if (begin >= end) return;
-    const ExpertWeight& w = product == 0 ? job.call.up_gate : job.call.down;
-    const int row_stride = w.padded_k() * 2 + kStreamRowGap;
-    At at = locate(shape, begin);
-    clear();
-    if (at.chunk > 0) take_sums(product, Walk::owner(shape.total, begin - 1, grid_warps));
-    int in_copy = 0, copied = 0;  // chunks used and held of the ring's slot
-    LaneCode<false> fast;
-    LaneCode<true> exact;
-    bool proven = true, fresh = true;
-    uint32_t x_row = 0;
-    for (int index = begin; index < end; ++index) {
-      if (fresh) {
-        const int64_t column =
-            (int64_t{head.groups.expert[at.group]} * shape.blocks + at.block) * kBlockColumns + g;
-        if constexpr (kCoding == Coding::kCcq) {
-          fast.load(w.codes, w.exact, column);
-          const bool mine =
-              __ldg(&w.codes[column].proven) != 0 && __ldg(&w.codes[column + 8].proven) != 0;
-          proven = __all_sync(kFullMask, mine);
-          if (!proven) exact.load(w.codes, w.exact, column);
-        }
-        x_row = rows + row_of(product, at.group, first_row, g) * row_stride + c * 16;
-        fresh = false;
+  /// The next `count` chunks, of one block of columns; `left`: of the stretch.
+  template <typename Code>
+  __device__ __forceinline__ void add_chunks(int count, int left, uint32_t x, const Code& code) {
+    while (count > 0) {
+      if (slot_left == 0) {
+        slot_left = min(ring.copy_chunks, left);
+        chunk = ring.slot(place.slot);
+        barrier_wait(ring.full(place.slot), place.parity);
       }
-      if (in_copy == copied) {
-        copied = min(min(job.copy_chunks, end - index),
-                     shape.of_group - at.block * shape.of_block - at.chunk);
-        in_copy = 0;
-        barrier_wait(rings.full(warp, place.slot), place.parity);
+      const int now = min(slot_left, count);
+      slot_left -= now;
+      count -= now;
+      left -= now;
+#pragma unroll 1
+      for (int i = 0; i < now; ++i) {
+        add_chunk(x, code);
+        x += kChunkK * 2;
+        chunk += kChunk;
       }
-      const uint32_t chunk = rings.slot(warp, place.slot) + in_copy * chunk_bytes(kCoding);
-      const uint32_t x = x_row + at.chunk * (kChunkK * 2);
-      if (kCoding != Coding::kCcq || proven) {
-        add_chunk<false>(chunk, x, fast);
-      } else {
-        add_chunk<true>(chunk, x, exact);
-      }
-      if (++in_copy == copied) {
+      if (slot_left == 0) {
         __syncwarp();
-        if (lane == 0) barrier_arrive(rings.free(warp, place.slot));
-        place.next(rings.stages);
-        in_copy = copied = 0;
-      }
-      if (++at.chunk == shape.of_block) {
-        finish_block(product, w, at);
-        clear();
-        at.chunk = 0;
-        fresh = true;
-        if (++at.block == shape.blocks) at.block = 0, ++at.group;
+        if (elected()) feed();
+        place.next(ring.stages);
       }
     }
-    if (at.chunk > 0) hand_sums(product);
+  }
+
+  /// The next copy into the place that has been read.
+  __device__ __forceinline__ void feed() {
+    feeder.copy(job, head, warp, ring.copy_chunks, ring.slot(place.slot), ring.full(place.slot),
+                policy);
+  }
+
+  __device__ void multiply_stretch(int product, const Stretch& stretch) {
+    const ExpertWeight& w = weight(product);
+    const int of_block = w.chunks_of_k(), blocks = w.blocks();
+    const int group = stretch.group, row_stride = stream_row_bytes(w.in_features);
+    const uint32_t x = rows + row_of(product, group, g) * row_stride + c * 16;
+    const int first = stretch.begin - group * of_block * blocks;
+    int block = first / of_block, at = first - block * of_block;
+    int left = stretch.end - stretch.begin, finished = 0;
+    clear();
+    if (at > 0) take_sums(product, stretch.begin);
+    while (left > 0) {
+      const int count = min(left, of_block - at);
+      add_block(w, (int64_t{head.groups.expert[group]} * blocks + block) * kBlockColumns + g, count,
+                left, x + at * kChunkK * 2);
+      left -= count;
+      at += count;
+      if (at < of_block) break;
+      finish_block(product, w, group, block);
+      clear();
+      at = 0;
+      ++block;
+      ++finished;
+    }
+    if (product == 0 && finished > 0) count_blocks(group, finished);
+    if (at > 0) hand_sums(product, stretch.end);
+  }
+
+  /// Chunks of one block; `column`: the first of this lane's two.
+  __device__ __forceinline__ void add_block(const ExpertWeight& w, int64_t column, int count,
+                                            int left, uint32_t x) {
+    if constexpr (kCoding != Coding::kCcq) {
+      add_chunks(count, left, x, LaneCode<false>());
+    } else {
+      const bool proven =
+          __ldg(&w.codes[column].proven) != 0 && __ldg(&w.codes[column + 8].proven) != 0;
+      if (__all_sync(kFullMask, proven)) {
+        LaneCode<false> code;
+        code.load(w.codes, w.exact, column);
+        return add_chunks(count, left, x, code);
+      }
+      BoundedCode bounded;
+      if (__all_sync(kFullMask, bounded.load(w.exact, column))) {
+        return add_chunks(count, left, x, bounded);
+      }
+      LaneCode<true> code;
+      code.load(w.codes, w.exact, column);
+      add_chunks(count, left, x, code);
+    }
   }
 
   /// Asks for the columns' numbers of all blocks that this warp will work on, so that the start of
   /// a block waits for the L2 cache at most.
   __device__ void prefetch_columns(int product) const {
-    const ExpertWeight& w = product == 0 ? job.call.up_gate : job.call.down;
-    const Shape shape(w, head.groups.count);
-    const int from = Walk::bound(shape.total, grid_warp, grid_warps);
-    const int to = Walk::bound(shape.total, grid_warp + 1, grid_warps);
-    const int first = from / shape.of_block, last = (to - 1) / shape.of_block;
-    for (int i = first + lane / 4; from < to && i <= last; i += kWarp / 4) {
-      const int group = i / shape.blocks, block = i - group * shape.blocks;
-      const int64_t column =
-          (int64_t{head.groups.expert[group]} * shape.blocks + block) * kBlockColumns;
+    const ExpertWeight& w = weight(product);
+    const int from = head.bounds[product][warp], to = head.bounds[product][warp + 1];
+    const int of_block = w.chunks_of_k(), blocks = w.blocks();
+    for (int i = from / of_block + lane / 4; i * of_block < to; i += kWarp / 4) {
+      const int group = i / blocks, block = i - group * blocks;
+      const int64_t column = (int64_t{head.groups.expert[group]} * blocks + block) * kBlockColumns;
       if (kCoding == Coding::kCcq && lane % 2 == 0) {
         prefetch(w.codes + column + lane % 4 * (kBlockColumns / 4));
       }
@@ -385,189 +307,305 @@ struct Stream {
   }
 
   /// Row in shared memory of the group's token `column`; of some token past the last.
-  __device__ int row_of(int product, int group, int first_row, int column) const {
+  __device__ int row_of(int product, int group, int column) const {
     const Groups& groups = head.groups;
     const int at = min(groups.first[group] + column, groups.first[group + 1] - 1);
-    return product == 0 ? groups.slots[at] / job.call.top_k : at - first_row;
+    return product == 0 && by_token ? groups.tokens[at] : at - first_row;
   }
 
-  __device__ void hand_sums(int product) {
-    const int at = product * grid_warps + grid_warp;
-    __stcg(job.state.sums + at * kWarp + lane, make_float4(sums[0], sums[1], sums[2], sums[3]));
-    __threadfence();
-    __syncwarp();
-    if (lane == 0) {
-      asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(job.state.flags + at) : "memory");
+  // -- sums from warp to warp ---------------------------------------------------------------------
+
+  __device__ uint4* global_sums(int product, int block) const {
+    return job.state.sums + (product * gridDim.x + block) * kWarp + lane;
+  }
+
+  /// To the block's next warp in shared memory, to the next block in global memory. There bits are
+  /// inverted: zero means that nothing has come yet, so that no flag and no fence is needed, and
+  /// stands for a NaN that sums never are.
+  __device__ void hand_sums(int product, int end) {
+    if (end == head.bounds[product][kStreamWarps]) {
+      uint32_t v[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = ~min(__float_as_uint(sums[i]), 0xfffffffeu);
+      asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(
+                       global_sums(product, blockIdx.x)),
+                   "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                   : "memory");
+    } else {
+      head.handed[warp][lane] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+      barrier_arrive(shared_address(&head.handed_full[product][warp]));
     }
   }
 
-  /// `previous`: the warp whose run ends where this range begins.
-  __device__ void take_sums(int product, int previous) {
-    const int at = product * grid_warps + previous;
-    uint32_t ready = 0;
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                   : "=r"(ready)
-                   : "l"(job.state.flags + at)
-                   : "memory");
-    } while (ready == 0);
-    const float4 v = __ldcg(job.state.sums + at * kWarp + lane);
-    sums[0] = v.x, sums[1] = v.y, sums[2] = v.z, sums[3] = v.w;
+  /// From the warp whose run ends where this range begins.
+  __device__ void take_sums(int product, int begin) {
+    if (begin == head.bounds[product][0]) {
+      const Shape shape(weight(product), head.groups.count);
+      uint4* const from = global_sums(product, shape.owner(begin - 1) / kStreamWarps);
+      uint32_t v[4];
+      do {
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                     : "l"(from)
+                     : "memory");
+      } while (v[0] == 0 || v[1] == 0 || v[2] == 0 || v[3] == 0);
+      *from = make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[i] = __uint_as_float(~v[i]);
+    } else {
+      int owner = warp - 1;
+      while (head.bounds[product][owner] == begin) --owner;
+      barrier_wait(shared_address(&head.handed_full[product][owner]), 0);
+      const float4 v = head.handed[owner][lane];
+      sums[0] = v.x, sums[1] = v.y, sums[2] = v.z, sums[3] = v.w;
+    }
     __syncwarp();
-    if (lane == 0) job.state.flags[at] = 0;
   }
 
+  // -- finished blocks ----------------------------------------------------------------------------
+
   /// The block's values for the tokens of columns 2c and 2c + 1.
-  __device__ void finish_block(int product, const ExpertWeight& w, const At& at) {
+  __device__ void finish_block(int product, const ExpertWeight& w, int group, int block) {
     const Groups& groups = head.groups;
-    const int64_t column =
-        (int64_t{groups.expert[at.group]} * shape_blocks(w) + at.block) * kBlockColumns + g;
+    const int64_t column = (int64_t{groups.expert[group]} * w.blocks() + block) * kBlockColumns + g;
     const float low = __ldg(w.column_scale + column), high = __ldg(w.column_scale + column + 8);
-    const int half = w.out_features / 2, n = at.block * 8 + g;
+    const int slots = job.call.tokens * job.call.top_k;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int token = 2 * c + i, index = groups.first[at.group] + token;
-      if (index >= groups.first[at.group + 1]) continue;
+      const int token = 2 * c + i, index = groups.first[group] + token;
+      if (index >= groups.first[group + 1]) continue;
       const int slot = groups.slots[index];
-      const float inverse = head.row_inverse[row_of(product, at.group, first_row_, token)];
+      const float inverse = head.row_inverse[row_of(product, group, token)];
       const float first = scaled(sums[i], low, inverse),
                   second = scaled(sums[2 + i], high, inverse);
       if (product == 0) {
-        store(job.state.inner + int64_t{slot} * half + n, swiglu(first, second));
+        store(job.state.inner + int64_t{slot} * (w.out_features / 2) + block * 8 + g,
+              swiglu(first, second));
       } else {
-        store(job.state.outputs + int64_t{slot} * w.out_features + n, first);
-        store(job.state.outputs + int64_t{slot} * w.out_features + half + n, second);
+        bf16* const to = job.state.outputs + (int64_t{block} * slots + slot) * kBlockColumns + g;
+        store(to, first);
+        store(to + 8, second);
       }
     }
+    if (product == 1) {
+      __syncwarp();
+      unsigned others = 0;  // groups that had finished this block; the last one leaves zero
+      if (lane == 0) {
+        asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
+                     : "=r"(others)
+                     : "l"(job.state.columns + block), "r"(groups.count - 1)
+                     : "memory");
+      }
+      others = __shfl_sync(kFullMask, others, 0);
+      if (static_cast<int>(others) == groups.count - 1) combine(block);
+    }
   }
-
-  __device__ static int shape_blocks(const ExpertWeight& w) { return w.blocks(); }
 
   __device__ static void store(bf16* to, float value) {
     __stcg(reinterpret_cast<unsigned short*>(to), __bfloat16_as_ushort(__float2bfloat16_rn(value)));
   }
 
-  /// Rows of x, named in head.row_source, to shared memory as float16. All multiplying warps.
-  __device__ void load_rows(const bf16* from, int count, int width, int padded) {
-    const int stride = padded * 2 + kStreamRowGap;
-    for (int r = 0; r < count; ++r) {
-      const uint4* row = reinterpret_cast<const uint4*>(from + int64_t{head.row_source[r]} * width);
-      float top = 0.0f;
-      for (int i = threadIdx.x; i < width / 8; i += kConsumers)
-        top = fmaxf(top, largest_of(__ldcg(row + i)));
-      top = warp_max(top);
-      if (lane == 0) head.tops[r][warp] = top;
-    }
-    consumers_sync();
-    for (int r = 0; r < count; ++r) {
-      const uint4* row = reinterpret_cast<const uint4*>(from + int64_t{head.row_source[r]} * width);
-      const float top = warp_max(lane < kStreamWarps ? head.tops[r][lane] : 0.0f);
-      const float factor = row_scale(top);
-      if (threadIdx.x == 0) head.row_inverse[r] = inverse_scale(factor);
-      for (int i = threadIdx.x; i < padded / 8; i += kConsumers) {
-        const uint4 v = to_slots(i < width / 8 ? __ldcg(row + i) : make_uint4(0, 0, 0, 0), factor);
-        asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(rows + r * stride + i * 16),
-                     "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                     : "memory");
-      }
-    }
-    consumers_sync();
-  }
-
-  __device__ void multiply(int product) {
-    const ExpertWeight& w = product == 0 ? job.call.up_gate : job.call.down;
-    const Shape shape(w, head.groups.count);
-    const Walk walk(shape.total, shape.of_block, grid_warp, grid_warps);
-    first_row_ = 0;
-    int count = job.call.tokens;
-    const bf16* from = job.call.x;
-    if (product == 1) {
-      // slots of the groups that the block's warps touch
-      const int begin = Walk::bound(shape.total, blockIdx.x * kStreamWarps, grid_warps);
-      const int end = Walk::bound(shape.total, (blockIdx.x + 1) * kStreamWarps, grid_warps);
-      first_row_ = head.groups.first[min(begin / shape.of_group, head.groups.count - 1)];
-      count = end > begin ? head.groups.first[(end - 1) / shape.of_group + 1] - first_row_ : 0;
-      from = job.state.inner;
-    }
-    if (threadIdx.x < count) {
-      head.row_source[threadIdx.x] =
-          product == 0 ? threadIdx.x : head.groups.slots[first_row_ + threadIdx.x];
-    }
-    consumers_sync();
-    load_rows(from, count, w.in_features, w.padded_k());
-#pragma unroll 1
-    for (int i = 0; i < 3; ++i) {
-      const int begin = i == 0 ? walk.begin[0] : i == 1 ? walk.begin[1] : walk.begin[2];
-      const int end = i == 0 ? walk.end[0] : i == 1 ? walk.end[1] : walk.end[2];
-      multiply_range(product, shape, begin, end, first_row_);
-    }
-  }
-
-  /// Until all blocks have come: the last one starts a new generation.
-  __device__ void grid_barrier() {
-    __threadfence();
-    consumers_sync();
-    if (threadIdx.x == 0) {
-      unsigned* const arrived = job.state.barrier;
-      unsigned* const generation = arrived + 1;
-      unsigned before, now;
-      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
-                   : "=r"(before)
-                   : "l"(generation)
-                   : "memory");
-      asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
-                   : "=r"(now)
-                   : "l"(arrived)
-                   : "memory");
-      if (now == gridDim.x - 1) {
-        *arrived = 0;
-        __threadfence();
-        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(generation), "r"(before + 1)
-                     : "memory");
-      } else {
-        do {
-          asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                       : "=r"(now)
-                       : "l"(generation)
-                       : "memory");
-        } while (now == before);
-      }
-    }
-    consumers_sync();
-  }
-
-  /// out[t] = sum of weighted outputs in order of the slots.
-  __device__ void combine() const {
-    const int width = job.call.down.out_features, pairs = width / 2, top_k = job.call.top_k;
-    const int total = job.call.tokens * pairs;
-    for (int i = blockIdx.x * kConsumers + threadIdx.x; i < total; i += gridDim.x * kConsumers) {
-      const int t = i / pairs;
-      const uint32_t* row = reinterpret_cast<const uint32_t*>(job.state.outputs) +
-                            int64_t{t} * top_k * pairs + i % pairs;
+  /// out[t] = sum of weighted outputs in order of the slots, for the columns of one block.
+  __device__ void combine(int block) const {
+    const int width = job.call.down.out_features, top_k = job.call.top_k, pair = lane % 8;
+    const int column = (pair < 4 ? 0 : width / 2) + block * 8 + pair % 4 * 2;
+    const uint32_t* const outputs = reinterpret_cast<const uint32_t*>(job.state.outputs) +
+                                    int64_t{block} * job.call.tokens * top_k * (kBlockColumns / 2) +
+                                    pair;
+    for (int t = lane / 8; t < job.call.tokens; t += kWarp / 8) {
       float low = 0.0f, high = 0.0f;
 #pragma unroll 8
-      for (int j = 0; j < top_k; ++j) {
-        const float weight = __ldg(job.call.route_weights + t * top_k + j);
-        const float2 v = unpack_bf16(__ldcg(row + int64_t{j} * pairs));
+      for (int j = t * top_k; j < (t + 1) * top_k; ++j) {
+        const float weight = __ldg(job.call.route_weights + j);
+        const float2 v = unpack_bf16(__ldcg(outputs + j * (kBlockColumns / 2)));
         low = __fmaf_rn(weight, v.x, low);
         high = __fmaf_rn(weight, v.y, high);
       }
-      reinterpret_cast<uint32_t*>(job.call.out)[i] = pack_bf16(low, high);
+      *reinterpret_cast<uint32_t*>(job.call.out + int64_t{t} * width + column) =
+          pack_bf16(low, high);
     }
   }
 
-  __device__ void run() {
-    prefetch_columns(0);
-    prefetch_columns(1);
-    multiply(0);
-    grid_barrier();
-    multiply(1);
-    grid_barrier();
-    combine();
+  /// Tells those who wait that this warp has finished blocks of a group's first product.
+  __device__ void count_blocks(int group, int finished) {
+    __syncwarp();
+    if (lane == 0) {
+      asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(job.state.ready + group),
+                   "r"(finished)
+                   : "memory");
+    }
   }
 
- private:
-  int first_row_ = 0;
+  // -- the two products ---------------------------------------------------------------------------
+
+  /// Rows to shared memory as float16. All warps. A ring that has not been filled yet is filled as
+  /// soon as the first loads are on their way: they would have to wait behind its copies.
+  template <typename Source>
+  __device__ __forceinline__ void convert_rows(int count, const ExpertWeight& w, Source source) {
+    const int width = w.in_features, padded = w.padded_k();
+    Rows part(padded);
+    for (int first = 0; first < count || !filled; first += part.at_once) {
+      part.load(first, count, width, source);
+      if (!filled) fill();
+      part.find_tops(first, count, width, head.tops);
+      __syncthreads();
+      part.store(first, count, padded, head.tops, rows, stream_row_bytes(width));
+    }
+    if (threadIdx.x < count) {
+      head.row_inverse[threadIdx.x] =
+          inverse_scale(row_scale(__uint_as_float(head.tops[threadIdx.x])));
+    }
+    __syncthreads();
+    if (threadIdx.x < kStreamRows) head.tops[threadIdx.x] = 0;
+  }
+
+  /// The rows of a round's groups; those of the second product once they are complete.
+  __device__ void take_rows(int product, const Round& round) {
+    const ExpertWeight& w = weight(product);
+    const Groups& groups = head.groups;
+    if (product == 1 && round.first + static_cast<int>(threadIdx.x) <= round.last) {
+      const unsigned* const ready = job.state.ready + round.first + threadIdx.x;
+      unsigned finished;
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(finished)
+                     : "l"(ready)
+                     : "memory");
+      } while (finished != job.call.up_gate.blocks());
+    }
+    __syncthreads();  // and nobody reads the rows before any more
+    first_row = groups.first[round.first];
+    const bool tokens = product == 0 && by_token;
+    const int count = tokens ? job.call.tokens : groups.first[round.last + 1] - first_row;
+    const bf16* const from = product == 0 ? job.call.x : job.state.inner;
+    convert_rows(count, w, [&](int row) {
+      const int source = tokens         ? row
+                         : product == 0 ? groups.tokens[first_row + row]
+                                        : groups.slots[first_row + row];
+      return reinterpret_cast<const uint4*>(from + int64_t{source} * w.in_features);
+    });
+  }
+
+  __device__ void fill() {
+    filled = true;
+    prefetch_columns(0);
+    if (elected()) {
+      for (int i = 0; i < ring.stages; ++i) {
+        feed();
+        place.next(ring.stages);
+      }
+    }
+    place = RingPlace();
+    __syncwarp();
+    prefetch_columns(1);
+  }
+
+  __device__ void multiply(int product) {
+    const Share share = head.shares[product];
+    Round round;
+    int at = 0;
+    while (round.next(share, head.groups, head.most_rows[product])) {
+      take_rows(product, round);
+      if (product == 1 && round.last == share.last) clear_counts();
+      for (; at < head.stretch_counts[product][warp]; ++at) {
+        const Stretch stretch = head.stretches[product][warp][at];
+        if (stretch.group > round.last) break;
+        multiply_stretch(product, stretch);
+      }
+    }
+    if (!filled) fill();
+    if (product == 1 && share.first > share.last) clear_counts();
+  }
+
+  /// When this block waits for no group any more: the last one to come here clears the counts.
+  __device__ void clear_counts() {
+    if (warp > 0) return;
+    unsigned before = 0;
+    if (lane == 0) {
+      asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
+                   : "=r"(before)
+                   : "l"(job.state.passed), "r"(gridDim.x - 1)
+                   : "memory");
+    }
+    if (__shfl_sync(kFullMask, before, 0) != gridDim.x - 1) return;
+    for (int i = lane; i < head.groups.count; i += kWarp) job.state.ready[i] = 0;
+  }
+
+  /// What the block's warps work on, and where: lists in shared memory, as divisions cost more than
+  /// the reading.
+  __device__ void plan_work() {
+    const Groups& groups = head.groups;
+    if (threadIdx.x < 2 * (kStreamWarps + 1)) {
+      const int product = threadIdx.x / (kStreamWarps + 1), i = threadIdx.x % (kStreamWarps + 1);
+      const Shape shape(weight(product), groups.count);
+      head.bounds[product][i] = shape.bound(blockIdx.x * kStreamWarps + i);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) divide_room();
+    __syncthreads();
+    if (lane < 2) {
+      const Shape shape(weight(lane), groups.count);
+      Round round;
+      int count = 0;
+      while (round.next(head.shares[lane], groups, head.most_rows[lane])) {
+        count = list_stretches(shape, round, head.bounds[lane][warp], head.bounds[lane][warp + 1],
+                               head.stretches[lane][warp], count);
+      }
+      head.stretch_counts[lane][warp] = count;
+    }
+    __syncwarp();
+    const StreamRoom room = head.room;
+    ring.copy_chunks = room.copy_chunks;
+    ring.stages = room.stages;
+    ring.slot_bytes = room.copy_chunks * kChunk;
+    ring.slots = rows + round_up(room.row_bytes, 128) + warp * room.stages * ring.slot_bytes;
+    ring.barriers = shared_address(head.full[warp]);
+    by_token = head.by_token;
+  }
+
+  /// Divides the block's memory between rows and rings by the rows that its groups need. One
+  /// thread.
+  __device__ void divide_room() {
+    const Groups& groups = head.groups;
+    int wanted[2], bytes[2];
+#pragma unroll
+    for (int product = 0; product < 2; ++product) {
+      const ExpertWeight& w = weight(product);
+      const int begin = head.bounds[product][0], end = head.bounds[product][kStreamWarps];
+      const int of_group = w.chunks_of_k() * w.blocks(), first = begin / of_group;
+      const Share share{first, begin < end ? (end - 1) / of_group : first - 1};
+      head.shares[product] = share;
+      wanted[product] =
+          share.first > share.last
+              ? 0
+              : min(kStreamRows, groups.first[share.last + 1] - groups.first[share.first]);
+      bytes[product] = stream_row_bytes(w.in_features);
+    }
+    by_token = job.call.tokens <= wanted[0];
+    if (by_token) wanted[0] = job.call.tokens;
+    const StreamRoom room =
+        stream_room(job.room_bytes, kChunk, max(wanted[0] * bytes[0], wanted[1] * bytes[1]));
+    by_token = by_token && job.call.tokens * bytes[0] <= room.row_bytes;
+    head.room = room;
+    head.by_token = by_token;
+    head.most_rows[0] = by_token ? kStreamSlots : min(kStreamRows, room.row_bytes / bytes[0]);
+    head.most_rows[1] = min(kStreamRows, room.row_bytes / bytes[1]);
+  }
+
+  __device__ void run() {
+    if (threadIdx.x < kStreamRows) head.tops[threadIdx.x] = 0;
+    if (threadIdx.x < 2 * kStreamWarps) {
+      barrier_init(shared_address(&head.handed_full[0][threadIdx.x]), kWarp);
+    }
+    if (lane < kStreamMostStages) barrier_init(shared_address(&head.full[warp][lane]), 1);
+    barrier_publish();
+    find_groups(job.call, head.groups, reinterpret_cast<int*>(head.handed));
+    plan_work();
+#pragma unroll 1
+    for (int product = 0; product < 2; ++product) {
+      multiply(product);
+    }
+  }
 };
 
 #endif
@@ -577,21 +615,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     stream_kernel(const __grid_constant__ StreamJob job) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t memory[];
-  Head& head = *reinterpret_cast<Head*>(memory);
-  const int slot_bytes = job.copy_chunks * chunk_bytes(kCoding);
-  const uint32_t barriers = shared_address(memory) + kHeadBytes;
-  const int slots = kStreamWarps * job.stages;
-  const uint32_t ring = barriers + round_up(slots * 16, 128);
-  const Rings rings{ring, barriers, slot_bytes, job.stages};
-  const uint32_t rows = ring + round_up(slots * slot_bytes, 128);
-  for (int i = threadIdx.x; i < 2 * slots; i += kThreads) barrier_init(barriers + i * 8, 1);
-  barrier_publish();
-  find_groups(job.call, head);
-  if (threadIdx.x >= kConsumers) {
-    feed<kCoding>(job, head.groups, rings);
-  } else {
-    Stream<kCoding>(job, head, rings, rows).run();
-  }
+  Stream<kCoding>(job, *reinterpret_cast<Head*>(memory)).run();
 #endif
 }
 
@@ -600,7 +624,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <Coding kCoding>
 void launch_stream_of(const StreamJob& job, int multiprocessors, cudaStream_t queue) {
   auto kernel = stream::stream_kernel<kCoding>;
-  const int bytes = stream_shared_bytes(job.call, job.stages, job.copy_chunks, job.row_bytes);
+  const int bytes = stream::kHeadBytes + job.room_bytes + 128;
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "stream_experts: shared memory");

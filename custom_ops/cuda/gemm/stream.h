@@ -6,24 +6,22 @@
 
 namespace fd::cuda {
 
-/// Memory of all blocks together. Counters and flags are zero between launches.
+/// Memory of all blocks together. Counts and handed sums are zero between launches.
 struct StreamState {
-  unsigned* barrier;       // {arrived, generation}
-  unsigned* flags;         // [2][warps of the grid]
-  float4* sums;            // [2][warps of the grid][32]
-  __nv_bfloat16* inner;    // [slots][I]
-  __nv_bfloat16* outputs;  // [slots][H]
+  unsigned* passed;      // blocks that have taken their rows of the first product's results
+  unsigned* ready;       // [kStreamSlots] finished blocks of columns of it, of each group
+  unsigned* columns;     // [kStreamBlocks] groups that have finished a block of columns of out
+  uint4* sums;           // [2][blocks of the grid][32] from a block's last warp to the next's first
+  __nv_bfloat16* inner;  // [slots][I]
+  __nv_bfloat16* outputs;  // [H / 16][slots][16]
 };
 
 struct StreamJob {
   ExpertsCall call;
   StreamState state;
-  int stages;
-  int copy_chunks;
-  int row_bytes;  // shared memory for rows of x
+  int room_bytes;  // shared memory of a block for rings and rows of x
 };
 
-int stream_shared_bytes(const ExpertsCall& call, int stages, int copy_chunks, int row_bytes);
 void launch_stream(const StreamJob& job, int multiprocessors, cudaStream_t stream);
 
 }  // namespace fd::cuda

@@ -14,7 +14,7 @@ AMPERE = {"major": 8, "multiprocessors": 108, "shared_bytes": 166912}
 SMALL_BLACKWELL = {"major": 12, "multiprocessors": 170, "shared_bytes": 101376}
 LARGE = {"top_k": 8, "experts": 64, "hidden": 8192, "inner": 3584, "chunk_bytes": 2112}
 SMALL = {"top_k": 6, "experts": 64, "hidden": 2560, "inner": 1536, "chunk_bytes": 2112}
-WARPS, FIXED_BYTES = 16, 6144
+WARPS, FIXED_BYTES = 16, 15744
 
 
 def plan(tokens: int, card: dict[str, int], **changes: int) -> dict[str, Any]:
@@ -26,6 +26,15 @@ def plan(tokens: int, card: dict[str, int], **changes: int) -> dict[str, Any]:
 def test_few_tokens_take_one_launch_and_many_take_tiles(shape: dict[str, int]) -> None:
     paths = {tokens: plan(tokens, HOPPER, **shape)["path"] for tokens in (1, 4, 8, 64, 4096)}
     assert paths == {1: STREAM, 4: STREAM, 8: STREAM, 64: TILES, 4096: TILES}
+
+
+@pytest.mark.parametrize("chunk_bytes", [2112, 4096])
+def test_more_tokens_than_a_product_has_columns_stream_where_rows_fit(chunk_bytes: int) -> None:
+    small, large = {**SMALL, "chunk_bytes": chunk_bytes}, {**LARGE, "chunk_bytes": chunk_bytes}
+    assert plan(16, HOPPER, **small)["path"] == STREAM
+    assert plan(17, HOPPER, **small)["path"] == TILES
+    assert plan(8, HOPPER, **large)["path"] == STREAM
+    assert plan(9, HOPPER, **large)["path"] == TILES  # 16 rows of 16 KB leave no room for rings
 
 
 def test_cards_without_wgmma_sort_and_use_mma() -> None:
@@ -41,20 +50,38 @@ def test_weights_of_two_kinds_never_stream() -> None:
 @pytest.mark.parametrize("card", [HOPPER, SMALL_BLACKWELL])
 @pytest.mark.parametrize("chunk_bytes", [2112, 4096, 8192])
 @pytest.mark.parametrize("hidden", [128, 2560, 8192, 16384])
-@pytest.mark.parametrize("tokens", range(1, 17))
+@pytest.mark.parametrize("tokens", [*range(1, 17), 32])
 def test_a_streaming_plan_fits_the_card(
     tokens: int, hidden: int, chunk_bytes: int, card: dict[str, int]
 ) -> None:
     sizes = {"hidden": hidden, "inner": hidden // 2, "chunk_bytes": chunk_bytes}
-    found = plan(tokens, card, **sizes)
-    if found["path"] != STREAM:
+    try:
+        found = plan(tokens, card, forced=STREAM, **sizes)
+    except ValueError:
         return
-    ring = WARPS * found["stages"] * found["copy_chunks"] * chunk_bytes
-    assert ring + found["row_bytes"] + FIXED_BYTES <= card["shared_bytes"]
+    room, group = found["room_bytes"], found["row_bytes"]
+    assert room + FIXED_BYTES <= card["shared_bytes"]
     padded = -(-hidden // 512) * 512
-    assert found["row_bytes"] >= tokens * (2 * padded + 64)
-    assert found["stages"] >= 1
-    assert tokens * LARGE["top_k"] <= min(128, card["multiprocessors"])
+    assert group >= min(tokens, 8) * (2 * padded + 64)
+    for wanted in (0, group, 2 * group, 2**30):
+        rows, stages, copy_chunks = _ops_cpu.stream_room(
+            bytes=room, chunk_bytes=chunk_bytes, wanted=wanted
+        )
+        assert stages >= 1
+        assert copy_chunks >= 1
+        assert rows + WARPS * stages * copy_chunks * chunk_bytes <= room
+        assert rows >= min(wanted, group), "a group's rows have to fit whatever the ids are"
+    assert tokens * LARGE["top_k"] <= 256
+
+
+def test_rings_give_way_to_rows() -> None:
+    room = plan(16, HOPPER)["room_bytes"]
+    row = 2 * 8192 + 64
+    found = [
+        _ops_cpu.stream_room(bytes=room, chunk_bytes=2112, wanted=rows * row)
+        for rows in (1, 7, 10, 16)
+    ]
+    assert found == [(row, 2, 2), (7 * row, 2, 1), (10 * row, 1, 1), (room - 16 * 2112, 1, 1)]
 
 
 @pytest.mark.parametrize("shape", [LARGE, SMALL])
