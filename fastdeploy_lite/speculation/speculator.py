@@ -20,9 +20,9 @@ TRIED_SLOPE = 0.5
 # Guesses that come true less often than this are not thought about.
 LEAST_CHANCE = 0.05
 # Guessing may cost this share of the time of decoding, and as much at once as so many steps take.
-SHARE, RESERVE = 0.01, 4.0
-# A look costs more than its time: what it leaves to the collector of garbage, and cold caches.
-LOOK_COST = 1.5
+SHARE, RESERVE = 0.015, 4.0
+# A look costs about twice its own time: the engine's part in it, cold caches, garbage.
+LOOK_COST = 2.0
 # A check is charged at most so many plain steps: it may have been interrupted.
 MOST_CHARGED = 4.0
 # Costs of steps with guesses are measured anew after `StepCosts.stale_after` steps without any, and
@@ -35,8 +35,9 @@ PLAIN_SIZES = (*range(1, 17), *range(20, 65, 4), 80, 96, 112, 128)
 PLAIN_STEPS, CHECKING_STEPS = 2, 3  # measured before a cost is known
 # A cost that is not known is at most that of a step so many times as large.
 CHECKING_REACH, PLAIN_REACH = 2.0, 1.25
-# While time is short, a look is at so many sequences, others each time.
-LOOKED_AT = 4
+# While time is short, so many looks are at so many sequences before others take their turn: what
+# was never looked at need not be read.
+LOOKS_A_TURN, LOOKED_AT = 8, 4
 
 
 class _Memory:
@@ -80,7 +81,6 @@ class Speculator:
         self._checking = StepCosts(CHECK_SIZES, CHECKING_STEPS)
         self._purse = Purse(SHARE, RESERVE)
         self._own_seconds = Average()
-        self._turn = 0  # of the sequences that are looked at next
         self._checks_noted = 0  # in this step
         self._steps_since_plain = 0
         # The last look: whether its guesses paid, and whether most of them were right.
@@ -164,9 +164,9 @@ class Speculator:
             return texts
         if self._goes_well or self._purse.is_rich:
             return texts
-        first = self._turn % len(texts)
-        self._turn = first + LOOKED_AT
-        return [*texts[first : first + LOOKED_AT], *texts[: max(self._turn - len(texts), 0)]]
+        first = self.looks // LOOKS_A_TURN * LOOKED_AT % len(texts)
+        end = first + LOOKED_AT
+        return [*texts[first:end], *texts[: max(end - len(texts), 0)]]
 
     def _choose(
         self, texts: Sequence[Text], count: int, room: Callable[[Text, int], int], budget: int

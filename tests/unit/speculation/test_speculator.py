@@ -314,7 +314,7 @@ def test_while_nothing_pays_few_sequences_are_read(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(speculator._drafters, "propose", watched)
     run(speculator, device, answers([noise(i, 1000) for i in range(16)], 2000), 2000)
-    late = seen[-12:]
+    late = seen[-8 * 4 :]
     assert {len(names) for names in late} == {4}
     assert len({name for names in late for name in names}) == 16
     assert len(seen) < 700
