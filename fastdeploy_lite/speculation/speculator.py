@@ -222,6 +222,8 @@ class Speculator:
             emitted: Tokens that it gave.
             seconds: That it took without the time of guessing; None if it did more than decode.
         """
+        if not self.config.most_tokens:
+            return
         self.totals.steps += count - self._checks_noted
         self._checks_noted = 0
         if self._open:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from fastdeploy_lite.request.messages import DraftCounts
 from fastdeploy_lite.speculation.config import CHECK_SIZES, SpeculativeConfig
 from fastdeploy_lite.speculation.drafters import Text
 from fastdeploy_lite.speculation.rates import PRIOR, HitRates, Purse, StepCosts
@@ -259,7 +260,7 @@ def test_naive_guesses_nothing() -> None:
     text = Answer("a", [1, 1, 1, 1, 1, 1])
     assert speculator.rests()
     speculator.note_step(1, 0, 1, 1.0)
-    assert speculator.totals.checks == 0
+    assert speculator.totals == DraftCounts()
     assert speculator.counts("a", 1) is None
     speculator.finish(text)
 
