@@ -6,9 +6,9 @@
 The folder is written where none is: random weights, experts in 2 bits, other linears in int8. Every
 round starts a new process twice: "cold" after the kernel was asked to forget the files' pages
 (another process that maps them keeps them), "warm" right after that. With --packed-cache each round
-does so also from packed weights in DIR, which are written before the first. Peak memory is the
-process's largest resident set, which counts the mapped pages of files; "weights" is what is kept of
-them.
+does so also from packed weights in DIR, copied and mapped, which are written before the first. Peak
+memory is the process's largest resident set, which counts the mapped pages of files; "weights" is
+what is kept of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bench_card import COMMON, SHAPES
 
@@ -29,6 +29,7 @@ from fastdeploy_lite.config import LoadConfig, ModelConfig, RuntimeConfig, Sched
 from fastdeploy_lite.quantization.random_model import random_model_config, write_random_model
 
 CHILD = "--load-once"
+ACCESSES = ("copy", "map")
 QUANTIZATION = {
     "quantization": "wint2",
     "dense_quant_type": "wint8",
@@ -48,7 +49,7 @@ def write_model(folder: Path, layers: int) -> None:
     write_random_model(folder, {**config, "quantization_config": QUANTIZATION})
 
 
-def load_once(folder: Path, cache: Path | None) -> None:
+def load_once(folder: Path, cache: Path | None, access: Literal["copy", "map"]) -> None:
     """Load in this process and print what it took."""
     from fastdeploy_lite.worker.model_runner import ModelRunner  # noqa: PLC0415
 
@@ -56,7 +57,7 @@ def load_once(folder: Path, cache: Path | None) -> None:
         model_path=folder,
         model=ModelConfig.from_dir(folder),
         scheduler=SchedulerConfig(1, max_num_batched_tokens=512, max_model_len=512),
-        load=LoadConfig(packed_cache=cache),
+        load=LoadConfig(packed_cache=cache, packed_cache_access=access),
         use_cudagraph=False,
     )
     runner = ModelRunner(config)
@@ -86,11 +87,11 @@ def forget(folder: Path) -> None:
             os.close(descriptor)
 
 
-def in_new_process(folder: Path, cache: Path | None = None) -> dict[str, Any]:
+def in_new_process(folder: Path, cache: Path | None = None, access: str = "copy") -> dict[str, Any]:
     """One load; ends the run where it fails."""
     command = [sys.executable, __file__, CHILD, "--model", str(folder)]
     if cache is not None:
-        command += ["--packed-cache", str(cache)]
+        command += ["--packed-cache", str(cache), "--access", access]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"loading {folder} failed:\n{done.stderr}")
@@ -112,26 +113,27 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28, help="of a model that is written")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--packed-cache", type=Path, help="folder for packed weights")
+    parser.add_argument("--access", choices=ACCESSES, default="copy", help=argparse.SUPPRESS)
     parser.add_argument(CHILD, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load_once:
-        load_once(args.model, args.packed_cache)
+        load_once(args.model, args.packed_cache, args.access)
         return
     if not args.model.exists():
         write_model(args.model, args.layers)
     nbytes = sum(path.stat().st_size for path in args.model.glob("*.safetensors"))
-    forms: dict[str, Path | None] = {"": None}
+    forms: dict[str, tuple[Path | None, str]] = {"": (None, "copy")}
     if args.packed_cache is not None:
-        forms[" packed"] = args.packed_cache
+        forms |= {f", packed, {access}": (args.packed_cache, access) for access in ACCESSES}
         first = in_new_process(args.model, args.packed_cache)
         print(f"first, packed weights written: {first['seconds']:.1f} s", file=sys.stderr)
     runs: dict[str, list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
-        for form, cache in forms.items():
+        for form, (cache, access) in forms.items():
             for path in filter(None, (args.model, args.packed_cache)):
                 forget(path)
             for kind in (f"cold{form}", f"warm{form}"):
-                found = in_new_process(args.model, cache)
+                found = in_new_process(args.model, cache, access)
                 runs.setdefault(kind, []).append(found)
                 print(f"{kind}: {found['seconds']:.1f} s", file=sys.stderr)
     print("| | seconds | CPU seconds | GB/s of files | peak, GB | weights, GB |")

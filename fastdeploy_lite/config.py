@@ -168,13 +168,15 @@ class LoadConfig:
 
     `row_order`: in which order 2-bit experts store their rows; auto asks the files.
     `lm_head_quantization`: wint8 makes an int8 head of the bf16 one, on the CPU.
-    `packed_cache`: folder where weights for the CPU are kept as its kernels read them.
+    `packed_cache`: folder where weights for the CPU are kept as its kernels read them;
+    `packed_cache_access`: whether they are copied from there, or mapped.
     """
 
     load_choices: LoadChoice = "default"
     row_order: WantedOrder = "auto"
     lm_head_quantization: Literal["wint8"] | None = None
     packed_cache: Path | None = None
+    packed_cache_access: Literal["copy", "map"] = "copy"
 
     def __post_init__(self) -> None:
         if self.load_choices not in get_args(LoadChoice):
@@ -183,6 +185,8 @@ class LoadConfig:
             _refuse("wint2_row_order", self.row_order, f"one of {', '.join(get_args(WantedOrder))}")
         if self.lm_head_quantization not in (None, "wint8"):
             _refuse("lm_head_quantization", self.lm_head_quantization, "wint8")
+        if self.packed_cache_access not in ("copy", "map"):
+            _refuse("packed_cache_access", self.packed_cache_access, "copy or map")
 
     @property
     def head_kind(self) -> Literal["dense", "int8"]:

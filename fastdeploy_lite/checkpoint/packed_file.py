@@ -3,16 +3,18 @@
 It is a safetensors file, so that other tools can look into it. Its last tensor, `checksums`, has a
 CRC-32C of each 256 KiB of every other one and, at the very end, that of the header. A file is
 written beside its name, brought to the disk and then renamed, by one process at a time; a reader
-holds the file that it has opened, whatever happens to the name, and reads into memory of its own,
-since a mapped file that is cut short would end the process.
+holds the file that it has opened, whatever happens to the name. It reads into memory of its own, or
+maps the file, which then must not be cut short.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import json
+import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +32,7 @@ FORMAT = "fastdeploy-lite packed weights"
 VERSION = 1
 PARTIAL_SUFFIX = ".partial"
 _CHECKSUMS = "checksums"
-_ALIGNMENT = 64
+ALIGNMENT = 64  # bytes, of arrays in the file
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 _WRITTEN_AT_ONCE = 64 << 20
 
@@ -56,6 +58,7 @@ class PackedFile:
             PackedFileError: it cannot be read, is damaged, or was made of something else.
         """
         self.path = path
+        self._map: mmap.mmap | None = None
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             self._file = os.open(path, flags)
@@ -83,6 +86,9 @@ class PackedFile:
             os.close(self._file)
             self._file = -1
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._spans
+
     def nbytes(self, name: str) -> int:
         """Bytes of an array; PackedFileError if it is not there."""
         begin, end = self._span(name)
@@ -101,11 +107,42 @@ class PackedFile:
         failed = _ops_cpu.read_checked(self._file, begin, _view(out), _view(sums))
         if failed:
             raise self._error(f"{name}: {_reason(OSError(failed, os.strerror(failed)))}")
+        self._compare(name, begin, sums)
+
+    def _compare(self, name: str, begin: int, sums: Sums) -> None:
         first = self._first_sum[name]
         wrong = np.flatnonzero(sums != self._sums[first : first + len(sums)])
         if len(wrong):
             at = begin + int(wrong[0]) * _ops_cpu.CHECKSUM_BYTES
             raise self._error(f"{name}: damaged in the {_ops_cpu.CHECKSUM_BYTES} bytes from {at}")
+
+    def map(self, name: str) -> Array:
+        """Return an array as a mapping of the file, checked byte by byte; nobody may write to it.
+
+        It outlives this object. A file that is cut short later ends the process that reads it.
+
+        Raises:
+            PackedFileError: as `read`.
+        """
+        begin, end = self._span(name)
+        found = self._mapped(begin, end - begin)
+        sums = _no_sums(found)
+        _ops_cpu.checksums(_view(found), _view(sums))
+        self._compare(name, begin, sums)
+        return found
+
+    def _mapped(self, begin: int, count: int) -> Array:
+        """Bytes of the file; DLPack wants them to look writable."""
+        if self._map is None:
+            self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
+        if os.fstat(self._file).st_size < begin + count:
+            raise self._error("cut short")
+        whole: Array = np.frombuffer(self._map, np.uint8)
+        address = whole.__array_interface__["data"][0] + begin
+        memory = (ctypes.c_uint8 * count).from_address(address)
+        memory.owner = whole  # type: ignore[attr-defined]
+        found: Array = np.frombuffer(memory, np.uint8)  # type: ignore[call-overload]
+        return found
 
     def _span(self, name: str) -> tuple[int, int]:
         span = self._spans.get(name)
@@ -182,6 +219,7 @@ def write_packed_file(
         OSError: the folder cannot be had, or has too little room.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = _aligned(arrays)
     header = _header(fingerprint, contents, arrays)
     needed = len(header) + sum(array.nbytes for array in arrays.values())
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
@@ -245,6 +283,17 @@ def _check_room(folder: Path, needed: int) -> None:
         )
 
 
+def _aligned(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """With zeros in between, since safetensors allows no gaps: each array begins at a cache line,
+    which is what a mapped one needs to be read at full speed."""
+    found: dict[str, Array] = {}
+    for i, (name, array) in enumerate(arrays.items()):
+        found[name] = array
+        if array.nbytes % ALIGNMENT:
+            found[f"padding {i}"] = np.zeros(-array.nbytes % ALIGNMENT, np.uint8)
+    return found
+
+
 def _header(fingerprint: str, contents: Any, arrays: Mapping[str, Array]) -> bytes:
     metadata = {**_identity(fingerprint), "contents": json.dumps(contents)}
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -255,7 +304,7 @@ def _header(fingerprint: str, contents: Any, arrays: Mapping[str, Array]) -> byt
     count = sum(_count_sums(array.nbytes) for array in arrays.values()) + 1
     header[_CHECKSUMS] = _entry("U32", count, at, 4 * count)
     text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 

@@ -163,6 +163,12 @@ class EngineArgs:
         "folder to keep weights in as the CPU reads them, gigabytes, for fast starts;"
         " default: FD_LITE_PACKED_CACHE",
     )
+    packed_cache_access: str = _flag(
+        "copy",
+        str,
+        "packed weights are copied into huge pages, or map: shared, for the fastest start",
+        choices=("copy", "map"),
+    )
     wint2_row_order: str | None = _flag(
         None,
         _text_or_none,
@@ -461,7 +467,8 @@ class EngineArgs:
         head = self.lm_head_quantization
         folder = self.packed_cache or envs.FD_LITE_PACKED_CACHE
         packed = Path(folder).expanduser().absolute() if folder else None
-        return LoadConfig(self.load_choices, row_order, head, packed)  # type: ignore[arg-type]  # checked there
+        access = self.packed_cache_access
+        return LoadConfig(self.load_choices, row_order, head, packed, access)  # type: ignore[arg-type]  # checked there
 
     def _has_weights_to_pack(self) -> bool:
         in_memory = self._expert_offload() is not None or _on_cpu()

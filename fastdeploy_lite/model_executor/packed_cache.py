@@ -4,7 +4,8 @@ The first start takes them from the checkpoint and writes them when it has them 
 them from the file into memory of the same kind that the first one used, and check every byte. What
 is wrong with a file costs one line and the time of a first start, never the start.
 
-Copied and not mapped: a mapped file lies in 4 KiB pages on one memory node, which slows every step
+Or weights stay where the file is mapped: the start then takes no fresh memory, and processes share
+the weights, but they lie in 4 KiB pages on one memory node, which slows every step
 (docs/performance.md, "On a CPU: loading").
 """
 
@@ -24,7 +25,12 @@ import paddle
 
 from fastdeploy_lite import version
 from fastdeploy_lite.checkpoint.fingerprint import folder_state
-from fastdeploy_lite.checkpoint.packed_file import PackedFile, PackedFileError, write_packed_file
+from fastdeploy_lite.checkpoint.packed_file import (
+    ALIGNMENT,
+    PackedFile,
+    PackedFileError,
+    write_packed_file,
+)
 from fastdeploy_lite.checkpoint.progress import count_layers, loading_bar
 from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.model_executor import ops
@@ -57,6 +63,7 @@ class PackedCache:
         """
         self._config = config
         self._offloaded = sorted(offloaded)
+        self.is_mapped = config.load.packed_cache_access == "map"
         self.fingerprint = self._fingerprint()
         parallel = config.parallel
         rank = f"rank{parallel.rank}of{parallel.tensor_parallel_size}"
@@ -271,11 +278,12 @@ class PackedCacheSource:
         described = stored.contents["parameters"].get(name, ())
         if described == ():
             raise PackedFileError(f"{stored.path}: {name}: not there")
-        value = _allocated(described)
-        for key, array in _arrays(name, value).items():
-            stored.read(key, array)
-            if self._bar is not None:
-                self._bar.update(array.nbytes)
+        if self._cache.is_mapped:
+            value = _mapped(described, name, stored)
+        else:
+            value = _read(described, name, stored)
+        if self._bar is not None:
+            self._bar.update(sum(array.nbytes for array in _arrays(name, value).values()))
         return value
 
     def _give_up(self, stored: PackedFile, error: PackedFileError) -> None:
@@ -328,6 +336,32 @@ def _allocated(described: Any) -> Any:
     if form == "tuple":
         return tuple(_allocated(item) for item in what)
     return ops.fix(paddle.empty(what, dtype="float32", device=CPU))
+
+
+def _read(described: Any, name: str, stored: PackedFile) -> Any:
+    value = _allocated(described)
+    for key, array in _arrays(name, value).items():
+        stored.read(key, array)
+    return value
+
+
+def _mapped(described: Any, name: str, stored: PackedFile) -> Any:
+    """As `_read`, but weights are where the file is mapped, if that suits the kernels."""
+    if described is not None and "parts" in described:
+        parts = enumerate(described["parts"])
+        return SegmentedWeight(tuple(_mapped(part, f"{name} {i}", stored) for i, part in parts))
+    keys = {part: f"{name} {part}" for part in ("data", "scale", "codes")}
+    keys = {part: key for part, key in keys.items() if key in stored}
+    if described is None or not keys:
+        return _read(described, name, stored)
+    kind, rows, columns, experts, element = described["weight"]
+    arrays = {part: stored.map(key) for part, key in keys.items()}
+    if any(array.__array_interface__["data"][0] % ALIGNMENT for array in arrays.values()):
+        return _read(described, name, stored)
+    try:
+        return ops.adopt_weight(kind, rows, columns, experts, element, arrays)
+    except ValueError as error:
+        raise PackedFileError(f"{stored.path}: {name}: {error}") from None
 
 
 def _arrays(name: str, value: Any) -> dict[str, Array]:

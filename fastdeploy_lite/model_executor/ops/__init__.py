@@ -51,6 +51,7 @@ from fastdeploy_lite.model_executor.ops.transfer import (
     widen,
 )
 from fastdeploy_lite.model_executor.ops.weights import (
+    adopt_weight,
     allocate_weight,
     element_of,
     fill_weight,
@@ -70,6 +71,7 @@ __all__ = [
     "Weight",
     "add_inplace",
     "add_rms_norm",
+    "adopt_weight",
     "allocate_weight",
     "announce_step",
     "best_logits",

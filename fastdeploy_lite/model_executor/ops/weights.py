@@ -8,6 +8,7 @@ custom_ops/cpu/linear_kernels.h, the file layouts in docs/checkpoint_format.md.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from typing import Any, TypeAlias, cast, get_args
 
 import numpy as np
@@ -123,6 +124,39 @@ def packed_arrays(weight: PackedWeight) -> dict[str, Array]:
         name: host_array(tensor).reshape(-1).view(np.uint8)
         for name, tensor in weight.tensors.items()
     }
+
+
+def adopt_weight(
+    kind: str,
+    in_features: int,
+    out_features: int,
+    num_experts: int,
+    element: str | None,
+    arrays: Mapping[str, Array],
+) -> PackedWeight:
+    """Return a weight on the CPU whose memory is the caller's: `packed_arrays` of an equal one.
+
+    Args:
+        kind, in_features, out_features, num_experts, element: as `allocate_weight`.
+        arrays: aligned to 4 bytes at least; kept alive, never written.
+
+    Raises:
+        ValueError: arrays are missing, or have other sizes.
+    """
+    sizes = (in_features, out_features, num_experts)
+    weight = PackedWeight(cast(WeightKind, kind), *sizes, intern_place(paddle.CPUPlace()))
+    plan = _make_handle(weight, element or kind, {})
+    expected = {"data": plan.data_bytes}
+    if kind != "dense":
+        expected["scale"] = 4 * max(num_experts, 1) * plan.padded_columns
+    if kind == "ccq":
+        expected["codes"] = plan.codes_bytes
+    found = {name: array.nbytes for name, array in arrays.items()}
+    if found != expected:
+        raise ValueError(f"adopt_weight: arrays have {found} bytes, expected {expected}")
+    weight.tensors = {name: paddle.utils.dlpack.from_dlpack(a) for name, a in arrays.items()}
+    weight.handle = _make_handle(weight, element or kind, weight.tensors)
+    return weight
 
 
 def element_of(weight: PackedWeight) -> str | None:

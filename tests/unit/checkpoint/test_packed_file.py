@@ -82,9 +82,12 @@ def test_every_flipped_bit_is_noticed(written: Path) -> None:
     """In the length, in the header, in data of every size, in the checksums."""
     good = bytearray(written.read_bytes())
     length = 8 + int.from_bytes(good[:8], "little")
-    ends = length + np.cumsum([0, *SIZES])
-    places = [*range(0, length, 13), *(int(end) - 1 for end in ends[2:]), len(good) - 1]
-    places += [int(ends[-1]) + 4, length + 1, int(ends[-2]) + PIECE + 3]
+    offsets = json.loads(good[8:length])
+    spans = [[length + at for at in offsets[f"a {n}"]["data_offsets"]] for n in SIZES]
+    assert all(begin % 64 == 0 for begin, _ in spans)
+    places = [*range(0, length, 13), *(end - 1 for _, end in spans[1:]), len(good) - 1]
+    sums = length + offsets["checksums"]["data_offsets"][0]
+    places += [sums + 1, spans[1][0], spans[-1][0] + PIECE + 3]
     for at in places:
         bad = bytearray(good)
         bad[at] ^= 1 << at % 8
@@ -306,3 +309,20 @@ def test_readers_and_writers_at_once(tmp_path: Path) -> None:
         _, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr.decode()
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
+
+
+def test_a_mapping_is_checked_and_outlives_the_file(written: Path) -> None:
+    with PackedFile(written, "f") as file:
+        found = {name: file.map(name) for name in arrays() if name != "a 0"}
+    good = bytearray(written.read_bytes())
+    written.unlink()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, arrays()[name])
+    good[-5000] ^= 1
+    written.write_bytes(good)
+    with PackedFile(written, "f") as file:
+        with pytest.raises(PackedFileError, match="damaged in the 262144 bytes from"):
+            file.map(f"a {SIZES[-1]}")
+        os.truncate(written, 5000)
+        with pytest.raises(PackedFileError, match="cut short"):
+            file.map(f"a {SIZES[-1]}")

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,26 @@ from fastdeploy_lite.checkpoint import packed_file
 from fastdeploy_lite.config import ExpertOffloadConfig, LoadConfig, ModelConfig
 from fastdeploy_lite.engine import args_utils
 from fastdeploy_lite.engine.args_utils import EngineArgs
-from fastdeploy_lite.model_executor import expert_placement, ops, weights
-from fastdeploy_lite.utils.errors import FastDeployError
+from fastdeploy_lite.model_executor import expert_placement, ops, packed_cache, weights
+from fastdeploy_lite.utils.errors import ConfigError, FastDeployError
 from fastdeploy_lite.worker.model_runner import ModelRunner
 
 IDS = [5, 900, 17, 17, 4000, 8191]
 
 
+ACCESS: dict[str, Any] = {}
+
+
+@pytest.fixture(params=["copy", "map"], autouse=True)
+def access(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How `load` takes weights from the file."""
+    ACCESS["packed_cache_access"] = request.param
+    yield request.param
+    ACCESS.clear()
+
+
 def load(folder: Path, cache: Path | None, **more: Any) -> ModelRunner:
-    options = more.pop("load", {})
+    options = {**ACCESS, **more.pop("load", {})}
     return make_runner(folder, load=LoadConfig(packed_cache=cache, **options), **more)
 
 
@@ -135,7 +147,7 @@ def test_experts_beside_a_card(
 def test_a_draft_layer_follows_the_row_order(tmp_path: Path) -> None:
     folder, cache = write_tiny_model(tmp_path / "m", kind="2bits"), tmp_path / "cache"
     for order in ("natural", "permuted"):
-        config = LoadConfig(row_order=order, packed_cache=cache)  # type: ignore[arg-type]
+        config = LoadConfig(row_order=order, packed_cache=cache, **ACCESS)  # type: ignore[arg-type]
         found = []
         for _ in range(2):
             runner = ModelRunner(make_runner(folder, load=config).config)
@@ -144,6 +156,42 @@ def test_a_draft_layer_follows_the_row_order(tmp_path: Path) -> None:
                 source.embedding()
         assert found[0] == found[1]
         assert found[0][0] == (order == "permuted")
+
+
+def test_mapped_weights_take_no_memory_and_copied_ones_do(
+    model: Path, tmp_path: Path, access: str
+) -> None:
+    cache = tmp_path / "cache"
+    load(model, cache)
+    runner = load(model, cache)
+    maps = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        maps.append((first, last, line))
+    for weight in all_weights(runner):
+        for tensor in weight.tensors.values():
+            address = tensor.data_ptr()
+            (line,) = [line for first, last, line in maps if first <= address < last]
+            assert (str(cache) in line and " r--s " in line) == (access == "map")
+
+
+def test_arrays_at_odd_places_are_copied(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, expected = tmp_path / "cache", logits(model, None)
+    load(model, cache)
+    monkeypatch.setattr(packed_cache, "ALIGNMENT", 1 << 40)
+    np.testing.assert_array_equal(logits(model, cache), expected)
+    monkeypatch.setattr(ops, "adopt_weight", lambda *_: pytest.fail("adopted"))
+    load(model, cache)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"data": np.zeros(3, np.uint8)}])
+def test_memory_of_another_size_is_not_adopted(wrong: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"adopt_weight: arrays have .*, expected \{'data': 8192\}"
+    ):
+        ops.adopt_weight("dense", 64, 64, 0, "bf16", wrong)
 
 
 # -- what has changed ------------------------------------------------------------------------------
@@ -352,17 +400,17 @@ from fastdeploy_lite.config import LoadConfig
 
 expected = np.load(sys.argv[3])
 for _ in range(4):
-    load = LoadConfig(packed_cache=Path(sys.argv[2]))
+    load = LoadConfig(packed_cache=Path(sys.argv[2]), packed_cache_access=sys.argv[5])
     found = make_runner(Path(sys.argv[1]), load=load).logits([5, 900, 17, 17, 4000, 8191])
     assert np.array_equal(found, expected)
 """
 
 
-def test_three_processes_start_at_once(model: Path, tmp_path: Path) -> None:
+def test_three_processes_start_at_once(model: Path, tmp_path: Path, access: str) -> None:
     cache, expected = tmp_path / "cache", tmp_path / "expected.npy"
     np.save(expected, logits(model, None))
     tests = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-c", STARTS, *map(str, (model, cache, expected)), tests]
+    command = [sys.executable, "-c", STARTS, *map(str, (model, cache, expected)), tests, access]
     running = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(3)]
     for process in running:
         _, stderr = process.communicate(timeout=500)
@@ -373,7 +421,9 @@ def test_three_processes_start_at_once(model: Path, tmp_path: Path) -> None:
 # -- the option ------------------------------------------------------------------------------------
 
 
-def test_flag_and_variable(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_and_variable(
+    model: Path, tmp_path: Path, access: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def wanted(**arguments: Any) -> Path | None:
         return EngineArgs(model=str(model), **arguments).create_runtime_config().load.packed_cache
 
@@ -382,6 +432,12 @@ def test_flag_and_variable(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("FD_LITE_PACKED_CACHE", str(tmp_path))
     assert wanted() == tmp_path
     assert wanted(packed_cache="~/there") == Path.home() / "there"
+    config = EngineArgs(model=str(model), packed_cache_access=access).create_runtime_config()
+    assert config.load.packed_cache_access == access
+    with pytest.raises(ConfigError, match="packed_cache_access must be one of copy, map, got 'x'"):
+        EngineArgs(model=str(model), packed_cache_access="x")
+    with pytest.raises(ConfigError, match="packed_cache_access must be copy or map"):
+        LoadConfig(packed_cache_access="x")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("more", [{}, {"load_choices": "dummy"}])
@@ -402,12 +458,13 @@ def test_where_it_has_no_effect_that_is_said(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_llm(model: Path, tmp_path: Path, ranks: int) -> None:
+def test_llm(model: Path, tmp_path: Path, ranks: int, access: str) -> None:
     """Ranks are processes; each has a file of its own."""
     cache = tmp_path / "cache"
 
     def tokens(**more: Any) -> list[int]:
-        llm = LLM(str(model), max_model_len=128, tensor_parallel_size=ranks, **more)
+        parallel = {"tensor_parallel_size": ranks, "packed_cache_access": access}
+        llm = LLM(str(model), max_model_len=128, **parallel, **more)
         try:
             params = SamplingParams(temperature=0, max_tokens=8)
             (answer,) = llm.generate([{"prompt_token_ids": IDS}], params, use_tqdm=False)
