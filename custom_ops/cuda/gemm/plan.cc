@@ -32,12 +32,14 @@ bool plan_stream(const ExpertsShape& s, const CardFacts& card, ExpertsPlan& plan
   return plan.room_bytes - plan.row_bytes >= kStreamWarps * s.chunk_bytes;
 }
 
-/// Whether it is also the fastest: with more tokens than a product has columns, a block may have to
-/// hold two full groups of rows beside two slots of a ring for every warp.
+/// Whether it is also the fastest. With more tokens than a product has columns, a block may have to
+/// hold two full groups of rows beside two slots of a ring for every warp; 2-bit weights, which are
+/// bound by instructions, bear shorter rings.
 bool streams_best(const ExpertsShape& s, const ExpertsPlan& plan) {
   if (s.tokens <= kStreamGroup) return true;
   return s.tokens <= kStreamTokens &&
-         plan.room_bytes >= 2 * plan.row_bytes + 2 * kStreamWarps * s.chunk_bytes;
+         (s.chunk_bytes < kStreamCopyBytes ||
+          plan.room_bytes >= 2 * plan.row_bytes + 2 * kStreamWarps * s.chunk_bytes);
 }
 
 /// Most rows of a tile of Hopper's, by the rows that experts have on average. Where they have less

@@ -28,13 +28,14 @@ def test_few_tokens_take_one_launch_and_many_take_tiles(shape: dict[str, int]) -
     assert paths == {1: STREAM, 4: STREAM, 8: STREAM, 64: TILES, 4096: TILES}
 
 
-@pytest.mark.parametrize("chunk_bytes", [2112, 4096])
-def test_more_tokens_than_a_product_has_columns_stream_where_rows_fit(chunk_bytes: int) -> None:
-    small, large = {**SMALL, "chunk_bytes": chunk_bytes}, {**LARGE, "chunk_bytes": chunk_bytes}
-    assert plan(16, HOPPER, **small)["path"] == STREAM
-    assert plan(17, HOPPER, **small)["path"] == TILES
-    assert plan(8, HOPPER, **large)["path"] == STREAM
-    assert plan(9, HOPPER, **large)["path"] == TILES  # 16 rows of 16 KB leave no room for rings
+@pytest.mark.parametrize(
+    ("shape", "chunk_bytes", "most"),
+    [(SMALL, 2112, 16), (SMALL, 4096, 16), (LARGE, 2112, 16), (LARGE, 4096, 8)],
+)
+def test_up_to_so_many_tokens_stream(shape: dict[str, int], chunk_bytes: int, most: int) -> None:
+    sizes = {**shape, "chunk_bytes": chunk_bytes}
+    assert plan(most, HOPPER, **sizes)["path"] == STREAM
+    assert plan(most + 1, HOPPER, **sizes)["path"] == TILES
 
 
 def test_cards_without_wgmma_sort_and_use_mma() -> None:
