@@ -158,9 +158,28 @@ FD_INLINE __m256i fields_at(__m256i codes) {
 }
 FD_INLINE Quads exact_fields(I16 codes) { return {fields_at<0>(codes.lo), fields_at<0>(codes.hi)}; }
 
+// Byte `quad` of each column's four, as a 32-bit number: on as many kinds of ports as there are.
+FD_INLINE __m256i byte_of(__m256i bytes, int quad) {
+  if (quad == 0) return _mm256_and_si256(bytes, _mm256_set1_epi32(0xff));
+  if (quad == 3) return _mm256_srli_epi32(bytes, 24);
+  const char at = (char)quad, none = (char)0x80;
+  const __m128i order = _mm_setr_epi8(at, none, none, none, at + 4, none, none, none, at + 8, none,
+                                      none, none, at + 12, none, none, none);
+  return _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(order));
+}
+
 // Twice the integers, so that a code begins at a byte.
 struct IntegerDecoder {
   I16 multiplier, base;
+
+  // Of eight columns' bytes `quad` and `quad + 1`: 16 bits each, the highest of them noise.
+  template <int kHalf>
+  __attribute__((always_inline)) __m256i two_codes(__m256i bytes, int quad) const {
+    const __m256i factor = kHalf ? multiplier.hi : multiplier.lo, zero = kHalf ? base.hi : base.lo;
+    const __m256i a = _mm256_add_epi32(_mm256_mullo_epi32(byte_of(bytes, quad), factor), zero);
+    const __m256i b = _mm256_add_epi32(_mm256_mullo_epi32(byte_of(bytes, quad + 1), factor), zero);
+    return _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa);
+  }
 
   explicit IntegerDecoder(const CcqCodes& codes)
       : multiplier(shift_left(load_ints(codes.integer.multiplier), 1)),
@@ -210,6 +229,21 @@ struct IntegerDecoder {
 
 struct ExactDecoder {
   F16 scale, offset;
+
+#if defined(FD_LANES_X86) && !defined(FD_LANES_512)
+  template <int kHalf>
+  __attribute__((always_inline)) __m256i two_codes(__m256i bytes, int quad) const {
+    const __m256i b = code<kHalf>(bytes, quad + 1);
+    return _mm256_blend_epi16(code<kHalf>(bytes, quad), _mm256_slli_epi32(b, 16), 0xaa);
+  }
+  template <int kHalf>
+  __attribute__((always_inline)) __m256i code(__m256i bytes, int quad) const {
+    const __m256 value =
+        _mm256_fmadd_ps(_mm256_cvtepi32_ps(byte_of(bytes, quad)), kHalf ? scale.hi : scale.lo,
+                        kHalf ? offset.hi : offset.lo);
+    return _mm256_cvttps_epi32(_mm256_floor_ps(value));
+  }
+#endif
 
   explicit ExactDecoder(const CcqCodes& codes)
       : scale(load(codes.exact.scale)), offset(load(codes.exact.offset)) {}

@@ -111,6 +111,19 @@ def test_a_deep_weight_is_walked_in_stretches(kind: str, k: int, tokens: int) ->
         assert (found[:, 64:] == 7).all(), name
 
 
+@pytest.mark.parametrize("k", [128, 3968, 4096, 4224, 8320])
+def test_one_row_of_2_bits_has_the_same_bits_everywhere(k: int) -> None:
+    """Also in stretches of 64 groups; the largest sums, and rows that are no numbers."""
+    weight, _ = make("ccq", k, 56)
+    x = activations(6, k)
+    x[1] = np.float32(2.0 - 2.0**-20)
+    x[2] = -x[1]
+    x[3, 0] = np.nan
+    x[4, k - 1] = np.inf
+    for row in x:
+        assert_same_everywhere(lambda row=row: multiply(row[None], weight))
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4", "ccq"])
 @pytest.mark.parametrize("tokens", [5, 15, 16, 17, 31, 33, 47, 48, 255])
 def test_blocks_of_rows_have_the_same_bits_everywhere(kind: str, tokens: int) -> None:
