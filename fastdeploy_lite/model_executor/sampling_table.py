@@ -69,6 +69,7 @@ class SamplingTable:
             },
             place,
         )
+        self._views: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._edit_buffer = self._new_edit_buffer(64)
         self._occurrences: Any | None = None
         self._guided: PackedBuffer | None = None
@@ -195,9 +196,7 @@ class SamplingTable:
         count = len(slices)
         bitmask, bitmask_rows = self._upload_bitmasks(slices)
         self._inputs.upload()
-        named = {name: tensor[:count] for name, tensor in self._inputs.device.items()}
-        named["edit_offsets"] = self._inputs.device["edit_offsets"][: count + 1]
-        draw = {name: named.pop(name) for name in ops.SAMPLE_ROWS}
+        named, draw = self._views_of(count)
         return SamplingTensors(
             **named,
             draw=draw,
@@ -207,6 +206,19 @@ class SamplingTable:
             bitmask=bitmask,
             bitmask_rows=bitmask_rows,
         )
+
+    def _views_of(self, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The first `count` rows of the inputs, and those of them that `ops.sample` takes.
+
+        They are kept: to slice a tensor takes 4 to 8 us, and a step needs all of them.
+        """
+        found = self._views.get(count)
+        if found is None:
+            named = {name: tensor[:count] for name, tensor in self._inputs.device.items()}
+            named["edit_offsets"] = self._inputs.device["edit_offsets"][: count + 1]
+            draw = {name: named.pop(name) for name in ops.SAMPLE_ROWS}
+            found = self._views[count] = named, draw
+        return found
 
     def _upload_bitmasks(self, slices: Sequence[SequenceSlice]) -> tuple[Any | None, Any | None]:
         masks = [part.bitmask for part in slices if part.bitmask is not None]

@@ -106,6 +106,7 @@ def _row_of(part: SequenceSlice, row: int) -> SequenceSlice:
         draft_bitmasks=masks,
         num_banned_now=part.num_banned_now,
         num_drafts=part.num_drafts,
+        known_candidates=part.known_candidates,
     )
 
 

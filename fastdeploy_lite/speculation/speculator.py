@@ -23,8 +23,9 @@ LEAST_CHANCE = 0.05
 SHARE, RESERVE = 0.015, 4.0
 # A look costs about twice its own time: the engine's part in it, cold caches, garbage.
 LOOK_COST = 2.0
-# A check is charged at most so many plain steps: it may have been interrupted.
-MOST_CHARGED = 4.0
+# A check is charged at most so many plain steps, and what is usual for its size where it took this
+# much more: it was interrupted.
+MOST_CHARGED, INTERRUPTED = 4.0, 3.0
 # Costs of steps with guesses are measured anew after `StepCosts.stale_after` steps without any, and
 # after each time in vain the wait is twice as long.
 MOST_STALE_AFTER = 16_384
@@ -273,6 +274,9 @@ class Speculator:
         plain = self._plain_seconds(count)
         if plain is None:
             return
+        known = self._checking_seconds(count + checked) if checked else None
+        if known is not None and seconds > INTERRUPTED * known:
+            seconds = known  # a graph was captured again, or something came between
         saved = emitted / count * plain - seconds
         is_first = checked > 0 and not self._checking.knew(count + checked)
         self._purse.add(max(saved, 0.0 if is_first else -MOST_CHARGED * plain))

@@ -254,6 +254,9 @@ class ModelRunner:
             blocks = int(self._cache_budget() // self.kv_bytes_per_block)
             if self.place.is_cpu_place():
                 blocks = min(blocks, kv_budget.most_useful_blocks(self.config))
+        elif self._most_spread and not self.place.is_cpu_place():
+            # A buffer that grows with the first steps that check guesses undoes all graphs.
+            self._run_largest_step()
         return kv_budget.check_blocks(blocks, self.config)
 
     def _cache_budget(self) -> float:
