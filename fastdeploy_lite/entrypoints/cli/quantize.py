@@ -165,9 +165,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _card(args: argparse.Namespace) -> card.Card | None:
-    """Where codes are searched, with a line that says so."""
+    """Where codes are searched, with a line that says so; rounding searches none."""
+    if args.scheme in ("wint4", "wint8") and args.calibration is None:
+        return None
     found, reason = card.find(args.device)
-    if not args.quiet and args.scheme in ("w4w2", "2bits"):
+    if not args.quiet:
         print(f"2-bit codes are searched on {'an NVIDIA card' if found else 'the CPU'}: {reason}")
     return found
 
