@@ -61,7 +61,9 @@ def own_scratch(place: Any) -> Callable[[], AbstractContextManager[None]]:
 
 def branch(rows: int) -> runtime.Branch | None:
     """See ops.branch."""
-    return runtime.Branch() if rows <= runtime.BRANCH_ROWS else None
+    if rows > runtime.BRANCH_ROWS or not runtime.records_branches():
+        return None
+    return runtime.Branch()
 
 
 def announce_step(rows: int) -> None:

@@ -143,6 +143,15 @@ def _scratch() -> Scratch:
     return _thread.scratches[-1]
 
 
+def records_branches() -> bool:
+    """Whether a step is being recorded; if not, take the memory that its branches will need, which
+    cannot be had then. Kernels launched one by one gain nothing from a branch."""
+    if _thread.recorders:
+        return True
+    _scratch().beside()[1].memory()
+    return False
+
+
 class Branch:
     """See ops.branch. What it queues has scratch memory of its own."""
 

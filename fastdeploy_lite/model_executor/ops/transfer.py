@@ -177,7 +177,8 @@ def branch(x: Any) -> Branch:
     """Return a branch for work that a card may do beside what is queued outside of it until `join`.
 
     It begins behind what is queued so far. Ops inside and outside may not share buffers that one of
-    them writes. On the CPU, and for so many rows that they fill a card, the work is done in order.
+    them writes. On the CPU, outside of graphs, and for so many rows that they fill a card, the work
+    is done in order.
 
     Args:
         x: what the branch works on, [T, H].
