@@ -246,9 +246,17 @@ Status device_memory_deallocate(Device device, void* pointer, size_t) {
   return memory_of(device->id).release(device->id, pointer);
 }
 
+/// Waits for what a call without a stream has begun. CUDA lets it return before the bytes are
+/// there (a fill, a copy from pageable memory or inside the card), and its default stream is one
+/// that the streams made here do not wait for.
+Status finish(cudaError_t begun, const char* what) {
+  const Status status = report(begun, what);
+  return status == kSuccess ? report(cudaStreamSynchronize(cudaStreamLegacy), what) : status;
+}
+
 Status device_memory_set(Device device, void* pointer, unsigned char value, size_t size) {
   const DeviceGuard guard(device);
-  return report(cudaMemset(pointer, value, size), "memset");
+  return finish(cudaMemset(pointer, value, size), "memset");
 }
 
 Status host_memory_allocate(Device device, void** pointer, size_t size) {
@@ -261,12 +269,12 @@ Status host_memory_deallocate(Device device, void* pointer, size_t) {
   return report(cudaFreeHost(pointer), "free pinned memory");
 }
 
-/// The blocking copies run after all work of the card, as Paddle's own backends do: the caller
-/// names no stream.
+/// The blocking copies run after all work of the card and before what comes, as Paddle's own
+/// backends do: the caller names no stream.
 Status copy(Device device, void* to, const void* from, size_t size, cudaMemcpyKind kind) {
   const DeviceGuard guard(device);
   const Status status = report(cudaDeviceSynchronize(), "copy: wait");
-  return status == kSuccess ? report(cudaMemcpy(to, from, size, kind), "copy") : status;
+  return status == kSuccess ? finish(cudaMemcpy(to, from, size, kind), "copy") : status;
 }
 
 Status memory_copy_h2d(Device device, void* to, const void* from, size_t size) {
@@ -280,7 +288,8 @@ Status memory_copy_d2d(Device device, void* to, const void* from, size_t size) {
 }
 Status memory_copy_p2p(Device to_device, Device from_device, void* to, const void* from,
                        size_t size) {
-  return report(cudaMemcpyPeer(to, to_device->id, from, from_device->id, size), "peer copy");
+  const DeviceGuard guard(to_device);
+  return finish(cudaMemcpyPeer(to, to_device->id, from, from_device->id, size), "peer copy");
 }
 
 Status copy_async(Device device, Stream stream, void* to, const void* from, size_t size,

@@ -1,9 +1,14 @@
-// What the plug-in asks of the CUDA run-time, for a card that is a piece of main memory: every call
-// does its work before it returns. With it Paddle has the place `nvidia:0` on any machine.
+// What the plug-in asks of the CUDA run-time, for a card that is a piece of main memory. Calls on a
+// stream do their work before they return; those without one as late as CUDA allows, so that who
+// does not wait for them finds old bytes. With it Paddle has the place `nvidia:0` on any machine.
 #include <cuda_runtime.h>
 
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <mutex>
+#include <utility>
+#include <vector>
 
 namespace {
 
@@ -30,6 +35,26 @@ cudaError_t move(void* to, const void* from, size_t bytes) {
   return cudaSuccess;
 }
 
+/// Work of the default stream.
+class Late {
+ public:
+  cudaError_t put(std::function<void()> work) {
+    const std::lock_guard<std::mutex> lock(guard_);
+    work_.push_back(std::move(work));
+    return cudaSuccess;
+  }
+  cudaError_t finish() {
+    const std::lock_guard<std::mutex> lock(guard_);
+    for (const std::function<void()>& work : work_) work();
+    work_.clear();
+    return cudaSuccess;
+  }
+
+ private:
+  std::mutex guard_;
+  std::vector<std::function<void()>> work_;
+} late;
+
 }  // namespace
 
 extern "C" {
@@ -39,14 +64,16 @@ cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return set(value, 9); }
 cudaError_t cudaDriverGetVersion(int* version) { return set(version, CUDART_VERSION); }
 cudaError_t cudaRuntimeGetVersion(int* version) { return set(version, CUDART_VERSION); }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return late.finish(); }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "an error of the card in memory"; }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return make(stream); }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return destroy(stream); }
 cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return stream == cudaStreamLegacy ? late.finish() : cudaSuccess;
+}
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = cudaStreamCaptureStatusNone;
@@ -84,18 +111,22 @@ cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) {
 cudaError_t cudaFreeHost(void* pointer) { return destroy(pointer); }
 
 cudaError_t cudaMemset(void* to, int value, size_t bytes) {
-  std::memset(to, value, bytes);
-  return cudaSuccess;
+  return late.put([=] { std::memset(to, value, bytes); });
 }
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  return move(to, from, bytes);
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  if (kind == cudaMemcpyDeviceToHost) return late.finish(), move(to, from, bytes);
+  if (kind == cudaMemcpyDeviceToDevice) return late.put([=] { std::memmove(to, from, bytes); });
+  const auto* first = static_cast<const unsigned char*>(from);
+  std::vector<unsigned char> staged(first, first + bytes);
+  return late.put(
+      [to, staged = std::move(staged)] { std::memcpy(to, staged.data(), staged.size()); });
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t) {
   return move(to, from, bytes);
 }
 cudaError_t cudaMemcpyPeer(void* to, int, const void* from, int, size_t bytes) {
-  return move(to, from, bytes);
+  return late.put([=] { std::memmove(to, from, bytes); });
 }
 cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t bytes, cudaStream_t) {
   return move(to, from, bytes);
