@@ -26,7 +26,7 @@ def pretend(
     monkeypatch.delenv("FD_LITE_DEVICE", raising=False)
     monkeypatch.setattr(device, "_count_cards", lambda: cards)
     monkeypatch.setattr(device, "_paddle_cuda", lambda: "12.6" if cuda_paddle else None)
-    monkeypatch.setattr(device, "_has_cuda_module", lambda: module)
+    monkeypatch.setattr(device, "has_cuda_module", lambda: module)
     folder = Path("/plugin") if plugin else None
     monkeypatch.setattr(paddle_device, "plugin_folder", lambda: folder)
 
