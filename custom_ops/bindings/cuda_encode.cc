@@ -11,21 +11,17 @@
 
 #include "../cuda/encode/encode.h"
 #include "../cuda/encode/terms.cuh"
+#include "cuda_bindings.h"
 
 namespace py = pybind11;
 
 namespace {
 
 namespace fc = fd::cuda;
-using no_gil = py::call_guard<py::gil_scoped_release>;
-using Address = uintptr_t;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-cudaStream_t stream_of(Address stream) { return at<CUstream_st>(stream); }
+using fc::Address;
+using fc::at;
+using fc::no_gil;
+using fc::stream_of;
 
 fc::EncodeInput encode_input(Address weight, bool is_float, Address row_of, int rows, int columns,
                              Address books, int codes, const std::vector<double>& factors) {

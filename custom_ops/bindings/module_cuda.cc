@@ -11,6 +11,7 @@
 #include "../cuda/ops.h"
 #include "../cuda/runtime.h"
 #include "../cuda/weight_tiles.cuh"
+#include "cuda_bindings.h"
 
 namespace py = pybind11;
 
@@ -19,15 +20,10 @@ void bind_encode(py::module_& m);  // cuda_encode.cc
 namespace {
 
 namespace fc = fd::cuda;
-using no_gil = py::call_guard<py::gil_scoped_release>;
-using Address = uintptr_t;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-cudaStream_t stream_of(Address stream) { return at<CUstream_st>(stream); }
+using fc::Address;
+using fc::at;
+using fc::no_gil;
+using fc::stream_of;
 
 fc::TiledWeight tiled_weight(Address tiles, Address local_scale, Address code_scale,
                              Address code_bias, Address column_scale, int in_features,

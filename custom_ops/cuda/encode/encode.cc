@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../common.cuh"
+#include "../pieces.h"
 #include "columns.cuh"
 
 namespace fd::cuda {
@@ -12,28 +13,10 @@ namespace {
 constexpr int kRows = 64;  // of a group
 constexpr int kBlocks = 16;
 constexpr int kWords = 256;
-constexpr int64_t kAlignment = 256;
-
-/// Hands out pieces of scratch; with none it counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <typename T>
-  T* take(int64_t count) {
-    const int64_t at = used_;
-    used_ += ceil_div<int64_t>(count * static_cast<int64_t>(sizeof(T)), kAlignment) * kAlignment;
-    return base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + at);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
 
 /// What both encoders need.
 struct Common {
-  Common(Arena& arena, int rows, int columns, int codes)
+  Common(Pieces& arena, int rows, int columns, int codes)
       : scaled(arena.take<float>(int64_t{columns} * rows)),
         error(arena.take<float>(int64_t{columns} * rows)),
         packed(arena.take<uint8_t>(int64_t{columns} * rows / 4)),
@@ -50,7 +33,7 @@ struct Common {
 };
 
 struct Plain : Common {
-  Plain(Arena& arena, int rows, int columns, int codes)
+  Plain(Pieces& arena, int rows, int columns, int codes)
       : Common(arena, rows, columns, codes),
         metric(arena.take<float>(16)),
         half(arena.take<float>(int64_t{codes} * kWords)) {}
@@ -58,7 +41,7 @@ struct Plain : Common {
 };
 
 struct Moments : Common {
-  Moments(Arena& arena, int rows, int columns, int codes, int candidates)
+  Moments(Pieces& arena, int rows, int columns, int codes, int candidates)
       : Common(arena, rows, columns, codes),
         half(arena.take<float>(int64_t{codes} * rows / 4 * kWords)),
         descent_half(arena.take<float>(int64_t{codes} * rows / 4 * kWords)),
@@ -190,14 +173,14 @@ struct Passes {
 }  // namespace
 
 int64_t encode_plain_bytes(int rows, int columns, int codes) {
-  Arena arena(nullptr);
+  Pieces arena(nullptr);
   const Plain counted(arena, rows, columns, codes);
   return arena.used();
 }
 
 void encode_plain(const EncodeInput& input, int refinements, const EncodeResult& result,
                   void* scratch, cudaStream_t stream) {
-  Arena arena(scratch);
+  Pieces arena(scratch);
   const Plain room(arena, input.rows, input.columns, input.codes);
   const int groups = input.rows / kRows;
   identity_metric(room.metric, stream);
@@ -229,14 +212,14 @@ void encode_plain(const EncodeInput& input, int refinements, const EncodeResult&
 }
 
 int64_t encode_hessian_bytes(int rows, int columns, int codes) {
-  Arena arena(nullptr);
+  Pieces arena(nullptr);
   const Moments counted(arena, rows, columns, codes, codes);
   return arena.used();
 }
 
 void encode_hessian(const EncodeInput& input, const HessianTerms& terms, int candidates,
                     int descents, const EncodeResult& result, void* scratch, cudaStream_t stream) {
-  Arena arena(scratch);
+  Pieces arena(scratch);
   const int rows = input.rows, columns = input.columns, groups = rows / kRows;
   const Moments room(arena, rows, columns, input.codes, input.codes);
   half_squares(input.books, input.codes, terms.elimination_metric, rows / 4, room.half, stream);

@@ -6,32 +6,12 @@
 #include <stdexcept>
 
 #include "../ops.h"
+#include "../pieces.h"
 #include "jobs.cuh"
 #include "stream.h"
 
 namespace fd::cuda {
 namespace {
-
-constexpr int64_t kAlign = 256;
-
-/// Cuts memory into aligned pieces; with a null start it only counts.
-class Pieces {
- public:
-  explicit Pieces(void* memory) : memory_(static_cast<uint8_t*>(memory)) {}
-
-  template <typename T>
-  T* take(int64_t count) {
-    uint8_t* const at = memory_ == nullptr ? nullptr : memory_ + used_;
-    used_ += ceil_div<int64_t>(count * sizeof(T), kAlign) * kAlign;
-    return reinterpret_cast<T*>(at);
-  }
-
-  int64_t used() const { return used_; }
-
- private:
-  uint8_t* memory_;
-  int64_t used_ = 0;
-};
 
 int padded(int k) { return ceil_div(k, kChunkK) * kChunkK; }
 

@@ -297,10 +297,6 @@ struct Stream {
     }
   }
 
-  __device__ static void prefetch(const void* p) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-  }
-
   __device__ void clear() {
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[i] = 0.0f;

@@ -91,7 +91,6 @@ template <Coding kCoding>
 __device__ __forceinline__ void prefetch_columns(const ExpertWeight& w, int expert, int block) {
   const int64_t column =
       (int64_t{expert} * w.blocks() + min(block, w.blocks() - 1)) * kBlockColumns;
-  auto prefetch = [](const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); };
   if constexpr (kCoding == Coding::kCcq) {
     prefetch(w.codes + column);
     prefetch(w.codes + column + kBlockColumns / 2);

@@ -32,8 +32,8 @@ class CudaExperts:
         native: sizes and addresses; made anew when the weight is finished.
         in_features, out_features, num_experts: as in PackedWeight.
         coding: value of the kernels' enum Coding.
-        unproven: CCQ columns for which the fast decoder has no constants; any makes the kernels
-            take the exact decoder.
+        unproven: CCQ columns for which the fast decoder has no constants: kernels decode them, and
+            those that they decode together with them, as the format's reference does.
         filled: the experts filled so far.
     """
 
