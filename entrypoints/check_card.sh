@@ -5,18 +5,20 @@
 #
 # build      the CUDA module for the card in hand
 # tests      all of tests/gpu
+# bits       the same bits in any company, FD_LITE_CHECK_REPEATS times (default 10) in each of four processes at once
 # kernels    experts of 21B and 300B against the ceilings of the run
 # model      whole steps with dummy weights: 21B, and 300B where it fits
 # perplexity of the demo model, card and CPU
 # speculation  tokens a second with and without drafts, answers compared
 # hybrid     experts in main memory: 21B with 4 GiB of the card, 300B with 24 where the host has 100 GB
 # ranks      two cards: sums, failures, demo answers, 21B and half of 300B on one card and on two, 300B on two
+# quantize   a dense and a MoE layer of 21B, without and under a calibration text: wall time
 # storm      many clients at once, answers compared with lone runs
 # memcheck, racecheck, initcheck  NVIDIA's compute-sanitizer over the tests of the ops
 #
 # A stage that fails does not stop the others; the exit status says whether one did.
 set -uo pipefail
-[ $# -ge 1 ] || { sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -41,6 +43,13 @@ bench_ranks() {  # shape, layers: one card against two
   done
 }
 
+timed_quantize() {  # model, output, more options
+  local model=$1 output=$2 started=$SECONDS
+  shift 2
+  cli quantize --model "$model" --output "$output" --scheme 2bits --device nvidia "$@" &&
+    echo "quantize ${*:-without a text}: $((SECONDS - started)) s" && du -sh "$output"
+}
+
 sanitize() {  # with which tool
   # shellcheck disable=SC2086 - a list of files
   compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all \
@@ -60,6 +69,26 @@ stage() {
   case $1 in
     build) python setup.py -q build_ext --inplace ;;
     tests) python -m pytest -q -p no:cacheprovider tests/gpu ;;
+    bits)
+      local each processes=() bad=0
+      for each in 1 2 3 4; do
+        FD_LITE_CHECK_REPEATS=${FD_LITE_CHECK_REPEATS:-10} python -m pytest -q -p no:cacheprovider \
+          tests/gpu/test_cuda_invariance.py -k TestOnTheCard >"$out/bits_$each.log" 2>&1 &
+        processes+=($!)
+      done
+      for each in "${processes[@]}"; do wait "$each" || bad=1; done
+      tail -n 8 "$out"/bits_?.log
+      return $bad ;;
+    quantize)
+      local bf16 work
+      work=$(mktemp -d) && bf16=$work/bf16 || return 1
+      gunzip -c fastdeploy_lite/assets/calibration.jsonl.gz >"$work/text.jsonl" &&
+        cli random-model --output "$bf16" --shape 21b --layers 2 &&
+        timed_quantize "$bf16" "$work/free" &&
+        timed_quantize "$bf16" "$work/calibrated" --calibration "$work/text.jsonl"
+      local status=$?
+      rm -rf "$work"
+      return $status ;;
     kernels)
       cli bench kernels --shape 21b --json "$out/kernels_21b.json" &&
         cli bench kernels --shape 300b --json "$out/kernels_300b.json" ;;
@@ -102,7 +131,7 @@ stage() {
 }
 
 failed=0
-[ $# -gt 0 ] || set -- build tests kernels model hybrid ranks perplexity speculation storm memcheck racecheck
+[ $# -gt 0 ] || set -- build tests bits kernels model hybrid ranks perplexity speculation quantize storm memcheck racecheck
 for name in "$@"; do
   started=$SECONDS
   stage "$name" >"$out/$name.log" 2>&1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +23,14 @@ def card() -> None:
     if not decided.is_cuda:
         pytest.skip(f"no card to test on: {decided.reason}")
     device.activate(0)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every test FD_LITE_CHECK_REPEATS times: a race on the card shows now and then only."""
+    repeats = int(os.getenv("FD_LITE_CHECK_REPEATS", "1"))
+    if repeats > 1:
+        metafunc.fixturenames.append("repetition")
+        metafunc.parametrize("repetition", range(repeats))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
