@@ -81,8 +81,22 @@ class Page:
     def one(self, css: str) -> Any:
         return self.wait(lambda: self.all(css))[-1]
 
+    def nth(self, css: str, index: int) -> Any:
+        """The element at `index`, once there are so many."""
+        return self.wait(lambda: self.all(css)[index : index + 1])[0]
+
     def texts(self, css: str) -> list[str]:
-        return [str(e.get_property("textContent")) for e in self.all(css)]
+        """Their texts at one moment."""
+        script = "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)"
+        return list(self.driver.execute_script(script, css))
+
+    def shows(self, css: str, expected: list[str]) -> None:
+        """Wait until the elements' texts are these."""
+        self.wait(lambda: self.texts(css) == expected)
+
+    def says(self, css: str, part: str) -> None:
+        """Wait until the text of the last of the elements has that part."""
+        self.wait(lambda: part in self.texts(css)[-1])
 
     def wait(self, condition: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + PATIENCE
@@ -126,6 +140,19 @@ class Page:
         severe = (e for e in self.driver.get_log("browser") if e["level"] == "SEVERE")
         return [e["message"] for e in severe]
 
+    def noted(self, status: int, times: int = 1) -> None:
+        """Wait until the browser has noted so many refusals with that status, and nothing else."""
+        found: list[str] = []
+        self.wait(lambda: found.extend(self.problems()) or len(found) >= times)
+        assert all(f"status of {status} " in message for message in found), found
+        assert len(found) == times, found
+
+    def facts(self) -> dict[str, str]:
+        """The server's figures at one moment."""
+        script = """return Object.fromEntries([...document.querySelectorAll('.facts dt')].map(
+            (term) => [term.textContent, term.nextElementSibling.textContent]))"""
+        return dict(self.driver.execute_script(script))
+
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
@@ -166,20 +193,19 @@ def test_markdown_code_and_maths_are_streamed(page: Page, script: ScriptedServer
     script.answers = [[*in_pieces(text), 0.2, "The end.\n"]]
     page.ask("Hello")
     page.finished()
-    assert page.texts(".md h1") == ["Title"]
-    assert page.texts(".md strong") == ["bold"]
-    assert len(page.all(".md .katex")) == 3
-    assert len(page.all(".md .katex-display")) == 1
-    assert "$5 or $6." in page.one(".md").text
-    assert page.texts(".code pre") == ["def f(): return 1\n"]
-    assert page.texts(".hljs-keyword") == ["def", "return"]
-    assert page.one(".md td[align=right]").text == "2"
+    page.shows(".md h1", ["Title"])
+    page.shows(".md strong", ["bold"])
+    page.wait(lambda: len(page.all(".md .katex")) == 3)
+    page.wait(lambda: len(page.all(".md .katex-display")) == 1)
+    page.says(".md", "$5 or $6.")
+    page.shows(".code pre", ["def f(): return 1\n"])
+    page.shows(".hljs-keyword", ["def", "return"])
+    page.shows(".md td[align=right]", ["2"])
     assert page.one(".md ol").get_attribute("start") == "3"
-    stats = page.one(".stats").text
-    assert "tokens/s" in stats
-    assert "128 of 200 prompt tokens from cache" in stats
-    assert f"{len(in_pieces(text)) + 1} tokens" in stats
-    assert f"{200 + len(in_pieces(text)) + 1} / 1,000" in page.one(".context").text
+    page.says(".stats", "tokens/s")
+    page.says(".stats", "128 of 200 prompt tokens from cache")
+    page.says(".stats", f"{len(in_pieces(text)) + 1} tokens")
+    page.says(".context", f"{200 + len(in_pieces(text)) + 1} / 1,000")
     assert page.one(".md").get_property("childElementCount") == 6
     sent = script.requests[0]
     assert sent["messages"] == [{"role": "user", "content": "Hello"}]
@@ -244,21 +270,21 @@ def test_titles_and_names_from_a_model_are_only_text(page: Page, script: Scripte
     page.finished()
     page.ask("again")
     page.finished(2)
-    assert attack in page.texts(".sidebar .open")[0]
-    assert attack in page.texts(".failure")[0]
+    page.says(".sidebar .open", attack)
+    page.says(".failure", attack)
     assert page.driver.execute_script("return window.pwned ?? null") is None
     assert page.all("img") == []
-    page.problems()  # the browser notes the 400
+    page.noted(400)
 
 
 def test_stop_ends_the_answer_and_frees_the_server(page: Page, script: ScriptedServer) -> None:
     script.answers = [["one ", *[0.05, "more "] * 2000], ["second"]]
     page.ask("Go on for ever")
-    page.wait(lambda: "more" in page.one(".answer").text)
+    page.says(".answer", "more")
     page.keys(Keys.ESCAPE)
     page.finished()
     page.wait(lambda: script.left == 1)
-    assert "Stopped" in page.one(".answer footer").text
+    page.says(".answer footer", "Stopped")
     page.ask("And now?")
     page.finished(2)
     roles = [m["role"] for m in script.requests[1]["messages"]]
@@ -271,12 +297,12 @@ def test_regenerate_and_edit_replace_what_came_after(page: Page, script: Scripte
     page.finished()
     page.ask("Follow-up")
     page.finished(2)
-    page.click(page.all('.answer [aria-label="Regenerate"]')[0])
-    page.wait(lambda: page.texts(".answer > .md") == ["third\n"])
+    page.click(page.nth('.answer [aria-label="Regenerate"]', 0))
+    page.shows(".answer > .md", ["third\n"])
     assert script.requests[2]["messages"] == [{"role": "user", "content": "Question"}]
     page.click(page.named(".question button", "Edit"))
     page.one(".edit").send_keys(" two", Keys.ENTER)
-    page.wait(lambda: page.texts(".answer > .md") == ["fourth\n"])
+    page.shows(".answer > .md", ["fourth\n"])
     assert script.requests[3]["messages"] == [{"role": "user", "content": "Question two"}]
 
 
@@ -286,18 +312,18 @@ def test_conversations_outlive_the_page(page: Page, script: ScriptedServer) -> N
     page.finished()
     page.click(page.one(".sidebar .new:not(.foot)"))
     page.ask("Second")
-    page.wait(lambda: "half" in page.one(".answer").text)
+    page.says(".answer", "half")
     time.sleep(1.0)
     page.load(script.url)
-    page.wait(lambda: page.texts(".sidebar .open") == ["Second", "First"])
+    page.shows(".sidebar .open", ["Second", "First"])
     page.wait(lambda: script.left == 1)
-    page.click(page.all(".sidebar .open")[0])
-    assert "Interrupted" in page.one(".answer footer").text
-    assert "half" in page.one(".answer .md").text
-    page.click(page.all(".sidebar .open")[1])
-    page.wait(lambda: page.texts(".answer strong") == ["answer"])
+    page.click(page.nth(".sidebar .open", 0))
+    page.says(".answer footer", "Interrupted")
+    page.says(".answer .md", "half")
+    page.click(page.nth(".sidebar .open", 1))
+    page.shows(".answer strong", ["answer"])
     page.one(".search input").send_keys("KEPT")
-    page.wait(lambda: page.texts(".sidebar .open") == ["First"])
+    page.shows(".sidebar .open", ["First"])
 
 
 def test_thinking_is_folded_and_tools_are_shown(page: Page, script: ScriptedServer) -> None:
@@ -313,9 +339,9 @@ def test_thinking_is_folded_and_tools_are_shown(page: Page, script: ScriptedServ
     thinking = page.one(".thinking")
     assert thinking.get_attribute("open") is None
     assert "Thought for 0." in thinking.text
-    assert page.texts(".thinking .md") == ["Hm, weather.\n"]
-    assert "Calls get_weather" in page.one(".tool-head").text
-    assert '"city": "Berlin"' in page.one(".tool pre").text
+    page.shows(".thinking .md", ["Hm, weather.\n"])
+    page.says(".tool-head", "Calls get_weather")
+    page.says(".tool pre", '"city": "Berlin"')
     page.one(".tool textarea").send_keys('{"sun": true}')
     page.click(page.one(".tool form button"))
     page.finished(2)
@@ -333,7 +359,7 @@ def test_settings_reach_the_request_and_stay(page: Page, script: ScriptedServer)
     page.one("textarea[name=system]").send_keys("Be brief.")
     page.one("input[name=temperature]").send_keys("0.5")
     page.one("input[name=max_tokens]").send_keys("9")
-    page.click(page.all('[role=radiogroup][aria-label="Thinking"] button')[2])
+    page.click(page.nth('[role=radiogroup][aria-label="Thinking"] button', 2))
     page.keys(Keys.ESCAPE)
     page.wait(lambda: not page.all("dialog"))
     page.ask("Hi")
@@ -361,9 +387,9 @@ def test_a_key_is_asked_for_and_kept(driver: WebDriver, script: ScriptedServer) 
     script.answers = [["hello"]]
     page.ask("Hi")
     page.finished()
-    assert page.texts(".answer > .md") == ["hello\n"]
-    assert page.load(script.url).wait(lambda: page.one(".model").text == "scripted")
-    page.problems()  # the browser notes each 401
+    page.shows(".answer > .md", ["hello\n"])
+    page.load(script.url).shows(".model", ["scripted"])
+    page.noted(401, times=2)
 
 
 def test_failures_are_said_and_can_be_retried(driver: WebDriver, script: ScriptedServer) -> None:
@@ -374,12 +400,12 @@ def test_failures_are_said_and_can_be_retried(driver: WebDriver, script: Scripte
     page.finished()
     page.ask("Second")
     page.finished(2)
-    assert "The prompt is too long: 1200 tokens" in page.one(".failure").text
-    page.click(page.all(".failure button")[1])
+    page.says(".failure", "The prompt is too long: 1200 tokens")
+    page.click(page.nth(".failure button", 1))
     page.wait(lambda: "two\n" in page.texts(".answer > .md"))
     assert script.requests[2]["messages"] == [{"role": "user", "content": "Second"}]
-    assert "no longer sent" in page.one(".dropped").text
-    page.problems()  # the browser notes the 400
+    page.says(".dropped", "no longer sent")
+    page.noted(400)
 
 
 def test_keyboard(page: Page, script: ScriptedServer) -> None:
@@ -420,14 +446,14 @@ def test_both_languages_say_everything(page: Page) -> None:
     assert keys["en"] == keys["zh"]
     page.click(page.one(".sidebar .foot"))
     page.one('[role=radiogroup][aria-label="Language"] button:nth-of-type(3)')  # once it is there
-    page.click(page.all('[role=radiogroup][aria-label="Language"] button')[2])
-    page.wait(lambda: page.texts("dialog h2") == ["设置"])
-    page.click(page.all('[role=radiogroup][aria-label="外观"] button')[2])
+    page.click(page.nth('[role=radiogroup][aria-label="Language"] button', 2))
+    page.shows("dialog h2", ["设置"])
+    page.click(page.nth('[role=radiogroup][aria-label="外观"] button', 2))
     style = "return getComputedStyle(document.body).backgroundColor"
     dark = page.driver.execute_script(style)
     assert dark == "rgb(25, 25, 24)"
     page.driver.refresh()
-    page.wait(lambda: page.texts(".welcome h1") == ["想聊点什么？"])
+    page.shows(".welcome h1", ["想聊点什么？"])
     assert page.driver.execute_script(style) == dark
 
 
@@ -443,7 +469,7 @@ def test_a_narrow_screen_has_no_sideways_scrolling(tmp_path: Path, script: Scrip
     script.answers = [[wide]]
     with browser(tmp_path / "narrow", size=(360, 720), language="zh-CN") as driver:
         page = Page(driver).open(script.url)
-        assert page.texts(".welcome h1") == ["想聊点什么？"]
+        page.shows(".welcome h1", ["想聊点什么？"])
         page.ask("宽")
         page.finished()
         width = "return document.querySelector(arguments[0]).scrollWidth"
@@ -456,7 +482,7 @@ def test_a_narrow_screen_has_no_sideways_scrolling(tmp_path: Path, script: Scrip
 def test_the_server_tab_without_metrics_says_why(driver: WebDriver, script: ScriptedServer) -> None:
     script.metrics = None
     page = Page(driver).open(script.url)
-    page.click(page.all("[role=tab]")[1])
+    page.click(page.nth("[role=tab]", 1))
     page.wait(lambda: "--metrics-port" in page.body)
     page.problems()  # the browser notes each 404
 
@@ -467,7 +493,7 @@ def test_the_rate_of_tokens_is_steady_when_the_totals_come_in_jumps(
     """100 tokens a second, told every other second; and it starts without a spike."""
     script.metrics = metrics_text(5000)
     page = Page(driver).open(script.url)
-    page.click(page.all("[role=tab]")[1])
+    page.click(page.nth("[role=tab]", 1))
     started = time.monotonic()
     while time.monotonic() - started < 10:
         script.metrics = metrics_text(5000 + 200 * int((time.monotonic() - started) / 2))
@@ -486,20 +512,18 @@ def metrics_text(tokens: int) -> str:
 
 def test_the_demo_answers_and_its_server_is_shown(driver: WebDriver, server: ServerProcess) -> None:
     page = Page(driver).open(server.url)
-    page.click(page.all(".examples button")[1])
+    page.click(page.nth(".examples button", 1))
     page.finished()
-    assert "诗" in page.one(".answer > .md").text
-    assert "to first token" in page.one(".stats").text
+    page.says(".answer > .md", "诗")
+    page.says(".stats", "to first token")
     before = server.metric("fastdeploy:generation_tokens_total")
     page.ask("What is a gourd?")
     page.finished(2)
-    assert "prompt tokens from cache" in page.one(".stats").text
-    page.click(page.all("[role=tab]")[1])
-    page.wait(lambda: page.all(".facts"))
-    facts = dict(zip(page.texts(".facts dt"), page.texts(".facts dd"), strict=True))
-    assert facts["Model"] == "demo"
-    assert int(facts["Generated tokens"].replace(",", "")) > before
-    assert "256 blocks" in page.one(".legend").text
+    page.says(".stats", "prompt tokens from cache")
+    page.click(page.nth("[role=tab]", 1))
+    page.wait(lambda: page.facts()["Model"] == "demo")
+    page.wait(lambda: int(page.facts()["Generated tokens"].replace(",", "")) > before)
+    page.says(".legend", "256 blocks")
     assert page.problems() == []
 
 
@@ -507,6 +531,7 @@ def test_the_interface_is_described_without_a_network(
     driver: WebDriver, server: ServerProcess
 ) -> None:
     page = Page(driver)
+    driver.get("about:blank")  # the page before asks for metrics every second
     driver.get_log("browser")
     driver.get(f"{server.url}/docs")
     page.wait(lambda: "/v1/chat/completions" in page.body)
@@ -518,9 +543,9 @@ def test_the_page_with_a_key_and_behind_a_prefix(driver: WebDriver, tmp_path: Pa
     with running_server(tmp_path, flags) as server:
         page = Page(driver).open(f"{server.url}/llm/")
         page.one("input[name=ask-key]").send_keys("secret", Keys.ENTER)
-        page.wait(lambda: page.one(".model").text == "demo")
+        page.shows(".model", ["demo"])
         page.ask("What is a gourd?")
         page.finished()
-        assert page.one(".answer > .md").text
-        page.click(page.all("[role=tab]")[1])
+        page.wait(lambda: any(map(str.strip, page.texts(".answer > .md"))))
+        page.click(page.nth("[role=tab]", 1))
         page.wait(lambda: page.all(".facts"))
