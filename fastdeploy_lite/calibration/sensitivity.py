@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from fastdeploy_lite.calibration.encoder import read_dense
 from fastdeploy_lite.calibration.experts import add_outputs, group_by_expert
+from fastdeploy_lite.calibration.gradients import log_softmax
 from fastdeploy_lite.calibration.streams import ArrayF32, LayerRunner
 from fastdeploy_lite.calibration.trainable import TrainableModel
 from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.linears import model_linears
-from fastdeploy_lite.model_executor.backend import paddle
 from fastdeploy_lite.models.linear import Linear
 from fastdeploy_lite.quantization.ccq_codes import CODES
 from fastdeploy_lite.quantization.convert import quantize_matrix
@@ -139,9 +139,4 @@ def _divergences(checkpoint: Checkpoint, streams: ArrayF32, tokens: int) -> list
 
 
 def _log_softmax(model: TrainableModel, stream: ArrayF32) -> npt.NDArray[np.float64]:
-    with paddle.no_grad():
-        logits = model.logits(paddle.to_tensor(np.ascontiguousarray(stream))).numpy()
-    wide: npt.NDArray[np.float64] = logits.astype(np.float64)
-    wide -= wide.max(axis=1, keepdims=True)
-    wide -= np.log(np.exp(wide).sum(axis=1, keepdims=True))
-    return wide
+    return log_softmax(model.logits(np.ascontiguousarray(stream)).astype(np.float64))

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite import formats
+from fastdeploy_lite.calibration.gradients import RotaryAttention, ScaledProduct, host, tensor_of
 from fastdeploy_lite.checkpoint import Checkpoint, inventory
 from fastdeploy_lite.checkpoint.linears import model_linears
 from fastdeploy_lite.formats.ccq import to_true_order
@@ -37,7 +38,7 @@ HELD_BYTES = 2 << 30
 class _Layer:
     """Constants of a layer: matrices [K, N] by role and expert, norms, router."""
 
-    linears: dict[Key, Any]
+    linears: dict[Key, ArrayF32]
     norms: tuple[Any, Any]
     router: Any | None
     bias: ArrayF32 | None
@@ -62,10 +63,11 @@ class TrainableModel:
         table = cos_sin_table(
             self.config.max_position_embeddings, self.config.head_dim, self.config.rope_theta
         )
-        self._cos, self._sin = (paddle.to_tensor(half) for half in np.split(table, 2, axis=1))
+        cos, sin = np.split(table, 2, axis=1)
+        self._turns = cos + np.complex64(1j) * sin
         (final,) = self._norm_keys[-1]
         self._final_norm = self._vector(final)
-        self._head = self._read_head()
+        self.head = self._read_head()
         weights = sum(
             linear.in_features * linear.out_features
             for linears in self._linears.values()
@@ -82,14 +84,19 @@ class TrainableModel:
         """Rows of the embedding table, float32 [..., H]."""
         return paddle.to_tensor(_floats(inventory.read_embedding(self.checkpoint)[token_ids]))
 
-    def logits(self, stream: Any, learnt: bool = True) -> Any:
-        """Logits [..., V] of the residual stream [..., H] behind the last layer.
+    def enter_head(self, stream: Any, learnt: bool = True) -> Any:
+        """The residual stream [..., H] behind the last layer as `head` takes it.
 
         `learnt` False leaves the gain of the last norm out.
         """
         (final,) = self._norm_keys[-1]
-        x = self._norm(stream, self._final_norm, final if learnt else None)
-        return paddle.matmul(x, self._head)
+        return self._norm(stream, self._final_norm, final if learnt else None)
+
+    def logits(self, stream: ArrayF32) -> ArrayF32:
+        """Logits [T, V] of the residual stream [T, H] behind the last layer."""
+        with paddle.no_grad():
+            found: ArrayF32 = host(self.enter_head(tensor_of(stream))) @ self.head
+        return found
 
     def run(self, layer: int, stream: Any) -> Any:
         """The residual stream [B, T, H] behind decoder layer `layer`, given that before it."""
@@ -109,7 +116,7 @@ class TrainableModel:
 
     def _linear(self, constants: _Layer, layer: int, key: Key, x: Any) -> Any:
         gain = self.gains[self._linears[layer][key].module]
-        return paddle.matmul(x, constants.linears[key]) * (1 + gain)
+        return ScaledProduct.apply(x, gain, constants.linears[key])
 
     def _mlp(self, constants: _Layer, layer: int, expert: int | None, x: Any) -> Any:
         gate, up = self._linear(constants, layer, ("up_gate_proj", expert), x).chunk(2, -1)
@@ -118,32 +125,10 @@ class TrainableModel:
         )
 
     def _attention(self, constants: _Layer, layer: int, x: Any) -> Any:
-        config = self.config
-        batch, length, _ = x.shape
-        heads, shared, size = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        heads, shared = self.config.num_attention_heads, self.config.num_key_value_heads
         both = self._linear(constants, layer, ("qkv_proj", None), x)
-        parts = both.reshape([batch, length, heads + 2 * shared, size]).transpose([0, 2, 1, 3])
-        query, key = self._rotate(parts[:, :heads]), self._rotate(parts[:, heads : heads + shared])
-        value = parts[:, heads + shared :]
-        query = query.reshape([batch, shared, heads // shared * length, size])
-        scores = paddle.matmul(query, key, transpose_y=True) * size**-0.5
-        future = paddle.triu(paddle.full([length, length], -1e30), 1)
-        scores = scores.reshape([batch, shared, heads // shared, length, length]) + future
-        weights = paddle.nn.functional.softmax(scores, -1).reshape([batch, shared, -1, length])
-        found = paddle.matmul(weights, value).reshape([batch, heads, length, size])
-        found = found.transpose([0, 2, 1, 3]).reshape([batch, length, heads * size])
+        found = RotaryAttention.apply(both, heads, shared, self._turns[: x.shape[1]])
         return self._linear(constants, layer, ("o_proj", None), found)
-
-    def _rotate(self, x: Any) -> Any:
-        """Turn neighbouring pairs of x [B, heads, T, D] by their positions."""
-        length = x.shape[2]
-        cos, sin = self._cos[:length], self._sin[:length]
-        even, odd = x[..., 0::2], x[..., 1::2]
-        return paddle.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape)
 
     def _mixture(self, constants: _Layer, layer: int, x: Any) -> Any:
         """Weighted sum of the routed experts' outputs for x [T, H]; zeros without experts."""
@@ -170,8 +155,7 @@ class TrainableModel:
         if self._held is not None and layer in self._held:
             return self._held[layer]
         linears = {
-            key: paddle.to_tensor(decoded(self.checkpoint, linear))
-            for key, linear in self._linears[layer].items()
+            key: decoded(self.checkpoint, linear) for key, linear in self._linears[layer].items()
         }
         first, second = (self._vector(key) for key in self._norm_keys[layer])
         router: Any | None = None
@@ -189,14 +173,14 @@ class TrainableModel:
         values = inventory.read_vector(self.checkpoint, key, self.config.hidden_size)
         return paddle.to_tensor(values)
 
-    def _read_head(self) -> Any:
+    def _read_head(self) -> ArrayF32:
         """Head [H, V]."""
         own = inventory.read_lm_head(self.checkpoint)
         if own is None:
-            return paddle.to_tensor(_floats(inventory.read_embedding(self.checkpoint)).T.copy())
+            return np.ascontiguousarray(_floats(inventory.read_embedding(self.checkpoint)).T)
         array, transposed = own
         values = _floats(array)
-        return paddle.to_tensor(np.ascontiguousarray(values.T if transposed else values))
+        return np.ascontiguousarray(values.T if transposed else values)
 
 
 def norm_keys(checkpoint: Checkpoint) -> dict[int, list[str]]:

@@ -46,6 +46,11 @@ def run(model: TrainableModel, ids: np.ndarray) -> paddle.Tensor:
     return stream
 
 
+def logits(model: TrainableModel) -> np.ndarray:
+    with paddle.no_grad():
+        return model.logits(run(model, IDS)[0].numpy())
+
+
 def reference(folder: Path, windows: list[np.ndarray]) -> np.ndarray:
     """Residual stream behind the last layer of a model."""
     model = TrainableModel(Checkpoint.open(folder))
@@ -85,8 +90,7 @@ def windows(count: int = 8, length: int = 24) -> list[np.ndarray]:
 def test_logits_are_the_models(kind: Kind, tied: bool, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model", kind=kind, experts=4, tied=tied)
     model = TrainableModel(Checkpoint.open(folder))
-    with paddle.no_grad():
-        found = model.logits(run(model, IDS)).numpy()[0]
+    found = logits(model)
     oracle = ErnieFloat32(folder)
     expected = oracle.logits(IDS.tolist())
     assert oracle.margin.min() > 1e-6
@@ -98,8 +102,7 @@ def test_permuted_files_are_the_same_model(student: Path) -> None:
     from fastdeploy_lite.entrypoints.evaluation import load_runner
 
     model = TrainableModel(Checkpoint.open(student))
-    with paddle.no_grad():
-        found = model.logits(run(model, IDS)).numpy()[0]
+    found = logits(model)
     expected = load_runner(student, 64, "cpu").logits(IDS.tolist())
     np.testing.assert_allclose(found, expected, atol=2e-2)
 
