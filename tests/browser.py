@@ -8,7 +8,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,18 @@ class ScriptedServer:
             a dict with "status" is a refusal, a string is content.
         requests: Bodies received.
         key: Accepted key; empty for none.
-        metrics: Text of `/metrics`; None answers 404.
+        metrics: Text of `/metrics`, or what makes it for each look; None answers 404.
+        may_name_models: Cleared, `/v1/models` waits until it is set.
+        left: How many streams were not read to their end.
     """
 
     def __init__(self) -> None:
         self.answers: list[list[Any]] = []
         self.requests: list[dict[str, Any]] = []
         self.key = ""
-        self.metrics: str | None = ""
+        self.metrics: str | Callable[[], str] | None = ""
+        self.may_name_models = threading.Event()
+        self.may_name_models.set()
         self.left = 0
         self.port = free_port()
         self.app = FastAPI(docs_url=None, redoc_url=None)
@@ -102,10 +106,14 @@ class ScriptedServer:
 
         @app.get("/metrics")
         async def metrics() -> Response:
-            return PlainTextResponse(self.metrics or "", 200 if self.metrics is not None else 404)
+            if self.metrics is None:
+                return PlainTextResponse("", 404)
+            return PlainTextResponse(self.metrics() if callable(self.metrics) else self.metrics)
 
         @app.get("/v1/models")
         async def models(request: Request) -> Response:
+            while not self.may_name_models.is_set():
+                await asyncio.sleep(0.02)
             model = {"id": "scripted", "max_model_len": 1000}
             return self._refused(request) or JSONResponse({"data": [model]})
 

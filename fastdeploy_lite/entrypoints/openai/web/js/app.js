@@ -1,7 +1,7 @@
 // The page: conversations at the left, one of them or the server's state at the right.
 import { html, render, useEffect, useLayoutEffect, useRef, useState } from "../vendor/preact-htm.js";
 import { models } from "./api.js";
-import { stop } from "./chat.js";
+import { sendText, stop } from "./chat.js";
 import { Composer } from "./composer.js";
 import { language, t } from "./i18n.js";
 import { Messages } from "./messages.js";
@@ -36,12 +36,11 @@ const GENERAL = ["ex3", "ex4", "ex7", "ex8"];
 
 function Welcome() {
   const demo = state.model?.id === "demo";
-  const ask = (key) => dispatchEvent(new CustomEvent("fdl-ask", { detail: t(key) }));
   return html`<div class="welcome">
     <${Mark} /><h1>${t("greeting")}</h1>
     ${demo && html`<p class="help">${t("demoHint")}</p>`}
     ${state.model && html`<div class="examples">${(demo ? DEMO : GENERAL).map((key) => html`
-      <button onClick=${() => ask(`${key}p`)}><strong>${t(key)}</strong><span>${t(`${key}p`)}</span></button>`)}</div>`}
+      <button onClick=${() => sendText(t(`${key}p`))}><strong>${t(key)}</strong><span>${t(`${key}p`)}</span></button>`)}</div>`}
   </div>`;
 }
 

@@ -30,11 +30,6 @@ export function Composer({ conversation }) {
     node.style.height = "auto";
     node.style.height = `${Math.min(node.scrollHeight, innerHeight * 0.4)}px`;
   }, [text]);
-  useEffect(() => {
-    const fill = (event) => sendText(event.detail);
-    addEventListener("fdl-ask", fill);
-    return () => removeEventListener("fdl-ask", fill);
-  }, []);
   const send = () => {
     if (sendText(text)) setText("");
   };

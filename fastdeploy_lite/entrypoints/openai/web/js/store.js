@@ -77,6 +77,7 @@ export function useStore() {
   useEffect(() => {
     const listener = () => renew((n) => n + 1);
     listeners.add(listener);
+    listener(); // what has changed since the first frame was made
     return () => listeners.delete(listener);
   }, []);
   return state;
@@ -92,7 +93,9 @@ export const isRunning = (conversation) => !!conversation && state.running.has(c
 
 export async function loadConversations() {
   const found = database ? await entries(database).catch(() => []) : [];
-  state.conversations = found.map(([, value]) => value).filter(isConversation).map(repaired);
+  const begun = new Set(state.conversations.map((c) => c.id)); // while the store was read
+  const stored = found.map(([, value]) => value).filter((c) => isConversation(c) && !begun.has(c.id));
+  state.conversations.push(...stored.map(repaired));
   sortConversations();
   state.loaded = true;
   changed();
