@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -73,11 +73,12 @@ def load_runner(
     device: str | None = None,
     quantization: str | None = None,
     row_order: WantedOrder = "auto",
+    head: Literal["wint8"] | None = None,
 ) -> ModelRunner:
     """The product's model runner, ready for teacher-forced windows of `context` tokens.
 
     quantization: what becomes of bf16 weights while they are loaded: wint8 or wint4.
-    row_order: of 2-bit experts.
+    row_order: of 2-bit experts. head: wint8 for an int8 output head.
     """
     scheduler = SchedulerConfig(
         max_num_seqs=1, max_num_batched_tokens=CHUNK_TOKENS, max_model_len=context
@@ -86,7 +87,7 @@ def load_runner(
         model_path=model,
         model=ModelConfig.from_dir(model).with_quantization(quantization),
         scheduler=scheduler,
-        load=LoadConfig(row_order=row_order),
+        load=LoadConfig(row_order=row_order, lm_head_quantization=head),
         device=device,
         use_cudagraph=False,
     )

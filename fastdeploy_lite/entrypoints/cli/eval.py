@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantization", metavar="NAME", help="load a bf16 --model as wint8, wint4"
     )
     parser.add_argument(
+        "--lm-head-quantization",
+        choices=("wint8",),
+        help="keep the output head of --model in int8, on the CPU; that of --against stays",
+    )
+    parser.add_argument(
         "--wint2-row-order",
         choices=get_args(WantedOrder),
         help="row order of 2-bit experts of --model; default: FD_LITE_WINT2_ROW_ORDER, else auto",
@@ -88,7 +93,9 @@ def _load(args: argparse.Namespace, context: int) -> Any:
     from fastdeploy_lite.entrypoints import evaluation  # noqa: PLC0415
 
     order: WantedOrder = args.wint2_row_order or envs.FD_LITE_WINT2_ROW_ORDER
-    return evaluation.load_runner(args.model, context, args.device, args.quantization, order)
+    return evaluation.load_runner(
+        args.model, context, args.device, args.quantization, order, args.lm_head_quantization
+    )
 
 
 def _perplexity(args: argparse.Namespace) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fastdeploy_lite.entrypoints import evaluation
 from fastdeploy_lite.entrypoints.cli import main as cli
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.quantization.convert import quantize_checkpoint
+from fastdeploy_lite.quantization.weight_only import quantize_int8
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,25 @@ def test_a_model_does_not_diverge_from_itself(
                      "--limit", "60")  # fmt: skip
     assert found["kl"] == [0, 0, 0]
     assert found["same likeliest token"] == [1, 1, 1]
+
+
+def test_an_int8_head_is_the_models_alone(
+    models: tuple[Path, Path], text: Path, tmp_path: Path
+) -> None:
+    """Against the model itself: what rounding the head costs, and as the oracle has it."""
+    model = models[0]
+    found = measured(tmp_path, "kl", "--model", str(model), "--against", str(model), "--text",
+                     str(text), "--limit", "60", "--lm-head-quantization", "wint8")  # fmt: skip
+    oracle = ErnieFloat32(model)
+    (window,) = windows(read_stream(Ernie4_5Tokenizer.from_pretrained(str(model)), text), 1024, 60)
+    head = oracle._head()
+    p, q = (
+        log_softmax(oracle.hidden(window) @ matrix)[:-1]
+        for matrix in (head, quantize_int8(head).dequantize())
+    )
+    expected = (np.exp(p) * (p - q)).sum(1).mean()
+    assert expected > 1e-6
+    assert found["kl"][0] == pytest.approx(expected, rel=0.05)
 
 
 def test_choices_are_what_the_likelihoods_say(models: tuple[Path, Path], tmp_path: Path) -> None:
