@@ -74,6 +74,7 @@ def quantize_with_calibration(
     scheme: convert.Scheme = "w4w2",
     w4_end_layer: int | None = None,
     w4_layers: Sequence[int] | None = None,
+    dense: convert.DenseType = "wint8",
     measured_bits: float | None = None,
     tuning: TuningSettings | None = None,
     card: Card | None = None,
@@ -108,7 +109,7 @@ def quantize_with_calibration(
 
     def target(layers: Sequence[int] | None) -> ModelConfig:
         return convert.target_config(
-            checkpoint.config, scheme, w4_end_layer, settings.row_order, layers
+            checkpoint.config, scheme, w4_end_layer, settings.row_order, layers, dense
         )
 
     config = target(w4_layers if measured_bits is None else ())

@@ -17,6 +17,7 @@ from fastdeploy_lite.calibration.experts import (
     add_outputs,
     group_by_expert,
 )
+from fastdeploy_lite.calibration.input_moments import InputMoments
 from fastdeploy_lite.calibration.streams import ArrayF32, LayerRunner, Made, MlpInput
 from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import read_linear
@@ -111,6 +112,12 @@ class CalibratedEncoder:
         apart = np.square(reference - quantized, dtype=np.float64).sum()
         return float(apart / max(np.square(reference, dtype=np.float64).sum(), 1e-30))
 
+    def input_moments(self, layer: int) -> InputMoments:
+        """Moments of what enters the linears that all tokens pass, in the quantised stream."""
+        found = InputMoments(self.products)
+        self.runner.enter_mlp(layer, self._quantized, {}, found.see)
+        return found
+
     def enter(self, layer: int, made: Made) -> tuple[MlpInput, MlpInput]:
         """Run both streams up to the layer's experts: bf16, quantised."""
         return (
@@ -137,8 +144,11 @@ class _LayerWork:
 
     def run(self) -> None:
         made: dict[str, Any] = {}
+        data_free = self.owner.settings.method == "data-free"
+        moments = None if data_free else self.owner.input_moments(self.layer)
         for linear in self.always:
-            matrix = self._encoded(linear, self._read(linear), None)
+            own = None if moments is None else moments.take(linear.role)
+            matrix = self._encoded(linear, self._read(linear), own)
             made[linear.module] = linear.kind, for_loading(matrix.tensors)
             self._keep(linear, matrix)
         reference, quantized = self.owner.enter(self.layer, made)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,20 @@ from fastdeploy_lite.checkpoint import Checkpoint, inventory
 from fastdeploy_lite.config import BLOCK_SIZE
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.backend import paddle
+from fastdeploy_lite.model_executor.layers import linear as layers
 from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch
 from fastdeploy_lite.model_executor.layers.moe import MoE
 from fastdeploy_lite.model_executor.layers.rotary import cos_sin_table
 from fastdeploy_lite.model_executor.weights import CheckpointSource
 from fastdeploy_lite.model_executor.workspace import Workspace
 from fastdeploy_lite.models.ernie4_5.model import DecoderLayer
-from fastdeploy_lite.models.linear import Linear
+from fastdeploy_lite.models.linear import Linear, Role
 from fastdeploy_lite.quantization_config import WeightKind
 from fastdeploy_lite.utils.arrays import Array, bfloat16_to_float32
 
 ArrayF32 = npt.NDArray[np.float32]
+See = Callable[[Role, ArrayF32], None]
+"""Told what enters a linear that all tokens pass: its role in the layer, rows [T, K]."""
 Made = Mapping[str, tuple[WeightKind, dict[str, Array]]]
 """Quantised linears by module: format and arrays in file layout."""
 
@@ -99,7 +103,9 @@ class LayerRunner:
         rows = np.asarray(inventory.read_embedding(self.checkpoint)[token_ids])
         return bfloat16_to_float32(rows) if rows.dtype == np.uint16 else rows.astype(np.float32)
 
-    def enter_mlp(self, layer: int, stream: ArrayF32, made: Made) -> MlpInput:
+    def enter_mlp(
+        self, layer: int, stream: ArrayF32, made: Made, see: See | None = None
+    ) -> MlpInput:
         """Run decoder layer `layer` up to its experts.
 
         Args:
@@ -107,9 +113,13 @@ class LayerRunner:
             stream: [n T, H], the residual stream before it; several of the same text may follow
                 one another.
             made: linears of the layer that are quantised; others are taken from the files.
+            see: told what enters attention's linears and those of the dense MLP or the shared
+                experts, window by window.
         """
         source = _LayerSource(self.checkpoint, self.place, made)
         block = DecoderLayer(self.checkpoint.config, source, layer, self._cos_sin)
+        if see is not None:
+            _watch(block, see)
         parts = [self._window(block, stream[rows]) for rows in self._rows(len(stream))]
         residual, x, dense, experts, weights = (
             np.concatenate(column) for column in zip(*parts, strict=True)
@@ -160,6 +170,29 @@ class LayerRunner:
             kv_caches=self._caches,
             workspace=self._workspace,
         )
+
+
+class _WatchedLinear(layers.Linear):
+    """A linear that tells what enters it."""
+
+    def __init__(self, linear: layers.Linear, see: Callable[[ArrayF32], None]) -> None:
+        super().__init__(linear.weight, linear.name)
+        self._see = see
+
+    def __call__(self, x: Any, workspace: Workspace) -> Any:
+        self._see(_host(x))
+        return super().__call__(x, workspace)
+
+
+def _watch(block: DecoderLayer, see: See) -> None:
+    """Let the linears that all tokens pass tell what enters them."""
+    attention = block.attention
+    attention.qkv = _WatchedLinear(attention.qkv, partial(see, "qkv_proj"))
+    attention.output = _WatchedLinear(attention.output, partial(see, "o_proj"))
+    dense = block.mlp.shared if isinstance(block.mlp, MoE) else block.mlp
+    if dense is not None:
+        dense.up_gate = _WatchedLinear(dense.up_gate, partial(see, "up_gate_proj"))
+        dense.down = _WatchedLinear(dense.down, partial(see, "down_proj"))
 
 
 def _host(values: Any) -> ArrayF32:

@@ -26,6 +26,8 @@ RANGES = tuple(np.arange(1.0, 0.44, -0.05))
 ROUNDS = 2
 """Eliminations, the scale solved by least squares after each but the last."""
 ROWS_AT_ONCE = 64
+COLUMNS_AT_ONCE = 1024
+"""Columns do not depend on each other: bounds what is held beside the moments."""
 
 
 def quantize(weight: npt.NDArray[np.floating], hessian: ArrayF32, largest: int) -> IntWeight:
@@ -42,17 +44,21 @@ def quantize(weight: npt.NDArray[np.floating], hessian: ArrayF32, largest: int) 
     matrix = np.asarray(weight)
     check_matrix(matrix)
     check_finite(matrix)
-    rows = matrix.shape[0]
+    rows, count = matrix.shape
     if hessian.shape != (rows, rows):
         raise ValueError(f"hessian: found shape {list(hessian.shape)}, expected {[rows, rows]}")
-    columns = np.ascontiguousarray(matrix.T, np.float32)
     diagonal, feedback = scalar_terms(hessian)
-    scale = _clipped_scale(columns, diagonal, largest)
-    for round_ in range(ROUNDS):
-        values = _eliminate(columns, scale, feedback, largest)
-        if round_ + 1 < ROUNDS:
-            scale = _solved_scale(columns, values, hessian, scale)
-    return IntWeight(np.ascontiguousarray(values.T).astype(np.int8), scale)
+    found = IntWeight(np.empty((rows, count), np.int8), np.empty(count, np.float32))
+    for start in range(0, count, COLUMNS_AT_ONCE):
+        part = slice(start, start + COLUMNS_AT_ONCE)
+        columns = np.ascontiguousarray(matrix[:, part].T, np.float32)
+        scale = _clipped_scale(columns, diagonal, largest)
+        for round_ in range(ROUNDS):
+            values = _eliminate(columns, scale, feedback, largest)
+            if round_ + 1 < ROUNDS:
+                scale = _solved_scale(columns, values, hessian, scale)
+        found.quantized[:, part], found.scale[part] = values.T, scale
+    return found
 
 
 def scalar_terms(hessian: ArrayF32) -> tuple[ArrayF32, ArrayF32]:
@@ -62,9 +68,10 @@ def scalar_terms(hessian: ArrayF32) -> tuple[ArrayF32, ArrayF32]:
     except np.linalg.LinAlgError:
         raise ValueError("moments of the activations are not positive definite") from None
     upper = lower[::-1, ::-1]
-    diagonal = np.diagonal(upper)
-    feedback = np.triu(upper / diagonal, 1)
-    return np.square(diagonal).astype(np.float32), feedback.astype(np.float32)
+    diagonal = np.diagonal(upper).copy()
+    upper /= diagonal  # in place: of a wide linear it is gigabytes
+    np.fill_diagonal(upper, 0)
+    return np.square(diagonal).astype(np.float32), np.ascontiguousarray(upper, np.float32)
 
 
 def _clipped_scale(columns: ArrayF32, metric: ArrayF32, largest: int) -> ArrayF32:

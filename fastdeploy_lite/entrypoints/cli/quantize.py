@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(DenseType),
         default="wint8",
         help="attention, dense MLP and shared experts: wint8 as published (default), or wint4 for "
-        "half the bytes of what every token reads; without --calibration",
+        "half the bytes of what every token reads",
     )
     parser.add_argument(
         "--moe-w4-end-layer",
@@ -239,11 +239,6 @@ def _convert(args: argparse.Namespace) -> str:
 def _calibrate(args: argparse.Namespace) -> str:
     if args.code is not None:
         raise ConfigError("--code fixes what --calibration chooses: pass one of them")
-    if args.dense != "wint8":
-        raise ConfigError(
-            f"--dense {args.dense} rounds without a text: leave out --calibration, whose other "
-            "linears are wint8"
-        )
     if args.tensor_parallel_size != 1:
         raise ConfigError(
             "--calibration writes whole matrices, which any number of ranks can load: leave out "
@@ -267,6 +262,7 @@ def _calibrate(args: argparse.Namespace) -> str:
         scheme=args.scheme,
         w4_end_layer=args.moe_w4_end_layer,
         w4_layers=None if measured else args.int4_layers,
+        dense=args.dense,
         measured_bits=args.bits if measured else None,
         tuning=None if args.tune is None else TuningSettings(epochs=args.tune),
         card=args.card,

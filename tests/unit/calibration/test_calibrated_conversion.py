@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from tiny_model import (
     write_tiny_model,
 )
 
+from fastdeploy_lite.calibration import input_moments
 from fastdeploy_lite.calibration.convert import CalibrationText, quantize_with_calibration
 from fastdeploy_lite.calibration.encoder import (
     METHODS,
@@ -39,10 +40,11 @@ from fastdeploy_lite.checkpoint.linears import model_linears
 from fastdeploy_lite.entrypoints.cli import main as cli
 from fastdeploy_lite.entrypoints.evaluation import load_runner
 from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder, to_stored_order
-from fastdeploy_lite.quantization import ccq_hessian
+from fastdeploy_lite.quantization import ccq_hessian, hessian
 from fastdeploy_lite.quantization.card import Encoded
+from fastdeploy_lite.quantization.convert import DenseType
 from fastdeploy_lite.quantization.journal import LayerResult
-from fastdeploy_lite.quantization.products import HostProducts
+from fastdeploy_lite.quantization.products import HOST, HostProducts
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 QUICK = CalibrationSettings(candidates=1, descents=1)
@@ -221,6 +223,71 @@ def test_integer_schemes_are_calibrated_too(
     assert stream_error("hessian") < stream_error("data-free")
 
 
+@pytest.mark.parametrize("dense", get_args(DenseType))
+def test_linears_that_all_tokens_pass_know_their_inputs(
+    model: Path, text: Path, tmp_path: Path, dense: DenseType
+) -> None:
+    """The first layer has no experts: all that it loses is lost by attention and dense MLP."""
+    errors = []
+    for method in ("data-free", "diagonal", "hessian"):
+        report = quantize_with_calibration(
+            model,
+            tmp_path / method,
+            CalibrationText(str(text), 1500, 256),
+            CalibrationSettings(method=method, candidates=1, descents=0),
+            scheme="wint4",
+            dense=dense,
+            progress=False,
+        )
+        verify(Checkpoint.open(tmp_path / method))
+        errors.append(report.layers[0]["stream_error"])
+    assert errors[2] < 0.9 * errors[1]
+    assert errors[2] < 0.75 * errors[0]
+
+
+def test_what_enters_the_linears_is_seen(model: Path) -> None:
+    """Rows of every window: norms' outputs, and what the last matrices make of theirs."""
+    checkpoint = Checkpoint.open(model)
+    linears = {
+        (linear.layer, linear.role): linear
+        for linear in model_linears(checkpoint.config)
+        if linear.expert is None
+    }
+    runner = LayerRunner(checkpoint, [30, 20])
+    stream = runner.embed(np.random.default_rng(1).integers(10, 8000, 50).astype(np.int32))
+    for layer in range(2):  # a dense one, one of experts
+        seen: dict[str, list[np.ndarray]] = {}
+        entered = runner.enter_mlp(
+            layer, stream, {}, lambda role, x, seen=seen: seen.setdefault(role, []).append(x)
+        )
+        rows = {role: np.concatenate(parts) for role, parts in seen.items()}
+        assert [len(part) for part in seen["qkv_proj"]] == [30, 20]
+        norm = checkpoint.get(f"ernie.layers.{layer}.input_layernorm.weight").float32()
+        scale = np.sqrt(np.square(stream).mean(axis=1, keepdims=True) + 1e-5)
+        np.testing.assert_allclose(rows["qkv_proj"], stream / scale * norm, atol=1e-4)
+        np.testing.assert_array_equal(rows["up_gate_proj"], entered.x)
+        for role, expected in (
+            ("o_proj", entered.residual - stream),
+            ("down_proj", entered.dense),
+        ):
+            weight = read_dense(checkpoint, linears[layer, role])
+            np.testing.assert_allclose(rows[role] @ weight, expected, atol=1e-4)
+        stream = entered.residual + entered.dense
+
+
+def test_moments_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(input_moments, "ROWS_AT_ONCE", 50)
+    monkeypatch.setattr(input_moments, "MOST_INPUTS", 16)
+    moments = input_moments.InputMoments(HOST)
+    rows = np.random.default_rng(2).standard_normal((130, 16)).astype(np.float32)
+    for part in np.split(rows, 10):
+        moments.see("o_proj", part)
+    moments.see("down_proj", np.ones((4, 17), np.float32))
+    expected = hessian.blend(hessian.second_moment(rows), 130)
+    np.testing.assert_allclose(moments.take("o_proj"), expected, atol=1e-5)
+    assert moments.take("down_proj") is None  # too wide
+
+
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -380,7 +447,6 @@ def test_bad_arguments_are_refused(model: Path, text: Path, tmp_path: Path) -> N
     [
         (["--num-threads", "0"], "--num-threads: found 0, expected at least 1"),
         (["--code", "120,0"], "--code fixes what --calibration chooses"),
-        (["--dense", "wint4"], "--dense wint4 rounds without a text"),
         (["--tensor-parallel-size", "2"], "leave out --tensor-parallel-size"),
     ],
 )
