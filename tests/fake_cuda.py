@@ -65,6 +65,17 @@ class FakeCuda(ModuleType):
     def copy_from_pinned(self, device: int, pinned: int, nbytes: int, stream: int) -> None:
         self.put(lambda: ctypes.memmove(device, pinned, nbytes))
 
+    def upload(self, device: int, host: int, nbytes: int, stream: int) -> None:
+        staged = ctypes.string_at(host, nbytes)  # the host may write there again at once
+        self.put(lambda: ctypes.memmove(device, staged, nbytes))
+
+    def download(self, host: int, device: int, nbytes: int, stream: int) -> None:
+        self.synchronize(stream)
+        ctypes.memmove(host, device, nbytes)
+
+    def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        self.put(lambda: ctypes.memmove(to, source, nbytes))
+
     def clear(self, device: int, nbytes: int, stream: int) -> None:
         self.put(lambda: ctypes.memset(device, 0, nbytes))
 

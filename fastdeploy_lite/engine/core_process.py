@@ -88,9 +88,17 @@ class CoreLoop:
             EngineDeadError: The core cannot go on.
         """
         while not self._stopped:
-            self._receive()
-            self._core.check_executor()
-            self._report(self._core.step() if self._core.has_work else [])
+            self.turn()
+
+    def turn(self) -> None:
+        """Take what has come, run a step if there is something to do, tell of it.
+
+        Raises:
+            EngineDeadError: As `run`.
+        """
+        self._receive()
+        self._core.check_executor()
+        self._report(self._core.step() if self._core.has_work else [])
 
     def _receive(self) -> None:
         wait_ms = 0 if self._core.has_work else int(STATS_SECONDS * 1000)

@@ -1,6 +1,8 @@
 // What the plug-in asks of the CUDA run-time, for a card that is a piece of main memory. Calls on a
 // stream do their work before they return; those without one as late as CUDA allows, so that who
 // does not wait for them finds old bytes. With it Paddle has the place `nvidia:0` on any machine.
+//
+// Who plays the project's kernels says with `when_synchronized` what does their queued work.
 #include <cuda_runtime.h>
 
 #include <cstdlib>
@@ -55,16 +57,25 @@ class Late {
   std::vector<std::function<void()>> work_;
 } late;
 
+void (*do_queued_work)() = nullptr;
+
 }  // namespace
 
 extern "C" {
+__attribute__((visibility("default"))) void when_synchronized(void (*work)()) {
+  do_queued_work = work;
+}
+
 cudaError_t cudaGetDeviceCount(int* count) { return set(count, 1); }
 cudaError_t cudaGetDevice(int* device) { return set(device, 0); }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return set(value, 9); }
 cudaError_t cudaDriverGetVersion(int* version) { return set(version, CUDART_VERSION); }
 cudaError_t cudaRuntimeGetVersion(int* version) { return set(version, CUDART_VERSION); }
-cudaError_t cudaDeviceSynchronize() { return late.finish(); }
+cudaError_t cudaDeviceSynchronize() {
+  if (do_queued_work != nullptr) do_queued_work();
+  return late.finish();
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "an error of the card in memory"; }
 

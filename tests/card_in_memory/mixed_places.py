@@ -6,18 +6,11 @@ CPU's ops must be in main memory though the card is the current place.
 
 from __future__ import annotations
 
-import ctypes
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import paddle
-
-paddle.set_device("nvidia:0")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from fake_cuda import FakeCuda  # noqa: E402
+from place import CARD, FakeCuda, memory, paddle
 
 CUDA = sys.modules["fastdeploy_lite._ops_cuda"] = FakeCuda()
 
@@ -29,14 +22,7 @@ from fastdeploy_lite.model_executor.ops import HostWeight  # noqa: E402
 from fastdeploy_lite.model_executor.workspace import Workspace  # noqa: E402
 
 HIDDEN, INNER, EXPERTS, TOP_K = 128, 256, 4, 2
-CARD, CPU = paddle.CustomPlace("nvidia", 0), paddle.CPUPlace()
-
-
-def memory(tensor: Any, dtype: str) -> np.ndarray:
-    """A tensor's own memory, wherever Paddle thinks that it is."""
-    nbytes = int(tensor.size) * np.dtype(dtype).itemsize
-    bytes_ = (ctypes.c_uint8 * nbytes).from_address(int(tensor.data_ptr()))
-    return np.frombuffer(bytes_, dtype).reshape(tensor.shape)
+CPU = paddle.CPUPlace()
 
 
 def expert_weights(link: Any) -> list[ops.PackedWeight]:
