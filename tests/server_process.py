@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -17,12 +17,25 @@ import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 START_SECONDS = 120.0
+# For servers of several processes: a small KV cache is quickly allocated, once for each of them.
+SMALL = (
+    "--max-model-len", "1024", "--max-num-seqs", "8", "--num-gpu-blocks-override", "160",
+)  # fmt: skip
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def wait_until(ready: Callable[[], bool], seconds: float) -> float:
+    """Wait until `ready`; returns for how long."""
+    started = time.monotonic()
+    while not ready():
+        assert time.monotonic() - started < seconds
+        time.sleep(0.05)
+    return time.monotonic() - started
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
@@ -84,6 +97,10 @@ class ServerProcess:
                     return self
             time.sleep(0.1)
         raise AssertionError(f"the server did not start: {self.stderr[-3000:]}")
+
+    def health(self) -> int:
+        """Status of /health."""
+        return httpx.get(f"{self.url}/health", timeout=10).status_code
 
     def engine(self) -> psutil.Process:
         """The engine's process: the child that uses the most memory."""

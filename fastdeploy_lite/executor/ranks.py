@@ -23,9 +23,8 @@ import msgspec
 from fastdeploy_lite.device import CARDS_VARIABLE
 from fastdeploy_lite.distributed.communicator import Communicator
 from fastdeploy_lite.executor.channel import Channel
-from fastdeploy_lite.executor.ending import Ending
 from fastdeploy_lite.executor.messages import FromRank, RankFatal, Start, ToRank, encode_start
-from fastdeploy_lite.executor.watch import Pace, RankWatch, Seen
+from fastdeploy_lite.executor.supervisor import RankSupervisor, WatchedRank
 from fastdeploy_lite.utils.processes import state_of
 
 LOOK_SECONDS = 0.25
@@ -39,19 +38,22 @@ sys.exit(main({descriptor}, {parent}))
 """
 
 
-class _Rank:
+class _Rank(WatchedRank):
     """One process and what is known of it."""
 
     def __init__(self, number: int, process: subprocess.Popen[bytes], channel: Channel) -> None:
-        self.number = number
+        super().__init__(number)
         self.process = process
         self.channel = channel
         self.inbox: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
         self.fatal: RankFatal | None = None
-        self.watch = RankWatch()
+
+    def name(self, text: str) -> str:
+        """See WatchedRank."""
+        return f"rank {self.number} (process {self.process.pid}): {text}"
 
 
-class RankProcesses:
+class RankProcesses(RankSupervisor):
     """All ranks but the first, which this process is.
 
     Args:
@@ -68,13 +70,12 @@ class RankProcesses:
         communicator: Communicator,
         cards: Sequence[str] = (),
     ) -> None:
+        super().__init__(patience=2 * LOOK_SECONDS)
         self._starts = [encode_start(start) for start in starts]
         self._memory_fd = memory_fd
         self._communicator = communicator
         self._cards = cards
-        self._pace = Pace()
         self._ranks: list[_Rank] = []
-        self._ending = Ending()
         self._selector = selectors.DefaultSelector()
         self._closing = threading.Event()
         self._started = threading.Event()
@@ -91,16 +92,6 @@ class RankProcesses:
         return [rank.process.pid for rank in self._ranks]
 
     # What the engine's thread calls ---------------------------------------------------------------
-
-    def check(self) -> None:
-        """Raise what ended a rank, see `Ending`."""
-        self._ending.check()
-
-    def give_up(self, reason: str) -> None:
-        """End all ranks for a reason that the caller has found, unless there is one already."""
-        self._ending.wait(2 * LOOK_SECONDS, LOOK_SECONDS / 10)  # the watch may know better why
-        self._lose(reason)
-        self.check()
 
     def send(self, message: ToRank) -> None:
         """Tell every rank; raises as `check`."""
@@ -180,31 +171,20 @@ class RankProcesses:
         """Why a rank has ended, and whether that is the user's fault."""
         fatal = rank.fatal
         if fatal is not None:
-            named = fatal.reason if fatal.is_users else self._name(rank, fatal.reason)
+            named = fatal.reason if fatal.is_users else rank.name(fatal.reason)
             return named, fatal.is_users
         try:
             code = rank.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            return self._name(rank, "closed its connection"), False
+            return rank.name("closed its connection"), False
         if code < 0:
-            return self._name(rank, f"was ended by signal {signal.Signals(-code).name}"), False
-        return self._name(rank, f"ended with exit status {code}"), False
+            return rank.name(f"was ended by signal {signal.Signals(-code).name}"), False
+        return rank.name(f"ended with exit status {code}"), False
 
     def _look(self) -> None:
-        """Notice processes that are stopped, or do not come on while others wait for them."""
-        late, arrivals = self._communicator.late(), self._communicator.arrivals()
-        now = time.monotonic()
-        self._pace.saw(max(arrivals), now)
-        for rank in self._ranks:
-            state, ticks = state_of(rank.process.pid)
-            seen = Seen(state, ticks, arrivals[rank.number], rank.number in late)
-            wrong = rank.watch.judge(seen, self._pace.seconds, now)
-            if wrong is not None:
-                self._lose(self._name(rank, wrong))
-
-    @staticmethod
-    def _name(rank: _Rank, text: str) -> str:
-        return f"rank {rank.number} (process {rank.process.pid}): {text}"
+        arrivals = dict(enumerate(self._communicator.arrivals()))
+        states = {rank.number: state_of(rank.process.pid) for rank in self._ranks}
+        self._judge(self._ranks, arrivals, states)
 
     def _lose(self, reason: str, is_users: bool = False) -> None:
         self._ending.tell(reason, is_users)

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from fastdeploy_lite.executor.ending import Ending
 from fastdeploy_lite.executor.ray_cluster import LOOK_SECONDS, Demand, rank_environment
 from fastdeploy_lite.executor.ray_rank import Greeting, Pulse, RankActor, Refusal
-from fastdeploy_lite.executor.watch import Pace, RankWatch, Seen
+from fastdeploy_lite.executor.supervisor import RankSupervisor, WatchedRank
 from fastdeploy_lite.utils.errors import one_line
 
 PULSE_SECONDS = 0.5
@@ -24,26 +23,25 @@ SILENT_SECONDS = 6.0  # a lost host sends no word; a busy one answers from a thr
 WATCH_GROUP = "watch"
 
 
-class _Rank:
+class _Rank(WatchedRank):
     """One actor and what is known of it."""
 
     def __init__(self, number: int, actor: Any) -> None:
-        self.number = number
+        super().__init__(number)
         self.actor = actor
         self.greeting: Greeting | None = None
-        self.watch = RankWatch()
         self.pulse: Pulse | None = None
         self.asked: Any = None
         self.asked_at = 0.0
 
     def name(self, text: str) -> str:
-        """Say something of this rank."""
+        """See WatchedRank."""
         where = self.greeting
         place = "" if where is None else f" (process {where.pid} on {where.node})"
         return f"rank {self.number}{place}: {text}"
 
 
-class RankActors:
+class RankActors(RankSupervisor):
     """All ranks of a model.
 
     Args:
@@ -56,10 +54,9 @@ class RankActors:
     def __init__(
         self, ray: Any, group: Any, wanted: Demand, arguments: Sequence[tuple[Any, ...]]
     ) -> None:
+        super().__init__(patience=SILENT_SECONDS)
         self._ray = ray
-        self._ending = Ending()
         self._closing = threading.Event()
-        self._pace = Pace()
         self._ranks = [
             _Rank(number, self._create(group, number, wanted, each))
             for number, each in enumerate(arguments)
@@ -123,16 +120,6 @@ class RankActors:
         if isinstance(found, Refusal):
             self._lose(rank.name(found.reason), found.is_users)
 
-    def check(self) -> None:
-        """Raise what ended a rank, see `Ending`."""
-        self._ending.check()
-
-    def give_up(self, reason: str) -> None:
-        """End all ranks for a reason that the caller has found, unless there is one already."""
-        self._ending.wait(SILENT_SECONDS, LOOK_SECONDS / 10)  # the watch may know better why
-        self._lose(reason)
-        self.check()
-
     def close(self) -> None:
         """End all actors; idempotent."""
         self._closing.set()
@@ -167,19 +154,10 @@ class RankActors:
         rank.asked_at = now
 
     def _look(self) -> None:
-        """Notice ranks that do not come on while others wait for them."""
-        pulses = [rank.pulse for rank in self._ranks]
-        furthest = max((pulse.arrival for pulse in pulses if pulse is not None), default=0)
-        now = time.monotonic()
-        self._pace.saw(furthest, now)
-        for rank, pulse in zip(self._ranks, pulses, strict=True):
-            if pulse is None:
-                continue
-            late = pulse.arrival < furthest
-            seen = Seen(pulse.state, pulse.ticks, pulse.arrival, late)
-            wrong = rank.watch.judge(seen, self._pace.seconds, now)
-            if wrong is not None:
-                self._lose(rank.name(wrong))
+        pulses = {rank.number: rank.pulse for rank in self._ranks if rank.pulse is not None}
+        arrivals = {number: pulse.arrival for number, pulse in pulses.items()}
+        states = {number: (pulse.state, pulse.ticks) for number, pulse in pulses.items()}
+        self._judge(self._ranks, arrivals, states)
 
     def _lose(self, reason: str, is_users: bool = False) -> None:
         if self._ending.tell(one_line(reason), is_users):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,12 @@ import httpx
 import psutil
 import pytest
 from one_answer import BODY, CHAT, LONG, answer, per_replica, wait_running
-from server_process import ServerProcess, running_server
+from server_process import SMALL, ServerProcess, running_server, wait_until
 
 from fastdeploy_lite import LLM
 from fastdeploy_lite.utils.errors import ConfigError
 
-FLAGS = (
-    "--data-parallel-size", "2", "--max-model-len", "1024", "--max-num-seqs", "8",
-    "--num-gpu-blocks-override", "160",
-)  # fmt: skip
+FLAGS = ("--data-parallel-size", "2", *SMALL)
 
 
 def engines(server: ServerProcess) -> list[psutil.Process]:
@@ -73,7 +69,7 @@ def test_answers_counters_and_a_dead_replica(tmp_path: Path, server: ServerProce
         ends = join(found)
         assert sorted(status for status, _ in ends)[:3] == [200, 200, 200]
         assert sum(status >= 500 for status, _ in ends) == 3
-        assert httpx.get(f"{both.url}/health").status_code == 200
+        assert both.health() == 200
         assert sorted(per_replica(both, "replica_up").values()) == [0, 1]
         assert answer(both) == expected
         assert both.metric("fastdeploy:prompt_tokens_total") > 0
@@ -97,12 +93,13 @@ def test_a_killed_replica_of_two_ranks_is_started_again(tmp_path: Path) -> None:
         found = post_many(server, 4, LONG)
         wait_running(server, 4)
         os.kill(ranks[0].pid, signal.SIGKILL)
-        deadline = time.monotonic() + 90
-        health = set()
-        while sorted(per_replica(server, "replica_up").values()) != [1, 1] or not health:
-            assert time.monotonic() < deadline
-            health.add(httpx.get(f"{server.url}/health", timeout=10).status_code)
-            time.sleep(0.1)
+        health: set[int] = set()
+
+        def is_back() -> bool:
+            health.add(server.health())
+            return " is back" in server.stderr and all(per_replica(server, "replica_up").values())
+
+        wait_until(is_back, 90)
         assert health == {200}
         ends = join(found)
         assert sum(status >= 500 for status, _ in ends) == 2

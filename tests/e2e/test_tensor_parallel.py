@@ -15,7 +15,7 @@ import psutil
 import pytest
 import storm
 from one_answer import BODY, CHAT, LONG, answer, wait_running
-from server_process import ServerProcess, running_server
+from server_process import ServerProcess, running_server, wait_until
 from tiny_model import write_tiny_model
 
 from fastdeploy_lite import LLM, SamplingParams
@@ -131,15 +131,9 @@ def test_health_fails_and_a_restarted_engine_has_all_ranks(tmp_path: Path) -> No
         before = answer(server)
         (rank,) = ranks(server)
         os.kill(rank.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 2
-        while httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: server.health() != 200, 2)
         server.wait_ready()
-        deadline = time.monotonic() + 60
-        while answer(server) != before:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_until(lambda: answer(server) == before, 60)
         (again,) = ranks(server)
         assert again.pid != rank.pid
         assert not rank.is_running()

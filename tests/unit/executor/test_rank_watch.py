@@ -24,14 +24,11 @@ NAPS = "import time\nwhile True: time.sleep(0.2); sum(range(200_000))"
 
 
 class Communicator:
-    """What the watch asks; the second rank is late when it is told so."""
+    """What the watch asks."""
 
     def __init__(self) -> None:
         self.arrived = [1, 1]
         self.is_lost = False
-
-    def late(self) -> list[int]:
-        return [1] if self.arrived[0] > self.arrived[1] else []
 
     def arrivals(self) -> list[int]:
         return self.arrived
