@@ -110,6 +110,7 @@ VARIABLES: dict[str, Callable[[str | None], Any]] = {
     "FD_LITE_HUGE_PAGES": _boolean(True),
     "FD_LITE_PACKED_CACHE": _text(None),
     "FD_LITE_RAY_WAIT_SECONDS": _at_least(0, 120),
+    "FD_LITE_STEP_SECONDS": _at_least(0, 60),
     "FD_LITE_WINT2_ROW_ORDER": _one_of("auto", "auto", "natural", "permuted"),
     "FD_LITE_STRICT_STATUS": _boolean(False),
     "FD_LITE_COUNT_CLOSING_EOS": _boolean(False),

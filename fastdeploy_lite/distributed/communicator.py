@@ -22,6 +22,8 @@ from fastdeploy_lite.model_executor.ops._view import Arguments
 LONGEST_WAIT = 300.0
 """Seconds that a rank waits for the others inside a step. It bounds their difference, not the step;
 ranks that are gone, stopped or asleep are noticed much earlier, by whoever started them."""
+STEP_END = (1 << 32) - 1
+"""The low bits of the arrival of a rank that has ended its step, see `Communicator.arrivals`."""
 SMALLEST_BUFFER = 1 << 18  # floats: 1 MiB, which stays in the cache of a core
 
 

@@ -24,6 +24,7 @@ import zmq
 
 from fastdeploy_lite.distributed.communicator import (
     LONGEST_WAIT,
+    STEP_END,
     HostCommunicator,
     PeerFailedError,
     PeerLostError,
@@ -34,7 +35,6 @@ GROUP_BYTES = 16
 LAST_WORDS_MS = 1000
 _HEADER = struct.Struct(f"<{GROUP_BYTES}sBHQQ")  # group, kind, rank, step, operation
 _NUMBERS, _VOTE, _FAILED, _LOST = range(4)
-_END = (1 << 32) - 1  # the operation that ends a step
 _Floats = npt.NDArray[np.float32]
 
 
@@ -135,7 +135,7 @@ class NetworkCommunicator(HostCommunicator):
         """See Communicator."""
         step = self._step
         with self._bell:
-            self._arrived[self.rank] = step << 32 | _END
+            self._arrived[self.rank] = step << 32 | STEP_END
             self._votes[step][self.rank] = sound
         self._say(_VOTE, int(sound))
         self._wait(lambda: len(self._votes[step]) == self.size, inside_step=False)
@@ -186,7 +186,7 @@ class NetworkCommunicator(HostCommunicator):
             if self._advanced:
                 begin = self._step << 32
                 done = max(found[self.rank], begin) + self._advanced
-                found[self.rank] = min(done, begin | _END)
+                found[self.rank] = min(done, begin | STEP_END)
             return found
 
     # -- messages ----------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class NetworkCommunicator(HostCommunicator):
                 self._arrived[rank] = step << 32 | operation
             elif kind == _VOTE:
                 self._votes[step][rank] = bool(operation)
-                self._arrived[rank] = step << 32 | _END
+                self._arrived[rank] = step << 32 | STEP_END
             elif kind == _FAILED:
                 self._failed_step = max(self._failed_step, step)
             else:

@@ -2,16 +2,14 @@
 
 Its parent writes one line of JSON to standard input and keeps the pipe open; when the pipe closes,
 the parent is gone and this process ends, whatever it is doing. Messages are msgpack over two ZMQ
-sockets in a directory that only this user can enter.
+sockets, which meet in a directory that only this user can enter and that is gone once they have.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -23,6 +21,7 @@ import zmq
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine_core import EngineCore, create_core
 from fastdeploy_lite.executor.base import ExecutorDeadError
+from fastdeploy_lite.executor.step_clock import StepClock
 from fastdeploy_lite.input.preprocess import load_tokenizer
 from fastdeploy_lite.request.messages import (
     Abort,
@@ -42,9 +41,11 @@ from fastdeploy_lite.utils.logging import (
     init_file_logging,
     write_console,
 )
+from fastdeploy_lite.utils.processes import die_with_parent
 from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
 
 STATS_SECONDS = 0.5  # an idle core says so this often: silence means that something is wrong
+HELLO = b"hello"  # before all messages
 TO_CORE, FROM_CORE = "to-core", "from-core"  # names of the sockets in the directory
 
 
@@ -54,10 +55,14 @@ class StartLine(msgspec.Struct):
     Attributes:
         directory: Where the sockets are.
         args: Fields of `EngineArgs`.
+        clock: Descriptor of a `StepClock`.
+        parent: Process id.
     """
 
     directory: str
     args: dict[str, Any]
+    clock: int
+    parent: int
 
 
 class CoreLoop:
@@ -234,29 +239,23 @@ def _leave_signals_to_the_parent() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _die_with_parent(directory: str) -> None:
-    """Wait for the end of standard input, then end the process at once, with its sockets' files."""
-    # Not through `sys.stdin`, whose lock the end of the interpreter would wait for in vain.
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    shutil.rmtree(directory, ignore_errors=True)
-    os._exit(3)
-
-
 def main() -> int:
     """Run the process; returns its exit status."""
     prepare_standard_streams()
     _leave_signals_to_the_parent()
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=StartLine)
-    threading.Thread(target=_die_with_parent, args=(start.directory,), daemon=True).start()
+    die_with_parent(start.parent)
     log = get_logger("worker")
     context = zmq.Context()
     outbox = open_socket(context, zmq.PUSH, start.directory, FROM_CORE, bind=False)
     inbox = open_socket(context, zmq.PULL, start.directory, TO_CORE, bind=False)
+    outbox.send(HELLO)
+    inbox.recv()  # the answer: both sockets have met
+    shutil.rmtree(start.directory, ignore_errors=True)
     try:
         init_file_logging()
         config = EngineArgs(**start.args).create_runtime_config(quiet=True)
-        core, ready = create_core(config, load_tokenizer(config))
+        core, ready = create_core(config, load_tokenizer(config), StepClock(start.clock))
         _leave_signals_to_the_parent()  # again: Paddle installs handlers of its own
         log.info("The model is ready: %d KV blocks", ready.num_blocks)
         outbox.send(msgspec.msgpack.encode(ready))

@@ -20,6 +20,8 @@ import zmq.asyncio
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.core_process import FROM_CORE, TO_CORE, StartLine, open_socket
 from fastdeploy_lite.engine.engine_core import EngineDeadError
+from fastdeploy_lite.executor.step_clock import StepClock
+from fastdeploy_lite.executor.step_limit import StepWatch
 from fastdeploy_lite.request.messages import (
     Abort,
     Checked,
@@ -165,6 +167,7 @@ class AsyncEngineClient:
         self._tasks: list[asyncio.Task[None]] = []
         self._ready_event = asyncio.Event()
         self._directory = ""
+        self._clock: StepClock | None = None
 
     # Life ----------------------------------------------------------------------------------------
 
@@ -176,16 +179,17 @@ class AsyncEngineClient:
         self._from_core = open_socket(
             zmq.asyncio.Context(self._context), zmq.PULL, self._directory, FROM_CORE, bind=True
         )
+        self._clock = clock = StepClock()
         # A session of its own keeps the terminal's Ctrl-C away: this process decides.
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", _RUN_CORE.format(path=sys.path),
-            stdin=asyncio.subprocess.PIPE, start_new_session=True,
+            stdin=asyncio.subprocess.PIPE, start_new_session=True, pass_fds=(clock.fd,),
             env={**os.environ, **self._variables},
         )  # fmt: skip
         assert self._process.stdin is not None
-        start = StartLine(self._directory, self._args.to_dict())
+        start = StartLine(self._directory, self._args.to_dict(), clock.fd, os.getpid())
         self._process.stdin.write(msgspec.json.encode(start) + b"\n")
-        work = (self._read(), self._watch(), self._watch_for_a_stop())
+        work = (self._read(), self._watch(), self._watch_for_a_hang(clock))
         self._tasks = [asyncio.create_task(task) for task in work]
         try:
             await self._ready_event.wait()
@@ -219,6 +223,8 @@ class AsyncEngineClient:
             self._context.term()
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = ""
+        if self._clock is not None:
+            self._clock.close()
 
     @property
     def is_healthy(self) -> bool:
@@ -321,6 +327,7 @@ class AsyncEngineClient:
     async def _read(self) -> None:
         """Take the core's messages; whatever goes wrong here must be seen, or all would wait."""
         try:
+            self._to_core.send(await self._from_core.recv(), zmq.NOBLOCK)  # hello
             while True:
                 self._take(await self._from_core.recv())
         except Exception as error:
@@ -379,21 +386,27 @@ class AsyncEngineClient:
         await asyncio.sleep(0.2)
         self._die(f"the engine process ended {_exit_text(code)}")
 
-    async def _watch_for_a_stop(self) -> None:
-        """End a process that a signal has stopped: it would be silent for ever."""
-        assert self._process is not None
-        since: float | None = None
-        while self._process.returncode is None:
+    async def _watch_for_a_hang(self, clock: StepClock) -> None:
+        """End a process that a signal has stopped, or whose step does not end: it would be silent
+        for ever."""
+        process = self._process
+        assert process is not None
+        stopped_since: float | None = None
+        steps, wrong = StepWatch(), None
+        while process.returncode is None and wrong is None:
             await asyncio.sleep(STOPPED_SECONDS / 6)
-            if state_of(self._process.pid)[0] != "T":
-                since = None
+            now = time.monotonic()
+            wrong = steps.look(clock.read(), now)
+            if state_of(process.pid)[0] != "T":
+                stopped_since = None
                 continue
-            since = since or time.monotonic()
-            if time.monotonic() - since > STOPPED_SECONDS:
-                self._die("the engine process is stopped (SIGSTOP)")
-                with suppress(ProcessLookupError):
-                    self._process.kill()
-                return
+            stopped_since = stopped_since or now
+            if now - stopped_since > STOPPED_SECONDS:
+                wrong = "the engine process is stopped (SIGSTOP)"
+        if wrong is not None:
+            self._die(wrong)
+            with suppress(ProcessLookupError):
+                process.kill()
 
     def _die(self, reason: str) -> None:
         if self._dead is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ReadOnlyList
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import zip_longest
@@ -24,6 +24,9 @@ from fastdeploy_lite.engine.kv_cache import BlockManager
 from fastdeploy_lite.engine.logits_processors import LogitsProcessors
 from fastdeploy_lite.engine.scheduler import Scheduler, Sequence
 from fastdeploy_lite.executor.base import Executor, ExecutorDeadError
+from fastdeploy_lite.executor.step_clock import StepClock
+from fastdeploy_lite.executor.step_limit import StepLimit
+from fastdeploy_lite.executor.timed import TimedExecutor
 from fastdeploy_lite.executor.verdict import describe, run_step
 from fastdeploy_lite.guided import compiler
 from fastdeploy_lite.guided.matcher import Grammar
@@ -613,12 +616,15 @@ class EngineCore:
             raise RuntimeError("Engine: no request is alive but blocks are held")
 
 
-def create_core(config: RuntimeConfig, tokenizer: Ernie4_5Tokenizer) -> tuple[EngineCore, Ready]:
+def create_core(
+    config: RuntimeConfig, tokenizer: Ernie4_5Tokenizer, clock: StepClock | None = None
+) -> tuple[EngineCore, Ready]:
     """Load the model, allocate the KV cache and build a core.
 
     Args:
         config: Of the engine.
         tokenizer: The model's.
+        clock: Where it is shown which step is computed, for whoever can end this process.
 
     Returns:
         The core, and what there is to say about it.
@@ -626,7 +632,9 @@ def create_core(config: RuntimeConfig, tokenizer: Ernie4_5Tokenizer) -> tuple[En
     Raises:
         FastDeployError: Model, configuration or memory do not allow it; one line says why.
     """
-    executor = _create_executor(config)
+    executor = _create_executor(config, None if clock is None else clock.say)
+    if clock is not None:
+        executor = TimedExecutor(executor, clock, StepLimit(envs.FD_LITE_STEP_SECONDS))
     try:
         num_blocks = executor.load(show_progress=True)
     except ExecutorDeadError as error:
@@ -643,19 +651,19 @@ def create_core(config: RuntimeConfig, tokenizer: Ernie4_5Tokenizer) -> tuple[En
     )
 
 
-def _create_executor(config: RuntimeConfig) -> Executor:
+def _create_executor(config: RuntimeConfig, on_loss: Callable[[str], None] | None) -> Executor:
     # Only the process that computes pays for importing the framework.
     if config.parallel.executor_backend == "ray":
         from fastdeploy_lite.executor.ray_executor import RayExecutor  # noqa: PLC0415
 
-        return RayExecutor(config)
+        return RayExecutor(config, on_loss)
     if config.parallel.tensor_parallel_size == 1:
         from fastdeploy_lite.executor.inline import InlineExecutor  # noqa: PLC0415
 
         return InlineExecutor(config)
     from fastdeploy_lite.executor.processes import ProcessesExecutor  # noqa: PLC0415
 
-    return ProcessesExecutor(config)
+    return ProcessesExecutor(config, on_loss)
 
 
 def _fits_the_runner(request: EngineRequest, vocab_size: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from fastdeploy_lite.executor.base import ExecutorDeadError
 from fastdeploy_lite.utils.errors import FastDeployError
@@ -11,12 +12,16 @@ from fastdeploy_lite.utils.errors import FastDeployError
 class Ending:
     """The first reason that is told; what follows from it is not kept.
 
+    Args:
+        on_first: called with that reason, by the thread that tells it.
+
     Attributes:
         reason: in one line, None while all ranks live.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_first: Callable[[str], None] | None = None) -> None:
         self.reason: str | None = None
+        self._on_first = on_first
         self._is_users = False
 
     def tell(self, reason: str, is_users: bool = False) -> bool:
@@ -24,6 +29,8 @@ class Ending:
         if self.reason is not None:
             return False
         self.reason, self._is_users = reason, is_users
+        if self._on_first is not None:
+            self._on_first(reason)
         return True
 
     def check(self) -> None:

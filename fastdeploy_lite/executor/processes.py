@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fastdeploy_lite import _ops_cpu, device, envs
@@ -37,8 +37,12 @@ from fastdeploy_lite.worker.model_runner import ModelRunner
 class ProcessesExecutor(Executor):
     """Runs a model over processes of one host, each on its part of the CPU or on its own card."""
 
-    def __init__(self, config: RuntimeConfig) -> None:
+    def __init__(self, config: RuntimeConfig, on_loss: Callable[[str], None] | None = None) -> None:
         """Check what can be checked; nothing is started yet.
+
+        Args:
+            config: of the model.
+            on_loss: see RankProcesses.
 
         Raises:
             ConfigError: the model or the device cannot be had at this size.
@@ -47,6 +51,7 @@ class ProcessesExecutor(Executor):
         check_tensor_parallel(config.model, size)
         self.config = config
         self._cards = _cards(config)
+        self._on_loss = on_loss
         self._threads = _ops_cpu.num_threads()
         self._ranks: RankProcesses | None = None
         self._writer = SliceWriter()
@@ -76,7 +81,9 @@ class ProcessesExecutor(Executor):
         for rank in range(1, size):
             config = replace(self.config, parallel=replace(self.config.parallel, rank=rank))
             starts.append(Start(config, memory.fd, widest, threads, bool(self._cards)))
-        self._ranks = ranks = RankProcesses(starts, memory.fd, self._communicator, self._cards)
+        self._ranks = ranks = RankProcesses(
+            starts, memory.fd, self._communicator, self._cards, self._on_loss
+        )
         memory.close()  # the others have inherited it
         _ops_cpu.set_num_threads(threads)
         self.runner = ModelRunner(self.config, self._communicator)

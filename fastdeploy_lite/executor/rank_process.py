@@ -6,13 +6,9 @@ other way, this process ends at once, whatever it is doing.
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
 import signal
 import socket
-import sys
-import threading
 import traceback
 from contextlib import suppress
 
@@ -46,10 +42,9 @@ from fastdeploy_lite.executor.part import compute_part
 from fastdeploy_lite.executor.verdict import describe
 from fastdeploy_lite.utils.errors import FastDeployError
 from fastdeploy_lite.utils.logging import init_console_logging, write_console
+from fastdeploy_lite.utils.processes import die_with_parent
 from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
 from fastdeploy_lite.worker.model_runner import ModelRunner
-
-_PR_SET_PDEATHSIG = 1
 
 
 class RankLoop:
@@ -104,28 +99,13 @@ class RankLoop:
         self._channel.send(msgspec.msgpack.encode(message))
 
 
-def _die_with_parent(parent: int) -> None:
-    """Arrange for the end of this process when its parent's ends, even while it is stopped."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before
-        os._exit(3)
-
-    def wait() -> None:
-        while os.read(sys.stdin.fileno(), 4096):
-            pass
-        os._exit(3)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def main(descriptor: int, parent: int) -> int:
     """Run the process; returns its exit status."""
     prepare_standard_streams()
     init_console_logging()
     logging.disable(logging.WARNING)  # the first rank has said it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's to answer
-    _die_with_parent(parent)
+    die_with_parent(parent)
     channel = Channel(socket.socket(fileno=descriptor))
     try:
         start = decode_start(channel.receive())

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -23,7 +23,14 @@ import msgspec
 from fastdeploy_lite.device import CARDS_VARIABLE
 from fastdeploy_lite.distributed.communicator import Communicator
 from fastdeploy_lite.executor.channel import Channel
-from fastdeploy_lite.executor.messages import FromRank, RankFatal, Start, ToRank, encode_start
+from fastdeploy_lite.executor.messages import (
+    FromRank,
+    RankFatal,
+    Start,
+    Step,
+    ToRank,
+    encode_start,
+)
 from fastdeploy_lite.executor.supervisor import RankSupervisor, WatchedRank
 from fastdeploy_lite.utils.processes import state_of
 
@@ -53,6 +60,24 @@ class _Rank(WatchedRank):
         return f"rank {self.number} (process {self.process.pid}): {text}"
 
 
+class _FirstRank(WatchedRank):
+    """The thread that computes in this process."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.thread: int | None = None
+
+    def name(self, text: str) -> str:
+        """See WatchedRank."""
+        return f"rank 0 (process {os.getpid()}): {text}"
+
+    def state(self) -> tuple[str, int]:
+        """State of the thread, and ticks of the whole process without those of the watch, which
+        asks: parts of an op run on threads of their own."""
+        ticks = state_of(os.getpid())[1] - state_of(os.getpid(), threading.get_native_id())[1]
+        return state_of(os.getpid(), self.thread)[0], ticks
+
+
 class RankProcesses(RankSupervisor):
     """All ranks but the first, which this process is.
 
@@ -61,6 +86,8 @@ class RankProcesses(RankSupervisor):
         memory_fd: descriptor that they inherit.
         communicator: of the first rank; knows who waits for whom, and frees who waits.
         cards: of each rank, none on the CPU.
+        on_loss: called with the first reason, by whatever thread has found it; it may be that the
+            first rank hangs, which is not looked for without.
     """
 
     def __init__(
@@ -69,8 +96,12 @@ class RankProcesses(RankSupervisor):
         memory_fd: int,
         communicator: Communicator,
         cards: Sequence[str] = (),
+        on_loss: Callable[[str], None] | None = None,
     ) -> None:
-        super().__init__(patience=2 * LOOK_SECONDS)
+        super().__init__(2 * LOOK_SECONDS, on_loss)
+        self._first = _FirstRank()
+        # A card is waited for in silence, and other threads of a user's program may hold this one.
+        self._watches_first = on_loss is not None and not cards
         self._starts = [encode_start(start) for start in starts]
         self._memory_fd = memory_fd
         self._communicator = communicator
@@ -96,6 +127,7 @@ class RankProcesses(RankSupervisor):
     def send(self, message: ToRank) -> None:
         """Tell every rank; raises as `check`."""
         raw = msgspec.msgpack.encode(message)
+        self._first.thread = threading.get_native_id() if isinstance(message, Step) else None
         self._pace.begins(time.monotonic())
         for rank in self._ranks:
             try:
@@ -184,7 +216,9 @@ class RankProcesses(RankSupervisor):
     def _look(self) -> None:
         arrivals = dict(enumerate(self._communicator.arrivals()))
         states = {rank.number: state_of(rank.process.pid) for rank in self._ranks}
-        self._judge(self._ranks, arrivals, states)
+        if self._watches_first and self._first.thread is not None:
+            states[0] = self._first.state()
+        self._judge([self._first, *self._ranks], arrivals, states)
 
     def _lose(self, reason: str, is_users: bool = False) -> None:
         self._ending.tell(reason, is_users)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -49,12 +49,18 @@ class RankActors(RankSupervisor):
         group: placement group with a bundle for each rank.
         wanted: what each bundle holds.
         arguments: of each rank's `RankActor`.
+        on_loss: see RankSupervisor.
     """
 
     def __init__(
-        self, ray: Any, group: Any, wanted: Demand, arguments: Sequence[tuple[Any, ...]]
+        self,
+        ray: Any,
+        group: Any,
+        wanted: Demand,
+        arguments: Sequence[tuple[Any, ...]],
+        on_loss: Callable[[str], None] | None = None,
     ) -> None:
-        super().__init__(patience=SILENT_SECONDS)
+        super().__init__(SILENT_SECONDS, on_loss, first_lingers=not wanted.on_cards)
         self._ray = ray
         self._closing = threading.Event()
         self._ranks = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -29,8 +29,12 @@ console = get_logger("console")
 class RayExecutor(Executor):
     """Runs a model over actors; this process computes nothing itself."""
 
-    def __init__(self, config: RuntimeConfig) -> None:
+    def __init__(self, config: RuntimeConfig, on_loss: Callable[[str], None] | None = None) -> None:
         """Join the cluster; nothing is started yet.
+
+        Args:
+            config: of the model.
+            on_loss: see RankSupervisor.
 
         Raises:
             ConfigError: the model cannot be had at this size, or there is no cluster.
@@ -39,6 +43,7 @@ class RayExecutor(Executor):
         self.config = config
         self._ray = ray_cluster.import_ray()
         self._joined = ray_cluster.connect(self._ray)
+        self._on_loss = on_loss
         self._sender = SliceSender(self._ray.cloudpickle.dumps)
         self._place: Any = None
         self._ranks: RankActors | None = None
@@ -65,7 +70,9 @@ class RayExecutor(Executor):
             parallel.data_parallel_size,
         )
         self._place = ray_cluster.place(self._ray, wanted, envs.FD_LITE_RAY_WAIT_SECONDS)
-        self._ranks = ranks = RankActors(self._ray, self._place, wanted, self._arguments(wanted))
+        self._ranks = ranks = RankActors(
+            self._ray, self._place, wanted, self._arguments(wanted), self._on_loss
+        )
         greetings = ranks.greet()
         _check_versions(greetings)
         nodes = Counter(greeting.node for greeting in greetings)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from fastdeploy_lite.distributed.communicator import STEP_END
 from fastdeploy_lite.executor.ending import Ending
 from fastdeploy_lite.executor.watch import Pace, RankWatch, Seen
 
@@ -34,11 +35,20 @@ class RankSupervisor(ABC):
 
     Args:
         patience: seconds in which the watch finds a better reason than whoever waits in vain.
+        on_loss: called with the first reason, by whatever thread has found it.
+        first_lingers: whether the first rank may come to the end of a step long after the others:
+            it calls what users bring.
     """
 
-    def __init__(self, patience: float) -> None:
+    def __init__(
+        self,
+        patience: float,
+        on_loss: Callable[[str], None] | None = None,
+        first_lingers: bool = True,
+    ) -> None:
         self._patience = patience
-        self._ending = Ending()
+        self._first_lingers = first_lingers
+        self._ending = Ending(on_loss)
         self._pace = Pace()
 
     def check(self) -> None:
@@ -74,7 +84,10 @@ class RankSupervisor(ABC):
             if rank.number not in states:
                 continue
             arrival = arrivals[rank.number]
-            seen = Seen(*states[rank.number], arrival, arrival < furthest)
+            is_late = arrival < furthest
+            if rank.number == 0 and self._first_lingers:
+                is_late = is_late and furthest & STEP_END != STEP_END
+            seen = Seen(*states[rank.number], arrival, is_late)
             wrong = rank.watch.judge(seen, self._pace.seconds, now)
             if wrong is not None:
                 self._lose(rank.name(wrong))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fastdeploy_lite.engine import engine_client
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine_client import AsyncEngineClient
 from fastdeploy_lite.engine.engine_core import EngineDeadError
@@ -200,6 +202,7 @@ def test_a_failed_start_tells_the_root_cause(tmp_path: Path) -> None:
 
 PARENT = """
 import asyncio, sys
+from fastdeploy_lite.engine import engine_client
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine_client import AsyncEngineClient
 
@@ -213,8 +216,12 @@ asyncio.run(main())
 """
 
 
-def test_the_engine_does_not_outlive_its_parent() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_the_engine_does_not_outlive_its_parent(tmp_path: Path, is_stopped: bool) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
     try:
         assert parent.stdout is not None
         engine = psutil.Process(int(parent.stdout.readline()))
@@ -222,8 +229,76 @@ def test_the_engine_does_not_outlive_its_parent() -> None:
             engine.send_signal(signal_number)  # meant for the whole group; the parent decides
         time.sleep(0.3)
         assert engine.is_running()
+        if is_stopped:
+            engine.send_signal(signal.SIGSTOP)
         parent.kill()
         engine.wait(timeout=5)
     finally:
         parent.kill()
         parent.wait()
+    assert not list(tmp_path.glob("fastdeploy-lite-*")), "the sockets' directory is left"
+
+
+# Its model computes a few steps; then one hangs in native code.
+HANGING = """\
+import ctypes, itertools, sys
+sys.path[:] = {{path!r}}
+from fastdeploy_lite.{module} import {owner}
+real, calls = {owner}.{method}, itertools.count()
+def hang(self, *args):
+    if next(calls) > 200:
+        ctypes.{library}(None).pause()
+    return real(self, *args)
+{owner}.{method} = hang
+from fastdeploy_lite.engine.core_process import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("library", ["PyDLL", "CDLL"])
+def test_a_step_that_hangs_in_native_code_is_the_end(
+    preprocessor: Preprocessor, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    """PyDLL keeps the interpreter's lock: no other thread of that process runs."""
+    code = HANGING.format(
+        module="worker.model_runner", owner="ModelRunner", method="execute", library=library
+    )
+    monkeypatch.setattr(engine_client, "_RUN_CORE", code)
+    monkeypatch.setenv("FD_LITE_STEP_SECONDS", "2")
+
+    async def main() -> None:
+        async with started() as client:
+            assert client.engine_pid is not None
+            engine = psutil.Process(client.engine_pid)
+            reason = r"^a step of 1 tokens has not ended within \d+ s \(FD_LITE_STEP_SECONDS is"
+            with pytest.raises(EngineDeadError, match=reason):
+                await collect(client, request(preprocessor, "r", 400))
+            assert not client.is_healthy
+            await until(lambda: not engine.is_running())
+
+    run(main)
+
+
+@pytest.mark.timeout(120)
+def test_the_first_rank_is_missed_by_the_others(
+    preprocessor: Preprocessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can raise an error in a thread that hangs in native code: its process is ended."""
+    code = HANGING.format(
+        module="distributed.communicator", owner="SharedMemoryCommunicator", method="all_reduce",
+        library="CDLL",
+    )  # fmt: skip
+    monkeypatch.setattr(engine_client, "_RUN_CORE", code)
+
+    async def main() -> None:
+        async with started(dataclasses.replace(ARGS, tensor_parallel_size=2)) as client:
+            assert client.engine_pid is not None
+            family = [psutil.Process(client.engine_pid)]
+            family += family[0].children()
+            assert len(family) == 2
+            reason = rf"^rank 0 \(process {client.engine_pid}\): has slept for 4 s inside a step"
+            with pytest.raises(EngineDeadError, match=reason):
+                await collect(client, request(preprocessor, "r", 400))
+            await until(lambda: not any(process.is_running() for process in family))
+
+    run(main)

@@ -36,6 +36,7 @@ from fastdeploy_lite.config import (
     RuntimeConfig,
     SchedulerConfig,
 )
+from fastdeploy_lite.executor import ranks as ranks_module
 from fastdeploy_lite.executor.base import ExecutorDeadError, RankError
 from fastdeploy_lite.executor.processes import ProcessesExecutor
 from fastdeploy_lite.executor.verdict import run_step
@@ -343,6 +344,33 @@ def test_a_rank_that_sleeps_while_others_wait_is_lost(tmp_path: Path) -> None:
         with pytest.raises(ExecutorDeadError, match=r"^rank 1 \(process \d+\): has slept"):
             run(executor)
         assert time.monotonic() - started < 10
+
+
+HANGING_RANK = """\
+import ctypes, itertools, sys
+sys.path[:] = {path!r}
+from fastdeploy_lite.distributed.communicator import SharedMemoryCommunicator
+from fastdeploy_lite.executor.rank_process import main
+real, calls = SharedMemoryCommunicator.all_reduce, itertools.count()
+def hang(self, x):
+    if next(calls) > 20:
+        ctypes.PyDLL(None).pause()
+    real(self, x)
+SharedMemoryCommunicator.all_reduce = hang
+sys.exit(main({descriptor}, {parent}))
+"""
+
+
+def test_a_rank_that_hangs_with_the_interpreters_lock_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks_module, "_RUN_RANK", HANGING_RANK)
+    folder = write_tiny_model(tmp_path, kind="2bits")
+    with ranks(folder, 2) as executor:
+        with pytest.raises(ExecutorDeadError, match=r"^rank 1 \(process \d+\): has slept for 4 s"):
+            run(executor)
+        pids = executor.pids
+    assert gone(pids)
 
 
 def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
