@@ -19,7 +19,12 @@ import numpy as np
 
 Work = Callable[[], object]
 EXECUTOR = "fastdeploy_lite.model_executor"
-MODULES = (f"{EXECUTOR}.ops.cuda_runtime", f"{EXECUTOR}.cuda_host_link", f"{EXECUTOR}.cuda_graph")
+MODULES = (
+    f"{EXECUTOR}.ops.cuda_runtime",
+    f"{EXECUTOR}.ops.cuda_pinned",
+    f"{EXECUTOR}.cuda_host_link",
+    f"{EXECUTOR}.cuda_graph",
+)
 
 
 class FakeCuda(ModuleType):
@@ -124,7 +129,7 @@ class Card:
         self.cuda = FakeCuda()
         sys.modules["fastdeploy_lite._ops_cuda"] = self.cuda
         modules: tuple[Any, ...] = tuple(map(importlib.import_module, MODULES))
-        self.runtime, link, graph = modules
+        self.runtime, _, link, graph = modules
         self.runtime._paddle_stream = lambda: 0
         self.workspace = Workspace(paddle.CPUPlace())
         self.link = link.CudaHostLink(Workspace(paddle.CPUPlace()))

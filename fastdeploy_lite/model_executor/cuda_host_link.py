@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,33 +11,13 @@ import numpy.typing as npt
 from fastdeploy_lite import _ops_cpu, _ops_cuda
 from fastdeploy_lite.model_executor.backend import paddle
 from fastdeploy_lite.model_executor.ops import cuda_runtime as runtime
+from fastdeploy_lite.model_executor.ops.cuda_pinned import Pinned
 from fastdeploy_lite.model_executor.workspace import MAX_VIEWS, Workspace
 
 Array = npt.NDArray[Any]
 PATIENCE_US = 300
 """How long the CPU's threads stay awake between two layers' experts. The card's part of a layer
 takes 90 to 140 us, and waking 15 threads from sleep about as long again."""
-
-
-class _Pinned:
-    """Page-locked main memory, which a card reads and writes while the host goes on."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.address = int(_ops_cuda.allocate_pinned(nbytes))
-        ctypes.memset(self.address, 0, nbytes)  # a mute link sends what is there: numbers
-
-    def __del__(self) -> None:
-        _ops_cuda.free_pinned(self.address)
-
-    def array(self, shape: list[int], dtype: npt.DTypeLike) -> Array:
-        """The head of the memory, which the array keeps alive."""
-        kind: np.dtype[Any] = np.dtype(dtype)
-        memory: Any = (ctypes.c_uint8 * (math.prod(shape) * kind.itemsize)).from_address(
-            self.address
-        )
-        memory.owner = self
-        return np.frombuffer(memory, kind).reshape(shape)
 
 
 class CudaHostLink:
@@ -59,7 +37,7 @@ class CudaHostLink:
         self.workspace = workspace
         self.is_mute = False
         self._event = int(_ops_cuda.create_event())
-        self._memory: dict[str, _Pinned] = {}
+        self._memory: dict[str, Pinned] = {}
         self._arrays: dict[tuple[str, tuple[int, ...], str], Array] = {}
 
     def fetch(self, *tensors: Any) -> Sequence[Array]:
@@ -101,11 +79,11 @@ class CudaHostLink:
             array = self._arrays[key] = memory.array(list(like.shape), dtype)
         return array
 
-    def _memory_of(self, name: str, nbytes: int) -> _Pinned:
+    def _memory_of(self, name: str, nbytes: int) -> Pinned:
         found = self._memory.get(name)
         if found is None or found.nbytes < nbytes:
             self._arrays = {key: array for key, array in self._arrays.items() if key[0] != name}
-            found = self._memory[name] = _Pinned(nbytes)
+            found = self._memory[name] = Pinned(nbytes)
         return found
 
 

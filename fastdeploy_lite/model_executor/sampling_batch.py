@@ -56,6 +56,7 @@ class SamplingBatch:
         self._all_rows.host["rows"][:] = np.arange(self.max_rows)
         self._all_rows.upload()
         self._alternatives = 1
+        self._tokens: dict[int, Any] = {}  # views of the outputs by their number of rows
         self._outputs = self._new_outputs(self._alternatives)
 
     @property
@@ -75,16 +76,16 @@ class SamplingBatch:
             One result per slice; a row that is not numbers gives an error and leaves the others.
         """
         rows = self.table.gather(slices)
-        width = self.table.logprobs_width(slices)
+        width = self.table.logprobs_width
         self._reserve(width or 1)
         sampler.mask_guided(logits, rows)
         source = logits
         if width is not None and self.logprobs_mode.startswith("raw"):
             source = self._copy(logits)
         errors = self._run_processors(logits, slices)
-        if self.table.changes_logits(slices):
+        if self.table.changes_logits:
             sampler.process(logits, rows)
-        tokens = self._outputs.device["tokens"][: len(slices)]
+        tokens = self._tokens_of(len(slices))
         self._draw(logits, rows, tokens, errors)
         if width is None:
             self._outputs.download("tokens")
@@ -93,6 +94,12 @@ class SamplingBatch:
         results = self._results(slices, errors)
         self._attach_logprobs(results, source, slices, max(1, width))
         return results
+
+    def _tokens_of(self, count: int) -> Any:
+        tokens = self._tokens.get(count)
+        if tokens is None:
+            tokens = self._tokens[count] = ops.fix(self._outputs.device["tokens"][:count])
+        return tokens
 
     def _copy(self, logits: Any) -> Any:
         copy = self.workspace.get("raw_logits", logits.shape, "float32")
@@ -161,6 +168,7 @@ class SamplingBatch:
             self._alternatives = width
 
     def _new_outputs(self, alternatives: int) -> PackedBuffer:
+        self._tokens.clear()
         count, most = self.max_rows, self.max_rows * alternatives
         fields = {
             "tokens": ([count], "int32"),
@@ -188,9 +196,8 @@ class SamplingBatch:
     def _results(self, slices: Sequence[SequenceSlice], errors: dict[int, str]) -> list[SampledRow]:
         tokens = self._outputs.host["tokens"][: len(slices)].tolist()
         results = [SampledRow(token) for token in tokens]
-        for row, token in enumerate(tokens):
-            if token < 0:  # how a card reports a row that is not numbers
-                errors[row] = NOT_NUMBERS
+        if min(tokens) < 0:  # how a card reports a row that is not numbers
+            errors.update((row, NOT_NUMBERS) for row, token in enumerate(tokens) if token < 0)
         for row, error in errors.items():
             results[row].error = error
         return results

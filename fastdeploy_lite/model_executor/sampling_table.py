@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import is_
 from typing import Any
 
@@ -41,8 +42,12 @@ def _ascending(ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32]) -> E
 class SamplingTable:
     """Parameters of all slots.
 
-    They are written when a slot is fresh and gathered by numpy afterwards, so a step costs the same
-    few array operations for any number of sequences.
+    They are written when a slot is fresh and gathered by numpy where other sequences sample than in
+    the step before, so most steps only fill what changes with every token.
+
+    Attributes:
+        logprobs_width: most alternatives that any gathered slice wants per token; None when none
+            reports.
     """
 
     def __init__(
@@ -69,7 +74,10 @@ class SamplingTable:
             },
             place,
         )
-        self._views: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self.logprobs_width: int | None = None
+        self._gathered: list[int] = []  # slots whose parameters the inputs hold
+        self._counts_any = self._scales_any = False
+        self._tensors: dict[tuple[int, bool], SamplingTensors] = {}
         self._edit_buffer = self._new_edit_buffer(64)
         self._occurrences: Any | None = None
         self._guided: PackedBuffer | None = None
@@ -91,27 +99,23 @@ class SamplingTable:
 
     def gather(self, slices: Sequence[SequenceSlice]) -> SamplingTensors:
         """Fill and upload the tensors of the slices that sample in this step."""
-        slots = self._fill_rows(slices)
-        return self._upload_rows(slices, slots)
-
-    def logprobs_width(self, slices: Sequence[SequenceSlice]) -> int | None:
-        """Most alternatives that any of the slices wants per token; None when none reports."""
-        counts = self._logprobs[[part.slot for part in slices]]
-        if (counts == _NO_LOGPROBS).all():
-            return None
-        return self.vocab_size if (counts == -1).any() else int(counts.max())
-
-    def changes_logits(self, slices: Sequence[SequenceSlice]) -> bool:
-        """Whether bans, penalties or temperatures do anything in this step, after `gather`."""
         slots = [part.slot for part in slices]
-        temperature = self._columns["temperature"][slots]
-        return bool(
-            self._inputs.host["edit_offsets"][len(slices)]
-            or self._counts_tokens[slots].any()
-            or ((temperature != 0.0) & (temperature != 1.0)).any()
-        )
+        if slots != self._gathered:
+            self._gather_parameters(slots)
+        host, count = self._inputs.host, len(slices)
+        host["steps"][:count] = [part.step for part in slices]
+        host["forced"][:count] = [part.forced_token for part in slices]
+        self._fill_edits(slices)
+        self._inputs.upload()
+        return self._tensors_of(slices)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether bans, penalties or temperatures do anything in this step, after `gather`."""
+        return self._counts_any or self._scales_any or bool(self._uploaded)
 
     def _write_row(self, slot: int, params: SamplerParams) -> None:
+        self._gathered = []
         for name, column in self._columns.items():
             column[slot] = getattr(params, _PARAMETERS.get(name, name))
         self._logprobs[slot] = _NO_LOGPROBS if params.logprobs is None else params.logprobs
@@ -149,7 +153,7 @@ class SamplingTable:
         place = self.place
         if self._occurrences is None:
             shape = [self.max_seqs, self.vocab_size]
-            self._occurrences = paddle.empty(shape, dtype="int32", device=place)
+            self._occurrences = ops.fix(paddle.empty(shape, dtype="int32", device=place))
         ops.upload(np.zeros(self.vocab_size, np.int32), self._occurrences[part.slot])
         for tokens, prompt in ((part.prompt_token_ids, True), (part.output_token_ids, False)):
             if len(tokens):
@@ -161,19 +165,26 @@ class SamplingTable:
                     prompt=prompt,
                 )
 
-    def _fill_rows(self, slices: Sequence[SequenceSlice]) -> npt.NDArray[np.int64]:
-        host, count = self._inputs.host, len(slices)
-        slots = np.array([part.slot for part in slices], np.int64)
+    def _gather_parameters(self, slots: list[int]) -> None:
+        host, count = self._inputs.host, len(slots)
         host["slots"][:count] = slots
-        host["steps"][:count] = [part.step for part in slices]
-        host["forced"][:count] = [part.forced_token for part in slices]
         for name, column in self._columns.items():
             host[name][:count] = column[slots]
-        self._fill_edits(slices)
-        return slots
+        wanted = self._logprobs[slots]
+        self.logprobs_width = None
+        if (wanted != _NO_LOGPROBS).any():
+            self.logprobs_width = self.vocab_size if (wanted == -1).any() else int(wanted.max())
+        temperature = host["temperature"][:count]
+        self._scales_any = bool(((temperature != 0.0) & (temperature != 1.0)).any())
+        self._counts_any = bool(self._counts_tokens[slots].any())
+        self._gathered = slots
 
     def _fill_edits(self, slices: Sequence[SequenceSlice]) -> None:
         offsets = self._inputs.host["edit_offsets"]
+        if not self._edits and not any(part.banned_now for part in slices):
+            offsets[: len(slices) + 1] = 0
+            self._uploaded = []
+            return
         rows = [self._with_bans(part.slot, part.banned_now) for part in slices]
         offsets[0] = 0
         np.cumsum([len(ids) for ids, _ in rows], out=offsets[1 : len(rows) + 1])
@@ -190,35 +201,32 @@ class SamplingTable:
             self._edit_buffer.upload()
         self._uploaded = pieces
 
-    def _upload_rows(
-        self, slices: Sequence[SequenceSlice], slots: npt.NDArray[np.int64]
-    ) -> SamplingTensors:
-        count = len(slices)
+    def _tensors_of(self, slices: Sequence[SequenceSlice]) -> SamplingTensors:
+        """The first rows of all inputs.
+
+        They are kept: to slice a tensor takes 4 to 8 us, and a step needs all of them.
+        """
+        key = len(slices), self._counts_any
+        found = self._tensors.get(key)
+        if found is None:
+            found = self._tensors[key] = self._new_tensors(*key)
         bitmask, bitmask_rows = self._upload_bitmasks(slices)
-        self._inputs.upload()
-        named, draw = self._views_of(count)
+        if bitmask is None:
+            return found
+        return replace(found, bitmask=bitmask, bitmask_rows=bitmask_rows)
+
+    def _new_tensors(self, count: int, counts_tokens: bool) -> SamplingTensors:
+        device = self._inputs.device
+        named = {name: ops.fix(tensor[:count]) for name, tensor in device.items()}
+        named["edit_offsets"] = ops.fix(device["edit_offsets"][: count + 1])
+        draw = {name: named.pop(name) for name in ops.SAMPLE_ROWS}
         return SamplingTensors(
             **named,
             draw=draw,
             edit_ids=self._edit_buffer.device["ids"],
             edit_values=self._edit_buffer.device["values"],
-            occurrences=self._occurrences if self._counts_tokens[slots].any() else None,
-            bitmask=bitmask,
-            bitmask_rows=bitmask_rows,
+            occurrences=self._occurrences if counts_tokens else None,
         )
-
-    def _views_of(self, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The first `count` rows of the inputs, and those of them that `ops.sample` takes.
-
-        They are kept: to slice a tensor takes 4 to 8 us, and a step needs all of them.
-        """
-        found = self._views.get(count)
-        if found is None:
-            named = {name: tensor[:count] for name, tensor in self._inputs.device.items()}
-            named["edit_offsets"] = self._inputs.device["edit_offsets"][: count + 1]
-            draw = {name: named.pop(name) for name in ops.SAMPLE_ROWS}
-            found = self._views[count] = named, draw
-        return found
 
     def _upload_bitmasks(self, slices: Sequence[SequenceSlice]) -> tuple[Any | None, Any | None]:
         masks = [part.bitmask for part in slices if part.bitmask is not None]
@@ -236,5 +244,6 @@ class SamplingTable:
         return device["bits"], device["rows"][: len(slices)]
 
     def _new_edit_buffer(self, capacity: int) -> PackedBuffer:
+        self._tensors.clear()  # they hold the old one
         fields = {"ids": ([capacity], "int32"), "values": ([capacity], "float32")}
         return PackedBuffer(fields, self.place)

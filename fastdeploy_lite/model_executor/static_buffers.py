@@ -29,42 +29,41 @@ class PackedBuffer:
 
     def __init__(self, fields: Mapping[str, tuple[Sequence[int], str]], place: Any) -> None:
         """Args: fields: name -> (shape, dtype name); place: Paddle place of the device views."""
-        self._ends: dict[str, int] = {}
-        starts, end = {}, 0
+        self._spans: dict[str, slice] = {}  # in bytes
+        end = 0
         for name, (shape, dtype) in fields.items():
-            starts[name] = end
-            self._ends[name] = end + math.prod(shape) * np.dtype(dtype).itemsize
-            end = -(-self._ends[name] // _ALIGNMENT) * _ALIGNMENT
+            start, size = end, math.prod(shape) * np.dtype(dtype).itemsize
+            self._spans[name] = slice(start, start + size)
+            end = -(-(start + size) // _ALIGNMENT) * _ALIGNMENT
         self._flat = paddle.empty([end], dtype="uint8", device=place)
-        self._shared = self._flat.place.is_cpu_place()
-        self._bytes: npt.NDArray[np.uint8] = np.empty(0 if self._shared else end, np.uint8)
-        if self._shared:
-            self._bytes = ops.host_array(self._flat)
-        self._bytes.fill(0)
+        self._mirror = ops.mirror(self._flat)
+        self._mirror.array.fill(0)
         self.host: dict[str, npt.NDArray[Any]] = {}
         self.device: dict[str, Any] = {}
         for name, (shape, dtype) in fields.items():
-            self.host[name] = self._bytes[starts[name] : self._ends[name]].view(dtype)
-            self.host[name] = self.host[name].reshape(shape)
-            size = np.dtype(dtype).itemsize
+            span, size = self._spans[name], np.dtype(dtype).itemsize
+            self.host[name] = self._mirror.array[span].view(dtype).reshape(shape)
             # Reinterpret before slicing: Paddle 3.3 loses the offset of a slice in view(dtype).
-            whole = self._flat.view(dtype)
-            part = whole[starts[name] // size : self._ends[name] // size]
+            part = self._flat.view(dtype)[span.start // size : span.stop // size]
             self.device[name] = ops.fix(part.view(list(shape)))
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return int(self._bytes.nbytes)
+        return int(self._mirror.array.nbytes)
 
-    def upload(self, last: str | None = None) -> None:
-        """Copy host to device, all fields or those up to and including `last` in field order."""
-        if not self._shared:
-            end = self.nbytes if last is None else self._ends[last]
-            ops.upload(self._bytes[:end], self._flat)
+    def upload(self, last: str | None = None, rows: int | None = None) -> None:
+        """Copy host to device: all fields or, in field order, those up to and including `last`, of
+        which the first `rows` are enough (None: all)."""
+        self._mirror.upload(self._end(last, rows))
 
     def download(self, last: str | None = None) -> None:
         """Copy device to host and wait for it; fields as in `upload`."""
-        if not self._shared:
-            end = self.nbytes if last is None else self._ends[last]
-            self._bytes[:end] = ops.download(self._flat[:end])
+        self._mirror.fetch(self._end(last))
+        self._mirror.wait()
+
+    def _end(self, last: str | None, rows: int | None = None) -> int:
+        if last is None:
+            return self.nbytes
+        span = self._spans[last]
+        return int(span.stop if rows is None else span.start + rows * self.host[last].strides[0])

@@ -47,6 +47,8 @@ def sample_slices(slices: Sequence[SequenceSlice], sample: SampleRows) -> list[S
     Returns:
         One result per slice, of several tokens where guesses were right.
     """
+    if not any(part.draft_token_ids for part in slices):
+        return [_only(row) for row in sample(range(len(slices)), slices)]
     found: list[list[SampledRow]] = [[] for _ in slices]
     firsts = np.cumsum([0, *(part.num_rows for part in slices)]).tolist()
     pending = [
@@ -110,9 +112,15 @@ def _row_of(part: SequenceSlice, row: int) -> SequenceSlice:
     )
 
 
+def _only(row: SampledRow) -> SliceResult:
+    if row.error is not None:
+        return SliceResult(error=row.error)
+    return SliceResult([row.token_id], None if row.logprobs is None else [row.logprobs])
+
+
 def _result(part: SequenceSlice, rows: Sequence[SampledRow]) -> SliceResult:
     if rows[0].error is not None:
-        return SliceResult(error=rows[0].error)
+        return _only(rows[0])
     kept = [rows[0]]
     for row in range(1, len(rows)):
         # A row that failed is left to a step of its own, as without guesses.

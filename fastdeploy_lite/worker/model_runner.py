@@ -106,6 +106,7 @@ class ModelRunner:
         self._guess_graphs: DecodeGraphs | None = None
         self._check_loading: Callable[[], None] | None = None
         self._batches: dict[tuple[int, bool], ForwardBatch] = {}
+        self._heads: dict[tuple[str, int, int], tuple[Any, Any]] = {}
         self._drafting: Drafting | None = None
         self._candidates: CandidateRows | None = None
 
@@ -288,7 +289,7 @@ class ModelRunner:
         batch = self._own_batch([0] * sum(lengths), lengths, 0, blocks, caches)
         with expert_placement.muted(self._host_links):  # it takes no memory of the card
             hidden = self.model(batch)
-        self._inputs.buffer.upload()
+        self._inputs.upload(0)
         rows = min(self.config.max_logit_rows, sum(lengths))
         self.model.logits(self._sampled_rows(hidden, rows), self.workspace)
         with expert_placement.muted(self._host_links):
@@ -305,6 +306,7 @@ class ModelRunner:
     def _renew_graphs(self) -> None:
         """CUDA graphs over the present cache; none on the CPU or if off."""
         self._graphs = self._guess_graphs = None  # first: their memory is needed
+        self._heads = {}
         if not self._kv_caches or self.place.is_cpu_place() or not self.config.use_cudagraph:
             return
         from fastdeploy_lite.model_executor.cuda_graph import CudaDecodeGraphs  # noqa: PLC0415
@@ -347,17 +349,30 @@ class ModelRunner:
 
     def _execute(self, slices: Sequence[SequenceSlice]) -> list[SliceResult]:
         shape = self._inputs.prepare(slices)
-        for part in slices:
-            if part.fresh and self._samples:
-                self._sampling.table.admit(part)
+        if self._samples:
+            for part in slices:
+                if part.fresh:
+                    self._sampling.table.admit(part)
+        if shape.decode_only and all(part.sample for part in slices):
+            return self._decode(shape, slices)
+        return self._compute(shape, slices)
+
+    def _decode(self, shape: BatchShape, slices: Sequence[SequenceSlice]) -> list[SliceResult]:
+        """One token per sequence, every row sampled."""
+        hidden, logits = self._decode_logits(shape, slices)
+        if self._drafting is None:  # else the arrays are still needed
+            self._inputs.prepare_next()
+        results = self._sample(logits, slices) if self._samples else [SliceResult() for _ in slices]
+        if self._drafting is not None:
+            self._follow(shape, hidden, slices, results)
+            self._inputs.prepare_next()
+        return results
+
+    def _compute(self, shape: BatchShape, slices: Sequence[SequenceSlice]) -> list[SliceResult]:
+        """Any mix of prefill chunks, decodes and guesses."""
         sampled = [index for index, part in enumerate(slices) if part.sample]
         results = [SliceResult() for _ in slices]
-        is_decode = shape.decode_only and len(sampled) == len(slices)
-        if is_decode:
-            hidden, logits = self._decode(shape, slices)
-            if self._drafting is None:  # else the arrays are still needed
-                self._inputs.prepare_next()
-        elif self._checks_by_graph(shape, slices):
+        if self._checks_by_graph(shape, slices):
             logits = self._check_guesses(shape)
         else:
             hidden = self._prefill(shape, slices, sampled)
@@ -372,11 +387,20 @@ class ModelRunner:
                 result.prompt_logprobs = results[index].prompt_logprobs
                 results[index] = result
         if self._drafting is not None:
-            batch = self._batch(shape.num_tokens, shape.num_seqs)
-            self._drafting.follow(batch, hidden, slices, results)
-            if is_decode:
-                self._inputs.prepare_next()
+            self._follow(shape, hidden, slices, results)
         return results
+
+    def _follow(
+        self,
+        shape: BatchShape,
+        hidden: Any,
+        slices: Sequence[SequenceSlice],
+        results: list[SliceResult],
+    ) -> None:
+        """Let the draft model read the step, and guess."""
+        assert self._drafting is not None
+        batch = self._batch(shape.num_tokens, shape.num_seqs)
+        self._drafting.follow(batch, hidden, slices, results)
 
     def _sample(self, logits: Any, slices: Sequence[SequenceSlice]) -> list[SliceResult]:
         def rows_of(numbers: Sequence[int], parts: Sequence[SequenceSlice]) -> list[SampledRow]:
@@ -401,20 +425,28 @@ class ModelRunner:
         own = self.model.own_logits(hidden, self.workspace)
         return self._candidates.gather(own, slices, count)
 
-    def _decode(self, shape: BatchShape, slices: Sequence[SequenceSlice]) -> tuple[Any, Any]:
-        """One token per sequence, every row sampled: hidden states [B, H] and logits [B, V], by
-        graph where there is one.
-        """
+    def _decode_logits(self, shape: BatchShape, slices: Sequence[SequenceSlice]) -> tuple[Any, Any]:
+        """Hidden states [B, H] and logits [B, V], by graph where there is one."""
         count = shape.num_seqs
         size = None if self._graphs is None else self._graphs.bucket(count)
         if self._graphs is None or size is None:
-            self._inputs.buffer.upload()
+            self._inputs.upload(count)
             hidden = self._all_hidden(count)
             return hidden, self._logits(hidden, slices)
         self._inputs.pad_decode(count, size)
-        self._inputs.buffer.upload()
+        self._inputs.upload(size)
         hidden, logits = self._graphs.run(size, lambda: self._all_logits(size))
-        return hidden[:count], logits[:count]
+        if count < size:
+            hidden = self._head("hidden", hidden, size, count)
+            logits = self._head("logits", logits, size, count)
+        return hidden, logits
+
+    def _head(self, name: str, whole: Any, size: int, count: int) -> Any:
+        """The first rows of what a graph fills; kept, since to slice a tensor takes 5 us."""
+        known = self._heads.get((name, size, count))
+        if known is None or known[0] is not whole:
+            known = self._heads[name, size, count] = (whole, ops.fix(whole[:count]))
+        return known[1]
 
     def _checks_by_graph(self, shape: BatchShape, slices: Sequence[SequenceSlice]) -> bool:
         """Whether every token of a step is a last one or a guess, few enough for a graph."""
@@ -431,9 +463,9 @@ class ModelRunner:
         assert size is not None
         self._inputs.spread(shape)
         self._inputs.pad_decode(count, size)
-        self._inputs.buffer.upload()
+        self._inputs.upload(size)
         _, logits = graphs.run(size, lambda: self._all_logits(size, spread=True))
-        return logits[:count]
+        return logits if count == size else self._head("checked", logits, size, count)
 
     def _all_logits(self, count: int, spread: bool = False) -> tuple[Any, Any]:
         """Hidden states and logits of `count` single tokens, all of them sampled."""
@@ -454,7 +486,7 @@ class ModelRunner:
         host = self._inputs.buffer.host
         rows = logit_rows([slices[i] for i in sampled], host["cu_seqlens_q"][1:][sampled])
         host["logit_rows"][: len(rows)] = rows
-        self._inputs.buffer.upload()
+        self._inputs.upload(shape.num_seqs)
         ops.announce_step(self.place, shape.num_tokens)
         return self.model(self._batch(shape.num_tokens, shape.num_seqs))
 

@@ -18,6 +18,7 @@ from fastdeploy_lite import _ops_cuda
 from fastdeploy_lite.model_executor.ops import cuda_runtime as runtime
 from fastdeploy_lite.model_executor.ops import cuda_weights
 from fastdeploy_lite.model_executor.ops._view import Tensor, View
+from fastdeploy_lite.model_executor.ops.cuda_pinned import CudaMirror
 from fastdeploy_lite.model_executor.ops.cuda_runtime import address, scratch, stream
 from fastdeploy_lite.model_executor.ops.cuda_weights import CudaWeight
 from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight
@@ -46,6 +47,11 @@ def download(tensor: Tensor) -> npt.NDArray[Any]:
     if host.nbytes:
         _ops_cuda.download(host.ctypes.data, int(tensor.data_ptr()), host.nbytes, stream())
     return host
+
+
+def mirror(tensor: Tensor) -> CudaMirror:
+    """See ops.mirror."""
+    return CudaMirror(tensor)
 
 
 def clear(tensor: Tensor) -> None:

@@ -53,6 +53,53 @@ def download(tensor: Tensor) -> npt.NDArray[Any]:
     return host_array(tensor)
 
 
+class Mirror(Protocol):
+    """A tensor of bytes and main memory that is made to hold the same bytes, time and again.
+
+    Attributes:
+        array: that memory, as large as the tensor.
+    """
+
+    array: npt.NDArray[np.uint8]
+
+    def upload(self, nbytes: int) -> None:
+        """Copy the first bytes to the tensor, ordered on the current stream; `array` may be written
+        again on return."""
+
+    def fetch(self, nbytes: int) -> None:
+        """Queue the copy of the tensor's first bytes to `array`."""
+
+    def wait(self) -> None:
+        """Return once what was fetched last is there."""
+
+
+class _OneMemory:
+    """The mirror of a tensor in main memory: itself."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.array = host_array(tensor)
+
+    def upload(self, nbytes: int) -> None:
+        pass
+
+    def fetch(self, nbytes: int) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+def mirror(tensor: Tensor) -> Mirror:
+    """Return the mirror of a contiguous uint8 tensor [n], which it keeps alive.
+
+    On a card its memory is page-locked, so that the host goes on while it is fetched.
+    """
+    if place_kind(tensor.place) == "cuda":
+        found: Mirror = native("cuda", "mirror")(tensor)
+        return found
+    return _OneMemory(tensor)
+
+
 def clear(tensor: Tensor) -> None:
     """Fill a contiguous tensor with zeros, ordered on the current stream.
 
