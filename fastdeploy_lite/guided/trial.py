@@ -70,9 +70,15 @@ class Vocabulary(msgspec.Struct):
 
 
 class Verdict(msgspec.Struct):
-    """What a trial found; `error` is None for a constraint that can be used."""
+    """What a trial found.
+
+    Attributes:
+        error: None for a constraint that can be used.
+        is_final: Whether another trial would find the same: not where the machine was too busy.
+    """
 
     error: str | None = None
+    is_final: bool = True
 
 
 class ConstraintTrial:
@@ -84,7 +90,7 @@ class ConstraintTrial:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
+        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
@@ -100,20 +106,20 @@ class ConstraintTrial:
         packed = msgspec.msgpack.encode(spec)
         key = hashlib.blake2b(packed).digest()
         with self._lock:
-            if key not in self._verdicts:
-                self._verdicts[key] = self._try(packed)
+            verdict = self._verdicts.get(key) or self._try(packed)
+            if verdict.is_final:
+                self._verdicts[key] = verdict
                 while len(self._verdicts) > VERDICTS:
                     self._verdicts.popitem(last=False)
-            error = self._verdicts[key]
-        if error is not None:
-            raise invalid(spec, error)
+        if verdict.error is not None:
+            raise invalid(spec, verdict.error)
 
     def close(self) -> None:
         """End the process."""
         with self._lock:
             self._stop()
 
-    def _try(self, packed: bytes) -> str | None:
+    def _try(self, packed: bytes) -> Verdict:
         try:
             if self._process is None or self._process.poll() is not None:
                 self._start()
@@ -121,10 +127,10 @@ class ConstraintTrial:
             assert process is not None and process.stdin and process.stdout
             _write(process.stdin, packed)
             answer = _read(process.stdout, WALL_SECONDS + 5)
-            return msgspec.msgpack.decode(answer, type=Verdict).error
+            return msgspec.msgpack.decode(answer, type=Verdict)
         except (OSError, EOFError, ValueError, TimeoutError):
             self._stop()
-            return "it cannot be tried"
+            return Verdict("it cannot be tried", is_final=False)
 
     def _start(self) -> None:
         self._stop()
@@ -166,10 +172,10 @@ def main() -> None:
             packed = _read(inbox, None)
         except EOFError:
             return
-        _write(outbox, msgspec.msgpack.encode(Verdict(_fork_and_try(decoder, packed))))
+        _write(outbox, msgspec.msgpack.encode(_fork_and_try(decoder, packed)))
 
 
-def _fork_and_try(decoder: GuidedDecoder, packed: bytes) -> str | None:
+def _fork_and_try(decoder: GuidedDecoder, packed: bytes) -> Verdict:
     source, sink = os.pipe()
     child = os.fork()
     if child == 0:
@@ -181,9 +187,11 @@ def _fork_and_try(decoder: GuidedDecoder, packed: bytes) -> str | None:
     os.close(sink)
     try:
         with os.fdopen(source, "rb") as pipe:
-            return msgspec.msgpack.decode(_read(pipe, WALL_SECONDS), type=Verdict).error
-    except (EOFError, TimeoutError, ValueError):
-        return "it takes too much time or memory"
+            return msgspec.msgpack.decode(_read(pipe, WALL_SECONDS), type=Verdict)
+    except (EOFError, ValueError):  # killed by a limit
+        return Verdict("it takes too much time or memory")
+    except TimeoutError:
+        return Verdict("it takes too much time", is_final=False)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from helpers import make_core, make_request, run, tokens
+from waiting import until
 
 from fastdeploy_lite.engine.engine_core import EngineCore
 from fastdeploy_lite.guided import compiler, paced, trial
@@ -27,15 +29,18 @@ AMBIGUOUS = GuidedSpec("grammar", 'start: s\ns: s s | "a" | "b"\n')
 
 
 class SlowMatcher:
-    """Allows everything; each token takes `seconds` of the processor."""
+    """Allows everything; each token takes `seconds` of the processor, once `may_follow`."""
 
     is_active, is_finished = True, False
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+        self.may_follow = threading.Event()
+        self.may_follow.set()
         self.accepted: list[int] = []
 
     def accept(self, token_id: int) -> bool:
+        self.may_follow.wait(60)
         end = time.thread_time() + self.seconds
         while time.thread_time() < end:
             time.sleep(0)  # as the library: other threads run meanwhile
@@ -70,14 +75,17 @@ def test_a_paced_matcher_follows_tokens(pool: ThreadPoolExecutor) -> None:
 
 
 def test_a_slow_constraint_ends_with_its_own_error(pool: ThreadPoolExecutor) -> None:
-    slow = PacedMatcher(SlowMatcher(0.1), 4, pool.submit)
+    matcher = SlowMatcher(0.1)
+    slow = PacedMatcher(matcher, 4, pool.submit)
     assert slow.settle(5)
     with pytest.raises(RequestError, match="takes too much time to follow"):
         for token in range(20):
+            matcher.may_follow.clear()
             slow.advance(5)
             followed = token
             assert not slow.settle(0.0)
-            assert slow.settle(10)
+            matcher.may_follow.set()
+            assert slow.settle(60)
     assert 3 <= followed <= 8, "half a second, and a hundredth for each token"
     assert slow.look_ahead([1, 2]) == ([], [])
 
@@ -85,18 +93,16 @@ def test_a_slow_constraint_ends_with_its_own_error(pool: ThreadPoolExecutor) -> 
 def test_a_constraint_that_never_answers_is_given_up(
     pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paced, "LONGEST_SECONDS", 0.05)
-    release = threading.Event()
     stuck = SlowMatcher(0.0)
-    stuck.accept = lambda _: release.wait(10)  # type: ignore[method-assign]
+    stuck.may_follow.clear()
     matcher = PacedMatcher(stuck, 4, pool.submit)
     assert matcher.settle(5)
     matcher.advance(5)
     assert not matcher.settle(0.0)
-    time.sleep(0.06)
+    monkeypatch.setattr(paced, "LONGEST_SECONDS", 0.0)
     with pytest.raises(RequestError, match="too much time"):
         matcher.settle(0.0)
-    release.set()
+    stuck.may_follow.set()
 
 
 def slow_core(monkeypatch: pytest.MonkeyPatch, seconds: float, **config: Any) -> EngineCore:
@@ -204,6 +210,41 @@ def test_a_trial_is_killed_without_harm(
         trials.close()
 
 
+def test_a_busy_machine_is_no_fault_of_a_constraint(
+    tokenizer: Ernie4_5Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What could not be tried in time, or not at all, is tried again when it is asked again."""
+    began = tmp_path / "began"
+    body = f"""import os, time
+        if not os.path.exists({str(began)!r}):
+            open({str(began)!r}, "w").close()
+            time.sleep(60)"""
+    code = f"{PATCHED.format(path='{path!r}', body=body)}".replace("\ntrial.main", WAITS_A_SECOND)
+    monkeypatch.setattr(trial, "_RUN", code)
+    trials = ConstraintTrial(Vocabulary.of(tokenizer, 8192))
+    spec = GuidedSpec("regex", "hostile")
+    try:
+        with monkeypatch.context() as no_process:
+            no_process.setattr(trial.subprocess, "Popen", Mock(side_effect=BlockingIOError))
+            with pytest.raises(RequestError, match="cannot be tried"):
+                trials.check(spec)
+        with pytest.raises(RequestError, match="too much time"):
+            trials.check(spec)
+        assert began.exists()
+        until(lambda: is_usable(trials, spec))
+    finally:
+        trials.close()
+
+
+def is_usable(trials: ConstraintTrial, spec: GuidedSpec) -> bool:
+    try:
+        trials.check(spec)
+    except RequestError:
+        return False
+    return True
+
+
+WAITS_A_SECOND = "\ntrial.WALL_SECONDS = 1.0\ntrial.main"
 PATCHED = """\
 import sys
 sys.path[:] = {path}
