@@ -47,6 +47,7 @@ from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
 STATS_SECONDS = 0.5  # an idle core says so this often: silence means that something is wrong
 HELLO = b"hello"  # before all messages
 TO_CORE, FROM_CORE = "to-core", "from-core"  # names of the sockets in the directory
+SAID_WHY = 4  # exit status: the reason has been sent
 
 
 class StartLine(msgspec.Struct):
@@ -269,7 +270,7 @@ def main() -> int:
         log.error("The engine ended", exc_info=error)
         flush_logs()  # the parent may end this process as soon as it has heard
         outbox.send(msgspec.msgpack.encode(Fatal(_reason(error))))
-        return 1
+        return SAID_WHY
     finally:
         context.destroy(linger=1000)
 

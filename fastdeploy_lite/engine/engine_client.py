@@ -18,7 +18,13 @@ import zmq
 import zmq.asyncio
 
 from fastdeploy_lite.engine.args_utils import EngineArgs
-from fastdeploy_lite.engine.core_process import FROM_CORE, TO_CORE, StartLine, open_socket
+from fastdeploy_lite.engine.core_process import (
+    FROM_CORE,
+    SAID_WHY,
+    TO_CORE,
+    StartLine,
+    open_socket,
+)
 from fastdeploy_lite.engine.engine_core import EngineDeadError
 from fastdeploy_lite.executor.step_clock import StepClock
 from fastdeploy_lite.executor.step_limit import StepWatch
@@ -41,6 +47,7 @@ from fastdeploy_lite.utils.processes import STOPPED_SECONDS, state_of
 IDLE_SILENCE_SECONDS = 5.0  # ten times the interval at which an idle core reports
 STEP_SILENCE_SECONDS = 300.0  # the longest step that is believed: a full prefill on a slow CPU
 SHUTDOWN_SECONDS = 5.0
+LAST_WORDS_SECONDS = 10.0  # a machine may be too busy to bring them
 LONGEST_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
 # Not `-m`, which looks into the working directory first: the process must run this very package.
 _RUN_CORE = """\
@@ -383,7 +390,9 @@ class AsyncEngineClient:
         assert self._process is not None
         code = await self._process.wait()
         # Its last words may still be in the socket, and say more than an exit status.
-        await asyncio.sleep(0.2)
+        seconds = LAST_WORDS_SECONDS if code == SAID_WHY else 0.2
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._death.wait(), seconds)
         self._die(f"the engine process ended {_exit_text(code)}")
 
     async def _watch_for_a_hang(self, clock: StepClock) -> None:
