@@ -7,7 +7,6 @@ import contextlib
 import json
 import shutil
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from server_process import free_port
+from waiting import PATIENCE, until
 
 from fastdeploy_lite.entrypoints.openai import web
 
@@ -167,12 +167,9 @@ def scripted_server() -> Iterator[ScriptedServer]:
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
-    while not server.started:
-        assert time.monotonic() < deadline, "the scripted server did not start"
-        time.sleep(0.02)
+    until(lambda: server.started)
     try:
         yield scripted
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE)

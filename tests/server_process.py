@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
+from waiting import PATIENCE, until
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 START_SECONDS = 120.0
@@ -21,21 +23,28 @@ START_SECONDS = 120.0
 SMALL = (
     "--max-model-len", "1024", "--max-num-seqs", "8", "--num-gpu-blocks-override", "160",
 )  # fmt: skip
+# httpx's own 5 s are too short for a machine that stalls, and certificates take 20 ms to read.
+PLAIN: dict[str, Any] = {"timeout": 120.0, "verify": False}
+# Below the ports that the kernel gives to connections: one of those could take a port between the
+# moment it is found free and the moment a server binds it.
+SERVER_PORTS = range(10_000, 32_000)
+_given: set[int] = set()
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback device that is free, and is not given to anybody else here."""
+    while True:
+        port = random.SystemRandom().choice(SERVER_PORTS)
+        if port not in _given and _is_free(port):
+            _given.add(port)
+            return port
 
 
-def wait_until(ready: Callable[[], bool], seconds: float) -> float:
-    """Wait until `ready`; returns for how long."""
-    started = time.monotonic()
-    while not ready():
-        assert time.monotonic() - started < seconds
-        time.sleep(0.05)
-    return time.monotonic() - started
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
@@ -49,6 +58,7 @@ class ServerProcess:
     Attributes:
         port: Its port.
         metrics_port: Where its metrics are; the same, unless a test sets it.
+        headers: What it wants to be asked with for its metrics.
         process: The process.
     """
 
@@ -64,6 +74,7 @@ class ServerProcess:
     ) -> None:
         self.folder = folder
         self.port = self.metrics_port = free_port() if port is None else port
+        self.headers: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self.stderr_path = folder / "stderr.txt"
         command = [
@@ -76,7 +87,6 @@ class ServerProcess:
                 command, cwd=folder, env=environment(env), stdout=output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip
-        self.started = time.monotonic()
 
     @property
     def url(self) -> str:
@@ -88,34 +98,68 @@ class ServerProcess:
 
     def wait_ready(self) -> ServerProcess:
         """Wait for the port, then for /health, as upstream's harnesses do."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise AssertionError(f"the server exited: {self.stderr[-3000:]}")
+
+        def is_ready() -> bool:
+            assert self.process.poll() is None, f"the server exited: {self.stderr[-3000:]}"
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    return self
-            time.sleep(0.1)
-        raise AssertionError(f"the server did not start: {self.stderr[-3000:]}")
+                return self.health() == 200
+            return False
+
+        until(is_ready, START_SECONDS, every=0.1, told=lambda: self.stderr[-3000:])
+        return self
+
+    def get(self, path: str, **fields: Any) -> httpx.Response:
+        """Ask over a connection of its own."""
+        return httpx.get(self.url + path, **{**PLAIN, **fields})
+
+    def post(self, path: str, **fields: Any) -> httpx.Response:
+        """Post over a connection of its own."""
+        return httpx.post(self.url + path, **{**PLAIN, **fields})
+
+    def says(self, text: str, file: str = "") -> str:
+        """Wait until stderr, or a file in `log/`, holds a text: threads write them; gives all."""
+
+        def said() -> str:
+            path = self.folder / "log" / file
+            return (path.read_text() if path.exists() else "") if file else self.stderr
+
+        until(lambda: text in said(), told=lambda: f"{text!r} is not in {said()[-3000:]}")
+        return said()
 
     def health(self) -> int:
         """Status of /health."""
-        return httpx.get(f"{self.url}/health", timeout=10).status_code
+        return self.get("/health").status_code
 
     def engine(self) -> psutil.Process:
         """The engine's process: the child that uses the most memory."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return max(children, key=lambda child: child.memory_info().rss)
+
+        def size(child: psutil.Process) -> int:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                return int(child.memory_info().rss)
+            return 0
+
+        return max(self.family()[1:], key=size)
 
     def family(self) -> list[psutil.Process]:
         """The server and all its descendants."""
         parent = psutil.Process(self.process.pid)
         return [parent, *parent.children(recursive=True)]
 
+    def processes(self, module: str) -> list[psutil.Process]:
+        """Its descendants that run a module; one that ends meanwhile has no command line."""
+
+        def runs(process: psutil.Process) -> bool:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                return any(module in word for word in process.cmdline())
+            return False
+
+        return [process for process in self.family() if runs(process)]
+
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
-    def wait(self, seconds: float) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
+        """Wait for the end and return the exit status."""
         return self.process.wait(seconds)
 
     def kill(self) -> None:
@@ -126,27 +170,36 @@ class ServerProcess:
                     process.kill()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait(PATIENCE)
 
     def metric(self, name: str) -> float:
         """One unlabelled sample of /metrics."""
-        text = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text
-        line = next(x for x in text.splitlines() if x.startswith(f"{name} "))
-        return float(line.split()[1])
+        return self.metrics(name)[0]
 
-    def wait_idle(self, seconds: float = 20.0) -> None:
+    def metrics(self, *names: str) -> list[float]:
+        """Unlabelled samples of one moment of /metrics."""
+        url = f"http://127.0.0.1:{self.metrics_port}/metrics"
+        lines = httpx.get(url, headers=self.headers, **PLAIN).text.splitlines()
+        found = dict(line.rsplit(" ", 1) for line in lines if line and line[0] != "#")
+        return [float(found[name]) for name in names]
+
+    def wait_running(self, count: int) -> None:
+        """Wait until so many sequences are at work."""
+        until(lambda: self.metric("fastdeploy:num_requests_running") >= count)
+
+    def wait_idle(self) -> None:
         """Wait until nothing runs and all KV blocks are back."""
-        deadline = time.monotonic() + seconds
-        state: dict[str, float] = {}
-        while time.monotonic() < deadline:
-            names = ("num_requests_running", "num_requests_waiting", "available_gpu_block_num",
-                     "max_gpu_block_num")  # fmt: skip
-            state = {name: self.metric(f"fastdeploy:{name}") for name in names}
-            running, waiting, available, most = state.values()
-            if running == waiting == 0 and available == most:
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"the engine did not become idle: {state}")
+        names = ("num_requests_running", "num_requests_waiting", "available_gpu_block_num",
+                 "max_gpu_block_num")  # fmt: skip
+
+        def state() -> list[float]:
+            return self.metrics(*(f"fastdeploy:{name}" for name in names))
+
+        def is_idle() -> bool:
+            running, waiting, available, most = state()
+            return running == waiting == 0 and available == most
+
+        until(is_idle, told=lambda: dict(zip(names, state(), strict=True)))
 
 
 @contextlib.contextmanager

@@ -6,20 +6,20 @@ import contextlib
 import json
 import shutil
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import yaml
-from server_process import REPOSITORY, free_port, running_server
+from server_process import PLAIN, REPOSITORY, ServerProcess, free_port, running_server
+from waiting import PATIENCE, until
 
 PROMETHEUS = shutil.which("prometheus")
 DASHBOARD = REPOSITORY / "deploy/grafana/dashboards/fastdeploy-lite.json"
 ALERTS = REPOSITORY / "deploy/prometheus/alerts.yml"
-TRAFFIC_SECONDS = 8.0
 pytestmark = [
     pytest.mark.skipif(PROMETHEUS is None, reason="needs Prometheus: apt-get install prometheus"),
     pytest.mark.slow,
@@ -45,24 +45,27 @@ def prometheus(folder: Path, target: int) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE)
 
 
 def ask(url: str, expression: str) -> list[dict[str, Any]]:
     """The samples of an instant query."""
-    answer = httpx.get(f"{url}/api/v1/query", params={"query": expression}, timeout=30)
+    answer = httpx.get(f"{url}/api/v1/query", params={"query": expression}, **PLAIN)
     body = answer.json()
     assert body["status"] == "success", body
     return list(body["data"]["result"])
 
 
-def make_traffic(url: str) -> None:
-    """Answers, whole and streamed, for a while; the same text, so that prefixes hit."""
+def make_traffic(server: ServerProcess, is_seen: Callable[[], bool]) -> None:
+    """Answers, whole and streamed, until they are seen; the same text, so that prefixes hit."""
     body = {"messages": [{"role": "user", "content": "解析三首李白的诗" * 20}], "max_tokens": 30}
-    deadline = time.monotonic() + TRAFFIC_SECONDS
-    while time.monotonic() < deadline:
+
+    def answer_and_look() -> bool:
         for stream in (False, True):
-            httpx.post(f"{url}/v1/chat/completions", json={**body, "stream": stream}, timeout=60)
+            server.post("/v1/chat/completions", json={**body, "stream": stream})
+        return is_seen()
+
+    until(answer_and_look)
 
 
 def panels() -> list[tuple[str, list[str]]]:
@@ -82,13 +85,29 @@ def test_every_panel_shows_something(tmp_path: Path) -> None:
         running_server(tmp_path / "server", flags) as server,
         prometheus(tmp_path / "prometheus", server.port) as url,
     ):
-        make_traffic(server.url)
-        time.sleep(1.5)
-        assert ask(url, "up")[0]["value"][1] == "1"
+        make_traffic(server, lambda: is_growing(url))
+        until(lambda: ask(url, "up")[0]["value"][1] == "1")  # a scrape has half a second
         for title, expressions in panels():
             for expression in expressions:
                 query = expression.replace("$__rate_interval", "1m").replace("$instance", ".*")
-                assert ask(url, query), (title, query)
-        rules = httpx.get(f"{url}/api/v1/rules").json()["data"]["groups"][0]["rules"]
-        assert {rule["health"] for rule in rules} == {"ok"}
-        assert {rule["state"] for rule in rules} == {"inactive"}
+                until(
+                    partial(ask, url, query), told=lambda title=title, query=query: (title, query)
+                )
+        until(lambda: {rule["health"] for rule in rules(url)} == {"ok"}, told=lambda: rules(url))
+        until(
+            lambda: {rule["state"] for rule in rules(url)} == {"inactive"}, told=lambda: rules(url)
+        )
+
+
+def is_growing(url: str) -> bool:
+    """Whether Prometheus has seen tokens being made."""
+    with contextlib.suppress(httpx.TransportError):  # it is starting
+        found = ask(url, "increase(fastdeploy:generation_tokens_total[1m]) > 0")
+        return bool(found)
+    return False
+
+
+def rules(url: str) -> list[dict[str, Any]]:
+    """The alerts as they are judged; "unknown" until that has been done once."""
+    answer = httpx.get(f"{url}/api/v1/rules", **PLAIN).json()
+    return list(answer["data"]["groups"][0]["rules"])

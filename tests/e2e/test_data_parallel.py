@@ -8,11 +8,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
-from one_answer import BODY, CHAT, LONG, answer, per_replica, wait_running
-from server_process import SMALL, ServerProcess, running_server, wait_until
+from one_answer import BODY, CHAT, LONG, answer, per_replica
+from server_process import SMALL, ServerProcess, running_server
+from waiting import PATIENCE, until
 
 from fastdeploy_lite import LLM
 from fastdeploy_lite.utils.errors import ConfigError
@@ -21,7 +21,7 @@ FLAGS = ("--data-parallel-size", "2", *SMALL)
 
 
 def engines(server: ServerProcess) -> list[psutil.Process]:
-    return [p for p in server.family() if any("core_process" in word for word in p.cmdline())]
+    return server.processes("core_process")
 
 
 def post_many(server: ServerProcess, count: int, body: dict[str, Any]) -> list[Any]:
@@ -29,7 +29,7 @@ def post_many(server: ServerProcess, count: int, body: dict[str, Any]) -> list[A
     found: list[Any] = []
 
     def post() -> None:
-        answer = httpx.post(f"{server.url}{CHAT}", json=body, timeout=90)
+        answer = server.post(CHAT, json=body)
         text = answer.json()["choices"][0]["message"]["content"] if answer.is_success else ""
         found.append((answer.status_code, text))
 
@@ -43,7 +43,7 @@ def post_many(server: ServerProcess, count: int, body: dict[str, Any]) -> list[A
 def join(found: list[Any]) -> list[tuple[int, str]]:
     threads = next(each for each in found if isinstance(each, list))
     for thread in threads:
-        thread.join(90)
+        thread.join(120)
     return [each for each in found if isinstance(each, tuple)]
 
 
@@ -63,7 +63,7 @@ def test_answers_counters_and_a_dead_replica(tmp_path: Path, server: ServerProce
         assert both.metric("fastdeploy:max_gpu_block_num") == 320
 
         found = post_many(both, 6, LONG)
-        wait_running(both, 6)
+        both.wait_running(6)
         assert per_replica(both, "replica_num_requests_running") == {"0": 3, "1": 3}
         engines(both)[0].kill()
         ends = join(found)
@@ -73,10 +73,10 @@ def test_answers_counters_and_a_dead_replica(tmp_path: Path, server: ServerProce
         assert sorted(per_replica(both, "replica_up").values()) == [0, 1]
         assert answer(both) == expected
         assert both.metric("fastdeploy:prompt_tokens_total") > 0
-        assert "is dead: the engine process ended by signal SIGKILL" in both.stderr
+        both.says("is dead: the engine process ended by signal SIGKILL")
 
         engines(both)[0].kill()  # the last one
-        assert both.wait(20) != 0
+        assert both.wait() != 0
         last = [line for line in both.stderr.splitlines() if line.strip()][-1]
         assert last.endswith("the engine is dead: the engine process ended by signal SIGKILL")
         assert "Traceback" not in both.stderr
@@ -88,10 +88,10 @@ def test_a_killed_replica_of_two_ranks_is_started_again(tmp_path: Path) -> None:
     flags = (*FLAGS, "--tensor-parallel-size", "2", "--restart-engine")
     with running_server(tmp_path / "s", flags) as server:
         before = answer(server)
-        ranks = [p for p in server.family() if any("rank_process" in w for w in p.cmdline())]
+        ranks = server.processes("rank_process")
         assert len(ranks) == 2
         found = post_many(server, 4, LONG)
-        wait_running(server, 4)
+        server.wait_running(4)
         os.kill(ranks[0].pid, signal.SIGKILL)
         health: set[int] = set()
 
@@ -99,7 +99,7 @@ def test_a_killed_replica_of_two_ranks_is_started_again(tmp_path: Path) -> None:
             health.add(server.health())
             return " is back" in server.stderr and all(per_replica(server, "replica_up").values())
 
-        wait_until(is_back, 90)
+        until(is_back, 2 * PATIENCE, every=0.1)
         assert health == {200}
         ends = join(found)
         assert sum(status >= 500 for status, _ in ends) == 2
@@ -111,7 +111,7 @@ def test_a_killed_replica_of_two_ranks_is_started_again(tmp_path: Path) -> None:
         }
         assert not ranks[0].is_running()
         server.terminate()
-        assert server.wait(30) == 0
+        assert server.wait() == 0
 
 
 def test_replicas_are_not_for_the_offline_class() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from server_process import environment, free_port
+from waiting import PATIENCE
 
 SERVE = ("serve", "--model", "demo", "--host", "127.0.0.1")
 COMMANDS = {
@@ -47,7 +48,8 @@ class Command:
         )  # fmt: skip
         self._lines: list[str] = []
         self._changed = threading.Condition()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -68,15 +70,16 @@ class Command:
     def interrupt(self) -> tuple[int, str]:
         """Ctrl-C; gives the exit status as a shell shows it, and what was said besides imports."""
         os.kill(self.process.pid, signal.SIGINT)
-        status = self.process.wait(30)
-        time.sleep(0.05)
+        status = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)  # until the last line of all that write there
+        assert not self._reader.is_alive()
         said = "".join(line for line in self._lines if not line.startswith("import time:"))
         return (128 - status if status < 0 else status), said
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait(PATIENCE)
 
 
 def check_silence(status: int, said: str) -> None:

@@ -87,6 +87,8 @@ def test_named(client: openai.OpenAI, stream: bool, name: str) -> None:
 def test_dropped_tools_are_said_once(server: Any, http: httpx.Client) -> None:
     for _ in range(2):
         http.post(PATH, json={"messages": HELLO, "tools": TOOLS, "max_tokens": 2})
+    server.says("shows no tools", "data_processor.log")
+    http.post(PATH, json={"messages": HELLO, "tools": TOOLS, "max_tokens": 2})
     logs = "".join(path.read_text() for path in (server.folder / "log").glob("*.log"))
     assert logs.count("shows no tools") == 1
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
+from typing import Any
 
 import httpx
 import openai
 import psutil
 import pytest
+from machine import slowdown
 from server_process import ServerProcess
+from waiting import PATIENCE, until
 
 CHAT = "/v1/chat/completions"
 LONG = {"messages": [{"role": "user", "content": "hi"}], "min_tokens": 1500, "max_tokens": 1600}
@@ -102,21 +107,14 @@ def test_config_info(http: httpx.Client) -> None:
 def test_pause_and_resume(server: ServerProcess, http: httpx.Client) -> None:
     """Pausing ends what runs and refuses what comes, in upstream's bodies."""
     answers: list[dict] = []
-    thread = threading.Thread(
-        target=lambda: answers.append(
-            httpx.post(f"{server.url}{CHAT}", json=LONG, timeout=60).json()
-        )
-    )
+    thread = threading.Thread(target=lambda: answers.append(server.post(CHAT, json=LONG).json()))
     short = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     assert http.get("/v1/is_paused").json()["result"] == {"is_paused": False}
     thread.start()
-    deadline = time.monotonic() + 20
-    while server.metric("fastdeploy:num_requests_running") == 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    server.wait_running(1)
     try:
         assert http.post("/v1/pause").json()["status"] == "success"
-        thread.join(10)
+        thread.join(PATIENCE)
         assert answers[0]["choices"][0]["finish_reason"] == "abort"
         state = http.get("/v1/is_paused").json()
         assert (state["status"], state["result"]) == ("success", {"is_paused": True})
@@ -133,16 +131,12 @@ def test_abort_by_id(server: ServerProcess, http: httpx.Client) -> None:
     answers: list[dict] = []
 
     def ask() -> None:
-        body = {**LONG, "request_id": "victim"}
-        answers.append(httpx.post(f"{server.url}{CHAT}", json=body, timeout=120).json())
+        answers.append(server.post(CHAT, json={**LONG, "request_id": "victim"}).json())
 
     thread = threading.Thread(target=ask)
     thread.start()
-    deadline = time.monotonic() + 20
-    while http.post("/v1/abort", json={"request_id": "chatcmpl-victim"}).json() == {"aborted": []}:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    thread.join(20)
+    until(lambda: http.post("/v1/abort", json={"request_id": "chatcmpl-victim"}).json()["aborted"])
+    thread.join(PATIENCE)
     assert answers[0]["choices"][0]["finish_reason"] == "abort"
     assert answers[0]["usage"]["completion_tokens"] < 1600
     server.wait_idle()
@@ -156,52 +150,47 @@ def test_abort_in_upstreams_form(
     answers: list[dict] = []
 
     def ask() -> None:
-        body = {**LONG, "request_id": "victim2"}
-        answers.append(httpx.post(f"{server.url}{CHAT}", json=body, timeout=120).json())
+        answers.append(server.post(CHAT, json={**LONG, "request_id": "victim2"}).json())
 
     thread = threading.Thread(target=ask)
     thread.start()
     # Twice: nothing is done or told twice.
     body = {"abort_all": True} if name is None else {"req_ids": [name, "absent"] * 2}
-    deadline = time.monotonic() + 20
-    while True:
+
+    def abort() -> dict[str, Any] | None:
         found = http.post("/v1/abort_requests", json=body).json()
         assert found["status"] == "success"
-        if found["result"]["aborted"]:
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    thread.join(20)
-    assert found["result"]["aborted"] == [{"request_id": "chatcmpl-victim2"}]
-    assert found["result"]["not_found"] == ([] if name is None else ["absent"])
+        return found["result"] if found["result"]["aborted"] else None
+
+    result = until(abort)
+    assert result is not None
+    thread.join(PATIENCE)
+    assert result["aborted"] == [{"request_id": "chatcmpl-victim2"}]
+    assert result["not_found"] == ([] if name is None else ["absent"])
     assert answers[0]["choices"][0]["finish_reason"] == "abort"
     for bad in ({}, {"req_ids": "x"}, {"req_ids": []}, {"req_ids": ["x"] * 4097}):
         assert http.post("/v1/abort_requests", json=bad).status_code == 400
     server.wait_idle()
 
 
-def test_disconnect_frees_the_blocks(server: ServerProcess, http: httpx.Client) -> None:
-    for stream in (True, False):
-        try:
-            with httpx.Client(base_url=server.url, timeout=1.0) as impatient:
-                body = {**LONG, "stream": stream}
-                with impatient.stream("POST", CHAT, json=body) as answer:
-                    next(answer.iter_lines())
-        except httpx.TimeoutException:
-            assert not stream  # a whole answer takes longer than this client waits
-        started = time.monotonic()
-        server.wait_idle(5)
-        assert time.monotonic() - started < 5
+@pytest.mark.parametrize("stream", [True, False])
+def test_disconnect_frees_the_blocks(server: ServerProcess, stream: bool) -> None:
+    before = server.metric("fastdeploy:generation_tokens_total")
+    body = json.dumps({**LONG, "stream": stream}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        server.wait_running(1)
+    server.wait_idle()
+    assert server.metric("fastdeploy:generation_tokens_total") - before < 1500
 
 
 def test_health_is_quick_during_long_prefills(server: ServerProcess) -> None:
     prompts = [f"{index} " + "word " * 1900 for index in range(8)]  # no prefix in common
     body = {"prompt": prompts, "max_tokens": 1, "seed": 1}
-    thread = threading.Thread(
-        target=lambda: httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
-    )
-    times = []
-    with httpx.Client(base_url=server.url, timeout=5) as probe:
+    thread = threading.Thread(target=lambda: server.post("/v1/completions", json=body))
+    times, busy = [], slowdown()
+    with httpx.Client(base_url=server.url, timeout=PATIENCE) as probe:
         probe.get("/health")  # opens the connection
         thread.start()
         while thread.is_alive():
@@ -210,21 +199,24 @@ def test_health_is_quick_during_long_prefills(server: ServerProcess) -> None:
             times.append(time.monotonic() - started)
             time.sleep(0.01)
     thread.join()
+    busy = max(busy, slowdown())
     assert times
     # 100 ms is the promise on a machine of its own; a shared one may stall a process for longer.
-    assert sorted(times)[int(0.9 * len(times))] < 0.1
-    assert max(times) < 1.0
+    assert sorted(times)[int(0.9 * len(times))] < 0.1 * busy
+    assert max(times) < 1.0 * busy
 
 
 def test_answers_do_not_wait_for_the_clients_acknowledgement(server: ServerProcess) -> None:
     """Nagle against delayed ACK would add 40 ms to each request of a kept connection."""
-    times = []
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        for _ in range(20):
+    with httpx.Client(base_url=server.url, timeout=PATIENCE) as client:
+
+        def seconds() -> float:
             started = time.monotonic()
             client.post("/tokenize", json={"prompt": "hi"})
-            times.append(time.monotonic() - started)
-    assert min(times[1:]) < 0.03
+            return time.monotonic() - started
+
+        seconds()  # opens the connection
+        until(lambda: seconds() < 0.03)
 
 
 def test_the_http_process_does_not_load_paddle(server: ServerProcess) -> None:
@@ -241,7 +233,6 @@ def test_internal_sockets_stay_on_this_machine(server: ServerProcess) -> None:
 
 
 def test_start_up_lines_in_order(server: ServerProcess) -> None:
-    text = server.stderr
     lines = [
         "Number of api-server workers: 1.", "Waiting for worker processes to be ready...",
         "Worker processes are launched with ",
@@ -251,7 +242,7 @@ def test_start_up_lines_in_order(server: ServerProcess) -> None:
         "Launching chat completion service at http://", "Launching completion service at http://",
         "Application startup complete.", f"Uvicorn running on {server.url} (Press CTRL+C to quit)",
     ]  # fmt: skip
+    text = server.says(lines[-1])
     positions = [text.index(line) for line in lines]
     assert positions == sorted(positions)
-    log = (server.folder / "log" / "config.log").read_text()
-    assert "Reset block num, the total_block_num:256" in log
+    server.says("Reset block num, the total_block_num:256", "config.log")

@@ -37,7 +37,7 @@ def start(tmp_path: Path) -> Iterator[Any]:
         }  # fmt: skip
         child = pexpect.spawn(
             sys.executable, [*MAIN, "chat", *flags], cwd=str(tmp_path), encoding="utf-8",
-            env=environment(extra), dimensions=(24, 80), timeout=90, preexec_fn=heed_interrupts,
+            env=environment(extra), dimensions=(24, 80), timeout=120, preexec_fn=heed_interrupts,
         )  # fmt: skip
         children.append(child)
         child.expect("lists the commands")
@@ -49,28 +49,30 @@ def start(tmp_path: Path) -> Iterator[Any]:
         child.close(force=True)
 
 
+def command(child: Any, text: str, answer: str) -> Any:
+    """Send a line once the editor waits for one; gives the match of what is said to it."""
+    child.expect(PROMPT)
+    child.send(f"{text}\r")
+    child.expect(answer)
+    return child.match
+
+
 def test_a_conversation(start: Any, tmp_path: Path) -> None:
     child = start("--temperature", "0", "--max-tokens", "40", "--system-prompt", "Be brief.")
     child.send("What is\x1b\ra gourd?\r")  # Alt-Enter begins a new line
     child.expect("in all")
-    child.send("/tokens\r")
-    child.expect(r"(\d+) of \d+ tokens of the context")
-    assert int(child.match[1]) > 20
-    child.send("/save talk.json\r")
-    child.expect("3 messages written")
+    found = command(child, "/tokens", r"(\d+) of \d+ tokens of the context")
+    assert int(found[1]) > 20
+    command(child, "/save talk.json", "3 messages written")
     saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["messages"]
     assert [m["role"] for m in saved] == ["system", "user", "assistant"]
     assert saved[1]["content"] == "What is\na gourd?"
-    child.send("/clear\r")
-    child.expect("the conversation is empty")
-    child.send("/system Answer in Chinese.\r")
-    child.expect("system prompt: Answer in Chinese.")
-    child.send("/load talk.json\r")
-    child.expect("3 messages read")
-    child.send("/load absent.json\r")
-    child.expect("error: cannot read 'absent.json'")
-    child.send("/nonsense\r")
-    child.expect("no command /nonsense")
+    command(child, "/clear", "the conversation is empty")
+    command(child, "/system Answer in Chinese.", "system prompt: Answer in Chinese.")
+    command(child, "/load talk.json", "3 messages read")
+    command(child, "/load absent.json", "error: cannot read 'absent.json'")
+    command(child, "/nonsense", "no command /nonsense")
+    child.expect(PROMPT)
     child.send("/exit\r")
     child.expect(pexpect.EOF)
     child.close()
@@ -90,16 +92,14 @@ def test_ctrl_c_stops_the_answer_only(
     child.expect("。")
     child.sendintr()
     child.expect("stopped")
-    child.expect(PROMPT)
     if where == "server":
         server.wait_idle()  # its request is aborted, not left to run
-    child.send("/save cut.json\r")
-    child.expect("2 messages written")
+    command(child, "/save cut.json", "2 messages written")
     saved = json.loads((tmp_path / "cut.json").read_text(encoding="utf-8"))["messages"]
     assert 0 < len(saved[1]["content"]) < 2000
-    child.sendintr()  # at the prompt: forgets the line, does not leave
-    child.send("/tokens\r")
-    child.expect("tokens of the context")
+    child.expect(PROMPT)
+    child.sendintr()  # forgets the line, does not leave
+    command(child, "/tokens", "tokens of the context")
     child.expect(PROMPT)
     child.sendeof()
     child.expect(pexpect.EOF)

@@ -43,13 +43,13 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 1,
 }
 CASES = 600  # of each of the six families below
-LONGEST_CASE = 5.0  # seconds; the usual one takes milliseconds
+LONGEST_CASE = 5.0  # seconds of the processor; the usual one takes milliseconds
 Mutation = Callable[[random.Random, bytes], bytes]
 
 
 def check_loaded(folder: Path) -> bool:
     """Load as the engine does. True if it worked; False for a proper error."""
-    started = time.monotonic()
+    started = time.process_time()
     try:
         GenerationDefaults.from_dir(folder)
         checkpoint = Checkpoint.open(folder)
@@ -62,7 +62,7 @@ def check_loaded(folder: Path) -> bool:
         assert len(message) < 2000, message
         return False
     finally:
-        assert time.monotonic() - started < LONGEST_CASE
+        assert time.process_time() - started < LONGEST_CASE
     return True
 
 

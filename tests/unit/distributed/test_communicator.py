@@ -64,9 +64,9 @@ def run_on_ranks(over_network: bool, size: int, *work: Rank, seconds: float = 20
         addresses = [pipe[0].recv() for pipe in pipes]
         for pipe in pipes:
             pipe[0].send(addresses)
-    results = [pipe[0].recv() if pipe[0].poll(30) else "nothing" for pipe in pipes]
+    results = [pipe[0].recv() if pipe[0].poll(60) else "nothing" for pipe in pipes]
     for process in processes:
-        process.join(10)
+        process.join(60)
         assert not process.is_alive()
     memory.close()
     return results

@@ -113,9 +113,9 @@ def on_ranks(*work: Rank, seconds: float = 20.0) -> list[Any]:
     processes = [context.Process(target=run, args=(rank,)) for rank in range(SIZE)]
     for process in processes:
         process.start()
-    results = [pipe[0].recv() if pipe[0].poll(40) else "nothing" for pipe in pipes]
+    results = [pipe[0].recv() if pipe[0].poll(60) else "nothing" for pipe in pipes]
     for process in processes:
-        process.join(10)
+        process.join(60)
         assert not process.is_alive()
     memory.close()
     return results

@@ -127,7 +127,7 @@ def test_a_hostile_template_is_an_error_within_bounded_time(name: str) -> None:
         assert text == ""
         raise RequestError("refused by printing nothing", param="chat_template")
     assert caught.value.param == "chat_template"
-    assert time.monotonic() - started < 12
+    assert time.monotonic() - started < 30  # 2 s of a processor, 10 s of a busy machine
     assert "\n" not in str(caught.value)
 
 

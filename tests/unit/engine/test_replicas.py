@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from fastdeploy_lite import device
 from fastdeploy_lite.config import BLOCK_SIZE
@@ -166,11 +167,10 @@ def test_requests_are_shared_out_and_the_books_are_right() -> None:
         assert client.stats.requests == 8
         assert client.num_unfinished == 0
 
-        first = asyncio.create_task(collect(client, request("twice", max_tokens=200)))
-        await asyncio.sleep(0.2)
-        with pytest.raises(RequestError, match="'twice' is in use"):
-            await collect(client, request("twice"))
-        await client.abort(["twice", "unknown"])
+        [first] = await _busy(client, 1)
+        with pytest.raises(RequestError, match="'long0' is in use"):
+            await collect(client, request("long0"))
+        await client.abort(["long0", "unknown"])
         assert (await first)[-1].finish_reason == "abort"
         await client.control("pause")
         assert client.stats.paused
@@ -180,15 +180,22 @@ def test_requests_are_shared_out_and_the_books_are_right() -> None:
     drive(work)
 
 
-async def _busy(client: ReplicatedEngineClient, count: int) -> list[asyncio.Task[object]]:
-    tasks: list[asyncio.Task[object]] = [
+async def _busy(
+    client: ReplicatedEngineClient, count: int
+) -> list[asyncio.Task[list[EngineOutput]]]:
+    tasks = [
         asyncio.create_task(collect(client, request(f"long{i}", max_tokens=400)))
         for i in range(count)
     ]
-    deadline = time.monotonic() + 20
-    while client.stats.num_running < count and time.monotonic() < deadline:
-        await asyncio.sleep(0.05)
+    await _until(lambda: client.stats.num_running == count)
     return tasks
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.02)
 
 
 def _kill_one(client: ReplicatedEngineClient) -> None:
@@ -212,7 +219,7 @@ def test_a_death_costs_the_requests_of_one_replica() -> None:
         other = client.engine_pids[1]
         assert other is not None
         os.kill(other, signal.SIGKILL)
-        assert "SIGKILL" in await asyncio.wait_for(client.wait_dead(), 10)
+        assert "SIGKILL" in await asyncio.wait_for(client.wait_dead(), PATIENCE)
         with pytest.raises(EngineDeadError):
             await collect(client, request("late"))
 
@@ -226,12 +233,9 @@ def test_a_dead_replica_comes_back_with_restarts() -> None:
         await asyncio.gather(*(collect(client, request(f"r{i}")) for i in range(4)))
         before = client.stats.generation_tokens
         _kill_one(client)
-        deadline = time.monotonic() + 60
-        while client.replicas_healthy != [False, True] and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        await _until(lambda: client.replicas_healthy == [False, True])
         assert (await collect(client, request("meanwhile")))[-1].finished
-        while not all(client.replicas_healthy) and time.monotonic() < deadline:
-            await asyncio.sleep(0.1)
+        await _until(lambda: all(client.replicas_healthy))
         assert client.engine_pids[0] not in (None, pids[0])
         assert client.engine_pids[1] == pids[1]
         await asyncio.gather(*(collect(client, request(f"s{i}")) for i in range(4)))
@@ -253,9 +257,7 @@ def test_a_replica_that_cannot_come_back_is_named_and_costs_no_other(
     async def work(client: ReplicatedEngineClient) -> None:
         client._replicas[0]._make = lambda: AsyncEngineClient(small)
         _kill_one(client)
-        deadline = time.monotonic() + 60
-        while len(lines) < 2 and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+        await _until(lambda: len(lines) >= 2)
         assert "replica 0 cannot be restarted" in lines[1]
         assert "KV cache" in lines[1]
         assert client.replicas_healthy == [False, True]

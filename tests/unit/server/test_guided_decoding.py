@@ -323,13 +323,13 @@ def test_refusals_name_the_cause(
     ],
 )
 def test_hostile_constraints_cost_little(compile_spec: Compile, kind: str, value: object) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     try:
         matcher = compile_spec(kind, value).matcher()
         matcher.fill_bitmask(np.zeros(PADDED // 32, np.int32))
     except RequestError as error:
         assert "\n" not in str(error)
-    assert time.monotonic() - started < 5.0  # below 0.2 s on a quiet machine
+    assert time.process_time() - started < 5.0  # below 0.2 s as a rule
 
 
 def test_deep_schema_is_refused(compile_spec: Compile) -> None:
