@@ -331,10 +331,17 @@ class AsyncEngineClient:
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise RequestError(f"The request cannot be sent to the engine: {error}") from None
 
+    async def _meet(self) -> None:
+        """Answer the core's hello, once its other socket has come, too."""
+        hello = await self._from_core.recv()
+        while not self._to_core.poll(0, zmq.POLLOUT):
+            await asyncio.sleep(0.005)
+        self._to_core.send(hello, zmq.NOBLOCK)
+
     async def _read(self) -> None:
         """Take the core's messages; whatever goes wrong here must be seen, or all would wait."""
         try:
-            self._to_core.send(await self._from_core.recv(), zmq.NOBLOCK)  # hello
+            await self._meet()
             while True:
                 self._take(await self._from_core.recv())
         except Exception as error:

@@ -202,19 +202,49 @@ def test_a_failed_start_tells_the_root_cause(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("fastdeploy-lite-*"))
 
 
+LATE_INBOX = """\
+import sys, time
+sys.path[:] = {path!r}
+import zmq
+from fastdeploy_lite.engine.core_process import TO_CORE, main
+waiting = []
+class Late(zmq.Socket):
+    def connect(self, address):
+        waiting.append(address) if address.endswith(TO_CORE) else super().connect(address)
+    def recv(self, *args, **fields):
+        if waiting:
+            time.sleep(0.5)
+            super().connect(waiting.pop())
+        return super().recv(*args, **fields)
+zmq.Context._socket_class = Late
+sys.exit(main())
+"""
+
+
+def test_the_sockets_may_meet_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine connects the second when the core's hello has come through the first."""
+    monkeypatch.setattr(engine_client, "_RUN_CORE", LATE_INBOX)
+
+    async def main() -> None:
+        async with started() as client:
+            assert client.is_healthy
+
+    run(main)
+
+
 def test_last_words_are_heard_behind_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A busy parent notices the end of the process before it reads what that has said."""
-    read = AsyncEngineClient._read
+    meet = AsyncEngineClient._meet
 
-    async def read_late(client: AsyncEngineClient) -> None:
+    async def meet_and_sleep(client: AsyncEngineClient) -> None:
+        await meet(client)
         assert client._process is not None
         await client._process.wait()
         await asyncio.sleep(1)
-        await read(client)
 
-    monkeypatch.setattr(AsyncEngineClient, "_read", read_late)
+    monkeypatch.setattr(AsyncEngineClient, "_meet", meet_and_sleep)
     client = AsyncEngineClient(EngineArgs(model=str(tmp_path / "nowhere")))
 
     async def main() -> None:
