@@ -1,13 +1,19 @@
 #!/usr/bin/env python3
-"""What speculative decoding gives: tokens a second with and without it, side by side.
+"""What speculative decoding gives: the time of plain decoding over the time with it.
 
     python entrypoints/bench_speculation.py [--model demo] [--methods ngram,suffix]
-        [--batches 1,4,16] [--max-tokens 128] [--rounds 5] [--json FILE] [--profile]
+        [--batches 1,4,16] [--max-tokens 128] [--rounds 16] [--json FILE] [--profile]
 
 Three kinds of prompts: conversations, texts that the answer repeats, and random tokens, which give
-nothing to guess. All engines are loaded at once and take turns, so that a machine whose speed
-drifts favours none. A figure is the median of the rounds; the first round, in which costs and hit
-rates are learnt, is left out. Answers of all engines are compared, token by token.
+nothing to guess. Plain decoding and each method answer the same prompts in one engine and take
+turns, 8 tokens of each sequence at a time in a random order: the same weights and buffers at the
+same addresses, and what else the machine does meets all alike. `again` is plain decoding once more:
+what its ratio differs from 1 is the noise of the measurement. Methods are compared with both.
+
+A ratio is that of the sums over all turns, with its 95 % bootstrap interval over pairs of turns; by
+the clock, and by the processor's time, which other processes hardly disturb. Reading the prompts is
+left out, learning is not: a policy keeps what it learnt from one row to the next, as in a server.
+Answers of all are compared, token by token.
 `--profile` also says where a step's time goes: in the model, in looking for guesses, in the rest
 of the engine; what the policy believes that steps cost; and which functions take the host's time.
 """
@@ -20,18 +26,28 @@ import io
 import json
 import pstats
 import random
-import statistics
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastdeploy_lite import LLM, SamplingParams
-from fastdeploy_lite.engine.engine_core import EngineCore
-from fastdeploy_lite.request.messages import DraftCounts
-from fastdeploy_lite.speculation.rates import StepCosts
+import numpy as np
 
-FORMS = ("请背诵《{}》", "《{}》的作者是谁？", "请分析《{}》", "《{}》的第一句是什么？")
+from fastdeploy_lite import LLM, SamplingParams
+from fastdeploy_lite.benchmarks.turns import ratio_interval
+from fastdeploy_lite.engine.engine_core import EngineCore
+from fastdeploy_lite.engine.scheduler import Sequence
+from fastdeploy_lite.speculation.config import DEFAULT_TOKENS, SpeculativeConfig
+from fastdeploy_lite.speculation.rates import StepCosts
+from fastdeploy_lite.speculation.speculator import Speculator
+
+FORMS = (
+    "请背诵《{}》", "《{}》的作者是谁？", "请分析《{}》", "《{}》的第一句是什么？",
+    "《{}》写于哪个朝代？", "请解释《{}》", "《{}》好在哪里？", "请翻译《{}》",
+    "《{}》写了什么景物？", "《{}》的最后一句是什么？", "谁喜欢《{}》？", "请续写《{}》",
+    "《{}》有几句？", "请介绍《{}》的作者",
+)  # fmt: skip
 TITLES = (
     "静夜思", "春晓", "登鹳雀楼", "相思", "江雪", "早发白帝城", "望庐山瀑布", "黄鹤楼",
     "送元二使安西", "凉州词", "出塞", "芙蓉楼送辛渐", "枫桥夜泊", "乌衣巷", "山行",
@@ -44,6 +60,9 @@ PASSAGES = (
     "In the beginning God created the heaven and the earth. ",
 )
 KINDS = ("chat", "repetition", "random")
+PLAIN, AGAIN = "none", "again"
+TOKENS_A_TURN = 8
+MAX_MODEL_LEN, BLOCKS_A_SEQUENCE = 1024, 16
 Prompt = str | list[int]
 
 
@@ -51,73 +70,186 @@ def prompts(kind: str, count: int, vocab_size: int, seed: int) -> list[Prompt]:
     """Prompts of one kind; those of a chat and random ones differ by `seed`."""
     if kind == "chat":  # no question twice, as long as there are new ones
         numbers = range(seed * count, seed * count + count)
-        asked = [FORMS[i // len(TITLES) % 4].format(TITLES[i % len(TITLES)]) for i in numbers]
-        return [f"User: {question}\nAssistant: " for question in asked]
+        pairs = [(FORMS[i // len(TITLES) % len(FORMS)], TITLES[i % len(TITLES)]) for i in numbers]
+        return [f"User: {form.format(title)}\nAssistant: " for form, title in pairs]
     if kind == "repetition":
         return [PASSAGES[i % len(PASSAGES)] * 6 for i in range(count)]
     rng = random.Random(seed)
     return [[rng.randrange(100, vocab_size) for _ in range(64)] for _ in range(count)]
 
 
-def counts(llm: LLM) -> DraftCounts:
-    """The engine's totals so far."""
-    return llm.llm_engine.stats().drafts or DraftCounts()
+@dataclass
+class Row:
+    """What one contestant did with all prompts of a row.
+
+    Attributes:
+        wall, cpu: seconds of each turn.
+        tokens: of all answers.
+        totals: of the engine and the policy over these turns, see `Contestant.totals`.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    tokens: int = 0
+    totals: dict[str, float] = field(default_factory=dict)
 
 
-def measure(llm: LLM, asked: list[Prompt], params: SamplingParams) -> dict[str, Any]:
-    """One run: tokens a second, the answers, and what guesses gave."""
-    before = counts(llm)
-    started = time.perf_counter()
-    outputs = llm.generate(asked, params, use_tqdm=False)
-    seconds = time.perf_counter() - started
-    after = counts(llm)
-    ids = [output.outputs.token_ids for output in outputs]
-    return {
-        "ids": ids,
-        "tokens_per_second": sum(map(len, ids)) / seconds,
-        "drafted": after.drafted - before.drafted,
-        "accepted": after.accepted - before.accepted,
+class Contestant:
+    """One way to decode. The engine has sequences of one contestant at a time.
+
+    Args:
+        llm: the engine that all share.
+        method: of guessing; PLAIN or AGAIN for none.
+    """
+
+    def __init__(self, llm: LLM, method: str) -> None:
+        self.llm = llm
+        self.core: EngineCore = llm.llm_engine._core
+        plain = method in (PLAIN, AGAIN)
+        self.speculator = None if plain else Speculator(SpeculativeConfig(method))
+        self.row = Row()
+        self._running: list[Sequence] = []
+        self._chunks: Any = iter(())
+        self._answers: list[list[int]] = []
+        self._most = self._ended = 0
+
+    def ask(self, asked: list[Prompt], params: SamplingParams) -> None:
+        """Begin to answer prompts; the first turn reads them."""
+        self._chunks = self.llm.generate(asked, params, use_tqdm=False, stream=True)
+        self._answers = [[] for _ in asked]
+        self._most = self._ended = 0
+
+    def enter(self) -> None:
+        """Make the engine's sequences and its policy those of this contestant."""
+        self.core._speculator = self.speculator
+        self.core._scheduler.running = self._running
+
+    def take_turn(self, tokens: int) -> tuple[float, float]:
+        """Answer `tokens` more tokens of each sequence; seconds by the clock and of the CPU."""
+        self.enter()
+        self._most += tokens * len(self._answers)
+        before = self.totals()
+        wall, cpu = time.perf_counter(), time.process_time()
+        while self._ended < self._most:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                break
+            for answer, part in zip(self._answers, chunk, strict=True):
+                new = () if part is None else part.outputs.token_ids
+                answer.extend(new)
+                self._ended += len(new)
+        taken = time.perf_counter() - wall, time.process_time() - cpu
+        for name, value in self.totals().items():
+            self.row.totals[name] = self.row.totals.get(name, 0) + value - before[name]
+        return taken
+
+    def answers(self) -> list[list[int]]:
+        """What was answered, whole once every turn was taken."""
+        return self._answers
+
+    def totals(self) -> dict[str, float]:
+        """Counters of the engine and of the policy."""
+        stats, policy = self.core.stats(), self.speculator
+        drafts = None if policy is None else policy.totals
+        return {
+            "steps": stats.steps,
+            "tokens": stats.generation_tokens,
+            "step_s": stats.step_seconds,
+            "model_s": stats.model_seconds,
+            "guess_s": policy.seconds if policy else 0.0,
+            "looks": policy.looks if policy else 0,
+            "drafted": drafts.drafted if drafts else 0,
+            "accepted": drafts.accepted if drafts else 0,
+        }
+
+
+class Race:
+    """All contestants in one engine.
+
+    Args:
+        args: of the command line.
+        batches: numbers of sequences, to make room for the largest.
+    """
+
+    def __init__(self, args: argparse.Namespace, batches: list[int]) -> None:
+        methods = args.methods.split(",")
+        count = max(batches) * (2 + len(methods))
+        self.llm = LLM(
+            args.model,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=count,
+            num_gpu_blocks_override=count * BLOCKS_A_SEQUENCE,
+            enable_prefix_caching=False,  # who comes second would not have to read the prompts
+            speculative_config={"method": max(methods, key=lambda name: DEFAULT_TOKENS[name])},
+        )
+        self.contestants = {name: Contestant(self.llm, name) for name in (PLAIN, AGAIN, *methods)}
+        self.params = SamplingParams(
+            temperature=0, max_tokens=args.max_tokens, min_tokens=args.max_tokens - 1
+        )
+        self._order = random.Random(0)
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the model."""
+        return self.llm.llm_engine.preprocessor.config.model.vocab_size
+
+    def run(self, asked: list[Prompt]) -> int:
+        """Let everybody answer the same prompts, in turns; how many answers differ."""
+        runners = list(self.contestants.values())
+        for contestant in runners:
+            contestant.ask(asked, self.params)
+            contestant.take_turn(1)
+        for _ in range(0, self.params.max_tokens + 1, TOKENS_A_TURN):
+            self._order.shuffle(runners)
+            for contestant in runners:
+                wall, cpu = contestant.take_turn(TOKENS_A_TURN)
+                contestant.row.wall.append(wall)
+                contestant.row.cpu.append(cpu)
+        expected = self.contestants[PLAIN].answers()
+        for contestant in runners:
+            contestant.row.tokens += sum(map(len, contestant.answers()))
+        return sum(contestant.answers() != expected for contestant in runners)
+
+    def forget(self) -> None:
+        """Begin a new row."""
+        for contestant in self.contestants.values():
+            contestant.row = Row()
+
+
+def result(kind: str, batch: int, name: str, rows: dict[str, Row]) -> dict[str, Any]:
+    """A line of the table."""
+    row = rows[name]
+    plain = [rows[PLAIN]] if name in (PLAIN, AGAIN) else [rows[PLAIN], rows[AGAIN]]
+    drafted, accepted = row.totals["drafted"], row.totals["accepted"]
+    line = {
+        "prompts": kind,
+        "batch": batch,
+        "method": name,
+        "tokens_per_second": round(row.tokens / sum(row.wall), 1),
     }
+    for key, clock in (("ratio", "wall"), ("cpu_ratio", "cpu")):
+        seconds = np.mean([getattr(each, clock) for each in plain], axis=0).tolist()
+        ratio, interval = ratio_interval(seconds, getattr(row, clock))
+        line |= {key: round(ratio, 3), f"{key}_95": [round(end, 3) for end in interval]}
+    line["acceptance"] = round(accepted / drafted, 3) if drafted else 0.0
+    line["share_of_answer"] = round(accepted / row.tokens, 3)
+    return line
 
 
-def core_of(llm: LLM) -> EngineCore:
-    """The engine core, which runs in this process."""
-    return llm.llm_engine._core
-
-
-def clocks(llm: LLM) -> dict[str, float]:
-    """Totals of an engine: its steps and where their seconds went."""
-    stats, speculator = llm.llm_engine.stats(), core_of(llm)._speculator
-    return {
-        "steps": stats.steps,
-        "tokens": stats.generation_tokens,
-        "step_s": stats.step_seconds,
-        "model_s": stats.model_seconds,
-        "guess_s": speculator.seconds if speculator else 0.0,
-        "looks": speculator.looks if speculator else 0,
-        "checks": speculator.totals.checks if speculator else 0,
-    }
-
-
-def breakdown(method: str, before: dict[str, float], after: dict[str, float]) -> str:
-    """Where the time of an engine's steps went, in microseconds a step."""
-    spent = {name: after[name] - before[name] for name in after}
+def breakdown(spent: dict[str, float]) -> str:
+    """Where the time of a contestant's steps went, in microseconds a step."""
     steps = max(spent["steps"], 1)
     micros = {name: 1e6 * spent[name] / steps for name in ("step_s", "model_s", "guess_s")}
     rest = micros["step_s"] - micros["model_s"] - micros["guess_s"]
     return (
-        f"  {method}: {steps:.0f} steps of {micros['step_s']:.0f} us: model"
-        f" {micros['model_s']:.0f}, looking {micros['guess_s']:.1f}, engine {rest:.0f};"
-        f" tokens a step {spent['tokens'] / steps:.2f};"
-        f" looks {spent['looks']:.0f}, sequences checked {spent['checks']:.0f}"
+        f"  {steps:.0f} steps of {micros['step_s']:.0f} us: model {micros['model_s']:.0f}, looking"
+        f" {micros['guess_s']:.1f}, engine {rest:.0f}; tokens a step {spent['tokens'] / steps:.2f};"
+        f" looks {spent['looks']:.0f}, guesses checked {spent['drafted']:.0f}"
     )
 
 
-def beliefs(llm: LLM) -> str:
-    """What the policy of an engine has measured."""
-    speculator = core_of(llm)._speculator
-    if speculator is None:
-        return ""
+def beliefs(speculator: Speculator) -> str:
+    """What a policy has measured."""
 
     def costs(steps: StepCosts) -> str:
         found = ((size, steps.larger(size, size)) for size in steps.sizes_noted)
@@ -131,11 +263,13 @@ def beliefs(llm: LLM) -> str:
     )
 
 
-def functions(llm: LLM, asked: list[Prompt], params: SamplingParams) -> str:
+def functions(contestant: Contestant, asked: list[Prompt], params: SamplingParams) -> str:
     """The functions that take most of the host's time while prompts are answered."""
     profile = cProfile.Profile()
+    contestant.ask(asked, params)
+    contestant.take_turn(1)
     profile.enable()
-    llm.generate(asked, params, use_tqdm=False)
+    contestant.take_turn(params.max_tokens)
     profile.disable()
     text = io.StringIO()
     pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(22)
@@ -143,23 +277,13 @@ def functions(llm: LLM, asked: list[Prompt], params: SamplingParams) -> str:
     return "\n".join(line.replace(str(Path.cwd()), "") for line in lines if line.strip())
 
 
-def row(kind: str, batch: int, method: str, runs: list[dict[str, Any]], plain: float) -> Any:
-    """Medians of the rounds of one engine."""
-    speeds = [run["tokens_per_second"] for run in runs]
-    drafted = sum(run["drafted"] for run in runs)
-    generated = sum(len(ids) for run in runs for ids in run["ids"])
-    accepted = sum(run["accepted"] for run in runs)
-    return {
-        "prompts": kind,
-        "batch": batch,
-        "method": method,
-        "tokens_per_second": round(statistics.median(speeds), 1),
-        "least": round(min(speeds), 1),
-        "most": round(max(speeds), 1),
-        "ratio": round(statistics.median(speeds) / plain, 3),
-        "acceptance": round(accepted / drafted, 3) if drafted else 0.0,
-        "share_of_answer": round(accepted / generated, 3),
-    }
+def print_functions(race: Race, batch: int, rounds: int) -> None:
+    """Say for each contestant what takes the host's time."""
+    for kind in ("random", "repetition"):
+        asked = prompts(kind, batch, race.vocab_size, rounds)
+        for name, contestant in race.contestants.items():
+            print(f"functions, {kind}, {name}, batch {batch}")
+            print(functions(contestant, asked, race.params))
 
 
 def main() -> int:
@@ -169,44 +293,29 @@ def main() -> int:
     parser.add_argument("--methods", default="ngram,suffix")
     parser.add_argument("--batches", default="1,4,16")
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     batches = [int(batch) for batch in args.batches.split(",")]
-    shared = {
-        "max_model_len": 1024, "num_gpu_blocks_override": 512, "max_num_seqs": max(batches)
-    }  # fmt: skip
-    engines = {"none": LLM(args.model, **shared)}
-    for method in args.methods.split(","):
-        engines[method] = LLM(args.model, speculative_config={"method": method}, **shared)
-    vocab_size = engines["none"].llm_engine.preprocessor.config.model.vocab_size
-    params = SamplingParams(
-        temperature=0, max_tokens=args.max_tokens, min_tokens=args.max_tokens - 1
-    )
+    race = Race(args, batches)
+    race.run(prompts("random", batches[-1], race.vocab_size, args.rounds + 1))  # to warm up
     rows, differing = [], 0
     for kind in KINDS:
         for batch in batches:
-            runs: dict[str, list[dict[str, Any]]] = {method: [] for method in engines}
-            before = {method: clocks(llm) for method, llm in engines.items()}
-            for index in range(args.rounds + 1):
-                asked = prompts(kind, batch, vocab_size, index)
-                for method, llm in engines.items():
-                    runs[method].append(measure(llm, asked, params))
-                    differing += runs[method][-1]["ids"] != runs["none"][-1]["ids"]
-            plain = statistics.median(run["tokens_per_second"] for run in runs["none"][1:])
-            for method, llm in engines.items():
-                rows.append(row(kind, batch, method, runs[method][1:], plain))
-                print(" ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
+            race.forget()
+            for index in range(args.rounds):
+                differing += race.run(prompts(kind, batch, race.vocab_size, index))
+            done = {name: contestant.row for name, contestant in race.contestants.items()}
+            for name, contestant in race.contestants.items():
+                rows.append(result(kind, batch, name, done))
+                print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
                 if args.profile:
-                    print(breakdown(method, before[method], clocks(llm)))
-                    print(beliefs(llm), flush=True)
+                    print(breakdown(contestant.row.totals), flush=True)
+                if args.profile and contestant.speculator is not None:
+                    print(beliefs(contestant.speculator), flush=True)
     if args.profile:
-        for kind in ("random", "repetition"):
-            for method, llm in engines.items():
-                print(f"functions, {kind}, {method}, batch {batches[-1]}")
-                asked = prompts(kind, batches[-1], vocab_size, args.rounds + 1)
-                print(functions(llm, asked, params))
+        print_functions(race, batches[-1], args.rounds)
     print(f"runs whose answers differ from those without guesses: {differing}")
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

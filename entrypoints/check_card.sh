@@ -110,7 +110,7 @@ stage() {
         cli eval perplexity --model $demo $device --text "${FD_LITE_CHECK_TEXT:-$out/text.jsonl}" \
           --limit 60000 || return 1
       done ;;
-    speculation) python entrypoints/bench_speculation.py --rounds 3 --profile --json "$out/speculation.json" ;;
+    speculation) python entrypoints/bench_speculation.py --profile --json "$out/speculation.json" ;;
     ranks)
       if [ "$(nvidia-smi -L | wc -l)" -lt 2 ]; then
         echo "ranks: not run, it needs two cards"
