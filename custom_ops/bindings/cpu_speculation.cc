@@ -51,8 +51,8 @@ void bind_speculation(py::module_& m) {
       .def(py::init<int32_t, int32_t>(), py::arg("shortest"), py::arg("longest"));
   py::class_<cpu::SuffixDrafter, Drafter, std::shared_ptr<cpu::SuffixDrafter>>(
       m, "SuffixDrafter", "Follows the longest end that occurred before, here or in an answer.")
-      .def(py::init<std::shared_ptr<AnswerIndex>, float>(), py::arg("answers"),
-           py::arg("least_share"));
+      .def(py::init<std::shared_ptr<AnswerIndex>, float, int64_t>(), py::arg("answers"),
+           py::arg("least_share"), py::arg("most_indexed"));
   m.def("propose_all", &cpu::propose_all, py::arg("drafters"), py::arg("tokens"), py::arg("most"),
         no_gil(), "Let each drafter read its new tokens and guess.");
 }

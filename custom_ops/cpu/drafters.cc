@@ -33,13 +33,14 @@ int64_t NgramDrafter::last_place(int64_t end, int32_t token) const {
 
 Draft NgramDrafter::propose(int32_t most) {
   const int64_t count = static_cast<int64_t>(tokens_.size());
-  int64_t best = -1;
+  int64_t best = -1, compared = 0;
   int32_t matched = 0;
-  for (int64_t at = count - 1; at >= 0 && matched < longest_;) {
+  for (int64_t at = count - 1; at >= 0 && matched < longest_ && compared < kMostCompared;) {
     at = last_place(at, tokens_[count - 1]);
     if (at < 0) break;
     int32_t same = 1;
     while (same < longest_ && same <= at && tokens_[at - same] == tokens_[count - 1 - same]) ++same;
+    compared += same;
     if (same > matched) matched = same, best = at;
   }
   if (matched < shortest_ || best < 0) return {};
@@ -92,30 +93,37 @@ int64_t AnswerIndex::num_tokens() {
 }
 
 void SuffixDrafter::extend(const std::vector<int32_t>& tokens) {
-  own_.extend(tokens);
-  count_ += static_cast<int64_t>(tokens.size());
-  tail_.insert(tail_.end(), tokens.begin(), tokens.end());
-  const int64_t spare = static_cast<int64_t>(tail_.size()) - kLongestContext;
-  if (spare > kLongestContext) tail_.erase(tail_.begin(), tail_.begin() + spare);
+  text_.extend(tokens);
+  if (count() > most_indexed_) own_.reset();
+  if (own_ != nullptr) own_->extend(tokens);
+}
+
+SuffixDraft SuffixDrafter::propose_own(int32_t most) {
+  if (own_ != nullptr) return own_->propose_repeat(most, least_share_);
+  Draft found = text_.propose(most);
+  SuffixDraft draft;
+  draft.shares.assign(found.first.size(), 1.0f);  // only the latest place was looked at
+  draft.tokens = std::move(found.first);
+  draft.matched = found.second;
+  return draft;
 }
 
 SuffixDraft SuffixDrafter::propose_in(const SuffixIndex& index, int64_t turn, Cursor& cursor,
                                       int32_t most) {
   if (index.num_tokens() == 0) return {};
-  const int64_t known = std::min(static_cast<int64_t>(tail_.size()), kLongestContext);
-  if (cursor.turn != turn || cursor.size != index.num_tokens() || count_ - cursor.read > known) {
-    cursor = {turn, index.num_tokens(), count_ - known, {}};
+  const int64_t known = std::min<int64_t>(count(), kLongestContext);
+  if (cursor.turn != turn || cursor.size != index.num_tokens() || count() - cursor.read > known) {
+    cursor = {turn, index.num_tokens(), count() - known, {}};
   }
-  for (auto token = tail_.end() - (count_ - cursor.read); token != tail_.end(); ++token) {
-    cursor.place = index.step(cursor.place, *token);
+  for (; cursor.read < count(); ++cursor.read) {
+    cursor.place = index.step(cursor.place, text_.tokens()[cursor.read]);
   }
-  cursor.read = count_;
   return index.propose_at(cursor.place, most, least_share_);
 }
 
 Draft SuffixDrafter::propose(int32_t most) {
   answers_->settle();
-  SuffixDraft best = own_.propose_repeat(most, least_share_);
+  SuffixDraft best = propose_own(most);
   const int64_t turn = answers_->turns();
   SuffixDraft drafts[] = {propose_in(answers_->newer(), turn, in_new_, most),
                           propose_in(answers_->older(), turn, in_old_, most)};

@@ -32,8 +32,12 @@ class NgramDrafter : public Drafter {
   NgramDrafter(int32_t shortest, int32_t longest) : shortest_(shortest), longest_(longest) {}
   void extend(const std::vector<int32_t>& tokens) override;
   Draft propose(int32_t most) override;
+  const std::vector<int32_t>& tokens() const { return tokens_; }
 
  private:
+  // A text of few words has so many places to compare that looking would take as long as a step.
+  static constexpr int64_t kMostCompared = 1 << 16;
+
   // The last place before `end` where `token` stands, -1 without one.
   int64_t last_place(int64_t end, int32_t token) const;
 
@@ -67,17 +71,19 @@ class AnswerIndex {
   int64_t num_waiting_ = 0;  // tokens
 };
 
-// Looks for the longest end of the sequence that occurred before, in it or in earlier answers.
+// Looks for the longest end of the sequence that occurred before, in it or in earlier answers. An
+// index takes 150 bytes and up to half a microsecond a token: a sequence that is longer than
+// `most_indexed` tokens is searched from its end instead, as NgramDrafter does.
 class SuffixDrafter : public Drafter {
  public:
   // A guess ends where it would follow less than `least_share` of what was seen.
-  SuffixDrafter(std::shared_ptr<AnswerIndex> answers, float least_share)
-      : answers_(std::move(answers)), least_share_(least_share) {}
+  SuffixDrafter(std::shared_ptr<AnswerIndex> answers, float least_share, int64_t most_indexed)
+      : answers_(std::move(answers)), least_share_(least_share), most_indexed_(most_indexed) {}
   void extend(const std::vector<int32_t>& tokens) override;
   Draft propose(int32_t most) override;
 
  private:
-  static constexpr int64_t kLongestContext = 64;
+  static constexpr int32_t kLongestContext = 64;
 
   // Where the sequence stands in an index of answers, as long as that does not change.
   struct Cursor {
@@ -87,12 +93,15 @@ class SuffixDrafter : public Drafter {
     SuffixIndex::Place place;
   };
   SuffixDraft propose_in(const SuffixIndex& index, int64_t turn, Cursor& cursor, int32_t most);
+  // What followed earlier in the sequence itself.
+  SuffixDraft propose_own(int32_t most);
+  int64_t count() const { return static_cast<int64_t>(text_.tokens().size()); }
 
   std::shared_ptr<AnswerIndex> answers_;
   float least_share_;
-  SuffixIndex own_;
-  std::vector<int32_t> tail_;  // the newest tokens, kLongestContext or more
-  int64_t count_ = 0;
+  int64_t most_indexed_;
+  NgramDrafter text_{1, kLongestContext};
+  std::unique_ptr<SuffixIndex> own_ = std::make_unique<SuffixIndex>();  // null where too long
   Cursor in_new_, in_old_;
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -11,8 +12,16 @@ from fastdeploy_lite.speculation.config import SpeculativeConfig
 
 # An answer is remembered with the end of its prompt, so that its first words can be guessed.
 PROMPT_TOKENS_KEPT = 8
-# Answers that wait to be indexed, at most: while guesses rest nobody asks for them.
-MOST_WAITING = 256
+# An answer that is longer than this is remembered in parts, which begin with the end of the one
+# before.
+ANSWER_PART = 512
+# Tokens that one look indexes, about half a millisecond; half of them may be of answers.
+READ_AT_ONCE = 2048
+# So many new tokens of a sequence are always read: it is up to date, or will be.
+ALWAYS_READ = 32
+# Texts up to this length are indexed. Longer ones are only searched, which takes 4 bytes a token
+# instead of 150, and this share of the time to read.
+MOST_INDEXED, SEARCHED_COST = 16_384, 1 / 16
 
 
 class Text(Protocol):
@@ -54,53 +63,107 @@ class Drafters(Protocol):
         """A sequence has ended."""
 
 
+class _Reader:
+    """Reads one sequence for its drafter, as far as there is time."""
+
+    __slots__ = ("_text", "cost", "drafter", "read")
+
+    def __init__(self, text: Text, drafter: _ops_cpu.Drafter, cost: float) -> None:
+        self.drafter, self.cost = drafter, cost
+        self.read = 0  # tokens
+        self._text = text
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens of the sequence that are not read yet."""
+        return len(self._text.prompt_token_ids) + len(self._text.output_token_ids) - self.read
+
+    def next_tokens(self, most: int) -> list[int]:
+        """The next tokens to read, at most so many."""
+        prompt, output = self._text.prompt_token_ids, self._text.output_token_ids
+        start = self.read
+        self.read += min(self.num_unread, most)
+        known = len(prompt)
+        if start >= known:
+            return list(output[start - known : self.read - known])
+        return [*prompt[start : self.read], *output[: max(self.read - known, 0)]]
+
+
 class LookupDrafters:
     """Looks up what followed before: "ngram" in a sequence itself, "suffix" in answers, too.
 
     A sequence is read when somebody asks for a guess, so that one that is never asked costs
-    nothing.
+    nothing, and a long one over several looks, so that none of them holds up a step.
     """
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self._config = config
         self._answers = _ops_cpu.AnswerIndex(config.suffix_decoding_max_cached_tokens)
-        self._waiting: deque[list[int]] = deque(maxlen=MOST_WAITING)
-        self._known: dict[str, tuple[_ops_cpu.Drafter, int]] = {}  # and output tokens read
+        self._parts: deque[array[int]] = deque()  # of answers, to be indexed
+        self._num_waiting = 0  # tokens of them
+        self._readers: dict[str, _Reader] = {}
 
     def propose(self, texts: Sequence[Text], most: int) -> list[Draft]:
-        """See Drafters; one call of native code for all."""
-        while self._waiting:
-            self._answers.add(self._waiting.popleft())
-        drafters, news = [], []
-        for text in texts:
-            output = text.output_token_ids
-            known = self._known.get(text.request_id)
-            if known is None:
-                drafter, new = self.create(), [*text.prompt_token_ids, *output]
-            else:
-                drafter, read = known
-                new = list(output[read:])
-            self._known[text.request_id] = drafter, len(output)
-            drafters.append(drafter)
+        """See Drafters; one call of native code for all that are read to their end."""
+        left: float = self._index_answers(READ_AT_ONCE)
+        drafts = [NOTHING] * len(texts)
+        ready, drafters, news = [], [], []
+        for index, text in enumerate(texts):
+            reader = self._reader(text)
+            new = reader.next_tokens(max(int(left / reader.cost), ALWAYS_READ))
+            left -= reader.cost * len(new)
+            if reader.num_unread:
+                reader.drafter.extend(new)
+                continue
+            ready.append(index)
+            drafters.append(reader.drafter)
             news.append(new)
-        return [Draft(*found) for found in _ops_cpu.propose_all(drafters, news, most)]
+        for index, found in zip(ready, _ops_cpu.propose_all(drafters, news, most), strict=True):
+            drafts[index] = Draft(*found)
+        return drafts
 
     def offer(self, text: Text, tokens: Sequence[int]) -> None:
         """See Drafters; there is no layer."""
 
     def finish(self, text: Text) -> None:
         """See Drafters; the answer becomes something that others may repeat."""
-        self._known.pop(text.request_id, None)
-        if self._config.method == "suffix" and text.output_token_ids:
-            start = text.prompt_token_ids[-PROMPT_TOKENS_KEPT:]
-            self._waiting.append([*start, *text.output_token_ids])
+        self._readers.pop(text.request_id, None)
+        most = self._config.suffix_decoding_max_cached_tokens
+        if self._config.method != "suffix" or not most:
+            return
+        answer = array("i", [*text.prompt_token_ids[-PROMPT_TOKENS_KEPT:], *text.output_token_ids])
+        for start in range(0, max(len(answer) - PROMPT_TOKENS_KEPT, 1), ANSWER_PART):
+            part = answer[start : start + PROMPT_TOKENS_KEPT + ANSWER_PART]
+            self._parts.append(part)
+            self._num_waiting += len(part)
+        while self._num_waiting > most and len(self._parts) > 1:  # nor would the index keep it
+            self._num_waiting -= len(self._parts.popleft())
 
-    def create(self) -> _ops_cpu.Drafter:
-        """A drafter that has read nothing."""
+    def _index_answers(self, most: int) -> int:
+        """Index what waits, about half of `most` tokens; how many tokens may still be read."""
+        indexed = 0
+        while self._parts and 2 * indexed < most:
+            part = self._parts.popleft()
+            indexed += len(part)
+            self._answers.add(part)
+        self._num_waiting -= indexed
+        return most - indexed
+
+    def _reader(self, text: Text) -> _Reader:
+        reader = self._readers.get(text.request_id)
+        if reader is None:
+            is_long = len(text.prompt_token_ids) > MOST_INDEXED or self._config.method == "ngram"
+            drafter = self.create(0 if is_long else MOST_INDEXED)
+            reader = _Reader(text, drafter, SEARCHED_COST if is_long else 1.0)
+            self._readers[text.request_id] = reader
+        return reader
+
+    def create(self, most_indexed: int = MOST_INDEXED) -> _ops_cpu.Drafter:
+        """A drafter that has read nothing; above `most_indexed` tokens it only searches."""
         config = self._config
         if config.method == "suffix":
             least = config.suffix_decoding_min_token_prob
-            return _ops_cpu.SuffixDrafter(self._answers, least)
+            return _ops_cpu.SuffixDrafter(self._answers, least, most_indexed)
         return _ops_cpu.NgramDrafter(config.min_ngram_size, config.max_ngram_size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from fastdeploy_lite import _ops_cpu
 from fastdeploy_lite._ops_cpu import AnswerIndex, NgramDrafter
 from fastdeploy_lite.speculation.config import SpeculativeConfig
-from fastdeploy_lite.speculation.drafters import MOST_WAITING, Drafters, create_drafters
+from fastdeploy_lite.speculation.drafters import (
+    ANSWER_PART,
+    MOST_INDEXED,
+    READ_AT_ONCE,
+    SEARCHED_COST,
+    Drafters,
+    LookupDrafters,
+    _Reader,
+    create_drafters,
+)
 from fastdeploy_lite.utils.errors import ConfigError
 
 texts = st.lists(st.integers(0, 2), max_size=40)
@@ -75,12 +85,101 @@ def test_suffix_learns_from_earlier_answers() -> None:
     assert guess(drafters, second, 8) == [7, 8, 9]
 
 
-def test_suffix_learns_from_an_answer_that_was_never_guessed_about() -> None:
+def test_suffix_learns_from_answers_that_were_never_guessed_about() -> None:
     config = SpeculativeConfig("suffix", suffix_decoding_min_token_prob=0.0)
     drafters = create_drafters(config)
-    for i in range(2 * MOST_WAITING):
+    count = READ_AT_ONCE // 5
+    for i in range(count):
         drafters.finish(Said(f"{i}", [1, 2], [5, 6, 10 + i]))
-    assert guess(drafters, Said("x", [9, 5, 6]), 1) == [9 + 2 * MOST_WAITING]
+    text = Said("x", [9, 5, 6])
+    assert guess(drafters, text, 1) == [9 + count // 2 + 1]  # one look reads half of what it may
+    assert guess(drafters, text, 1) == [9 + count]
+
+
+def test_answers_that_wait_are_bounded() -> None:
+    config = SpeculativeConfig("suffix", suffix_decoding_max_cached_tokens=1000)
+    drafters = LookupDrafters(config)
+    for i in range(100):
+        drafters.finish(Said(f"{i}", [1], list(range(100 * i, 100 * i + 100))))
+    assert sum(map(len, drafters._parts)) <= 1000
+    assert guess(drafters, Said("x", [9998]), 4) == [9999]
+    for method in ("ngram", "suffix"):
+        config = SpeculativeConfig(method, suffix_decoding_max_cached_tokens=0)
+        drafters = LookupDrafters(config)
+        drafters.finish(Said("a", [1], [2, 3]))
+        assert not drafters._parts
+
+
+def test_a_long_answer_is_remembered_in_parts_that_go_on() -> None:
+    drafters = create_drafters(SpeculativeConfig("suffix"))
+    answer = list(range(10, 10 + 3 * ANSWER_PART))
+    drafters.finish(Said("a", [5, 6], answer))
+    for i, token in enumerate(answer[:-1]):
+        text = Said(f"{i}", [0, 0, token])
+        assert guess(drafters, text, 1) == [token + 1], i
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+@pytest.mark.parametrize("length", [3 * READ_AT_ONCE, MOST_INDEXED + 1, 6 * MOST_INDEXED])
+def test_a_long_prompt_is_read_over_several_looks(
+    method: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafters = LookupDrafters(SpeculativeConfig(method))
+    read = []
+
+    def next_tokens(reader: _Reader, most: int) -> list[int]:
+        read.append(whole(reader, most))
+        return read[-1]
+
+    whole = _Reader.next_tokens
+    monkeypatch.setattr(_Reader, "next_tokens", next_tokens)
+    text = Said("x", [*range(length), 70, 71, 72], [73])
+    looks = 1
+    while not guess(drafters, text, 2):
+        looks += 1
+    assert guess(drafters, text, 2) == [74, 75]
+    text.output_token_ids += [74, 75]
+    assert guess(drafters, text, 2) == [76, 77]
+    assert [token for new in read for token in new] == [
+        *text.prompt_token_ids,
+        73,
+        74,
+        75,
+    ]
+    is_searched = method == "ngram" or length > MOST_INDEXED
+    most = READ_AT_ONCE / SEARCHED_COST if is_searched else READ_AT_ONCE
+    assert max(map(len, read)) <= most
+    assert looks == -(-(length + 4) // most)
+
+
+def test_sequences_share_what_one_look_reads() -> None:
+    drafters = create_drafters(SpeculativeConfig("suffix"))
+    long = [Said(f"{i}", [*range(READ_AT_ONCE), 70, 71]) for i in range(3)]
+    short = Said("short", [1, 2, 3, 1, 2])
+    found = [[draft.tokens for draft in drafters.propose([*long, short], 1)] for _ in range(4)]
+    assert [draft for *_, draft in found] == [[3]] * 4
+    assert [[bool(draft) for draft in drafts[:3]] for drafts in found] == [
+        [False, False, False], [True, True, False], [True, True, True], [True, True, True],
+    ]  # fmt: skip
+
+
+@given(st.lists(st.integers(0, 2), min_size=11, max_size=40), st.integers(1, 6))
+def test_a_text_above_the_limit_is_searched(text: list[int], most: int) -> None:
+    drafter, plain = _ops_cpu.SuffixDrafter(AnswerIndex(100), 0.0, 10), NgramDrafter(1, 64)
+    for start in range(0, len(text), 4):  # it grows beyond the limit
+        drafter.extend(text[start : start + 4])
+        plain.extend(text[start : start + 4])
+    assert drafter.propose(most) == plain.propose(most)
+
+
+def test_looking_is_bounded_in_a_text_with_endless_near_matches() -> None:
+    drafter = NgramDrafter(2, 64)
+    drafter.extend(([1] * 63 + [2]) * 60_000 + [3] + [1] * 63)
+    started = time.process_time()
+    tokens, matched = drafter.propose(4)
+    assert matched >= 62
+    assert len(tokens) == 4
+    assert time.process_time() - started < 0.01  # 0.1 s to compare them all
 
 
 def test_a_suffix_is_followed_while_the_answers_change() -> None:
@@ -107,7 +206,7 @@ def test_a_followed_suffix_is_the_one_that_is_looked_up_anew(
     parts: list[tuple[list[int], bool]], most: int
 ) -> None:
     index = _ops_cpu.AnswerIndex(most)
-    drafter = _ops_cpu.SuffixDrafter(index, 0.0)
+    drafter = _ops_cpu.SuffixDrafter(index, 0.0, 1000)
     read: list[int] = []
     for part, is_answer in parts:
         if is_answer:
@@ -115,7 +214,7 @@ def test_a_followed_suffix_is_the_one_that_is_looked_up_anew(
         else:
             drafter.extend(part)
             read += part
-        fresh = _ops_cpu.SuffixDrafter(index, 0.0)
+        fresh = _ops_cpu.SuffixDrafter(index, 0.0, 1000)
         fresh.extend(read)
         assert drafter.propose(4) == fresh.propose(4)
 
