@@ -352,12 +352,11 @@ class EngineCore:
             for (active, part), result in zip(batch, results, strict=True):
                 self._advance(active, part, result, outputs)
             if self._speculator is not None:
-                # Prefills come last, so that this says whether there are any.
-                seconds = time.perf_counter() - started if plan[-1][1] == 1 else None
                 emitted = self._stats.generation_tokens - before
                 checked = sum(len(p.draft_token_ids) for p in slices) if guesses else 0
                 sampled = [part.sample for part in slices].count(True)
-                self._speculator.note_step(sampled, checked, emitted, seconds)
+                seconds = time.perf_counter() - started
+                self._speculator.note_step(sampled, checked, emitted, seconds, _decodes(plan))
 
     def _guesses(self, plan: list[tuple[Sequence, int]]) -> dict[str, list[int]]:
         """Guessed tokens worth checking, within the step's budget and free KV blocks."""
@@ -367,7 +366,7 @@ class EngineCore:
         decoding = [s for s, count in plan if count == 1 and s.output_token_ids]
         free = self.config.scheduler.max_num_batched_tokens - sum(count for _, count in plan)
         most = min(free, self.config.max_draft_tokens)
-        return speculator.choose(decoding, self._room_for_guesses, most)
+        return speculator.choose(decoding, self._room_for_guesses, most, _decodes(plan))
 
     def _room_for_guesses(self, sequence: Text, most: int) -> int:
         active = self._active[sequence.request_id]
@@ -664,6 +663,11 @@ def _create_executor(config: RuntimeConfig, on_loss: Callable[[str], None] | Non
     from fastdeploy_lite.executor.processes import ProcessesExecutor  # noqa: PLC0415
 
     return ProcessesExecutor(config, on_loss)
+
+
+def _decodes(plan: list[tuple[Sequence, int]]) -> bool:
+    """Whether a step reads no prompts; those come last."""
+    return plan[-1][1] == 1
 
 
 def _fits_the_runner(request: EngineRequest, vocab_size: int) -> bool:

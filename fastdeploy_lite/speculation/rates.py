@@ -101,6 +101,18 @@ class Average:
         return self._sum / self._weight if self._weight else 0.0
 
 
+class _StepClass:
+    """Steps of about one size: what they took, when one was recorded last, what was worked out."""
+
+    __slots__ = ("found", "last", "noted", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.noted: deque[float] = deque(maxlen=STEPS_REMEMBERED)
+        self.last = 0
+        self.found: float | None = None
+
+
 class StepCosts:
     """Seconds of a step by its size: what a graph or a kernel does with few more tokens is the
     same, and may be quite another thing with many more.
@@ -120,10 +132,9 @@ class StepCosts:
 
     def __init__(self, sizes: Sequence[int], least: int) -> None:
         self._sizes, self._least = tuple(sizes), least
-        self._noted: dict[int, deque[float]] = {}
-        self._found: dict[int, float] = {}  # what was worked out from them
+        self._classes: dict[int, _StepClass] = {}  # by size
+        self._class_of: dict[int, _StepClass] = {}  # by tokens: a step looks only once
         self._known: list[int] = []  # classes that ever had enough steps
-        self._last: dict[int, int] = {}  # when one was recorded
         self.now, self.stale_after = 0, STALE_AFTER
 
     def size(self, tokens: int) -> int:
@@ -135,19 +146,20 @@ class StepCosts:
     @property
     def sizes_noted(self) -> list[int]:
         """Classes of which steps were recorded."""
-        return sorted(self._noted)
+        return sorted(self._classes)
 
     def note(self, tokens: int, seconds: float) -> None:
         """Record one step."""
-        size = self.size(tokens)
-        noted = self._noted.get(size)
-        if noted is None or self._is_stale(size):
-            noted = self._noted[size] = deque(maxlen=STEPS_REMEMBERED)
-        noted.append(seconds)
-        self._last[size] = self.now
-        self._found.pop(size, None)
-        if len(noted) == self._least and size not in self._known:
-            insort(self._known, size)
+        steps = self._class_of.get(tokens)
+        if steps is None:
+            size = self.size(tokens)
+            steps = self._class_of[tokens] = self._classes.setdefault(size, _StepClass(size))
+        if self._is_stale(steps):
+            steps.noted.clear()
+        steps.noted.append(seconds)
+        steps.last, steps.found = self.now, None
+        if len(steps.noted) == self._least and steps.size not in self._known:
+            insort(self._known, steps.size)
 
     def knew(self, tokens: int) -> bool:
         """Whether enough steps of the class of `tokens` were measured, be it long ago."""
@@ -158,27 +170,26 @@ class StepCosts:
         for size in self._known[bisect_left(self._known, tokens) :]:
             if size > most:
                 break
-            noted = self._noted[size]
-            if len(noted) < self._least or self._is_stale(size):
+            steps = self._classes[size]
+            if len(steps.noted) < self._least or self._is_stale(steps):
                 continue
-            found = self._found.get(size)
-            if found is None:
-                ordered = sorted(noted)
-                found = self._found[size] = ordered[(len(ordered) - 1) // self.EXCEEDED_BY]
-            return size, found
+            if steps.found is None:
+                ordered = sorted(steps.noted)
+                steps.found = ordered[(len(ordered) - 1) // self.EXCEEDED_BY]
+            return size, steps.found
         return None
 
-    def _is_stale(self, size: int) -> bool:
-        return self.now - self._last[size] > self.stale_after
+    def _is_stale(self, steps: _StepClass) -> bool:
+        return self.now - steps.last > self.stale_after
 
 
 class Purse:
-    """Seconds that guessing may still cost: a share of the time that decoding takes, and what
-    guesses saved. So guessing costs no more than that share, whatever is estimated wrongly.
+    """Seconds that guessing may still cost: a share of the time that steps take, and what guesses
+    saved. So guessing costs no more than that share, whatever is estimated wrongly.
 
     Args:
         share: Of each step's time.
-        reserve: Most that it holds, in steps.
+        reserve: Most that it holds, in steps of decoding; it begins with half of that.
     """
 
     def __init__(self, share: float, reserve: float) -> None:
@@ -195,11 +206,13 @@ class Purse:
         """Whether guessing may go on; with credit, until as much is owed as the reserve."""
         return self.seconds > (-self._most if on_credit else 0.0)
 
-    def pass_step(self, seconds: float) -> None:
-        """Earn the share of a step of decoding."""
-        most = self._reserve * seconds
-        self.seconds = min(self.seconds + self._share * seconds, most) if self._most else most
-        self._most = most
+    def pass_step(self, seconds: float, decodes: bool = True) -> None:
+        """Earn the share of a step; how long one that only decodes takes bounds what is kept."""
+        if decodes:
+            if not self._most:
+                self.seconds += 0.5 * self._reserve * seconds
+            self._most = self._reserve * seconds
+        self.seconds = min(self.seconds + self._share * seconds, self._most)
 
     def add(self, seconds: float) -> None:
         """Record what guesses saved, or less than 0 for what they cost."""

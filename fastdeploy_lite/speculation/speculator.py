@@ -15,17 +15,20 @@ from fastdeploy_lite.speculation.rates import STALE_AFTER, Average, HitRates, Pu
 MARGIN = 1.05
 # A size of step whose cost is not known is tried where it would give this much more at no cost.
 TRIED_GAIN = 1.4
-# Its steps are expected to take so much of what a line through the smaller sizes says.
-TRIED_SLOPE = 0.5
+# Its steps are expected to take so much of what a line through the smaller sizes says, and have at
+# most so many times the tokens of the largest of these: on a card every size that is tried captures
+# a graph, on a CPU steps take longer with every token.
+TRIED_SLOPE, TRIED_REACH = 0.5, 4.0
 # Guesses that come true less often than this are not thought about.
 LEAST_CHANCE = 0.05
-# Guessing may cost this share of the time of decoding, and as much at once as so many steps take.
-SHARE, RESERVE = 0.015, 4.0
+# Guessing may cost this share of the time of all steps, and as much at once as so many steps take.
+SHARE, RESERVE = 0.005, 4.0
 # A look costs about twice its own time: the engine's part in it, cold caches, garbage.
 LOOK_COST = 2.0
-# A check is charged at most so many plain steps, and what is usual for its size where it took this
-# much more: it was interrupted.
-MOST_CHARGED, INTERRUPTED = 4.0, 3.0
+# A check is charged at most so many plain steps: the first of a size may capture a graph, which
+# takes as long as twenty. It is charged what is usual for its size where it took this much more: it
+# was interrupted.
+MOST_CHARGED, MOST_TRIED, INTERRUPTED = 4.0, 2.0, 3.0
 # Costs of steps with guesses are measured anew after `StepCosts.stale_after` steps without any, and
 # after each time in vain the wait is twice as long.
 MOST_STALE_AFTER = 16_384
@@ -70,6 +73,7 @@ class Speculator:
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self.config = config
+        self._most_tokens = config.most_tokens  # every step asks
         self.num_drafts = 0
         self.totals = DraftCounts()
         self.seconds, self.looks = 0.0, 0
@@ -86,14 +90,16 @@ class Speculator:
         self._steps_since_plain = 0
         # The last look: whether its guesses paid, and whether most of them were right.
         self._goes_well = self._is_promising = False
+        self._may_try = True  # a size of step that was not measured
 
     # A sequence's end ----------------------------------------------------------------------------
 
     def finish(self, text: Text) -> None:
         """A sequence has ended, whatever ended it; unknown ones are ignored."""
-        if self.config.most_tokens:
+        if self._most_tokens:
             self._drafters.finish(text)
             self._memories.pop(text.request_id, None)
+            self._open.pop(text.request_id, None)
 
     def counts(self, request_id: str, tokens: int) -> DraftCounts | None:
         """How the guesses for a sequence did; None if nothing is guessed here.
@@ -102,7 +108,7 @@ class Speculator:
             request_id: Of the request.
             tokens: That steps gave it.
         """
-        if not self.config.most_tokens:
+        if not self._most_tokens:
             return None
         memory = self._memories.get(request_id)
         counts = DraftCounts() if memory is None else memory.counts
@@ -114,7 +120,7 @@ class Speculator:
     def rests(self) -> bool:
         """Whether the next step goes without guesses; asked once a step, before `choose`."""
         offered, self.num_drafts = self.num_drafts, 0
-        if not self.config.most_tokens:
+        if not self._most_tokens:
             return True
         if not self.config.adaptive:
             return False
@@ -124,7 +130,11 @@ class Speculator:
         return not (self._purse.can_pay(self._is_promising) or offered or self._goes_well)
 
     def choose(
-        self, texts: Sequence[Text], room: Callable[[Text, int], int], budget: int
+        self,
+        texts: Sequence[Text],
+        room: Callable[[Text, int], int],
+        budget: int,
+        decodes: bool = True,
     ) -> dict[str, list[int]]:
         """Choose what to check in the next step.
 
@@ -133,23 +143,29 @@ class Speculator:
             room: Says how many of so many guessed tokens a sequence has room for: KV blocks, length
                 limit, rules.
             budget: Most tokens that all guesses may have together.
+            decodes: Whether the step does nothing else, so that its time says what guesses cost.
 
         Returns:
             Guessed tokens by request id; sequences without a guess are left out.
         """
-        started = time.perf_counter()
         self._open = {}
-        looked_at = self._taking_turns(texts)
-        chosen = self._choose(looked_at, len(texts), room, budget) if texts else {}
+        if not texts or self._is_without_measure(len(texts)):
+            return {}
+        started = time.perf_counter()
+        self._may_try = decodes
+        chosen = self._choose(self._taking_turns(texts), len(texts), room, budget)
         self._goes_well = self._is_promising = False
         if self.config.method == "mtp" and self._wants_drafts():
-            self.num_drafts = self.config.most_tokens
-        if texts:
-            seconds = time.perf_counter() - started
-            self.looks += 1
-            self._own_seconds.note(seconds)
-            self._spend(seconds)
+            self.num_drafts = self._most_tokens
+        seconds = time.perf_counter() - started
+        self.looks += 1
+        self._own_seconds.note(seconds)
+        self._spend(seconds)
         return chosen
+
+    def _is_without_measure(self, count: int) -> bool:
+        """Whether nobody could say what guesses cost or save: a plain step has to come first."""
+        return self.config.adaptive and self._plain_seconds(count) is None
 
     def _wants_drafts(self) -> bool:
         """Whether a draft layer is to guess in this step, for the next one."""
@@ -172,7 +188,7 @@ class Speculator:
     def _choose(
         self, texts: Sequence[Text], count: int, room: Callable[[Text, int], int], budget: int
     ) -> dict[str, list[int]]:
-        drafts = self._drafters.propose(texts, self.config.most_tokens)
+        drafts = self._drafters.propose(texts, self._most_tokens)
         self._open = {
             text.request_id: draft
             for text, draft in zip(texts, drafts, strict=True)
@@ -214,32 +230,34 @@ class Speculator:
         for counts in (memory.counts, self.totals):
             counts.note(checked, len(tokens) - 1)
 
-    def note_step(self, count: int, checked: int, emitted: int, seconds: float | None) -> None:
+    def note_step(
+        self, count: int, checked: int, emitted: int, seconds: float, decodes: bool = True
+    ) -> None:
         """Record a step, after the tokens of its sequences.
 
         Args:
             count: Sequences that it sampled for.
             checked: Guessed tokens that it computed.
             emitted: Tokens that it gave.
-            seconds: That it took without the time of guessing; None if it did more than decode.
+            seconds: That it took without the time of guessing.
+            decodes: Whether it did nothing else.
         """
-        if not self.config.most_tokens:
+        if not self._most_tokens:
             return
         self.totals.steps += count - self._checks_noted
         self._checks_noted = 0
         if self._open:
             self._judge_the_rest()
-        if seconds is None or not count:
-            return
-        self._plain.now = self._checking.now = self._plain.now + 1
-        if not checked and not self.num_drafts:
-            self._plain.note(count, seconds)
-            self._steps_since_plain = 0
-        else:
-            self._settle(count, checked, emitted, seconds)
-        if checked:
-            self._checking.note(count + checked, seconds)
-        self._purse.pass_step(seconds)
+        if decodes and count:
+            self._plain.now = self._checking.now = self._plain.now + 1
+            if checked or self.num_drafts:
+                self._settle(count, checked, emitted, seconds)
+            else:
+                self._plain.note(count, seconds)
+                self._steps_since_plain = 0
+        elif checked:
+            self._settle_unmeasured(count, checked, emitted)
+        self._purse.pass_step(seconds, decodes and count > 0)
 
     def _judge_the_rest(self) -> None:
         """Judge guesses that were not checked by their first token: the account costs nothing."""
@@ -268,18 +286,19 @@ class Speculator:
         return memory
 
     def _settle(self, count: int, checked: int, emitted: int, seconds: float) -> None:
-        """Charge a step with guesses; the few that measure a size first are on the house: they
-        capture its graph, which takes as long as twenty."""
+        """Charge a step with guesses, or credit what they saved."""
         self._steps_since_plain += 1
         plain = self._plain_seconds(count)
+        known = self._checking_seconds(count + checked) if checked else None
+        is_first = checked > 0 and not self._checking.knew(count + checked)
+        if checked:
+            self._checking.note(count + checked, seconds)
         if plain is None:
             return
-        known = self._checking_seconds(count + checked) if checked else None
         if known is not None and seconds > INTERRUPTED * known:
             seconds = known  # a graph was captured again, or something came between
         saved = emitted / count * plain - seconds
-        is_first = checked > 0 and not self._checking.knew(count + checked)
-        self._purse.add(max(saved, 0.0 if is_first else -MOST_CHARGED * plain))
+        self._purse.add(max(saved, -(MOST_TRIED if is_first else MOST_CHARGED) * plain))
         if not checked:
             return
         self._goes_well = saved > 0 or (is_first and emitted > count)
@@ -287,6 +306,12 @@ class Speculator:
             self._checking.stale_after = STALE_AFTER
         elif not is_first:
             self._checking.stale_after = min(2 * self._checking.stale_after, MOST_STALE_AFTER)
+
+    def _settle_unmeasured(self, count: int, checked: int, emitted: int) -> None:
+        """Charge a step that read prompts, too, with what its part usually takes alone."""
+        plain, known = self._plain_seconds(count), self._checking_seconds(count + checked)
+        if plain is not None and known is not None:
+            self._purse.add(emitted / count * plain - known)
 
     # Decisions -----------------------------------------------------------------------------------
 
@@ -348,21 +373,21 @@ class Speculator:
             won: Tokens expected from the first 0, 1, ... guesses.
         """
         most, taken, best = len(won) - 1, 0, MARGIN * count / plain
-        checked, known, slope = 0, plain, 0.0
+        checked, at, known, slope = 0, 0, plain, 0.0
         while checked < most:
-            before, checked = checked, min(self._checking.size(count + checked + 1) - count, most)
+            checked = min(self._checking.size(count + checked + 1) - count, most)
             seconds = self._checking_seconds(count + checked)
-            is_trial = seconds is None
-            if seconds is None:
-                if count + won[checked] < TRIED_GAIN * count:
-                    continue
-                seconds = known + TRIED_SLOPE * slope * (checked - before)
+            if seconds is not None:
+                known, slope, at = seconds, max(seconds - plain, 0.0) / checked, checked
+            elif count + checked > TRIED_REACH * (count + at):
+                break
+            elif self._may_try and count + won[checked] >= TRIED_GAIN * count:
+                seconds = known + TRIED_SLOPE * slope * (checked - at)
+            else:
+                continue
             speed = (count + won[checked]) / (seconds + self._own_seconds.value)
             if speed > best:
                 best, taken = speed, checked
-            if is_trial:
-                break
-            known, slope = seconds, max(seconds - plain, 0.0) / checked
         return taken
 
 

@@ -170,21 +170,7 @@ def test_on_a_card_a_text_without_order_costs_next_to_nothing(
 ) -> None:
     sources = [noise(seed, words) for seed in range(batch)]
     # Long enough for two graphs, each of which takes as long as 25 steps to capture.
-    assert speedup(method, sources, card(noise=0.0), monkeypatch, tokens=6000) > 0.98
-
-
-@pytest.mark.parametrize("method", ["ngram", "suffix"])
-@pytest.mark.parametrize("batch", [1, 16])
-def test_after_a_long_rest_what_repeats_is_noticed(
-    method: str, batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device = card()
-    monkeypatch.setattr(time, "perf_counter", device.clock)
-    speculator = Speculator(SpeculativeConfig(method))
-    run(speculator, device, answers([noise(i, 1000) for i in range(batch)], 3000, "n"), 3000)
-    device.spent = 0.0
-    run(speculator, device, answers([repetitive()] * batch, 2000, "r"), 2000)
-    assert 2000 * device.plain_step(batch) * device.interruptions / device.spent > 1.9
+    assert speedup(method, sources, card(noise=0.0), monkeypatch, tokens=6000) > 0.985
 
 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
@@ -196,7 +182,7 @@ def test_it_costs_nothing_where_guesses_are_wrong(
 ) -> None:
     sources = [noise(seed, words) for seed in range(batch)]
     device = Device(1.0, per_token, look=0.01, noise=0.0)
-    assert speedup(method, sources, device, monkeypatch) > 0.975
+    assert speedup(method, sources, device, monkeypatch) > 0.985
 
 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
@@ -208,7 +194,7 @@ def test_kernels_that_work_off_tokens_one_by_one_leave_little_to_gain(
     device = Device(4e-3, 3e-4, look=2e-4)
     assert speedup(method, sources, device, monkeypatch) > 1.3
     device = Device(4e-3, 3e-4, look=2e-4, noise=0.0)
-    assert speedup(method, [noise(i, 8) for i in range(16)], device, monkeypatch) > 0.98
+    assert speedup(method, [noise(i, 8) for i in range(16)], device, monkeypatch) > 0.985
 
 
 @pytest.mark.parametrize("batch", [1, 16])
@@ -216,14 +202,14 @@ def test_it_stays_off_where_every_token_costs_a_step(
     batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device(0.0, 1.0, noise=0.0)
-    assert speedup("ngram", [repetitive()] * batch, device, monkeypatch) > 0.97
+    assert speedup("ngram", [repetitive()] * batch, device, monkeypatch) > 0.985
 
 
 def test_it_stays_off_where_checking_needs_a_slow_kind_of_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device = Device(1.0, 0.01, checking=12.0, noise=0.0)
-    assert speedup("ngram", [repetitive()], device, monkeypatch, tokens=4000) > 0.96
+    assert speedup("ngram", [repetitive()], device, monkeypatch, tokens=4000) > 0.98
 
 
 def test_a_good_and_a_bad_sequence_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +261,7 @@ def test_room_and_budget_are_kept() -> None:
 
     assert not speculator.rests()
     assert speculator.choose(texts, room_of, 10) == {"a": [1, 2]}
-    speculator.note_step(2, 2, 2, None)
+    speculator.note_step(2, 2, 2, 1.0)
     room = {"a": 9, "b": 9}
     assert speculator.choose(texts, room_of, 6) == {"a": [1, 2, 3, 4, 5], "b": [1]}
 
@@ -287,11 +273,11 @@ def test_counts_are_of_a_request_and_of_all() -> None:
     assert speculator.choose([text], everything, 3) == {"a": [1, 2, 3]}
     text.output_token_ids += [1, 2, 9]
     speculator.note_tokens(text, [1, 2, 9], 3)
-    speculator.note_step(1, 3, 3, None)
+    speculator.note_step(1, 3, 3, 1.0)
     assert not speculator.rests()
     assert speculator.choose([text], everything, 3) == {}
     text.output_token_ids.append(9)
-    speculator.note_step(1, 0, 1, None)
+    speculator.note_step(1, 0, 1, 1.0)
     counts = speculator.counts("a", 4)
     assert counts == speculator.totals
     assert counts is not None
@@ -449,5 +435,5 @@ def test_steps_that_only_read_prompts_are_no_looks() -> None:
     for _ in range(1000):
         assert not speculator.rests()
         assert speculator.choose([], everything, 9) == {}
-        speculator.note_step(0, 0, 0, None)
+        speculator.note_step(0, 0, 0, 1.0, decodes=False)
     assert speculator.looks == 0

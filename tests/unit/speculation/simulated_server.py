@@ -1,0 +1,231 @@
+"""A simulated machine that serves simulated requests, for policies of speculation.
+
+What a step takes is given; what looking for guesses takes is charged where the real drafters look,
+half of it unseen by the policy: caches that it empties, garbage that it leaves.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from fastdeploy_lite import _ops_cpu
+from fastdeploy_lite.speculation.config import CHECK_SIZES
+from fastdeploy_lite.speculation.drafters import Draft, Text
+from fastdeploy_lite.speculation.speculator import Speculator
+
+Say = Callable[["Asked", Sequence[int]], list[int]]
+"""What the model says after an answer so far, and where it agrees after each guessed token."""
+Source = Callable[[list[int]], int]
+"""The next token of a text."""
+
+
+@dataclass
+class Machine:
+    """Seconds of steps and of looking.
+
+    Attributes:
+        fixed, per_token: of a step and of each sequence in it.
+        per_guess: of each guessed token in it.
+        checking: of a step with guesses on top: the host's part.
+        prefill: of each token of a prompt.
+        look, look_at, read: of a look, of each sequence looked at, of each token read.
+        capture: of the first step of a size on top; again after each `recapture_every` steps.
+        noise: steps take up to so much more or less; one in a hundred is interrupted, and takes
+            twenty times as long.
+        slow, slow_every: steps take so many times as long in every other period of that many.
+    """
+
+    fixed: float
+    per_token: float
+    per_guess: float
+    checking: float = 0.0
+    prefill: float = 0.0
+    look: float = 2e-5
+    look_at: float = 5e-6
+    read: float = 4e-7
+    capture: float = 0.0
+    recapture_every: int = 0
+    noise: float = 0.0
+    slow: float = 1.0
+    slow_every: int = 1 << 60
+    clock: float = 0.0
+    unseen: float = 0.0
+    steps: int = 0
+    plain: float = 0.0
+    rng: random.Random = field(default_factory=lambda: random.Random(3))
+    captured: set[tuple[bool, int]] = field(default_factory=set)
+
+    def step(self, count: int, guesses: int, emitted: int, prompts: int) -> float:
+        """Seconds of a step of `count` sequences. `plain` grows by what as many tokens would take
+        without guesses, in steps as this one."""
+        shared = (self.fixed + self.per_token * count + self.prefill * prompts) * self._luck()
+        seconds = shared + (self.per_guess * guesses + self.checking if guesses else 0.0)
+        self.plain += shared * emitted / count
+        if not prompts:
+            seconds += self._capture(count, guesses)
+        self.clock += seconds
+        return seconds
+
+    def _luck(self) -> float:
+        self.steps += 1
+        factor = self.slow if self.steps // self.slow_every % 2 else 1.0
+        if not self.noise:
+            return factor
+        factor *= self.rng.uniform(1 - self.noise, 1 + self.noise)
+        return 20 * factor if self.rng.random() < 0.01 else factor
+
+    def _capture(self, count: int, guesses: int) -> float:
+        if not self.capture:
+            return 0.0
+        if self.recapture_every and self.steps % self.recapture_every == 0:
+            self.captured.clear()
+        size = next((s for s in CHECK_SIZES if s >= count + guesses), 0) if guesses else count
+        if (guesses > 0, size) in self.captured:
+            return 0.0
+        self.captured.add((guesses > 0, size))
+        if not guesses:
+            self.plain += self.capture  # so it would have without guesses
+        return self.capture
+
+    def watch(self, speculator: Speculator) -> None:
+        """Charge what its drafters do."""
+        propose, read = speculator._drafters.propose, dict[str, int]()
+
+        def watched(texts: Sequence[Text], most: int) -> list[Draft]:
+            new = 0
+            for text in texts:
+                known = len(text.prompt_token_ids) + len(text.output_token_ids)
+                new += known - read.get(text.request_id, 0)
+                read[text.request_id] = known
+            cost = self.look + self.look_at * len(texts) + self.read * new
+            self.clock += cost
+            self.unseen += cost
+            return propose(texts, most)
+
+        speculator._drafters.propose = watched  # type: ignore[method-assign]
+
+    @property
+    def speedup(self) -> float:
+        """Plain decoding's time for what was answered over the time that it took."""
+        return self.plain / (self.clock + self.unseen)
+
+
+@dataclass
+class Asked:
+    """A request and its answer."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    tokens: int
+    say: Say
+    output_token_ids: list[int] = field(default_factory=list)
+
+
+def ask(name: str, text: Callable[[list[int]], Say], tokens: int, prompt: int = 64) -> Asked:
+    """A request of random words that is answered by a text of `tokens` tokens."""
+    rng = random.Random(name)
+    words = [rng.randrange(50) for _ in range(prompt)]
+    return Asked(name, words, tokens, text(words))
+
+
+# Texts -------------------------------------------------------------------------------------------
+
+
+def known(source: Source, most: int = 4000) -> Callable[[list[int]], Say]:
+    """A text that is the same whatever is guessed."""
+
+    def begin(prompt: list[int]) -> Say:
+        text = list(prompt)
+
+        def say(asked: Asked, guess: Sequence[int]) -> list[int]:
+            at = len(prompt) + len(asked.output_token_ids)
+            while len(text) < at + len(guess) + 1:
+                text.append(source(text))
+            truth = text[at : at + len(guess) + 1]
+            right = next((i for i, g in enumerate(guess) if g != truth[i]), len(guess))
+            return truth[: right + 1]
+
+        return say
+
+    return begin
+
+
+def noise(seed: int, words: int) -> Source:
+    """No order at all."""
+    rng = random.Random(seed)
+    return lambda text: rng.randrange(words)
+
+
+def repeating(period: int) -> Source:
+    """The same again and again."""
+    return lambda text: 1000 + len(text) % period
+
+
+def moody(obeys: int, refuses: int, seed: int) -> Source:
+    """Says what prompt lookup guesses for some tokens, and something else for the next ones."""
+    rng, drafter, read = random.Random(seed), _ops_cpu.NgramDrafter(2, 5), [0]
+
+    def source(text: list[int]) -> int:
+        drafter.extend(text[read[0] :])
+        read[0] = len(text)
+        guess = drafter.propose(1)[0]
+        word = rng.randrange(50)
+        if not guess:
+            return word
+        if len(text) % (obeys + refuses) < obeys:
+            return guess[0]
+        return word if word != guess[0] else word + 1
+
+    return source
+
+
+def spiteful(seed: int, unchecked: float = 1.0, checked: float = 0.0) -> Callable[..., Say]:
+    """The worst of all: likely what is guessed while nobody checks it, unlikely once it costs."""
+
+    def begin(_: list[int]) -> Say:
+        rng, drafter, read = random.Random(seed), _ops_cpu.NgramDrafter(2, 5), [0]
+
+        def say(asked: Asked, guess: Sequence[int]) -> list[int]:
+            text = [*asked.prompt_token_ids, *asked.output_token_ids]
+            drafter.extend(text[read[0] :])
+            read[0] = len(text)
+            if guess:
+                right = next((i for i in range(len(guess)) if rng.random() >= checked), len(guess))
+                wrong = guess[right] + 1 if right < len(guess) else rng.randrange(50)
+                return [*guess[:right], wrong]
+            found = drafter.propose(1)[0]
+            return found if found and rng.random() < unchecked else [rng.randrange(50)]
+
+        return say
+
+    return begin
+
+
+# Serving -----------------------------------------------------------------------------------------
+
+
+def serve(speculator: Speculator, machine: Machine, asked: Sequence[Asked], seats: int) -> None:
+    """Answer all requests, at most `seats` together."""
+    waiting, alive = list(asked)[::-1], list[Asked]()
+
+    def room(text: Text, most: int) -> int:
+        return min(most, text.tokens - len(text.output_token_ids) - 1)  # type: ignore[attr-defined]
+
+    while waiting or alive:
+        new = [waiting.pop() for _ in range(min(seats - len(alive), len(waiting)))]
+        chosen = {} if speculator.rests() else speculator.choose(alive, room, 256, not new)
+        alive += new
+        said = [text.say(text, chosen.get(text.request_id, ())) for text in alive]
+        guesses, emitted = sum(map(len, chosen.values())), sum(map(len, said))
+        count, prompts = len(alive), sum(len(text.prompt_token_ids) for text in new)
+        seconds = machine.step(count, guesses, emitted, prompts)
+        for text, tokens in zip(alive.copy(), said, strict=True):
+            text.output_token_ids += tokens
+            if text.request_id in chosen:
+                speculator.note_tokens(text, tokens, len(chosen[text.request_id]))
+            if len(text.output_token_ids) >= text.tokens:
+                alive.remove(text)
+                speculator.finish(text)
+        speculator.note_step(count, guesses, emitted, seconds, not new)
