@@ -36,8 +36,8 @@ constexpr int kInt8GroupBytes = kGroupRows * kTileColumns;
 constexpr int kInt4GroupBytes = kInt8GroupBytes / 2;
 
 // What a byte of a ccq tile's 16 columns means: see ccq.h, or where all of the columns have
-// integers that give the same codes, (base + byte * multiplier) >> kCcqShift.
-constexpr int kCcqShift = 15;
+// integers that give the same codes, byte * slope + ((byte + shift) * fraction >> 16) + rest, whose
+// lowest 15 bits are the code. Nothing but the products needs more than 16 bits.
 struct CcqCodes {
   int32_t is_integer;
   union {
@@ -46,8 +46,10 @@ struct CcqCodes {
       float offset[kTileColumns];  // code_zp + 0.5
     } exact;
     struct {
-      int32_t multiplier[kTileColumns];
-      int32_t base[kTileColumns];
+      uint16_t slope[kTileColumns];
+      uint16_t fraction[kTileColumns];
+      uint16_t shift[kTileColumns];
+      uint16_t rest[kTileColumns];
     } integer;
   };
 };

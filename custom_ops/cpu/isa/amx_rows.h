@@ -67,6 +67,7 @@ void decode_stretch(const Format& format, int64_t begin, int count, int groups, 
     const uint8_t* stored = format.group(begin + g);
     const uint8_t* ahead = stored + kStretchGroups * Format::kGroupBytes;  // the next stretch
     for (int i = 0; i < Format::kGroupBytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+#pragma GCC unroll 16
     for (int q = 0; q < kGroupQuads; ++q) {
       const __m512i signed_quad = _mm512_sub_epi8(format.quad(stored, q).v, offset);
       _mm512_store_si512(weights + g * kWeightTileBytes + q * 64, signed_quad);

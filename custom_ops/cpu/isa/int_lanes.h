@@ -22,7 +22,7 @@ constexpr int kDenseRowBlock = 8;
 struct I16 {
   __m512i v;
 };
-struct Quads {  // bytes up to 127
+struct Quads {  // bytes up to 63
   __m512i v;
 };
 struct WideQuads {  // bytes up to 255
@@ -71,7 +71,11 @@ FD_INLINE Quads load_nibbles(const uint8_t* p, bool high) {
 }
 #elif defined(FD_LANES_X86)
 
+#if defined(FD_ISA_AVXVNNI)
+constexpr int kRowBlock = 2;  // 12 sums of the 16 registers
+#else
 constexpr int kRowBlock = 1;
+#endif
 constexpr int kTileBlock = 1;
 constexpr int kDenseRowBlock = 3;
 
@@ -157,8 +161,8 @@ FD_INLINE I16 dot(I16 sum, WideQuads w, const int8_t* four) {
   return dot(sum, Quads{w.lo, w.hi}, four);
 }
 #else
-// The byte product adds pairs in 16 bits: exact for bytes up to 127 (127 * 128 * 2 < 2^15), not for
-// bytes up to 255, which are therefore kept as two nibbles.
+// The byte product adds pairs in 16 bits, which are exact for two quads of bytes up to 63
+// (63 * 128 * 4 < 2^15). Bytes up to 255 are therefore kept as two nibbles.
 struct WideQuads {
   Quads low, high;
 };
@@ -169,18 +173,18 @@ FD_INLINE void store(uint8_t* p, WideQuads w) {
   store(p, Quads{_mm256_or_si256(w.low.lo, _mm256_slli_epi16(w.high.lo, 4)),
                  _mm256_or_si256(w.low.hi, _mm256_slli_epi16(w.high.hi, 4))});
 }
-FD_INLINE __m256i dot_half(__m256i sum, __m256i w, __m256i x, int16_t factor) {
-  const __m256i pairs = _mm256_maddubs_epi16(w, x);
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(factor)));
+// Half of the sums of two quads, whose products are added in 16 bits first.
+FD_INLINE __m256i dot_half(__m256i sum, __m256i a, __m256i b, __m256i x, __m256i y,
+                           int16_t factor) {
+  const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(a, x), _mm256_maddubs_epi16(b, y));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(both, _mm256_set1_epi16(factor)));
 }
-FD_INLINE I16 dot(I16 sum, Quads w, const int8_t* four) {
-  const __m256i x = splat_digits(four);
-  return {dot_half(sum.lo, w.lo, x, 1), dot_half(sum.hi, w.hi, x, 1)};
+FD_INLINE I16 dot(I16 sum, Quads a, Quads b, const int8_t* eight, int16_t factor = 1) {
+  const __m256i x = splat_digits(eight), y = splat_digits(eight + 4);
+  return {dot_half(sum.lo, a.lo, b.lo, x, y, factor), dot_half(sum.hi, a.hi, b.hi, x, y, factor)};
 }
-FD_INLINE I16 dot(I16 sum, WideQuads w, const int8_t* four) {
-  const __m256i x = splat_digits(four);
-  sum = dot(sum, w.low, four);
-  return {dot_half(sum.lo, w.high.lo, x, 16), dot_half(sum.hi, w.high.hi, x, 16)};
+FD_INLINE I16 dot(I16 sum, WideQuads a, WideQuads b, const int8_t* eight) {
+  return dot(dot(sum, a.low, b.low, eight), a.high, b.high, eight, 16);
 }
 #endif
 
@@ -244,6 +248,21 @@ FD_INLINE Quads load_nibbles(const uint8_t* p, bool high) {
   Quads w;
   for (int i = 0; i < 64; ++i) w.v[i] = high ? p[i] >> 4 : p[i] & 15;
   return w;
+}
+#endif
+
+// Quads that a step of a product takes: their digits follow one another.
+#if defined(FD_ISA_AVX2)
+constexpr int kQuadStep = 2;
+template <typename AnyQuads>
+FD_INLINE I16 dot(I16 sum, const AnyQuads (&w)[kQuadStep], const int8_t* digits) {
+  return dot(sum, w[0], w[1], digits);
+}
+#else
+constexpr int kQuadStep = 1;
+template <typename AnyQuads>
+FD_INLINE I16 dot(I16 sum, const AnyQuads (&w)[kQuadStep], const int8_t* digits) {
+  return dot(sum, w[0], digits);
 }
 #endif
 

@@ -25,7 +25,8 @@
 #pragma GCC diagnostic pop
 #endif
 
-#define FD_INLINE static inline __attribute__((always_inline, unused))
+#define FD_ALWAYS_INLINE inline __attribute__((always_inline))
+#define FD_INLINE static FD_ALWAYS_INLINE __attribute__((unused))
 
 namespace fd::FD_ISA {
 

@@ -1,9 +1,9 @@
 // Linear maps over packed weights: tiles of 16 columns times a block of rows.
 #include "../linear_kernels.h"
 #include "amx_rows.h"
-#include "pair_rows.h"
 #include "vector_rows.h"
 #include "weight_formats.h"
+#include "word_rows.h"
 
 namespace fd::FD_ISA {
 namespace {
@@ -38,10 +38,10 @@ void ccq_tiles(const TileJob& job) {
     const int32_t is_integer = job.codes[first].is_integer;
     for (end = first + 1; end < tiles && job.codes[end].is_integer == is_integer;) ++end;
     const TileJob alike = part_of(job, first, end);
-#ifdef FD_PAIRED_ROWS
+#ifdef FD_WORD_ROWS
     if (job.num_rows == 1) {
-      is_integer ? multiply_pairs<Ccq<IntegerDecoder>>(alike)
-                 : multiply_pairs<Ccq<ExactDecoder>>(alike);
+      is_integer ? multiply_words<Ccq<IntegerDecoder>>(alike)
+                 : multiply_words<Ccq<ExactDecoder>>(alike);
       continue;
     }
 #endif

@@ -19,9 +19,11 @@ FD_INLINE void add_group(const Row* rows, int64_t g, const QuadAt& quad, const F
     }
   }
 #pragma GCC unroll 16
-  for (int q = 0; q < kGroupQuads; ++q) {
-    decltype(quad(0, 0)) w[kTiles];
-    for (int t = 0; t < kTiles; ++t) w[t] = quad(t, q);
+  for (int q = 0; q < kGroupQuads; q += kQuadStep) {
+    decltype(quad(0, 0)) w[kTiles][kQuadStep];
+    for (int t = 0; t < kTiles; ++t) {
+      for (int i = 0; i < kQuadStep; ++i) w[t][i] = quad(t, q + i);
+    }
     for (int r = 0; r < kRows; ++r) {
       const int8_t* digits = rows[r].digits + g * kGroupDigitBytes + 4 * q;
       for (int d = 0; d < kDigits; ++d) {
@@ -124,7 +126,10 @@ void decode_then_rows(const TileJob& job, int first_tile, int64_t begin, int64_t
   for (int64_t g = begin; g < end; ++g) {
     for (int t = 0; t < kTiles; ++t) {
       const uint8_t* weights = formats.tile[t].group(g);
+      fetch_ahead<Format, kTiles, 2>(job, formats.tile[t].tile, weights);
       uint8_t* to = decoded + t * kTileBytesDecoded;
+      // With q known, what the decoder makes of it costs nothing: a fifth of the time for 8 rows.
+#pragma GCC unroll 16
       for (int q = 0; q < kGroupQuads; ++q) store(to + q * 64, formats.tile[t].quad(weights, q));
     }
     for (int i = 0; i < whole; i += kRowBlock) {
@@ -144,8 +149,10 @@ void decode_then_rows(const TileJob& job, int first_tile, int64_t begin, int64_t
 template <typename Format, int kTiles>
 FD_INLINE void stream(const TileJob& job, int first_tile) {
   if (job.num_rows == 1) return stream_rows<Format, 1, kTiles>(job, first_tile);
-  if constexpr (kRowBlock == 4) {
+  if constexpr (kRowBlock >= 2) {
     if (job.num_rows == 2) return stream_rows<Format, 2, kTiles>(job, first_tile);
+  }
+  if constexpr (kRowBlock == 4) {
     if (job.num_rows == 3) return stream_rows<Format, 3, kTiles>(job, first_tile);
     if (job.num_rows == 4) return stream_rows<Format, 4, kTiles>(job, first_tile);
   }
