@@ -31,7 +31,7 @@ from fastdeploy_lite.formats.ccq import GROUP_ROWS, to_stored_order
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.quantization import ccq_search
 from fastdeploy_lite.quantization.ccq_codes import CODES
-from fastdeploy_lite.quantization.convert import copy_companions
+from fastdeploy_lite.quantization.output_folder import copy_companions
 from fastdeploy_lite.utils.arrays import float32_to_bfloat16
 
 Order = npt.NDArray[np.intp]

@@ -28,7 +28,20 @@ from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization import convert
 from fastdeploy_lite.quantization.budget import w4_layers_for_bits
 from fastdeploy_lite.quantization.card import Card
-from fastdeploy_lite.quantization.journal import FileTensor, Journal, LayerResult, Notes
+from fastdeploy_lite.quantization.journal import (
+    NOTES_FILE,
+    FileTensor,
+    Journal,
+    LayerResult,
+    Notes,
+    check_folder,
+)
+from fastdeploy_lite.quantization.output_folder import (
+    check_output,
+    copy_companions,
+    prepare_output,
+    unfinished_folder,
+)
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 DEFAULT_TOKENS = 65536
@@ -116,9 +129,10 @@ def quantize_with_calibration(
     verify(checkpoint)
     check_sizes(model_linears(config), config.source)
     output = Path(output_dir)
-    _check_output(Path(model_dir), output, force)
+    check_output(Path(model_dir), output, force)
     windows = _read_text(Path(model_dir), checkpoint.config, text)
-    unfinished = output.with_name(output.name + convert.JOURNAL_SUFFIX)
+    unfinished = unfinished_folder(output)
+    check_folder(unfinished)
     if measured_bits is not None:
         w4_layers_for_bits(checkpoint.config, measured_bits, defaultdict(float))  # refused at once
         measured = _measured(checkpoint, windows, unfinished, progress)
@@ -136,12 +150,12 @@ def quantize_with_calibration(
     layers = _Layers(checkpoint, config, windows, settings, points, report, card)
     layers.run(progress)
     tuned = {} if tuning is None else layers.tune(tuning, text.seed, progress)
-    convert.prepare_output(Path(model_dir), output, force)
+    prepare_output(Path(model_dir), output, force)
     with CheckpointWriter(output, dict(config.raw), shard_bytes) as writer:
         for key, array, dtype in layers.tensors():
             writer.add(key, *tuned.get(key, (array, dtype)))
             report.output_bytes += array.nbytes
-    convert.copy_companions(Path(model_dir), output)
+    copy_companions(Path(model_dir), output)
     report.seconds = time.perf_counter() - started
     write(output, _content(report, checkpoint, config))
     journal.remove()
@@ -152,7 +166,7 @@ def _measured(
     checkpoint: Checkpoint, windows: list[npt.NDArray[np.int32]], unfinished: Path, progress: bool
 ) -> list[LayerNats]:
     """Measure the layers, or read what the run that goes on has measured."""
-    kept = Notes(unfinished / "sensitivity.json", _digest(checkpoint, windows))
+    kept = Notes(unfinished / NOTES_FILE, _digest(checkpoint, windows))
     found = kept.read()
     if found is None:
         measured = measure_layers(checkpoint, windows, progress=progress)
@@ -272,13 +286,6 @@ class _Layers:
                 for key, (array, dtype) in kept.tensors.items():
                     if key.startswith(prefix):
                         yield key, array, dtype
-
-
-def _check_output(model: Path, output: Path, force: bool) -> None:
-    """Refuse a folder in use before hours of work, and remove nothing yet."""
-    if output.is_dir() and output.resolve() != model.resolve() and force:
-        return
-    convert.prepare_output(model, output, force=False)
 
 
 def _read_text(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,13 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
-from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.errors import ConfigError, quote
 
 END_OF_DOCUMENT = "</s>"
 SAMPLE = "sample"
 """Name that stands for the packaged text."""
 _SAMPLE_FILE = Path(__file__).parents[1] / "assets" / "calibration.jsonl.gz"
 Document = dict[str, Any]
+MOST_TOKENS = 1 << 24
+"""Of a text, from its beginning, that calibration draws from: 64 MiB of ids, read in seconds."""
+LONGEST_LINE = 1 << 26
+"""Characters of a line of JSON."""
+LONGEST_PARAGRAPH = 1 << 20
+"""Characters of a document of plain text; a longer one is several."""
 
 
 def read_documents(source: str | Path) -> Iterator[Document]:
@@ -80,12 +87,14 @@ def windows(stream: Sequence[int], length: int, limit: int | None = None) -> Ite
 def calibration_windows(
     tokenizer: Ernie4_5Tokenizer, source: str | Path, tokens: int, length: int, seed: int
 ) -> list[npt.NDArray[np.int32]]:
-    """Windows of at most `length` tokens, drawn from all of the text until `tokens` are reached.
+    """Windows of at most `length` tokens, drawn from the text until `tokens` are reached.
+
+    Of a long text they are drawn from the first MOST_TOKENS tokens.
 
     Raises:
         ConfigError: as `read_documents`.
     """
-    found = [np.array(part, np.int32) for part in windows(read_stream(tokenizer, source), length)]
+    found = list(_read_windows(tokenizer, source, length, max(MOST_TOKENS, tokens)))
     order = np.random.default_rng(seed).permutation(len(found))
     chosen: list[npt.NDArray[np.int32]] = []
     left = tokens
@@ -97,43 +106,75 @@ def calibration_windows(
     return chosen
 
 
+def _read_windows(
+    tokenizer: Ernie4_5Tokenizer, source: str | Path, length: int, limit: int
+) -> Iterator[npt.NDArray[np.int32]]:
+    """Windows of the first `limit` tokens, packed documents; no more of the file is read."""
+    left: list[int] = []
+    for document in read_documents(source):
+        left += encode_document(tokenizer, document)
+        whole = min(len(left), limit) // length * length
+        for part in windows(left[:whole], length):
+            yield np.array(part, np.int32)
+        left, limit = left[whole:], limit - whole
+        if len(left) >= limit:
+            break
+    for part in windows(left, length, limit):
+        yield np.array(part, np.int32)
+
+
 def _open(path: Path) -> Any:
-    return (
-        gzip.open(path, "rt", encoding="utf-8")
-        if path.suffix == ".gz"
-        else path.open(encoding="utf-8")
-    )
+    opened = gzip.open if path.suffix == ".gz" else Path.open
+    return opened(path, "rt", encoding="utf-8-sig")
+
+
+def _lines(path: Path, most: int) -> Iterator[str]:
+    """Lines of a text file, longer ones in parts of `most` characters.
+
+    Raises:
+        ConfigError: it is no text in UTF-8, or a damaged archive.
+    """
+    try:
+        with _open(path) as file:
+            while line := file.readline(most):
+                yield line
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ConfigError(f"{path}: expected text in UTF-8, {error}") from error
 
 
 def _read_lines(path: Path) -> Iterator[Document]:
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _checked(json.loads(line), f"{path}: line {number}")
-    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile) as error:
-        raise ConfigError(f"{path}: expected one JSON object a line, {error}") from error
+    for number, line in enumerate(_lines(path, LONGEST_LINE), 1):
+        where = f"{path}: line {number}"
+        if len(line) == LONGEST_LINE:
+            raise ConfigError(
+                f"{where}: found {LONGEST_LINE} characters and more, expected a document a line"
+            )
+        if line.strip():
+            try:
+                document = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{where}: expected one JSON object a line, {error}") from error
+            yield _checked(document, where)
 
 
 def _read_paragraphs(path: Path) -> Iterator[Document]:
     lines: list[str] = []
-    try:
-        with _open(path) as file:
-            for line in file:
-                if line.strip():
-                    lines.append(line)
-                elif lines:
-                    yield {"text": "".join(lines).strip()}
-                    lines = []
-    except (UnicodeDecodeError, gzip.BadGzipFile) as error:
-        raise ConfigError(f"{path}: expected text in UTF-8, {error}") from error
+    size = 0
+    for line in _lines(path, LONGEST_PARAGRAPH):
+        is_blank = not line.strip()
+        if not is_blank:
+            lines.append(line)
+            size += len(line)
+        if lines and (is_blank or size >= LONGEST_PARAGRAPH):
+            yield {"text": "".join(lines).strip()}
+            lines, size = [], 0
     if lines:
         yield {"text": "".join(lines).strip()}
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:
     try:
-        from pyarrow import parquet  # noqa: PLC0415 - an optional extra
+        from pyarrow import ArrowException, parquet  # noqa: PLC0415 - an optional extra
     except ImportError:
         raise ConfigError(
             f"{path}: reading parquet needs pyarrow: pip install 'fastdeploy-lite[parquet]', or "
@@ -147,23 +188,30 @@ def _read_parquet(path: Path) -> Iterator[Document]:
                 f"{path}: found columns {', '.join(file.schema_arrow.names)}, expected text or"
                 " messages"
             )
-        for batch in file.iter_batches(columns=names[:1]):
+        number = 0
+        for batch in file.iter_batches(columns=names):
             for row in batch.to_pylist():
-                yield _checked(row, str(path))
-    except (OSError, ValueError) as error:
+                number += 1
+                yield _checked(row, f"{path}: row {number}")
+    except (OSError, ArrowException) as error:
         raise ConfigError(f"{path}: not a parquet file, {error}") from error
 
 
 def _checked(document: Any, where: str) -> Document:
+    """The text or the messages of a document; other keys may hold anything."""
     if isinstance(document, dict):
         if isinstance(document.get("text"), str):
-            return document
+            return {"text": document["text"]}
         messages = document.get("messages")
-        if isinstance(messages, list) and all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in messages
-        ):
-            return document
-    raise ConfigError(f'{where}: expected {{"text": ...}} or {{"messages": [...]}}')
+        if isinstance(messages, list) and all(map(_is_message, messages)):
+            return {"messages": messages}
+    raise ConfigError(
+        f'{where}: found {quote(document)}, expected {{"text": "..."}} or '
+        '{"messages": [{"role": "...", "content": "..."}]}'
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), str) for name in ("role", "content")
+    )

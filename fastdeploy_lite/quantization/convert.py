@@ -9,7 +9,6 @@ blocks); the layer goes to the journal and is appended to the output.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -35,7 +34,7 @@ from fastdeploy_lite.checkpoint.linears import (
     model_linears,
 )
 from fastdeploy_lite.checkpoint.progress import loading_bar
-from fastdeploy_lite.checkpoint.writer import PARTIAL_SUFFIX, write_json
+from fastdeploy_lite.checkpoint.writer import write_json
 from fastdeploy_lite.formats.ccq import (
     ROW_ORDERS,
     CCQWeight,
@@ -48,6 +47,12 @@ from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization import ccq_search
 from fastdeploy_lite.quantization.card import Card
 from fastdeploy_lite.quantization.journal import FileTensor, Journal, LayerResult
+from fastdeploy_lite.quantization.output_folder import (
+    check_output,
+    copy_companions,
+    prepare_output,
+    unfinished_folder,
+)
 from fastdeploy_lite.quantization.weight_only import quantize_int4, quantize_int8
 from fastdeploy_lite.quantization_config import QuantizationConfig, WeightKind
 from fastdeploy_lite.utils.arrays import bfloat16_to_float32, float32_to_bfloat16
@@ -59,20 +64,7 @@ Codes = Sequence[tuple[float, float]]
 
 DEFAULT_W4_END_LAYER = 6
 """Last layer with int4 experts in the published 300B model (inclusive)."""
-JOURNAL_SUFFIX = ".unfinished"
-"""Of the folder beside the output in which finished layers wait."""
 _VALUES_IN_DIGEST = 256
-COMPANION_FILES = (
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "LICENSE*",
-)
-"""What is copied beside the weights; other files may describe the unquantised weights only."""
 
 
 @dataclass
@@ -165,9 +157,10 @@ def quantize_checkpoint(
         check_tensor_parallel(config, tensor_parallel_size, for_files=True)
     check_sizes(model_linears(config), config.source)
     output = Path(output_dir)
-    prepare_output(Path(model_dir), output, force)
+    check_output(Path(model_dir), output, force)
     report = ConversionReport()
     journal = _journal(output, ranks[0], config, codes, tensor_parallel_size)
+    prepare_output(Path(model_dir), output, force)  # removes a model: last, when nothing refuses
     works = [_Encoding(rank, codes, workers, row_order, report, journal, card) for rank in ranks]
     try:
         _write(output, works, config, shard_bytes, progress)
@@ -221,7 +214,7 @@ def _journal(
         "tensor_parallel_size": ranks,
         "quantization_config": config.raw["quantization_config"],
     }
-    return Journal(output.with_name(output.name + JOURNAL_SUFFIX), settings)
+    return Journal(unfinished_folder(output), settings)
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
@@ -375,31 +368,6 @@ def _leading(source: ModelConfig, chosen: Sequence[int]) -> int:
     return end
 
 
-def prepare_output(model: Path, output: Path, force: bool) -> None:
-    """Refuse an output folder in use; with `force`, remove the model in it."""
-    if output.exists() and not output.is_dir():
-        raise CheckpointError(f"{output}: found a file, expected a folder or nothing")
-    if output.is_dir() and output.resolve() == model.resolve():
-        raise CheckpointError(f"{output}: the output folder is the input folder")
-    if output.is_dir() and any(_kept_files(output)):
-        if not force:
-            raise CheckpointError(
-                f"{output}: the output folder is not empty; name another one, or pass --force to "
-                "replace the model in it"
-            )
-        # config.json first: a folder without it is not taken for a model.
-        (output / "config.json").unlink(missing_ok=True)
-        for old in (*output.glob("*.safetensors*"), *output.glob("rank*/*.safetensors*")):
-            old.unlink()
-
-
-def _kept_files(folder: Path) -> Iterator[Path]:
-    """Files in a folder that a killed writer would not have left."""
-    for path in folder.rglob("*"):
-        if path.is_file() and path.suffix != PARTIAL_SUFFIX:
-            yield path
-
-
 def plan(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str | list[Linear]]:
     """What goes into the output, in the order in which a loader wants it: layer by layer.
 
@@ -511,11 +479,3 @@ class _Encoding:
 def _as_dense(linear: Linear) -> Linear:
     """The same linear as the unquantised input has it."""
     return replace(linear, kind="dense")
-
-
-def copy_companions(model: Path, output: Path) -> None:
-    """Copy tokenizer and generation files."""
-    for pattern in COMPANION_FILES:
-        for file in sorted(model.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, output / file.name)

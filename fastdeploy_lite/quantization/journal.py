@@ -25,6 +25,11 @@ FileTensor: TypeAlias = tuple[Array, str]
 """Bits of a tensor and its safetensors dtype."""
 
 
+_SETTINGS, _PARTIAL = "settings.json", ".partial"
+NOTES_FILE = "sensitivity.json"
+"""May be there before the settings are known: these depend on it."""
+
+
 @dataclass
 class LayerResult:
     """Tensors of one layer by key, what the next layer needs, and figures for the report."""
@@ -41,13 +46,15 @@ class Journal:
         """Open `folder` or begin it.
 
         Raises:
-            ConfigError: it was begun with other settings; names the first that differs.
+            ConfigError: it was begun with other settings; names the first that differs. Or it is
+                somebody else's: `remove` would delete what is not ours.
         """
+        check_folder(folder)
         self.folder = folder
         wanted = json.loads(json.dumps(dict(settings)))
-        file = folder / "settings.json"
+        file = folder / _SETTINGS
         if file.exists():
-            _compare(json.loads(file.read_text(encoding="utf-8")), wanted, folder)
+            _compare(_read_settings(file), wanted, folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             _write_text(file, json.dumps(wanted, indent=1))
@@ -60,13 +67,13 @@ class Journal:
         try:
             record = json.loads(record_file.read_text(encoding="utf-8"))
             arrays = {name: self._read(layer, name, record) for name in ("tensors", "state")}
-        except (ValueError, OSError, KeyError):
+            tensors = {
+                key: (arrays["tensors"][str(index)], dtype)
+                for index, (key, dtype) in enumerate(record["keys"])
+            }
+            return LayerResult(tensors, arrays["state"], record["figures"])
+        except (ValueError, OSError, KeyError, TypeError):
             return None
-        tensors = {
-            key: (arrays["tensors"][str(index)], dtype)
-            for index, (key, dtype) in enumerate(record["keys"])
-        }
-        return LayerResult(tensors, arrays["state"], record["figures"])
 
     def finished(self, layer: int) -> tuple[dict[str, Any], bool] | None:
         """Return a finished layer's figures and whether its state is kept; None if it is not done.
@@ -115,6 +122,22 @@ class Journal:
             return {key: file[key] for key in file.files}
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError if a folder holds anything but an unfinished conversion."""
+    if not folder.exists() or (folder / _SETTINGS).exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: found a file where finished layers wait: move it, or name another output"
+        )
+    found = next((p.name for p in sorted(folder.iterdir()) if p.suffix != _PARTIAL), None)
+    if found not in (None, NOTES_FILE):
+        raise ConfigError(
+            f"{folder}: found {found} and no {_SETTINGS}, expected an unfinished conversion or "
+            "nothing, since finished layers wait there: move it, or name another output"
+        )
+
+
 class Notes:
     """A value that took long to find, kept in a file beside what it was found of."""
 
@@ -136,6 +159,16 @@ class Notes:
         _write_text(self._path, json.dumps({"source": self._source, "value": value}))
 
 
+def _read_settings(file: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: damaged: delete its folder to begin anew")
+    return found
+
+
 def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     for name in sorted({*found, *wanted}):
         if found.get(name) != wanted.get(name):
@@ -147,7 +180,7 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) 
 
 def _write_arrays(path: Path, arrays: Mapping[str, Array]) -> str:
     """Write an npz file; returns its digest."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(_PARTIAL)
     with partial.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     partial.replace(path)
@@ -155,7 +188,7 @@ def _write_arrays(path: Path, arrays: Mapping[str, Array]) -> str:
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(_PARTIAL)
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

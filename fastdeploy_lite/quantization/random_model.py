@@ -15,7 +15,7 @@ from fastdeploy_lite.checkpoint.linears import Linear, model_linears
 from fastdeploy_lite.checkpoint.tensor import DTYPES, Array, float32_to_bfloat16
 from fastdeploy_lite.checkpoint.writer import CheckpointWriter
 from fastdeploy_lite.config import ModelConfig
-from fastdeploy_lite.quantization.convert import prepare_output
+from fastdeploy_lite.quantization.output_folder import prepare_output
 from fastdeploy_lite.utils.errors import ConfigError
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "generation_config.json")

@@ -22,7 +22,7 @@ from fastdeploy_lite.checkpoint.inventory import (
 from fastdeploy_lite.checkpoint.linears import check_tensor_parallel
 from fastdeploy_lite.checkpoint.tensor import DTYPES
 from fastdeploy_lite.checkpoint.writer import write_json
-from fastdeploy_lite.quantization.convert import copy_companions, prepare_output
+from fastdeploy_lite.quantization.output_folder import copy_companions, prepare_output
 from fastdeploy_lite.utils.arrays import Array, float32_to_bfloat16
 from fastdeploy_lite.utils.errors import ConfigError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -216,10 +217,69 @@ def test_output_folders_are_protected(source: Path, tmp_path: Path) -> None:
     assert (out / "notes.txt").read_text() == "mine"
     quantize_checkpoint(source, out, scheme="2bits", force=True, **QUIET)
     verify(Checkpoint.open(out))
-    with pytest.raises(CheckpointError, match="is the input folder"):
-        quantize_checkpoint(source, source, force=True, **QUIET)
     with pytest.raises(CheckpointError, match="found a file"):
         quantize_checkpoint(source, out / "config.json", force=True, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("model", "output", "message"),
+    [
+        ("m", "m", "m: this would write into the input folder"),
+        ("m", "m/../m", "this would write into the input folder"),
+        ("m", "link", "link: this would write into the input folder"),
+        ("m", "m/2bits", "2bits: this lies in the input folder"),
+        ("out/rank0", "out", "out: this lies in the input folder .*, or that lies in it"),
+        ("m", "other", "rank0: this would write into the input folder"),
+        ("q.unfinished", "q", "q.unfinished: this would write into the input folder"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["wint4", "2bits"])
+def test_the_input_is_never_touched(
+    source: Path, tmp_path: Path, scheme: str, model: str, output: str, message: str
+) -> None:
+    """With --force, too: it removes weights in the output folder and in its rank folders."""
+    shutil.copytree(source, tmp_path / model)
+    (tmp_path / "other").mkdir()
+    for link in (tmp_path / "link", tmp_path / "other" / "rank0"):
+        link.symlink_to(tmp_path / model)
+    with pytest.raises(CheckpointError, match=message):
+        quantize_checkpoint(
+            tmp_path / model, tmp_path / output, scheme=scheme, force=True, **QUIET
+        )  # fmt: skip
+    kept = {path.name: path.read_bytes() for path in (tmp_path / model).iterdir()}
+    assert kept == {path.name: path.read_bytes() for path in source.iterdir()}
+
+
+def test_the_folder_of_finished_layers_must_be_its_own(source: Path, tmp_path: Path) -> None:
+    """It is deleted in the end; a model in the output folder stays when it is refused."""
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / "thesis.txt").write_text("mine")
+    quantize_checkpoint(source, tmp_path / "out", scheme="wint4", **QUIET)
+    for content, message in (
+        (None, "found thesis.txt and no settings.json, expected an unfinished conversion"),
+        ("{", "settings.json: damaged"),
+        ("{}", "begun with codes None, now"),
+    ):
+        if content is not None:
+            (tmp_path / "out.unfinished" / "settings.json").write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            quantize_checkpoint(source, tmp_path / "out", scheme="2bits", force=True, **QUIET)
+    assert (tmp_path / "out.unfinished" / "thesis.txt").read_text() == "mine"
+    verify(Checkpoint.open(tmp_path / "out"))
+    shutil.rmtree(tmp_path / "out.unfinished")
+    (tmp_path / "out.unfinished").touch()
+    with pytest.raises(ConfigError, match="found a file where finished layers wait"):
+        quantize_checkpoint(source, tmp_path / "out", scheme="2bits", force=True, **QUIET)
+
+
+def test_an_output_folder_may_be_the_present_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    quantize_checkpoint(source, ".", scheme="2bits", **QUIET)
+    verify(Checkpoint.open(tmp_path / "here"))
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 @pytest.mark.parametrize(
