@@ -19,7 +19,7 @@ from fastdeploy_lite.calibration.encoder import CalibratedEncoder, CalibrationSe
 from fastdeploy_lite.calibration.report import memory, totals, write
 from fastdeploy_lite.calibration.sensitivity import LayerNats, measure_layers
 from fastdeploy_lite.calibration.text import calibration_windows
-from fastdeploy_lite.calibration.tuning import Tuner, TuningSettings, fold
+from fastdeploy_lite.calibration.tuning import Tuner, TuningSettings, check_windows, fold
 from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
 from fastdeploy_lite.checkpoint.inventory import plain_nbytes, verify
 from fastdeploy_lite.checkpoint.linears import Linear, check_sizes, model_linears
@@ -131,6 +131,8 @@ def quantize_with_calibration(
     output = Path(output_dir)
     check_output(Path(model_dir), output, force)
     windows = _read_text(Path(model_dir), checkpoint.config, text)
+    if tuning is not None:
+        check_windows(windows)
     unfinished = unfinished_folder(output)
     check_folder(unfinished)
     if measured_bits is not None:
@@ -293,6 +295,8 @@ def _read_text(
 ) -> list[npt.NDArray[np.int32]]:
     if text.tokens < 2:
         raise ConfigError(f"calibration tokens: found {text.tokens}, expected at least 2")
+    if text.seed < 0:
+        raise ConfigError(f"seed: found {text.seed}, expected 0 or more")
     tokenizer = Ernie4_5Tokenizer.from_pretrained(str(model))
     length = min(text.window, config.max_position_embeddings)
     windows = calibration_windows(tokenizer, text.source, text.tokens, length, text.seed)

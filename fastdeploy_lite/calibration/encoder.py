@@ -98,10 +98,18 @@ class CalibratedEncoder:
         self._reference, self._quantized = state["reference"], state["quantized"]
 
     def encode_layer(self, layer: int, linears: Sequence[Linear]) -> LayerResult:
-        """Encode all linears of decoder layer `layer`; `state` is what `restore` takes."""
+        """Encode all linears of decoder layer `layer`; `state` is what `restore` takes.
+
+        Raises CheckpointError of the model's numbers, with the tensor's name or the layer's.
+        """
         work = _LayerWork(self, layer, linears)
         started = time.perf_counter()
-        work.run()
+        try:
+            work.run()
+        except CheckpointError:
+            raise
+        except ValueError as error:  # what no single tensor is to blame for: products overflow
+            raise CheckpointError(f"{self.checkpoint.source}: layer {layer}: {error}") from error
         work.figures["seconds"] = round(time.perf_counter() - started, 2)
         state = {"reference": self._reference, "quantized": self._quantized}
         return LayerResult(work.tensors, state, work.figures)

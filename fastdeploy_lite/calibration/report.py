@@ -11,6 +11,7 @@ from typing import Any
 from fastdeploy_lite import formats
 from fastdeploy_lite.checkpoint.linears import model_linears
 from fastdeploy_lite.models.family import ModelConfig
+from fastdeploy_lite.utils.files import writing
 
 CONTEXTS = (4096, 32768)
 """Lengths for which memory is told, cut to what the model can do."""
@@ -64,6 +65,11 @@ def memory(config: ModelConfig, plain_bytes: int) -> list[dict[str, int]]:
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:
     """Write report.json, report.html and one plot a layer under report/ into `folder`."""
+    with writing(folder / "report"):
+        _write(folder, content)
+
+
+def _write(folder: Path, content: Mapping[str, Any]) -> None:
     (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     plots = folder / "report"
     plots.mkdir(exist_ok=True)
@@ -92,7 +98,7 @@ def layer_plot(layer: Mapping[str, Any]) -> str:
     title = f"Layer {layer['layer']}: stream error {layer['stream_error']:.4f}"
     body = (
         "".join(_panel(at * _HEIGHT + 24, *panel) for at, panel in enumerate(panels))
-        or f'<text x="{_LEFT}" y="60">dense layer, int8</text>'
+        or f'<text x="{_LEFT}" y="60">dense layer, {", ".join(layer["kinds"])}</text>'
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '

@@ -67,6 +67,15 @@ class Tuned:
     gains: Gains = field(default_factory=dict)
 
 
+def check_windows(windows: Windows) -> None:
+    """Raise ConfigError where there are too few to learn from and to judge by."""
+    if len(windows) < 2:
+        raise ConfigError(
+            f"--tune: found {len(windows)} window of text, expected at least two: one is held "
+            "back to judge by"
+        )
+
+
 class Tuner:
     """Learns the gains of one quantised model from one text."""
 
@@ -89,11 +98,7 @@ class Tuner:
         Raises:
             ConfigError: fewer than two windows.
         """
-        if len(windows) < 2:
-            raise ConfigError(
-                f"--tune: found {len(windows)} window of text, expected at least two: one is held "
-                "back to judge by"
-            )
+        check_windows(windows)
         self.model, self.settings = TrainableModel(checkpoint), settings
         starts = np.cumsum([0, *map(len, windows)])
         self._text = [

@@ -7,6 +7,7 @@ its final name before `close`: an interrupted run leaves no folder that looks co
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import numpy as np
 
 from fastdeploy_lite.checkpoint.tensor import DTYPES, Array
 from fastdeploy_lite.utils.errors import CheckpointError
+from fastdeploy_lite.utils.files import writing
 
 _ALIGNMENT = 8  # safetensors: data start at a multiple of this, the header is padded with spaces
 PARTIAL_SUFFIX = ".partial"
@@ -70,9 +72,11 @@ class CheckpointWriter:
         if self._entries and offset + data.nbytes > self._shard_bytes:
             self._finish_shard()
             offset = 0
+        path = self._path(len(self._finished), "data")
         if self._data is None:
-            self._data = self._path(len(self._finished), "data").open("w+b")
-        self._data.write(data.reshape(-1).view(np.uint8).data)
+            self._data = path.open("w+b")
+        with writing(path):
+            self._data.write(data.reshape(-1).view(np.uint8).data)
         self._entries[key] = {
             "dtype": dtype,
             "shape": list(array.shape),
@@ -108,7 +112,8 @@ class CheckpointWriter:
     def discard(self) -> None:
         """Remove everything that this writer has put into the folder."""
         if self._data is not None:
-            self._data.close()
+            with contextlib.suppress(OSError):  # what waits to be written may not fit either
+                self._data.close()
             self._data = None
         self._remove_partial()
 
@@ -139,8 +144,8 @@ class CheckpointWriter:
         header = json.dumps({"__metadata__": {"format": "np"}, **self._entries}).encode()
         header += b" " * (-len(header) % _ALIGNMENT)
         path = self._path(len(self._finished), "safetensors")
-        self._data.seek(0)
-        with path.open("wb") as file:
+        with writing(path), path.open("wb") as file:
+            self._data.seek(0)  # writes what is left
             file.write(len(header).to_bytes(8, "little") + header)
             shutil.copyfileobj(self._data, file, 16 << 20)
             file.flush()
@@ -158,5 +163,6 @@ class CheckpointWriter:
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file under its name once it is complete."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with writing(partial):
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -81,7 +81,7 @@ class _Sizes:
             extra[linear.layer] = extra.get(linear.layer, 0) + file_bits("int4", *shape) - least
         if not extra:
             raise ConfigError(f"{config.source}: moe_num_experts: found none, expected a MoE model")
-        if total > bits * weights:
+        if not total <= bits * weights:  # also of bits that are no number
             raise ConfigError(
                 f"--bits: found {bits:g}, expected at least {total / weights:.4f}, what 2-bit "
                 "experts take in every layer"

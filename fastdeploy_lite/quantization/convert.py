@@ -147,6 +147,8 @@ def quantize_checkpoint(
     an output folder in use); a failed run leaves no model.
     """
     started = time.perf_counter()
+    if tensor_parallel_size < 1:
+        raise ConfigError(f"tensor_parallel_size: found {tensor_parallel_size}, expected 1 or more")
     ranks = [
         Checkpoint.open(model_dir, tensor_parallel_size, rank)
         for rank in range(tensor_parallel_size)

@@ -29,7 +29,8 @@ own is told half by them, half by what all experts of the layer see."""
 def second_moment(x: ArrayF32, weight: ArrayF32 | None = None) -> ArrayF32:
     """Sum of x x' over tokens [T, K], each counted weight^2 times: float32 [K, K], symmetric."""
     scaled = x if weight is None else x * weight[:, None]
-    moment: ArrayF32 = scaled.T @ scaled
+    with np.errstate(over="ignore", invalid="ignore"):  # `blend` refuses what is not finite
+        moment: ArrayF32 = scaled.T @ scaled
     return moment
 
 

@@ -8,10 +8,11 @@ record is renamed into place last.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +21,7 @@ import numpy as np
 
 from fastdeploy_lite.utils.arrays import Array
 from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.files import writing
 
 FileTensor: TypeAlias = tuple[Array, str]
 """Bits of a tensor and its safetensors dtype."""
@@ -180,16 +182,26 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) 
 
 def _write_arrays(path: Path, arrays: Mapping[str, Array]) -> str:
     """Write an npz file; returns its digest."""
-    partial = path.with_suffix(_PARTIAL)
-    with partial.open("wb") as file:
+    with _complete(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    partial.replace(path)
     return _digest(path)
 
 
 def _write_text(path: Path, text: str) -> None:
+    with _complete(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """A file to write that takes its name when it is complete, and goes when it cannot be."""
     partial = path.with_suffix(_PARTIAL)
-    partial.write_text(text, encoding="utf-8")
+    try:
+        with writing(partial):
+            yield partial
+    except BaseException:
+        partial.unlink(missing_ok=True)  # a full disk has better use for its room
+        raise
     partial.replace(path)
 
 

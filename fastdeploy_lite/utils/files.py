@@ -1,4 +1,4 @@
-"""Small files of a model folder, which may come from anywhere: regular, of a sane size, no pointer.
+"""Files of a model folder: what small ones must be, and which one a failed write was of.
 
 A folder may hold a named pipe that never ends, a sparse file of terabytes or the pointer that Git
 LFS leaves in place of a large file; each is one line that says so.
@@ -6,7 +6,9 @@ LFS leaves in place of a large file; each is one line that says so.
 
 from __future__ import annotations
 
+import contextlib
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastdeploy_lite.utils.errors import CheckpointError, quote
@@ -54,3 +56,14 @@ def refuse_pointer(path: Path, head: bytes) -> None:
             f"{path}: this is a Git LFS pointer, not the file: run `git lfs pull` in the folder,"
             " or download the file again"
         )
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let errors say which file could not be written: that of a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None

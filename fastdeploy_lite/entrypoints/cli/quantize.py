@@ -154,6 +154,8 @@ def run(args: argparse.Namespace) -> int:
         if args.bits is not None and args.int4_layers is None:
             args.moe_w4_end_layer = _layers_for_bits(args)
         _check_tuning(args)
+        if args.num_threads is not None and args.num_threads < 1:
+            raise ConfigError(f"--num-threads: found {args.num_threads}, expected at least 1")
         args.card = _card(args)
         text = _convert(args) if args.calibration is None else _calibrate(args)
     except (FastDeployError, OSError) as error:
@@ -250,8 +252,6 @@ def _calibrate(args: argparse.Namespace) -> str:
     from fastdeploy_lite.calibration.tuning import TuningSettings  # noqa: PLC0415
 
     if args.num_threads is not None:
-        if args.num_threads < 1:
-            raise ConfigError(f"--num-threads: found {args.num_threads}, expected at least 1")
         _ops_cpu.set_num_threads(args.num_threads)
     measured = args.int4_layers == MEASURED
     report = convert.quantize_with_calibration(

@@ -18,12 +18,14 @@ from hugging_face import hugging_face_config, hugging_face_tensors
 from oracles.ernie_float32 import ErnieFloat32
 from tiny_model import (
     TOKENIZER_FILES,
+    Tensors,
     tiny_config,
     tiny_tensors,
     write_tensors,
     write_tiny_model,
 )
 
+from fastdeploy_lite.assets import demo_path
 from fastdeploy_lite.calibration import input_moments
 from fastdeploy_lite.calibration.convert import CalibrationText, quantize_with_calibration
 from fastdeploy_lite.calibration.encoder import (
@@ -68,6 +70,13 @@ def weights(folder: Path) -> dict[str, bytes]:
     for key, tensor in ((k, Checkpoint.open(folder).get(k)) for k in Checkpoint.open(folder)):
         found[key] = tensor.data.tobytes()
     return found
+
+
+def write_model(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
+    write_tensors(folder, config, tensors)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(demo_path() / name, folder / name)
+    return folder
 
 
 def test_streams_are_those_of_the_model(model: Path) -> None:
@@ -192,9 +201,7 @@ def test_both_row_orders_are_as_good_and_run(model: Path, text: Path, tmp_path: 
 def test_hugging_face_input_gives_the_same_bytes(model: Path, text: Path, tmp_path: Path) -> None:
     config = tiny_config("bf16", experts=2)
     tensors = hugging_face_tensors(config, tiny_tensors(config))
-    write_tensors(tmp_path / "hf", hugging_face_config(config), tensors)
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(model / name, tmp_path / "hf" / name)
+    write_model(tmp_path / "hf", hugging_face_config(config), tensors)
     given = CalibrationText(str(text), 500, 256)
     for source, output in ((model, "a"), (tmp_path / "hf", "b")):
         quantize_with_calibration(
@@ -443,9 +450,61 @@ def test_bad_arguments_are_refused(model: Path, text: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("self_attn.o_proj.weight", 0x7FC0, r"self_attn\.o_proj\.weight: found nan at element"),
+        ("mlp.experts.1.down_proj.weight", 0x7F80, r"experts\.1\.down_proj\.weight: found inf"),
+        ("input_layernorm.weight", 0x7FC0, r"input_layernorm\.weight: found nan at element 5"),
+        ("post_attention_layernorm.weight", 0x7F00, "layer 1: moments of the activations"),
+        ("mlp.gate.weight", 0x7FC00000, r"mlp\.gate\.weight: found nan at element 5"),
+    ],
+)
+def test_a_model_that_is_not_finite_is_one_line(
+    text: Path, tmp_path: Path, key: str, value: int, message: str
+) -> None:
+    """With the tensor's name, or, where products overflow, with the layer's number."""
+    config = tiny_config("bf16", experts=2)
+    tensors = tiny_tensors(config)
+    array, dtype = tensors[f"ernie.layers.1.{key}"]
+    array = array.copy()
+    array.view(np.uint16 if dtype == "BF16" else np.uint32).flat[5] = value
+    changed = {**tensors, f"ernie.layers.1.{key}": (array, dtype)}
+    model = write_model(tmp_path / "model", config, changed)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        quantize_with_calibration(
+            model, tmp_path / "q", CalibrationText(str(text), 300), QUICK, scheme="2bits",
+            progress=False,
+        )  # fmt: skip
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("scheme", ["2bits", "wint4"])
+@pytest.mark.parametrize("tokens", [2, 300])
+def test_an_expert_without_tokens_is_encoded(
+    text: Path, tmp_path: Path, scheme: str, tokens: int
+) -> None:
+    """The router's bias keeps them all away from the last expert; embedding and head are tied."""
+    config = tiny_config("bf16", experts=4, tied=True)
+    tensors = tiny_tensors(config)
+    for key, (array, dtype) in tensors.items():
+        if key.endswith("e_score_correction_bias"):
+            tensors[key] = np.where(np.arange(4) < 3, array, np.float32(-99)), dtype
+    model = write_model(tmp_path / "model", config, tensors)
+    report = quantize_with_calibration(
+        model, tmp_path / "q", CalibrationText(str(text), tokens), QUICK, scheme=scheme,
+        progress=False,
+    )  # fmt: skip
+    assert [layer["tokens"][3] for layer in report.layers[1:]] == [0, 0]
+    verify(Checkpoint.open(tmp_path / "q"))
+    assert np.isfinite(load_runner(tmp_path / "q", 64, "cpu").logits(list(range(20, 50)))).all()
+
+
+@pytest.mark.parametrize(
     ("option", "message"),
     [
         (["--num-threads", "0"], "--num-threads: found 0, expected at least 1"),
+        (["--seed", "-1"], "seed: found -1, expected 0 or more"),
         (["--code", "120,0"], "--code fixes what --calibration chooses"),
         (["--tensor-parallel-size", "2"], "leave out --tensor-parallel-size"),
     ],

@@ -238,6 +238,10 @@ def test_quantize_writes_what_was_learnt(
     [
         (["--tune"], "--tune needs --calibration"),
         (["--calibration", "sample", "--tune", "0"], "--tune: found 0, expected at least 1"),
+        (
+            ["--calibration", "sample", "--tune", "--calibration-tokens", "99"],
+            "--tune: found 1 window of text, expected at least two",
+        ),
     ],
 )
 def test_options_that_cannot_be(
@@ -252,3 +256,4 @@ def test_options_that_cannot_be(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "q.unfinished").exists()  # refused before hours of work

@@ -43,8 +43,9 @@ def test_too_small_a_budget_and_two_choices_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = write_tiny_model(tmp_path / "model", kind="bf16", experts=2)
-    with pytest.raises(ConfigError, match=r"--bits: found 1.5, expected at least 2\.\d+"):
-        w4_end_layer_for_bits(ModelConfig.from_dir(model), 1.5)
+    for bits in (1.5, float("nan")):
+        with pytest.raises(ConfigError, match=rf"--bits: found {bits}, expected at least 2\.\d+"):
+            w4_end_layer_for_bits(ModelConfig.from_dir(model), bits)
     assert cli.run(["quantize", "--model", str(model), "--output", str(tmp_path / "o"),
                     "--bits", "3", "--scheme", "2bits"]) == 1  # fmt: skip
     assert "pass it alone" in capsys.readouterr().err

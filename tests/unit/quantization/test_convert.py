@@ -287,6 +287,7 @@ def test_an_output_folder_may_be_the_present_one(
     [
         ({"scheme": "w3"}, "scheme: found 'w3', expected one of w4w2, 2bits, wint4, wint8"),
         ({"dense": "wint2"}, "dense: found 'wint2', expected wint8 or wint4"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size: found 0, expected 1 or more"),
         ({"w4_end_layer": 4}, "moe_w4_end_layer: found 4, expected -1 .* to 3"),
         ({"scheme": "2bits", "w4_end_layer": 2}, "scheme '2bits' fixes it"),
     ],
@@ -341,6 +342,13 @@ def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert error.count("\n") == 1
 
 
+def test_no_threads_are_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("--model", source, "--output", tmp_path / "out", "--num-threads", 0) == 1
+    assert "--num-threads: found 0, expected at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("1M", 1 << 20), ("1.5GiB", 3 << 29), ("4gb", 4 << 30), ("2097152", 2 << 20)]
 )
@@ -381,6 +389,33 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(source: Path, tmp_pat
     assert (report.kinds, report.output_bytes) == (whole.kinds, whole.output_bytes)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     assert not journal.exists()
+
+
+@pytest.mark.parametrize(("kib", "resumed"), [(8, 0), (2500, 2)])
+def test_a_full_disk_is_one_line_and_what_was_done_is_kept(
+    source: Path, tmp_path: Path, kib: int, resumed: int
+) -> None:
+    """A limit on the size of files stands for the disk: errors of both come without a name."""
+    command = [
+        *[sys.executable, "-m", "fastdeploy_lite", "quantize", "--model", str(source)],
+        *["--scheme", "2bits", "--code", "120.94422,1262.3779", "--quiet"],
+        *["--output", str(tmp_path / "out")],
+    ]
+    found = subprocess.run(
+        ["bash", "-c", f'ulimit -f {kib}; exec "$@"', "bash", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 1
+    assert found.stderr.startswith("fastdeploy-lite quantize: [Errno 27] File too large: ")
+    assert "out/model-00000.data.partial" in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert list((tmp_path / "out").iterdir()) == []
+    assert list((tmp_path / "out.unfinished").glob("*.partial")) == []
+    report = quantize_checkpoint(source, tmp_path / "out", scheme="2bits", **QUIET)
+    assert report.resumed_layers == resumed
+    verify(Checkpoint.open(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
