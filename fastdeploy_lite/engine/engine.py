@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from fastdeploy_lite.engine.args_utils import EngineArgs
@@ -17,6 +14,7 @@ from fastdeploy_lite.input.preprocess import Preprocessor
 from fastdeploy_lite.request.messages import EngineRequest, EngineStats, Ready
 from fastdeploy_lite.request.outputs import RequestOutput
 from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.interrupts import interrupts_deferred
 
 
 class LLMEngine:
@@ -79,7 +77,7 @@ class LLMEngine:
         box: deque[RequestOutput] = deque()
         try:
             while todo or alive:
-                with self._lock:
+                with self._lock, interrupts_deferred():
                     self._feed(todo, alive, box)
                     if not box:
                         self._step()
@@ -107,17 +105,16 @@ class LLMEngine:
             self._core.add(request)
 
     def _step(self) -> None:
-        with _interrupts_deferred():
-            for output in self._core.step():
-                box = self._mailboxes.get(output.request_id)
-                if box is not None:
-                    box.append(self._outputs.process(output))
+        for output in self._core.step():
+            box = self._mailboxes.get(output.request_id)
+            if box is not None:
+                box.append(self._outputs.process(output))
 
     def _drop(self, names: set[str]) -> None:
         """Abort requests whose outputs nobody will read."""
         if not names:
             return
-        with self._lock:
+        with self._lock, interrupts_deferred():
             for name in names:
                 self._mailboxes.pop(name, None)
                 self._outputs.discard(name)
@@ -140,24 +137,3 @@ class LLMEngine:
     def shutdown(self) -> None:
         """Stop helper threads; the memory goes with the object."""
         self._core.shutdown()
-
-
-@contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Let a Ctrl-C act after the step, not in the middle of the core's bookkeeping."""
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    pressed = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        pressed.append(number)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if pressed:
-        raise KeyboardInterrupt

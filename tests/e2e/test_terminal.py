@@ -7,13 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pexpect
 import pytest
 from server_process import ServerProcess, environment
+from waiting import until
 
 MAIN = ("-m", "fastdeploy_lite.entrypoints.cli.main")
 PROMPT = r"\x1b\[\?2004h"  # the line editor asks for bracketed pastes when it waits for a line
@@ -144,3 +147,26 @@ def test_completion(tmp_path: Path) -> None:
     assert complete("fastdeploy-lite", "serve", "--max-mod") == ["--max-model-len"]
     assert "--num-prompts" in complete("fastdeploy-lite", "bench", "serve", "--n")
     assert complete("fastdeploy-lite", "serve", "--enable-epl") == []  # without effect
+
+
+def is_heard(child: Any, keys: str, answer: Any) -> bool:
+    """Whether the editor takes keys: what is typed before it waits, an interrupt may delete."""
+    child.send(keys)
+    return child.expect([answer, pexpect.TIMEOUT], timeout=2) == 0
+
+
+@pytest.mark.parametrize("where", ["here", "server"])
+def test_ctrl_c_in_haste_does_not_leave(start: Any, server: ServerProcess, where: str) -> None:
+    """The second and the third come while the answer is being put away, or a command works."""
+    flags = ("--url", server.url) if where == "server" else ()
+    child = start("--temperature", "0", "--max-tokens", "1500", *flags)
+    for pause in (0.0, 0.001, 0.01, 0.1):
+        child.send(f"{LONG}\r")
+        child.expect("李白")
+        for _ in range(8):
+            child.sendintr()
+            time.sleep(pause)
+        until(partial(is_heard, child, "/clear\r", "the conversation is empty"))
+    until(partial(is_heard, child, "\x04", pexpect.EOF))
+    child.close()
+    assert child.exitstatus == 0

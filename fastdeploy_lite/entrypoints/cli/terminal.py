@@ -20,6 +20,7 @@ from rich.text import Text
 
 from fastdeploy_lite.entrypoints.cli.conversation import AnswerText, Backend, Conversation, converse
 from fastdeploy_lite.utils.errors import FastDeployError
+from fastdeploy_lite.utils.interrupts import Stop
 
 HELP = """\
 /clear          forget the conversation, keep the system prompt
@@ -60,6 +61,7 @@ class Terminal:
         self._backend = backend
         self._conversation = conversation
         self._console = console
+        self._stop = Stop()
         self._actions: dict[str, Callable[[str], None]] = {
             "/clear": self._clear, "/system": self._system, "/save": self._save,
             "/load": self._load, "/tokens": self._tokens, "/help": self._help,
@@ -67,7 +69,10 @@ class Terminal:
 
     def run(self) -> int:
         """Read and answer until the end of input."""
-        prompt = _prompt_session()
+        with self._stop.heeded():
+            return self._converse(_prompt_session())
+
+    def _converse(self, prompt: PromptSession[str]) -> int:
         self._note(f"{self._backend.model}: /help lists the commands, Ctrl-D leaves")
         while True:
             try:
@@ -85,22 +90,26 @@ class Terminal:
         name, _, rest = text.partition(" ")
         try:
             if name in self._actions:
-                self._actions[name](rest.strip())
+                with self._stop.possible():
+                    self._actions[name](rest.strip())
             elif name.startswith("/") and name[1:].isalpha():
                 self._note(f"no command {name}: /help lists them")
             else:
                 self._turn(text)
         except FastDeployError as error:
             self._console.print(Text(f"error: {error}", "red"))
+        except KeyboardInterrupt:
+            self._note("stopped")
 
     def _turn(self, text: str) -> None:
         notes: list[str] = []
         answer = _Answer(self._console)
         pieces = converse(self._backend, self._conversation, text, notes)
         try:
-            for piece in pieces:
-                self._say(notes)
-                answer.add(piece)
+            with self._stop.possible():
+                for piece in pieces:
+                    self._say(notes)
+                    answer.add(piece)
         except KeyboardInterrupt:
             notes.append("stopped")
         finally:
