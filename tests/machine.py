@@ -6,7 +6,9 @@ with strangers may run at a third of its speed for minutes.
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 WORK_SECONDS = 0.2e-3  # of `work` on an idle core of a server of 2023, Python 3.11
 
@@ -39,3 +41,12 @@ def slowdown() -> float:
     while time.thread_time() - own < 0.05:
         sum(range(1000))
     return max((time.perf_counter() - wall) / (time.thread_time() - own), 1.0)
+
+
+@contextlib.contextmanager
+def promised(seconds: float) -> Iterator[None]:
+    """Hold a block to what is promised for a machine of one's own, as far as others leave it so."""
+    busy, started = slowdown(), time.monotonic()
+    yield
+    spent = time.monotonic() - started
+    assert spent < seconds * max(busy, slowdown()), f"{spent:.2f} s instead of {seconds:g} s"

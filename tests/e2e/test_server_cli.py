@@ -17,7 +17,7 @@ def command(
     done = subprocess.run(
         [sys.executable, "-m", "fastdeploy_lite.entrypoints.cli.main", *arguments],
         check=False, cwd=folder, env=environment(), input=text, capture_output=True, text=True,
-        timeout=120,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == status, done.stderr[-2000:]
     return done

@@ -32,6 +32,10 @@ TEXT = (
 KEY = {"Authorization": "Bearer secret-2"}
 
 
+GUARDED = ("--api-key", "secret-2", "--max-concurrency", "2", "--max-model-len", "2048",
+           "--num-gpu-blocks-override", "128")  # fmt: skip
+
+
 class Background:
     """Requests that run beside a test."""
 
@@ -83,11 +87,9 @@ def controller_port() -> int:
 def guarded(
     tmp_path_factory: pytest.TempPathFactory, metrics_port: int, controller_port: int
 ) -> Iterator[ServerProcess]:
-    flags = ("--api-key", "secret-1", "--api-key", "secret-2", "--served-model-name", "ernie",
-             "--reasoning-parser", "think", "--tool-call-parser", "hermes", "--max-concurrency",
-             "2", "--max-model-len", "2048", "--metrics-port", str(metrics_port),
-             "--controller-port", str(controller_port),
-             "--timeout-graceful-shutdown", "120", "--num-gpu-blocks-override", "128",
+    flags = ("--api-key", "secret-1", *GUARDED, "--served-model-name", "ernie",
+             "--reasoning-parser", "think", "--tool-call-parser", "hermes",
+             "--metrics-port", str(metrics_port), "--controller-port", str(controller_port),
              "--scheduler-password", "redis-password")  # fmt: skip
     with running_server(tmp_path_factory.mktemp("guarded"), flags) as server:
         server.metrics_port, server.headers = metrics_port, KEY
@@ -244,31 +246,34 @@ def test_log_lines_cannot_be_forged(guarded: ServerProcess) -> None:
         assert not any(line.startswith("ERROR") and "forged" in line for line in text.splitlines())
 
 
-def test_sigterm_under_load_drains(guarded: ServerProcess, metrics_port: int) -> None:
-    """The last test of this server."""
-    running = Background(guarded.url, 2, LONG)
-    guarded.wait_running(2)
-    family = guarded.family()
-    guarded.terminate()
+def test_sigterm_under_load_drains(tmp_path: Path) -> None:
+    metrics_port = free_port()
+    flags = (*GUARDED, "--metrics-port", str(metrics_port), "--timeout-graceful-shutdown", "120")
+    with running_server(tmp_path / "s", flags) as server:
+        server.metrics_port, server.headers = metrics_port, KEY
+        running = Background(server.url, 2, LONG)
+        server.wait_running(2)
+        family = server.family()
+        server.terminate()
 
-    def refused() -> httpx.Response | None:
-        """The answer of a server that is full until it has noticed the signal."""
-        answer = guarded.post(CHAT, json={"messages": HELLO}, headers=KEY)
-        return None if answer.status_code == 429 else answer
+        def refused() -> httpx.Response | None:
+            """The answer of a server that is full until it has noticed the signal."""
+            answer = server.post(CHAT, json={"messages": HELLO}, headers=KEY)
+            return None if answer.status_code == 429 else answer
 
-    answer = until(refused)
-    assert answer is not None
-    assert answer.status_code == 503
-    assert answer.json()["error"]["type"] == "server_error"
-    assert not running.results  # told at once, not when there is room
-    for result in running.join():
-        assert isinstance(result, httpx.Response), result
-        assert result.status_code == 200
-        assert result.json()["usage"]["completion_tokens"] >= 1900
-    assert guarded.wait() == 0
-    assert_gone(family, guarded.port, metrics_port)
-    assert "Fatal" not in guarded.stderr  # no process ended by an accident of its own
-    assert "Traceback" not in guarded.stderr
+        answer = until(refused)
+        assert answer is not None
+        assert answer.status_code == 503
+        assert answer.json()["error"]["type"] == "server_error"
+        assert not running.results  # told at once, not when there is room
+        for result in running.join():
+            assert isinstance(result, httpx.Response), result
+            assert result.status_code == 200
+            assert result.json()["usage"]["completion_tokens"] >= 1900
+        assert server.wait() == 0
+        assert_gone(family, server.port, metrics_port)
+        assert "Fatal" not in server.stderr  # no process ended by an accident of its own
+        assert "Traceback" not in server.stderr
 
 
 # Engines that die -------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 def complete(server: ServerProcess, **fields: Any) -> dict[str, Any]:
     body = {"model": "default", "prompt": POEM * 3, "max_tokens": 40, **fields}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -85,7 +85,7 @@ def test_a_stream_adds_up(guessing: ServerProcess, kind: str) -> None:
 
 def test_chat_reports_what_guesses_gave(guessing: ServerProcess) -> None:
     body = {"messages": [{"role": "user", "content": POEM * 4}], "max_tokens": 60, "temperature": 0}
-    answer = httpx.post(f"{guessing.url}/v1/chat/completions", json=body, timeout=60).json()
+    answer = httpx.post(f"{guessing.url}/v1/chat/completions", json=body, timeout=120).json()
     metrics = answer["choices"][0]["speculate_metrics"]
     heads = metrics["accepted_tokens_per_head"]
     assert heads == sorted(heads, reverse=True)

@@ -20,7 +20,7 @@ def run(tmp_path: Path, *arguments: str) -> tuple[str, Any]:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments, "--output", str(output)],
         env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[3])},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads(output.read_text("utf-8"))

@@ -265,7 +265,7 @@ def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
     process = another_writer(path)
     assert not write_packed_file(path, "f", CONTENTS, arrays(1))
     assert not path.exists()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors.decode()
     np.testing.assert_array_equal(read_all(path)["a 9"], arrays()["a 9"])
     assert [p.name for p in tmp_path.iterdir()] == ["w"]
@@ -275,7 +275,7 @@ def test_what_a_killed_writer_left_is_used_again(tmp_path: Path) -> None:
     path = tmp_path / "w"
     process = another_writer(path)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert [p.name for p in tmp_path.iterdir()] == ["w.partial"]
     assert write_packed_file(path, "f", CONTENTS, arrays(1))
     np.testing.assert_array_equal(read_all(path)["a 9"], arrays(1)["a 9"])

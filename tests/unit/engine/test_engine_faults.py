@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import AsyncMock
 
 import msgspec
 import numpy as np
@@ -198,6 +199,7 @@ def test_the_clients_reader_survives_or_is_seen_to_die() -> None:
                 return b"\xc1\xc1"
 
         client._from_core = Noise()
+        client._meet = AsyncMock()  # type: ignore[method-assign]
         await client._read()
         assert "reading the engine's messages failed" in await client.wait_dead()
         assert isinstance(queues["b"].get_nowait(), EngineDeadError)

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +16,10 @@ import numpy as np
 import psutil
 import pytest
 from local_ray import LocalCluster, local_cluster
+from machine import promised
 from model_driver import generate, make_runner, sequences
 from tiny_model import write_tiny_model
+from waiting import until
 
 from fastdeploy_lite.config import ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from fastdeploy_lite.executor import ray_cluster
@@ -112,15 +113,6 @@ def first_slice(prompt: list[int]) -> SequenceSlice:
     return part
 
 
-def all_gone(pids: list[int], seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while any(map(psutil.pid_exists, pids)):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
 def test_two_nodes_give_the_tokens_of_one_process(tmp_path: Path, cluster: LocalCluster) -> None:
     folder = write_tiny_model(tmp_path, kind="w4w2")
     wanted = inline(folder)
@@ -139,7 +131,7 @@ def test_two_nodes_give_the_tokens_of_one_process(tmp_path: Path, cluster: Local
     assert found == same_size  # bit for bit: the same sums in the same order
     assert [[t for t, _ in row] for row in found] == [[t for t, _ in row] for row in wanted]
     assert len(set(pids)) == 2
-    assert all_gone(pids)
+    until(lambda: not any(map(psutil.pid_exists, pids)))
 
 
 def check_failed_steps(executor: RayExecutor) -> None:
@@ -177,20 +169,16 @@ def test_a_lost_rank_ends_all_within_ten_seconds(
         run(executor)
         pids = [rank.pid for rank in executor.ranks]
         node = node_of(cluster, pids[1])
-        started = time.monotonic()
-        if loss == "node":
-            cluster.lose(node)
-        else:
-            os.kill(pids[1], signal.SIGKILL if loss == "kill" else signal.SIGSTOP)
         named = rf"^rank 1 \(process {pids[1]} on 127\.0\.0\.1\): {reason}"
-        with pytest.raises(ExecutorDeadError, match=named):
-            while time.monotonic() - started < 20:
-                executor.check()
-                time.sleep(0.05)
-        assert time.monotonic() - started < 10
+        with promised(10), pytest.raises(ExecutorDeadError, match=named):
+            if loss == "node":
+                cluster.lose(node)
+            else:
+                os.kill(pids[1], signal.SIGKILL if loss == "kill" else signal.SIGSTOP)
+            until(executor.check, every=0.05)
     if loss == "node":
         cluster.add()
-    assert all_gone(pids)
+    until(lambda: not any(map(psutil.pid_exists, pids)))
 
 
 def node_of(cluster: LocalCluster, pid: int) -> Any:

@@ -151,7 +151,7 @@ def test_importing_paddle_leaves_logging_and_warnings_alone(before: str, root: s
     """Paddle warns about ccache and takes the root logger, were it not prevented."""
     code = IMPORT_PADDLE.format(before=before)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
     )
     assert done.stdout.strip() == root
     assert "ccache" not in done.stderr
