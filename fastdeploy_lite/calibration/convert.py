@@ -117,8 +117,9 @@ def quantize_with_calibration(
         CheckpointError: damaged input, sizes that a format cannot hold, an output folder in use.
     """
     started = time.perf_counter()
-    checkpoint = Checkpoint.open(model_dir)
-    report = CalibratedReport()
+    model, output = Path(model_dir), Path(output_dir)
+    checkpoint = Checkpoint.open(model)
+    unfinished = unfinished_folder(output)
 
     def target(layers: Sequence[int] | None) -> ModelConfig:
         return convert.target_config(
@@ -126,42 +127,57 @@ def quantize_with_calibration(
         )
 
     config = target(w4_layers if measured_bits is None else ())
-    verify(checkpoint)
-    check_sizes(model_linears(config), config.source)
-    output = Path(output_dir)
-    check_output(Path(model_dir), output, force)
-    windows = _read_text(Path(model_dir), checkpoint.config, text)
+    _check(checkpoint, config, model, output, force)
+    windows = _read_text(model, checkpoint.config, text)
     if tuning is not None:
         check_windows(windows)
-    unfinished = unfinished_folder(output)
-    check_folder(unfinished)
+    report = CalibratedReport()
     if measured_bits is not None:
-        w4_layers_for_bits(checkpoint.config, measured_bits, defaultdict(float))  # refused at once
-        measured = _measured(checkpoint, windows, unfinished, progress)
-        gains = {found.layer: found.gain for found in measured}
-        config = target(w4_layers_for_bits(checkpoint.config, measured_bits, gains))
-        report.sensitivity = [asdict(found) for found in measured]
-    described = _describe(checkpoint, windows, text, settings, config)
-    if tuning is not None:
-        described["tuning"] = asdict(tuning)
-    if card is not None:
-        described["device"] = "nvidia"
-    journal = Journal(unfinished, described)
-    report.settings = described
+        chosen, report.sensitivity = _choose_int4(
+            checkpoint, measured_bits, windows, unfinished, progress
+        )
+        config = target(chosen)
+    report.settings = _describe(checkpoint, windows, text, settings, config, tuning, card)
+    journal = Journal(unfinished, report.settings)
     points = _RestartPoints(journal, keep_every, config.num_hidden_layers, tuning is not None)
     layers = _Layers(checkpoint, config, windows, settings, points, report, card)
     layers.run(progress)
     tuned = {} if tuning is None else layers.tune(tuning, text.seed, progress)
-    prepare_output(Path(model_dir), output, force)
+    prepare_output(model, output, force)
     with CheckpointWriter(output, dict(config.raw), shard_bytes) as writer:
         for key, array, dtype in layers.tensors():
             writer.add(key, *tuned.get(key, (array, dtype)))
             report.output_bytes += array.nbytes
-    copy_companions(Path(model_dir), output)
+    copy_companions(model, output)
     report.seconds = time.perf_counter() - started
     write(output, _content(report, checkpoint, config))
     journal.remove()
     return report
+
+
+def _check(
+    checkpoint: Checkpoint, config: ModelConfig, model: Path, output: Path, force: bool
+) -> None:
+    """Refuse before hours of work what could not be written."""
+    verify(checkpoint)
+    check_sizes(model_linears(config), config.source)
+    check_output(model, output, force)
+    check_folder(unfinished_folder(output))
+
+
+def _choose_int4(
+    checkpoint: Checkpoint,
+    bits: float,
+    windows: list[npt.NDArray[np.int32]],
+    unfinished: Path,
+    progress: bool,
+) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
+    """The int4 layers that gain most within a budget, and the figures of all."""
+    w4_layers_for_bits(checkpoint.config, bits, defaultdict(float))  # refused at once
+    measured = _measured(checkpoint, windows, unfinished, progress)
+    gains = {found.layer: found.gain for found in measured}
+    layers = w4_layers_for_bits(checkpoint.config, bits, gains)
+    return layers, [asdict(found) for found in measured]
 
 
 def _measured(
@@ -316,9 +332,11 @@ def _describe(
     text: CalibrationText,
     settings: CalibrationSettings,
     config: ModelConfig,
+    tuning: TuningSettings | None,
+    card: Card | None,
 ) -> dict[str, Any]:
     """Everything that the result depends on, for the journal and the report."""
-    return {
+    described = {
         "calibration": text.source,
         "calibration_tokens": sum(map(len, windows)),
         "seed": text.seed,
@@ -327,6 +345,11 @@ def _describe(
         "quantization_config": config.raw["quantization_config"],
         "model_and_text": _digest(checkpoint, windows),
     }
+    if tuning is not None:
+        described["tuning"] = asdict(tuning)
+    if card is not None:
+        described["device"] = "nvidia"
+    return described
 
 
 def _digest(checkpoint: Checkpoint, windows: list[npt.NDArray[np.int32]]) -> str:

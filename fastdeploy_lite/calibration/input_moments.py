@@ -13,9 +13,9 @@ from fastdeploy_lite.quantization.products import Products
 ArrayF32 = npt.NDArray[np.float32]
 ROWS_AT_ONCE = 8192
 """Tokens that wait for one product: a sum of [K, K] for every window would take longer."""
-MOST_INPUTS = 16384
-"""Of a linear whose moments are taken: 1 GiB of them, 4 more in float64 while they are factorised.
-Dense layers of 300B are wider (28,672), and int8 there loses little."""
+MOST_INPUTS = 8192
+"""Of a linear whose moments are taken: 256 MiB of them, 1.5 GiB more while they are factorised.
+Dense layers have wider ones (12,288 in 21B, 28,672 in 300B), and int8 loses little there."""
 
 
 @dataclass

@@ -147,36 +147,45 @@ def quantize_checkpoint(
     an output folder in use); a failed run leaves no model.
     """
     started = time.perf_counter()
-    if tensor_parallel_size < 1:
-        raise ConfigError(f"tensor_parallel_size: found {tensor_parallel_size}, expected 1 or more")
-    ranks = [
-        Checkpoint.open(model_dir, tensor_parallel_size, rank)
-        for rank in range(tensor_parallel_size)
-    ]
+    ranks = _open_ranks(model_dir, tensor_parallel_size)
     config = target_config(ranks[0].config, scheme, w4_end_layer, row_order, w4_layers, dense)
     verify(ranks[0])
     if tensor_parallel_size > 1:
         check_tensor_parallel(config, tensor_parallel_size, for_files=True)
     check_sizes(model_linears(config), config.source)
-    output = Path(output_dir)
-    check_output(Path(model_dir), output, force)
+    model, output = Path(model_dir), Path(output_dir)
+    check_output(model, output, force)
     report = ConversionReport()
     journal = _journal(output, ranks[0], config, codes, tensor_parallel_size)
-    prepare_output(Path(model_dir), output, force)  # removes a model: last, when nothing refuses
     works = [_Encoding(rank, codes, workers, row_order, report, journal, card) for rank in ranks]
+    prepare_output(model, output, force)  # removes a model: last, when nothing refuses
     try:
         _write(output, works, config, shard_bytes, progress)
     except CheckpointError:  # of the input, which will be another one next time
         if journal is not None:
             journal.remove()
         raise
-    copy_companions(Path(model_dir), output)
-    if len(ranks) > 1:  # last: a folder without it is not taken for a model
+    _finish(model, output, config, len(ranks), journal)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _open_ranks(model_dir: str | Path, count: int) -> list[Checkpoint]:
+    """The input as each rank reads it."""
+    if count < 1:
+        raise ConfigError(f"tensor_parallel_size: found {count}, expected 1 or more")
+    return [Checkpoint.open(model_dir, count, rank) for rank in range(count)]
+
+
+def _finish(
+    model: Path, output: Path, config: ModelConfig, ranks: int, journal: Journal | None
+) -> None:
+    """Complete an output folder whose weights are written."""
+    copy_companions(model, output)
+    if ranks > 1:  # last: a folder without it is not taken for a model
         write_json(output / "config.json", dict(config.raw))
     if journal is not None:
         journal.remove()
-    report.seconds = time.perf_counter() - started
-    return report
 
 
 def _write(

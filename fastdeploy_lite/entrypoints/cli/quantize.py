@@ -29,11 +29,19 @@ _SMALLEST_SHARD = 1 << 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the subcommand."""
     parser.description = (
-        "Quantise a bf16 ERNIE-4.5 MoE checkpoint (Paddle names) to the published 2Bits-Paddle "
-        "form: int4 and 2-bit experts, int8 for the other linears."
+        "Quantise a bf16 ERNIE-4.5 MoE checkpoint (Paddle or Hugging Face names) to the published "
+        "2Bits-Paddle form: int4 and 2-bit experts, int8 for the other linears."
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of the bf16 model")
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder")
+    _add_formats(parser)
+    _add_files(parser)
+    _add_calibration(parser.add_argument_group("calibration"))
+    _add_process(parser)
+
+
+def _add_formats(parser: argparse.ArgumentParser) -> None:
+    """What the linears become."""
     parser.add_argument(
         "--scheme",
         choices=get_args(Scheme),
@@ -69,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that gain most on the --calibration text within --bits. Only this package reads a choice "
         "that is no range from the first layer",
     )
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    """How that is laid out in files."""
     parser.add_argument(
         "--shard-size",
         type=parse_size,
@@ -96,7 +108,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="write folders rank0 ... for N ranks, each part quantised on its own (default 1)",
     )
-    text = parser.add_argument_group("calibration")
+
+
+def _add_calibration(text: argparse._ArgumentGroup) -> None:
+    """What the encoder may know of activations."""
     text.add_argument(
         "--calibration",
         metavar="FILE",
@@ -135,6 +150,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "restart needs after every layer",
     )
     text.add_argument("--seed", type=int, default=0, help="of the draw of text (default 0)")
+
+
+def _add_process(parser: argparse.ArgumentParser) -> None:
+    """Where it runs, and what it says."""
     parser.add_argument(
         "--device",
         choices=card.CHOICES,
