@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -42,7 +41,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 def complete(server: ServerProcess, **fields: Any) -> dict[str, Any]:
     body = {"model": "default", "prompt": POEM * 3, "max_tokens": 40, **fields}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
+    answer = server.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -85,7 +84,7 @@ def test_a_stream_adds_up(guessing: ServerProcess, kind: str) -> None:
 
 def test_chat_reports_what_guesses_gave(guessing: ServerProcess) -> None:
     body = {"messages": [{"role": "user", "content": POEM * 4}], "max_tokens": 60, "temperature": 0}
-    answer = httpx.post(f"{guessing.url}/v1/chat/completions", json=body, timeout=120).json()
+    answer = guessing.post("/v1/chat/completions", json=body).json()
     metrics = answer["choices"][0]["speculate_metrics"]
     heads = metrics["accepted_tokens_per_head"]
     assert heads == sorted(heads, reverse=True)
@@ -97,13 +96,13 @@ def test_chat_reports_what_guesses_gave(guessing: ServerProcess) -> None:
 
 def test_prometheus_counts_guesses(guessing: ServerProcess, usual: ServerProcess) -> None:
     complete(guessing, temperature=0)
-    text = httpx.get(f"{guessing.url}/metrics").text
+    text = guessing.get("/metrics").text
     families = {family.name: family for family in text_string_to_metric_families(text)}
     accepted = families["fastdeploy:spec_decode_num_accepted_tokens"].samples[0].value
     drafted = families["fastdeploy:spec_decode_num_draft_tokens"].samples[0].value
     assert 0 < accepted < drafted
     assert families["fastdeploy:spec_decode_efficiency"].samples[0].value > 1
-    assert "spec_decode" not in httpx.get(f"{usual.url}/metrics").text
+    assert "spec_decode" not in usual.get("/metrics").text
 
 
 def test_an_unknown_method_is_named(tmp_path_factory: pytest.TempPathFactory) -> None:
