@@ -1,8 +1,9 @@
 // Sixteen int32 lanes and exact dot products of bytes, on top of lanes.h.
 //
 // A Quads holds four unsigned bytes for each of sixteen columns: rows 4r .. 4r + 3 of a tile. `dot`
-// adds to each column the product of its four bytes with four signed digits of the activation. All
-// of it is integer arithmetic without overflow, hence the same on every instruction set.
+// adds to each column the product of its four bytes with four signed digits of the activation.
+// AVX2 takes bytes up to 63, the others up to 255. All of it is integer arithmetic without
+// overflow, hence the same on every instruction set.
 #pragma once
 
 #include "ccq.h"
@@ -22,10 +23,7 @@ constexpr int kDenseRowBlock = 8;
 struct I16 {
   __m512i v;
 };
-struct Quads {  // bytes up to 63
-  __m512i v;
-};
-struct WideQuads {  // bytes up to 255
+struct Quads {
   __m512i v;
 };
 
@@ -57,13 +55,8 @@ FD_INLINE __m512i splat_digits(const int8_t* four) {
 FD_INLINE I16 dot(I16 sum, Quads w, const int8_t* four) {
   return {_mm512_dpbusd_epi32(sum.v, w.v, splat_digits(four))};
 }
-FD_INLINE I16 dot(I16 sum, WideQuads w, const int8_t* four) {
-  return {_mm512_dpbusd_epi32(sum.v, w.v, splat_digits(four))};
-}
 FD_INLINE void store(uint8_t* p, Quads w) { _mm512_store_si512(p, w.v); }
-FD_INLINE void store(uint8_t* p, WideQuads w) { _mm512_store_si512(p, w.v); }
 FD_INLINE Quads load_quads(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-FD_INLINE WideQuads load_wide_quads(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 FD_INLINE Quads load_nibbles(const uint8_t* p, bool high) {
   const __m512i both = _mm512_loadu_si512(p);
   const __m512i shifted = high ? _mm512_srli_epi16(both, 4) : both;
@@ -146,45 +139,20 @@ FD_INLINE Quads load_nibbles(const uint8_t* p, bool high) {
 }
 
 #if defined(FD_ISA_AVXVNNI)
-struct WideQuads {
-  __m256i lo, hi;
-};
-FD_INLINE WideQuads load_wide_quads(const uint8_t* p) {
-  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
-}
-FD_INLINE void store(uint8_t* p, WideQuads w) { store(p, Quads{w.lo, w.hi}); }
 FD_INLINE I16 dot(I16 sum, Quads w, const int8_t* four) {
   const __m256i x = splat_digits(four);
   return {_mm256_dpbusd_avx_epi32(sum.lo, w.lo, x), _mm256_dpbusd_avx_epi32(sum.hi, w.hi, x)};
 }
-FD_INLINE I16 dot(I16 sum, WideQuads w, const int8_t* four) {
-  return dot(sum, Quads{w.lo, w.hi}, four);
-}
 #else
-// The byte product adds pairs in 16 bits, which are exact for two quads of bytes up to 63
-// (63 * 128 * 4 < 2^15). Bytes up to 255 are therefore kept as two nibbles.
-struct WideQuads {
-  Quads low, high;
-};
-FD_INLINE WideQuads load_wide_quads(const uint8_t* p) {
-  return {load_nibbles(p, false), load_nibbles(p, true)};
-}
-FD_INLINE void store(uint8_t* p, WideQuads w) {
-  store(p, Quads{_mm256_or_si256(w.low.lo, _mm256_slli_epi16(w.high.lo, 4)),
-                 _mm256_or_si256(w.low.hi, _mm256_slli_epi16(w.high.hi, 4))});
-}
-// Half of the sums of two quads, whose products are added in 16 bits first.
-FD_INLINE __m256i dot_half(__m256i sum, __m256i a, __m256i b, __m256i x, __m256i y,
-                           int16_t factor) {
+// Half of the sums of two quads. The product of bytes adds pairs in 16 bits, and so do we, which is
+// exact for bytes up to 63 (63 * 128 * 4 < 2^15).
+FD_INLINE __m256i dot_half(__m256i sum, __m256i a, __m256i b, __m256i x, __m256i y) {
   const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(a, x), _mm256_maddubs_epi16(b, y));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(both, _mm256_set1_epi16(factor)));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(both, _mm256_set1_epi16(1)));
 }
-FD_INLINE I16 dot(I16 sum, Quads a, Quads b, const int8_t* eight, int16_t factor = 1) {
+FD_INLINE I16 dot(I16 sum, Quads a, Quads b, const int8_t* eight) {
   const __m256i x = splat_digits(eight), y = splat_digits(eight + 4);
-  return {dot_half(sum.lo, a.lo, b.lo, x, y, factor), dot_half(sum.hi, a.hi, b.hi, x, y, factor)};
-}
-FD_INLINE I16 dot(I16 sum, WideQuads a, WideQuads b, const int8_t* eight) {
-  return dot(dot(sum, a.low, b.low, eight), a.high, b.high, eight, 16);
+  return {dot_half(sum.lo, a.lo, b.lo, x, y), dot_half(sum.hi, a.hi, b.hi, x, y)};
 }
 #endif
 
@@ -198,9 +166,6 @@ struct I16 {
   int32_t v[16];
 };
 struct Quads {
-  uint8_t v[64];
-};
-struct WideQuads {
   uint8_t v[64];
 };
 
@@ -231,16 +196,9 @@ FD_INLINE I16 dot_bytes(I16 sum, const uint8_t* w, const int8_t* four) {
 }
 #undef FD_EACH_INT
 FD_INLINE I16 dot(I16 sum, Quads w, const int8_t* four) { return dot_bytes(sum, w.v, four); }
-FD_INLINE I16 dot(I16 sum, WideQuads w, const int8_t* four) { return dot_bytes(sum, w.v, four); }
 FD_INLINE void store(uint8_t* p, Quads w) { memcpy(p, w.v, sizeof(w.v)); }
-FD_INLINE void store(uint8_t* p, WideQuads w) { memcpy(p, w.v, sizeof(w.v)); }
 FD_INLINE Quads load_quads(const uint8_t* p) {
   Quads w;
-  memcpy(w.v, p, sizeof(w.v));
-  return w;
-}
-FD_INLINE WideQuads load_wide_quads(const uint8_t* p) {
-  WideQuads w;
   memcpy(w.v, p, sizeof(w.v));
   return w;
 }
@@ -254,14 +212,12 @@ FD_INLINE Quads load_nibbles(const uint8_t* p, bool high) {
 // Quads that a step of a product takes: their digits follow one another.
 #if defined(FD_ISA_AVX2)
 constexpr int kQuadStep = 2;
-template <typename AnyQuads>
-FD_INLINE I16 dot(I16 sum, const AnyQuads (&w)[kQuadStep], const int8_t* digits) {
+FD_INLINE I16 dot(I16 sum, const Quads (&w)[kQuadStep], const int8_t* digits) {
   return dot(sum, w[0], w[1], digits);
 }
 #else
 constexpr int kQuadStep = 1;
-template <typename AnyQuads>
-FD_INLINE I16 dot(I16 sum, const AnyQuads (&w)[kQuadStep], const int8_t* digits) {
+FD_INLINE I16 dot(I16 sum, const Quads (&w)[kQuadStep], const int8_t* digits) {
   return dot(sum, w[0], digits);
 }
 #endif

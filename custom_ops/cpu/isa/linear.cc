@@ -1,6 +1,7 @@
 // Linear maps over packed weights: tiles of 16 columns times a block of rows.
 #include "../linear_kernels.h"
 #include "amx_rows.h"
+#include "int8_words.h"
 #include "vector_rows.h"
 #include "weight_formats.h"
 #include "word_rows.h"
@@ -17,6 +18,14 @@ void quantized_tiles(const TileJob& job) {
   multiply_by_tiles<Format>(job);
 #else
   multiply_by_vectors<Format>(job);
+#endif
+}
+
+void int8_tiles(const TileJob& job) {
+#ifdef FD_ISA_AVX2
+  multiply_int8_words(job);
+#else
+  quantized_tiles<Int8>(job);
 #endif
 }
 
@@ -233,15 +242,8 @@ void weighted_sum(const float* rows, int64_t stride, const int32_t* positions, c
 
 }  // namespace
 
-const LinearKernels linear_kernels = {quantize_row,
-                                      ccq_tiles,
-                                      prove_codes,
-                                      quantized_tiles<Int8>,
-                                      quantized_tiles<Int4>,
-                                      dense_tiles<uint16_t>,
-                                      dense_tiles<float>,
-                                      gate_logits,
-                                      softmax,
-                                      weighted_sum};
+const LinearKernels linear_kernels = {
+    quantize_row,          ccq_tiles,          prove_codes, int8_tiles, quantized_tiles<Int4>,
+    dense_tiles<uint16_t>, dense_tiles<float>, gate_logits, softmax,    weighted_sum};
 
 }  // namespace fd::FD_ISA

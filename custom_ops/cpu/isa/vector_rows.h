@@ -20,7 +20,7 @@ FD_INLINE void add_group(const Row* rows, int64_t g, const QuadAt& quad, const F
   }
 #pragma GCC unroll 16
   for (int q = 0; q < kGroupQuads; q += kQuadStep) {
-    decltype(quad(0, 0)) w[kTiles][kQuadStep];
+    Quads w[kTiles][kQuadStep];
     for (int t = 0; t < kTiles; ++t) {
       for (int i = 0; i < kQuadStep; ++i) w[t][i] = quad(t, q + i);
     }
@@ -82,13 +82,14 @@ void stream_rows(const TileJob& job, int first_tile) {
 
 constexpr int kTileBytesDecoded = kGroupQuads * 64;
 
-// Rows [first, first + kRows) of group g, whose decoded quads lie in `decoded`. Not inlined: inside
-// the loop over rows the compiler takes all 32 vectors of weights for loop invariants, which it
-// then spills (half the speed).
+// Rows [first, first + kRows) of group g, whose decoded quads of tile t lie in `decoded[t]`. Not
+// inlined: inside the loop over rows the compiler takes all 32 vectors of weights for loop
+// invariants, which it then spills (half the speed).
 template <typename Format, int kRows, int kTiles>
 __attribute__((noinline)) void add_decoded(const TileJob& job,
                                            const Formats<Format, kTiles>& formats, int64_t g,
-                                           int first, const uint8_t* decoded, float* totals) {
+                                           int first, const uint8_t* const (&decoded)[kTiles],
+                                           float* totals) {
   Row rows[kRows];
   F16 total[kRows][kTiles];
   float* kept = totals + first * kTiles * kTileColumns;
@@ -97,8 +98,7 @@ __attribute__((noinline)) void add_decoded(const TileJob& job,
     for (int t = 0; t < kTiles; ++t) total[r][t] = load(kept + (r * kTiles + t) * kTileColumns);
   }
   add_group<kRows, kTiles>(
-      rows, g,
-      [&](int t, int q) { return Format::load_stored(decoded + t * kTileBytesDecoded + q * 64); },
+      rows, g, [&](int t, int q) { return Format::load_stored(decoded[t] + q * 64); },
       [&](int t, F16 scale) { return Format::factor(formats.tile[t].local(g), scale); }, total);
   for (int r = 0; r < kRows; ++r) {
     for (int t = 0; t < kTiles; ++t) store(kept + (r * kTiles + t) * kTileColumns, total[r][t]);
@@ -110,10 +110,23 @@ __attribute__((noinline)) void add_decoded(const TileJob& job,
 // AVX-512).
 constexpr int kVectorRows = 64;
 
+// Group g as add_decoded takes it: decoded into `memory`, or where it lies if that is the same.
+template <typename Format>
+FD_INLINE const uint8_t* decode_group(const Format& format, int64_t g, uint8_t* memory) {
+  const uint8_t* weights = format.group(g);
+  if constexpr (Format::kNeedsDecoding) {
+    // With q known, what the decoder makes of it costs nothing: a fifth of the time for 8 rows.
+#pragma GCC unroll 16
+    for (int q = 0; q < kGroupQuads; ++q) store(memory + q * 64, format.quad(weights, q));
+    return memory;
+  }
+  return weights;
+}
+
 // Many rows: a group is decoded once into the L1 cache and used for all rows. Groups [begin, end).
 template <typename Format, int kTiles>
 void decode_then_rows(const TileJob& job, int first_tile, int64_t begin, int64_t end) {
-  alignas(64) uint8_t decoded[kTiles * kTileBytesDecoded];
+  alignas(64) uint8_t memory[kTiles][kTileBytesDecoded];
   alignas(64) float totals[kVectorRows * kTiles * kTileColumns];
   for (int i = 0; i < job.num_rows; ++i) {
     for (int t = 0; t < kTiles; ++t) {
@@ -124,13 +137,11 @@ void decode_then_rows(const TileJob& job, int first_tile, int64_t begin, int64_t
   const auto formats = formats_of(job, first_tile, (Formats<Format, kTiles>*)nullptr);
   const int whole = job.num_rows - job.num_rows % kRowBlock;
   for (int64_t g = begin; g < end; ++g) {
+    const uint8_t* decoded[kTiles];
     for (int t = 0; t < kTiles; ++t) {
-      const uint8_t* weights = formats.tile[t].group(g);
-      fetch_ahead<Format, kTiles, 2>(job, formats.tile[t].tile, weights);
-      uint8_t* to = decoded + t * kTileBytesDecoded;
-      // With q known, what the decoder makes of it costs nothing: a fifth of the time for 8 rows.
-#pragma GCC unroll 16
-      for (int q = 0; q < kGroupQuads; ++q) store(to + q * 64, formats.tile[t].quad(weights, q));
+      const Format& format = formats.tile[t];
+      fetch_ahead<Format, kTiles, 2>(job, format.tile, format.group(g));
+      decoded[t] = decode_group(format, g, memory[t]);
     }
     for (int i = 0; i < whole; i += kRowBlock) {
       add_decoded<Format, kRowBlock, kTiles>(job, formats, g, i, decoded, totals);
@@ -189,12 +200,8 @@ template <typename Format>
 void multiply_by_vectors(const TileJob& job) {
   const int64_t groups = job.depth / kGroupRows;
   for (int first = 0; first < job.num_rows; first += kVectorRows) {
-    const Row row = row_of(job, first);
-    TileJob block = job;
-    block.digits = row.digits;
-    block.groups = row.groups;
-    block.num_rows = job.num_rows - first < kVectorRows ? job.num_rows - first : kVectorRows;
-    block.out = job.out + first * job.out_stride;
+    const int left = job.num_rows - first;
+    const TileJob block = rows_of(job, first, left < kVectorRows ? left : kVectorRows);
     const int64_t step = stretch_groups(block.num_rows);
     for (int64_t begin = 0; begin < groups; begin += step) {
       multiply_groups<Format>(block, begin, begin + step < groups ? begin + step : groups);

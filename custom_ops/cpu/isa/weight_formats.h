@@ -9,7 +9,8 @@
 namespace fd::FD_ISA {
 
 // How sixteen quads of a group are read, and what a group's sums are worth: local(g) for the
-// columns, factor() for a row of that scale.
+// columns, factor() for a row of that scale. kNeedsDecoding: load_stored() cannot read what is kept
+// in a tile, only what store() made of quad().
 
 // How far ahead of the decoder a tile is fetched. The processor's own prefetching stops at every
 // 4 KiB page, and decoding keeps too many instructions in flight to look past it: fetching by hand
@@ -21,6 +22,7 @@ template <typename Decoder>
 struct Ccq {
   static constexpr int kGroupBytes = kCcqBlockBytes / 2;
   static constexpr int kOffset = ccq::kFieldOffset;
+  static constexpr bool kNeedsDecoding = true;
   Decoder decoder;
   const uint8_t* tile;
 
@@ -44,12 +46,13 @@ struct Ccq {
 struct Int8 {
   static constexpr int kGroupBytes = kInt8GroupBytes;
   static constexpr int kOffset = 128;
+  static constexpr bool kNeedsDecoding = false;
   const uint8_t* tile;
 
   Int8(const TileJob& job, int index) : tile(job.tile + index * job.tile_bytes) {}
   const uint8_t* group(int64_t g) const { return tile + g * kInt8GroupBytes; }
-  static WideQuads load_stored(const uint8_t* p) { return load_wide_quads(p); }
-  WideQuads quad(const uint8_t* group, int q) const { return load_wide_quads(group + q * 64); }
+  static Quads load_stored(const uint8_t* p) { return load_quads(p); }
+  Quads quad(const uint8_t* group, int q) const { return load_quads(group + q * 64); }
   F16 local(int64_t) const { return splat(1.0f); }
   static F16 factor(F16, F16 scale) { return scale; }
 };
@@ -57,6 +60,7 @@ struct Int8 {
 struct Int4 {
   static constexpr int kGroupBytes = kInt4GroupBytes;
   static constexpr int kOffset = 8;
+  static constexpr bool kNeedsDecoding = true;
   const uint8_t* tile;
 
   Int4(const TileJob& job, int index) : tile(job.tile + index * job.tile_bytes) {}
@@ -87,6 +91,17 @@ struct Row {
 
 FD_INLINE Row row_of(const TileJob& job, int i) {
   return {job.digits + i * job.digit_stride, job.groups + i * (job.depth / kGroupRows)};
+}
+
+// `count` rows of a job, from row `first` on.
+FD_INLINE TileJob rows_of(const TileJob& job, int first, int count) {
+  const Row row = row_of(job, first);
+  TileJob part = job;
+  part.digits = row.digits;
+  part.groups = row.groups;
+  part.num_rows = count;
+  part.out = job.out + first * job.out_stride;
+  return part;
 }
 
 // The exact sum of a group is 65536 h + 256 m + l; |256 h + m| < 2^29.

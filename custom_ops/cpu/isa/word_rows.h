@@ -30,6 +30,14 @@ struct alignas(32) WordGroup {
 FD_INLINE __m256i load_digits(const int8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
 }
+// Of 16 rows, whose digits begin at `digits`.
+FD_INLINE __m256i upper_numbers(const int8_t* digits) {
+  const __m256i high = _mm256_slli_epi16(load_digits(digits), 8);
+  return _mm256_add_epi16(high, load_digits(digits + kGroupRows));
+}
+FD_INLINE __m256i lower_numbers(const int8_t* digits) {
+  return load_digits(digits + 2 * kGroupRows);
+}
 FD_INLINE __m128i low_half(__m256i v) { return _mm256_castsi256_si128(v); }
 FD_INLINE __m128i high_half(__m256i v) { return _mm256_extracti128_si256(v, 1); }
 
@@ -40,9 +48,7 @@ FD_INLINE void store_pair(int32_t (*to)[kNumbers], __m128i upper, __m128i lower)
 }
 FD_INLINE void word_digits(const int8_t* digits, WordGroup& to) {
   for (int i = 0; i < kGroupRows; i += 16) {
-    const __m256i high = _mm256_slli_epi16(load_digits(digits + i), 8);
-    const __m256i upper = _mm256_add_epi16(high, load_digits(digits + kGroupRows + i));
-    const __m256i lower = load_digits(digits + 2 * kGroupRows + i);
+    const __m256i upper = upper_numbers(digits + i), lower = lower_numbers(digits + i);
     store_pair(to.at[i / 8], _mm_unpacklo_epi16(low_half(upper), high_half(upper)),
                _mm_unpacklo_epi16(low_half(lower), high_half(lower)));
     store_pair(to.at[i / 8 + 1], _mm_unpackhi_epi16(low_half(upper), high_half(upper)),
@@ -80,15 +86,24 @@ struct alignas(32) WordCodes {
   }
 };
 
-FD_INLINE void add_field(I16& upper, I16& lower, __m256i lo, __m256i hi,
+// Words of 16 columns times both numbers of an activation.
+FD_INLINE void add_words(I16& upper, I16& lower, __m256i lo, __m256i hi,
                          const int32_t (&numbers)[kNumbers]) {
   const __m256i high = _mm256_set1_epi32(numbers[0]), low = _mm256_set1_epi32(numbers[1]);
   upper.lo = add_products(upper.lo, lo, high);
   upper.hi = add_products(upper.hi, hi, high);
   lower.lo = add_products(lower.lo, lo, low);
   lower.hi = add_products(lower.hi, hi, low);
-  // Else the compiler adds products of several fields first, and has no registers for them.
+  // Else the compiler adds products of several words first, and has no registers for them.
   asm volatile("" : "+x"(upper.lo), "+x"(upper.hi), "+x"(lower.lo), "+x"(lower.hi));
+}
+
+FD_INLINE I16 upper_start(const GroupNumbers& group) {
+  return splat_int(256 * group.start[0] + group.start[1]);
+}
+FD_INLINE I16 lower_start(const GroupNumbers& group) { return splat_int(group.start[2]); }
+FD_INLINE F16 join_numbers(I16 upper, I16 lower) {
+  return fma(to_float(upper), splat(256.0f), to_float(lower));
 }
 
 FD_INLINE I16 with_eighth(I16 one, I16 eight) {
@@ -107,13 +122,13 @@ FD_INLINE void sum_group(const WordCodes& codes, const WordGroup& x, I16& upper,
     const __m256i lo = codes.of[pair][0], hi = codes.of[pair][1];
     const __m256i high_lo = _mm256_srli_epi16(lo, 6), high_hi = _mm256_srli_epi16(hi, 6);
     const auto& at = x.at[pair];
-    add_field(upper_eight, lower_eight, _mm256_and_si256(high_lo, eight_mask),
+    add_words(upper_eight, lower_eight, _mm256_and_si256(high_lo, eight_mask),
               _mm256_and_si256(high_hi, eight_mask), at[0]);
-    add_field(upper_one, lower_one, _mm256_and_si256(high_lo, one_mask),
+    add_words(upper_one, lower_one, _mm256_and_si256(high_lo, one_mask),
               _mm256_and_si256(high_hi, one_mask), at[1]);
-    add_field(upper_eight, lower_eight, _mm256_and_si256(lo, eight_mask),
+    add_words(upper_eight, lower_eight, _mm256_and_si256(lo, eight_mask),
               _mm256_and_si256(hi, eight_mask), at[2]);
-    add_field(upper_one, lower_one, _mm256_and_si256(lo, one_mask), _mm256_and_si256(hi, one_mask),
+    add_words(upper_one, lower_one, _mm256_and_si256(lo, one_mask), _mm256_and_si256(hi, one_mask),
               at[3]);
   }
   upper = with_eighth(upper_one, upper_eight);
@@ -132,11 +147,10 @@ FD_INLINE void word_tile(const TileJob& job, int tile, int64_t begin, int64_t en
     const uint8_t* weights = format.group(g);
     fetch_ahead<Format, 1>(job, format.tile, weights);
     codes.decode(format.decoder, weights);
-    const int32_t* start = groups[g].start;
-    I16 upper = splat_int(256 * start[0] + start[1]), lower = splat_int(start[2]);
+    I16 upper = upper_start(groups[g]), lower = lower_start(groups[g]);
     sum_group(codes, x[g - begin], upper, lower);
-    const F16 sum = fma(to_float(upper), splat(256.0f), to_float(lower));
-    total = fma(sum, Format::factor(format.local(g), splat(groups[g].scale)), total);
+    const F16 factor = Format::factor(format.local(g), splat(groups[g].scale));
+    total = fma(join_numbers(upper, lower), factor, total);
   }
   store_total(job, 0, tile, end, total);
 }
