@@ -3,6 +3,7 @@
 
     python entrypoints/bench_speculation.py [--model demo] [--methods ngram,suffix]
         [--batches 1,4,16] [--max-tokens 128] [--rounds 16] [--json FILE] [--profile]
+        [--draft-model DIR]  (for mtp)
 
 Three kinds of prompts: conversations, texts that the answer repeats, and random tokens, which give
 nothing to guess. Plain decoding and each method answer the same prompts in one engine and take
@@ -173,6 +174,8 @@ class Race:
 
     def __init__(self, args: argparse.Namespace, batches: list[int]) -> None:
         methods = args.methods.split(",")
+        # One layer more than the others need, and room for the guesses of all.
+        widest = max(methods, key=lambda name: (name == "mtp", DEFAULT_TOKENS[name]))
         count = max(batches) * (2 + len(methods))
         self.llm = LLM(
             args.model,
@@ -180,7 +183,11 @@ class Race:
             max_num_seqs=count,
             num_gpu_blocks_override=count * BLOCKS_A_SEQUENCE,
             enable_prefix_caching=False,  # who comes second would not have to read the prompts
-            speculative_config={"method": max(methods, key=lambda name: DEFAULT_TOKENS[name])},
+            speculative_config={
+                "method": widest,
+                "model": args.draft_model,
+                "num_speculative_tokens": 8,
+            },
         )
         self.contestants = {name: Contestant(self.llm, name) for name in (PLAIN, AGAIN, *methods)}
         self.params = SamplingParams(
@@ -295,6 +302,7 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--draft-model", default=None)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     batches = [int(batch) for batch in args.batches.split(",")]

@@ -361,12 +361,17 @@ class EngineCore:
     def _guesses(self, plan: list[tuple[Sequence, int]]) -> dict[str, list[int]]:
         """Guessed tokens worth checking, within the step's budget and free KV blocks."""
         speculator = self._speculator
-        if speculator is None or speculator.rests():
+        if speculator is None:
+            return {}
+        if self.config.has_draft_model:
+            speculator.meet([s.request_id for s, _ in plan if s.fresh])
+        decodes = _decodes(plan)
+        if speculator.rests(decodes):
             return {}
         decoding = [s for s, count in plan if count == 1 and s.output_token_ids]
         free = self.config.scheduler.max_num_batched_tokens - sum(count for _, count in plan)
         most = min(free, self.config.max_draft_tokens)
-        return speculator.choose(decoding, self._room_for_guesses, most, _decodes(plan))
+        return speculator.choose(decoding, self._room_for_guesses, most, decodes)
 
     def _room_for_guesses(self, sequence: Text, most: int) -> int:
         active = self._active[sequence.request_id]
@@ -412,7 +417,8 @@ class EngineCore:
             draft_token_ids=guess,
             draft_bitmasks=masks,
             num_banned_now=generation.num_banned_now,
-            num_drafts=self._speculator.num_drafts if free and self._speculator else 0,
+            num_drafts=self._speculator.drafts_for(sequence) if free and self._speculator else 0,
+            feeds_draft=self._speculator is not None and self._speculator.feeds_draft,
         )
 
     def _execute(self, slices: list[SequenceSlice]) -> list[SliceResult]:

@@ -37,6 +37,7 @@ class RankSlice(msgspec.Struct, array_like=True):
         scored_prompt: length of a prompt whose log-probabilities are wanted, 0 for none.
         candidates: see SequenceSlice; 0 where it does not sample.
         temperature: where there are candidates.
+        feeds_draft: see SequenceSlice.
     """
 
     slot: int
@@ -49,6 +50,7 @@ class RankSlice(msgspec.Struct, array_like=True):
     scored_prompt: int = 0
     candidates: int = 0
     temperature: float = 1.0
+    feeds_draft: bool = True
 
 
 class Step(msgspec.Struct, tag=True):
@@ -138,6 +140,7 @@ class SliceWriter:
             0 if part.sampling.prompt_logprobs is None else len(part.prompt_token_ids),
             candidates,
             part.sampling.temperature if candidates else 1.0,
+            part.feeds_draft,
         )
 
 
@@ -171,5 +174,6 @@ class SliceReader:
                 part.temperature, prompt_logprobs=0 if part.scored_prompt else None
             ),
             draft_token_ids=drafts,
+            feeds_draft=part.feeds_draft,
             known_candidates=part.candidates,
         )

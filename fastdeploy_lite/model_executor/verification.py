@@ -108,6 +108,7 @@ def _row_of(part: SequenceSlice, row: int) -> SequenceSlice:
         draft_bitmasks=masks,
         num_banned_now=part.num_banned_now,
         num_drafts=part.num_drafts,
+        feeds_draft=part.feeds_draft,
         known_candidates=part.known_candidates,
     )
 

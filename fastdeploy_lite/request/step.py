@@ -89,6 +89,7 @@ class SequenceSlice:
         draft_bitmasks: what `bitmask` becomes after each guess; None allows all everywhere.
         num_banned_now: sampled positions that `banned_now` holds for.
         num_drafts: tokens that the draft model is to guess after the new ones, at most.
+        feeds_draft: whether the draft model reads the step; the same for all slices of one.
         known_candidates: `candidates`, where not all is known that it depends on.
     """
 
@@ -111,6 +112,7 @@ class SequenceSlice:
     draft_bitmasks: Sequence[npt.NDArray[np.int32] | None] | None = None
     num_banned_now: int = 1
     num_drafts: int = 0
+    feeds_draft: bool = True
     known_candidates: int | None = None
 
     @property

@@ -10,8 +10,18 @@ from fastdeploy_lite.utils.errors import ConfigError, quote
 from fastdeploy_lite.utils.logging import get_logger
 
 METHODS = ("ngram", "suffix", "mtp", "naive")
-# Keys of FastDeploy's that concern a draft model; scripts set them beside any method.
+# Keys of FastDeploy's; scripts set them beside any method.
 WITHOUT_EFFECT = ("benchmark_mode", "mtp_strategy", "num_model_steps", "quantization")
+# What only some methods look at.
+OF_METHODS = {
+    "min_ngram_size": ("ngram",),
+    "max_ngram_size": ("ngram",),
+    "suffix_decoding_max_cached_tokens": ("suffix",),
+    "suffix_decoding_min_token_prob": ("suffix",),
+    "model": ("mtp",),
+    "num_speculative_tokens": ("ngram", "suffix", "mtp"),
+    "adaptive": ("ngram", "suffix", "mtp"),
+}
 DEFAULT_TOKENS = {"ngram": 5, "suffix": 8, "mtp": 1, "naive": 0}
 MOST_TOKENS = 32
 # Tokens of steps that check guesses: all steps up to a size cost about the same, since they are one
@@ -69,17 +79,23 @@ class SpeculativeConfig:
             ConfigError: A key is unknown or a value is out of range.
         """
         known = {field.name for field in fields(cls)}
-        unknown = set(values) - known - set(WITHOUT_EFFECT)
+        unknown = sorted(quote(key) for key in set(values) - known - set(WITHOUT_EFFECT))
         if unknown:
-            raise ConfigError(f"speculative_config: unknown keys {', '.join(sorted(unknown))}")
+            raise ConfigError(
+                f"speculative_config: unknown keys {', '.join(unknown[:5])}, expected some of"
+                f" {', '.join(sorted(known))}"
+            )
         if type(values.get("adaptive", True)) is not bool:
             _refuse("adaptive", values["adaptive"], "true or false")
         if "method" not in values:
             raise ConfigError(f"speculative_config: needs a method, one of {', '.join(METHODS)}")
-        idle = set(WITHOUT_EFFECT) | (set() if values["method"] == "mtp" else {"model"})
-        for key in sorted(set(values) & idle):
-            _log.warning("speculative_config.%s has no effect without a draft model", key)
-        return cls(**{key: value for key, value in values.items() if key in known})
+        config = cls(**{key: value for key, value in values.items() if key in known})
+        for key in sorted(values):
+            if config.method not in OF_METHODS.get(key, METHODS) or key in WITHOUT_EFFECT:
+                _log.warning(
+                    "speculative_config.%s has no effect with the method %s", key, config.method
+                )
+        return config
 
     @property
     def most_tokens(self) -> int:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from fastdeploy_lite.request.messages import DraftCounts
+from fastdeploy_lite.speculation.attendance import Attendance
 from fastdeploy_lite.speculation.config import CHECK_SIZES, SpeculativeConfig
 from fastdeploy_lite.speculation.drafters import Draft, Text, create_drafters
 from fastdeploy_lite.speculation.rates import STALE_AFTER, Average, HitRates, Purse, StepCosts
@@ -65,7 +66,9 @@ class Speculator:
         config: Method and limits.
 
     Attributes:
-        num_drafts: Tokens that a draft layer is to guess for each sequence in this step.
+        num_drafts: Tokens that a draft layer is to guess for each sequence that it has read, in
+            this step.
+        feeds_draft: Whether a draft layer reads this step.
         totals: What all guesses gave.
         seconds: Time spent on guessing, the checks themselves excluded.
         looks: Steps that looked for guesses.
@@ -74,7 +77,10 @@ class Speculator:
     def __init__(self, config: SpeculativeConfig) -> None:
         self.config = config
         self._most_tokens = config.most_tokens  # every step asks
-        self.num_drafts = 0
+        self._has_layer = config.method == "mtp"
+        self.num_drafts, self.feeds_draft = 0, False
+        self._attendance = Attendance()
+        self._layer_share = Average()  # of a plain step, that reading adds to it
         self.totals = DraftCounts()
         self.seconds, self.looks = 0.0, 0
         self._drafters = create_drafters(config)
@@ -100,6 +106,7 @@ class Speculator:
             self._drafters.finish(text)
             self._memories.pop(text.request_id, None)
             self._open.pop(text.request_id, None)
+            self._attendance.forget(text.request_id)
 
     def counts(self, request_id: str, tokens: int) -> DraftCounts | None:
         """How the guesses for a sequence did; None if nothing is guessed here.
@@ -117,17 +124,41 @@ class Speculator:
 
     # A step --------------------------------------------------------------------------------------
 
-    def rests(self) -> bool:
-        """Whether the next step goes without guesses; asked once a step, before `choose`."""
-        offered, self.num_drafts = self.num_drafts, 0
+    def meet(self, names: Sequence[str]) -> None:
+        """Say which sequences the next step begins to read, before `rests`; for a draft layer."""
+        self._attendance.meet(names, self._purse.is_rich or not self.config.adaptive)
+
+    def drafts_for(self, text: Text) -> int:
+        """Tokens that a draft layer is to guess for a sequence in this step."""
+        if not self.num_drafts or not self._attendance.knows(text.request_id):
+            return 0
+        return self.num_drafts
+
+    def rests(self, decodes: bool = True) -> bool:
+        """Whether the next step goes without guesses; asked once a step, before `choose`.
+
+        Args:
+            decodes: Whether the step does nothing else.
+        """
+        self.num_drafts, self.feeds_draft = 0, False
         if not self._most_tokens:
             return True
         if not self.config.adaptive:
+            self.feeds_draft = self._has_layer
             return False
-        if self._steps_since_plain >= STEPS_BETWEEN_PLAIN:
+        if decodes and self._steps_since_plain >= STEPS_BETWEEN_PLAIN:
             return True
-        # What a layer guessed in the step before was paid for; what goes well pays for itself.
-        return not (self._purse.can_pay(self._is_promising) or offered or self._goes_well)
+        # What goes well pays for itself.
+        can_go_on = self._goes_well or self._purse.can_pay(self._is_promising)
+        return not (self._attends(can_go_on) if self._has_layer else can_go_on)
+
+    def _attends(self, can_go_on: bool) -> bool:
+        """Let the draft layer read the next step, unless it has to stop."""
+        attendance = self._attendance
+        if attendance.is_on and not (can_go_on or attendance.is_committed):
+            attendance.stop()
+        self.feeds_draft = attendance.is_on
+        return attendance.is_on
 
     def choose(
         self,
@@ -149,14 +180,18 @@ class Speculator:
             Guessed tokens by request id; sequences without a guess are left out.
         """
         self._open = {}
-        if not texts or self._is_without_measure(len(texts)):
+        if texts and self._is_without_measure(len(texts)):
+            # A draft layer misses a token of each, but no prompt.
+            self.feeds_draft = self.feeds_draft and not decodes
+            return {}
+        if self._has_layer:
+            self._want_drafts(texts)
+        if not texts:
             return {}
         started = time.perf_counter()
         self._may_try = decodes
         chosen = self._choose(self._taking_turns(texts), len(texts), room, budget)
         self._goes_well = self._is_promising = False
-        if self.config.method == "mtp" and self._wants_drafts():
-            self.num_drafts = self._most_tokens
         seconds = time.perf_counter() - started
         self.looks += 1
         self._own_seconds.note(seconds)
@@ -167,9 +202,11 @@ class Speculator:
         """Whether nobody could say what guesses cost or save: a plain step has to come first."""
         return self.config.adaptive and self._plain_seconds(count) is None
 
-    def _wants_drafts(self) -> bool:
-        """Whether a draft layer is to guess in this step, for the next one."""
-        return not self.config.adaptive or self._purse.can_pay()
+    def _want_drafts(self, texts: Sequence[Text]) -> None:
+        """Ask the draft layer for guesses in this step, for the next one."""
+        self.num_drafts = self._most_tokens
+        if any(self._attendance.knows(text.request_id) for text in texts):
+            self._attendance.note_guesses()
 
     def _spend(self, seconds: float) -> None:
         self.seconds += seconds
@@ -177,7 +214,7 @@ class Speculator:
 
     def _taking_turns(self, texts: Sequence[Text]) -> Sequence[Text]:
         """All sequences, or some while nothing pays and looking takes long beside a step."""
-        if len(texts) <= LOOKED_AT or not self.config.adaptive or self.config.method == "mtp":
+        if len(texts) <= LOOKED_AT or not self.config.adaptive or self._has_layer:
             return texts
         if self._goes_well or self._purse.is_rich:
             return texts
@@ -250,13 +287,13 @@ class Speculator:
             self._judge_the_rest()
         if decodes and count:
             self._plain.now = self._checking.now = self._plain.now + 1
-            if checked or self.num_drafts:
+            if checked or self.feeds_draft:
                 self._settle(count, checked, emitted, seconds)
             else:
                 self._plain.note(count, seconds)
                 self._steps_since_plain = 0
-        elif checked:
-            self._settle_unmeasured(count, checked, emitted)
+        else:
+            self._settle_unmeasured(count, checked, emitted, seconds)
         self._purse.pass_step(seconds, decodes and count > 0)
 
     def _judge_the_rest(self) -> None:
@@ -300,6 +337,7 @@ class Speculator:
         saved = emitted / count * plain - seconds
         self._purse.add(max(saved, -(MOST_TRIED if is_first else MOST_CHARGED) * plain))
         if not checked:
+            self._layer_share.note(max(seconds / plain - 1.0, 0.0))
             return
         self._goes_well = saved > 0 or (is_first and emitted > count)
         if saved > 0:
@@ -307,8 +345,12 @@ class Speculator:
         elif not is_first:
             self._checking.stale_after = min(2 * self._checking.stale_after, MOST_STALE_AFTER)
 
-    def _settle_unmeasured(self, count: int, checked: int, emitted: int) -> None:
-        """Charge a step that read prompts, too, with what its part usually takes alone."""
+    def _settle_unmeasured(self, count: int, checked: int, emitted: int, seconds: float) -> None:
+        """Charge a step that read prompts, too, with what its parts usually take alone."""
+        if self.feeds_draft:
+            self._purse.add(-self._layer_share.value * seconds)
+        if not checked:
+            return
         plain, known = self._plain_seconds(count), self._checking_seconds(count + checked)
         if plain is not None and known is not None:
             self._purse.add(emitted / count * plain - known)

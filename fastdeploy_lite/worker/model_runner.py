@@ -323,10 +323,13 @@ class ModelRunner:
         heads = kv_budget.local_kv_heads(self.config)
         shape = [num_blocks, heads, BLOCK_SIZE, model.head_dim]
 
-        def blocks() -> Any:
-            return ops.fix(paddle.empty(shape, dtype=self.dtype, device=self.place))
+        def blocks(of_draft: bool) -> Any:
+            # A draft layer that has missed tokens attends to what lies in their place: numbers.
+            allocate = paddle.zeros if of_draft else paddle.empty
+            return ops.fix(allocate(shape, dtype=self.dtype, device=self.place))
 
-        return [(blocks(), blocks()) for _ in range(self.config.num_kv_layers)]
+        own = self.config.model.num_hidden_layers
+        return [(blocks(i >= own), blocks(i >= own)) for i in range(self.config.num_kv_layers)]
 
     # -- a step ----------------------------------------------------------------------------------
 
@@ -360,10 +363,11 @@ class ModelRunner:
     def _decode(self, shape: BatchShape, slices: Sequence[SequenceSlice]) -> list[SliceResult]:
         """One token per sequence, every row sampled."""
         hidden, logits = self._decode_logits(shape, slices)
-        if self._drafting is None:  # else the arrays are still needed
+        feeds_draft = self._feeds_draft(slices)
+        if not feeds_draft:  # else the arrays are still needed
             self._inputs.prepare_next()
         results = self._sample(logits, slices) if self._samples else [SliceResult() for _ in slices]
-        if self._drafting is not None:
+        if feeds_draft:
             self._follow(shape, hidden, slices, results)
             self._inputs.prepare_next()
         return results
@@ -386,9 +390,12 @@ class ModelRunner:
             for index, result in zip(sampled, found, strict=True):
                 result.prompt_logprobs = results[index].prompt_logprobs
                 results[index] = result
-        if self._drafting is not None:
+        if self._feeds_draft(slices):
             self._follow(shape, hidden, slices, results)
         return results
+
+    def _feeds_draft(self, slices: Sequence[SequenceSlice]) -> bool:
+        return self._drafting is not None and slices[0].feeds_draft
 
     def _follow(
         self,

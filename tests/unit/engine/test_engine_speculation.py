@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-from helpers import make_core, make_request, run
+from collections.abc import Sequence
 
+import pytest
+from helpers import make_core, make_request, run, runner_of
+
+from fastdeploy_lite.request.step import SequenceSlice, SliceResult
+from fastdeploy_lite.speculation.attendance import COMMITTED
 from fastdeploy_lite.speculation.config import SpeculativeConfig
 from fastdeploy_lite.speculation.speculator import Speculator
 
@@ -52,3 +56,28 @@ def test_no_request_leaves_anything_behind(method: str) -> None:
     assert not speculator._memories
     assert not speculator._open
     assert not speculator._drafters._readers
+
+
+def test_a_draft_layer_reads_prompts_and_is_asked_once_plain_steps_are_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = make_core(speculative=SpeculativeConfig("mtp", num_speculative_tokens=3))
+    runner, seen = runner_of(core), []
+    execute = runner.execute
+
+    def watched(slices: Sequence[SequenceSlice]) -> list[SliceResult]:
+        seen.append([(part.feeds_draft, part.num_drafts) for part in slices])
+        return execute(slices)
+
+    monkeypatch.setattr(runner, "execute", watched)
+    run(core, make_request("a", [5] * 4, max_tokens=6))
+    # Guesses begin in the step that samples; two steps say what plain ones take.
+    assert seen[:4] == [[(True, 3)], [(False, 0)], [(False, 0)], [(True, 3)]]
+    core._speculator._purse.add(-1e9)  # type: ignore[union-attr]
+    run(core, make_request("b", [6] * 4, max_tokens=COMMITTED + 9))
+    assert seen.count([(True, 3)]) == 2 + COMMITTED  # two prompts
+    assert seen[-1] == [(False, 0)]
+    core._speculator._purse.add(-1e9)  # type: ignore[union-attr]
+    count = len(seen)
+    run(core, make_request("c", [6] * 4, max_tokens=6))
+    assert seen[count:] == [[(False, 0)]] * 6

@@ -417,13 +417,15 @@ def test_guesses_of_a_prediction_layer(tmp_path: Path, kind: Any, size: int, ord
 
 
 def guessed(executor: Any, steps: int = 10) -> list[tuple[list[int], list[int]]]:
-    """Tokens and guesses of every step; every other guess is checked with a wrong token."""
+    """Tokens and guesses of every step; every other guess is checked with a wrong token, and of
+    every fourth step the layer reads nothing."""
     found, running = [], sequences(PROMPTS, LENGTH)
     drafts: list[list[int]] = [[] for _ in running]
     for step in range(steps):
         parts = []
         for one, guess in zip(running, drafts, strict=True):
-            part = one.slice(40, num_drafts=4)
+            feeds_draft = step % 4 != 3
+            part = one.slice(40, num_drafts=4 * feeds_draft, feeds_draft=feeds_draft)
             part.logits_processors = None
             if part.sample and guess:
                 part.token_ids = [*part.token_ids, *guess]

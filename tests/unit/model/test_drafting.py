@@ -107,6 +107,37 @@ def _disturbed(
     return truth if choice < 0.7 else [*truth, 1]
 
 
+def test_a_layer_reads_what_it_is_fed(
+    tiny_2bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model says the same without it; what it missed leaves it with numbers for its guesses."""
+    layer = with_layer(tiny_2bits, tmp_path / "layer")
+    said, reads = [], []
+    for fed in (lambda step: True, lambda step: step in (2, 5), lambda step: False):
+        runner = runner_with(tiny_2bits, layer)
+        drafting, read = runner._drafting, [0]
+        assert drafting is not None
+        follow = drafting.follow
+
+        def count(*args: object, follow=follow, read=read) -> None:  # type: ignore[no-untyped-def]
+            read[0] += 1
+            follow(*args)
+
+        monkeypatch.setattr(drafting, "follow", count)
+        running = sequences(prompts((3, 40)), 128)
+        for step in range(8):
+            parts = [slice_of(one, 10_000, []) for one in running]
+            for part in parts:
+                part.feeds_draft = fed(step)
+            for one, result in zip(running, runner.execute(parts), strict=True):
+                one.take(result)
+                assert len(result.draft_token_ids) == (DRAFTS if fed(step) else 0)
+        said.append([one.output for one in running])
+        reads.append(read[0])
+    assert said[0] == said[1] == said[2]
+    assert reads == [8, 2, 0]
+
+
 def test_a_full_block_leaves_no_room(tiny_2bits: Path, tmp_path: Path) -> None:
     """The first guess needs no block; the others need one for the token that was sampled."""
     runner = runner_with(tiny_2bits, with_layer(tiny_2bits, tmp_path / "layer"))

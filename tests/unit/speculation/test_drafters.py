@@ -254,9 +254,24 @@ def test_the_memory_of_answers_is_bounded(answers: list[list[int]], most: int) -
         ({"method": "ngram", "min_ngram_size": 6}, "max_ngram_size: found 5"),
         ({"method": "suffix", "suffix_decoding_min_token_prob": 2}, r"a number in \[0, 1\]"),
         ({"method": "suffix", "adaptive": 1}, "adaptive: found 1, expected true or false"),
-        ({"method": "ngram", "prompt_lookup": 3}, "unknown keys prompt_lookup"),
+        ({"method": "ngram", "prompt_lookup": 3}, "unknown keys 'prompt_lookup', expected some of"),
+        ({"method": "ngram", 5: 3}, "unknown keys 5, expected some of adaptive, "),
     ],
 )
 def test_refusals(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SpeculativeConfig.from_mapping(values)
+
+
+def test_what_a_method_does_not_look_at_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    values: dict[str, object] = {"max_ngram_size": 9, "quantization": "wint4", "model": "m"}
+    expected = {"ngram": {"quantization", "model"}, "suffix": set(values), "naive": set(values)}
+    for method, idle in expected.items():
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="fastdeploy"):
+            SpeculativeConfig.from_mapping({"method": method, **values})
+        assert {record.args[0] for record in caplog.records if record.args} == idle
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="fastdeploy"):
+        SpeculativeConfig.from_mapping({"method": "suffix", "adaptive": False})
+    assert not caplog.records

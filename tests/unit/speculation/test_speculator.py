@@ -354,49 +354,6 @@ def test_a_purse_bounds_what_guessing_costs() -> None:
     assert purse.seconds == 4.0
 
 
-def run_layer(
-    right: float, drafting: float, *, most: int = 3, tokens: int = 4000, adaptive: bool = True
-) -> float:
-    """Simulate a prediction layer whose guesses are right so often, and whose work on them takes
-    that share of a step; return the time by plain decoding over the time with it."""
-    config = SpeculativeConfig("mtp", num_speculative_tokens=most, adaptive=adaptive)
-    speculator, rng = Speculator(config), random.Random(4)
-    text, spent = Answer("a", [1, 2, 3]), 0.0
-    while len(text.output_token_ids) < tokens:
-        rests = speculator.rests()
-        guess = [] if rests else speculator.choose([text], everything, 512).get("a", [])
-        asked = speculator.num_drafts
-        seconds = 1.0 + 0.05 * len(guess) + (drafting if asked else 0.0)
-        seconds *= rng.uniform(0.9, 1.1)
-        spent += seconds
-        written = len(text.output_token_ids)
-        truth = range(written, written + len(guess) + 1)  # each token is its place in the text
-        hits = next((i for i, g in enumerate(guess) if g != truth[i]), len(guess))
-        new = list(truth[: hits + 1])
-        text.output_token_ids += new
-        written += len(new)
-        drafts = [written + i if rng.random() < right else -1 for i in range(asked)]
-        if guess or asked:
-            speculator.note_tokens(text, new, len(guess), drafts)
-        speculator.note_step(1, len(guess), len(new), seconds)
-    return len(text.output_token_ids) / spent
-
-
-def test_a_layer_that_is_right_pays() -> None:
-    assert run_layer(0.9, 0.05, adaptive=False) > 2.2
-    assert run_layer(0.8, 0.05, most=1, adaptive=False) > 1.5
-    assert run_layer(0.9, 0.05) > 2.0
-    assert run_layer(0.7, 0.1, most=1) > 1.3
-
-
-def test_a_layer_that_is_wrong_is_left_alone() -> None:
-    """Its work is part of each step that it guesses in, so it has to be asked less and less."""
-    assert run_layer(0.0, 0.5, adaptive=False) < 0.7
-    assert run_layer(0.0, 0.2) > 0.97
-    assert run_layer(0.0, 0.02) > 0.97
-    assert run_layer(0.0, 0.5) > 0.97
-
-
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
 def test_other_methods_ask_no_layer(method: str) -> None:
     speculator = Speculator(SpeculativeConfig(method, adaptive=False))
