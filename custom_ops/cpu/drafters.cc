@@ -14,8 +14,57 @@ std::pair<float, int32_t> worth(const SuffixDraft& draft) {
 
 }  // namespace
 
+void PairChains::follow(const std::vector<int32_t>& tokens) {
+  if (tokens.size() > newest_.size()) {  // longer chains would be of pairs that are not the same
+    size_t size = 64;
+    while (size < 2 * tokens.size()) size *= 2;
+    newest_.assign(size, kNone);
+    before_.clear();
+  }
+  for (size_t place = before_.size(); place < tokens.size(); ++place) append(tokens, place);
+}
+
+void PairChains::append(const std::vector<int32_t>& tokens, int64_t place) {
+  if (place == 0) {
+    before_.push_back(kNone);
+    return;
+  }
+  const uint64_t pair = static_cast<uint64_t>(static_cast<uint32_t>(tokens[place - 1])) << 32 |
+                        static_cast<uint32_t>(tokens[place]);
+  const uint64_t hash = (pair * 0x9E3779B97F4A7C15ull) >> 32;
+  int32_t& newest = newest_[hash & (newest_.size() - 1)];
+  before_.push_back(newest);
+  newest = static_cast<int32_t>(place);
+}
+
 void NgramDrafter::extend(const std::vector<int32_t>& tokens) {
   tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+  chains_.follow(tokens_);
+}
+
+int32_t NgramDrafter::agreeing(int64_t place) const {
+  const int64_t last = static_cast<int64_t>(tokens_.size()) - 1;
+  int32_t same = 0;
+  while (same < longest_ && same <= place && tokens_[place - same] == tokens_[last - same]) ++same;
+  return same;
+}
+
+std::pair<int64_t, int32_t> NgramDrafter::best_match() const {
+  const int64_t last = static_cast<int64_t>(tokens_.size()) - 1;
+  if (last < 1) return {-1, 0};
+  std::pair<int64_t, int32_t> best{-1, 0};
+  int64_t compared = 0;
+  for (int64_t at = chains_.before(last); at >= 0; at = chains_.before(at)) {
+    const int32_t same = agreeing(at);
+    if (same > best.second) best = {at, same};
+    compared += same + 1;
+    if (best.second == longest_ || compared > kMostCompared) break;
+  }
+  if (best.second < 2 && shortest_ == 1) {
+    const int64_t at = last_place(last, tokens_[last]);
+    if (at >= 0) best = {at, agreeing(at)};
+  }
+  return best;
 }
 
 int64_t NgramDrafter::last_place(int64_t end, int32_t token) const {
@@ -32,18 +81,9 @@ int64_t NgramDrafter::last_place(int64_t end, int32_t token) const {
 }
 
 Draft NgramDrafter::propose(int32_t most) {
+  const auto [best, matched] = best_match();
+  if (matched < shortest_) return {};
   const int64_t count = static_cast<int64_t>(tokens_.size());
-  int64_t best = -1, compared = 0;
-  int32_t matched = 0;
-  for (int64_t at = count - 1; at >= 0 && matched < longest_ && compared < kMostCompared;) {
-    at = last_place(at, tokens_[count - 1]);
-    if (at < 0) break;
-    int32_t same = 1;
-    while (same < longest_ && same <= at && tokens_[at - same] == tokens_[count - 1 - same]) ++same;
-    compared += same;
-    if (same > matched) matched = same, best = at;
-  }
-  if (matched < shortest_ || best < 0) return {};
   std::vector<int32_t> copied;
   // Where the match runs into the end, what was copied so far goes on: a loop in the text.
   for (int64_t i = 0; i < most; ++i) {

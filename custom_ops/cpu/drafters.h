@@ -24,6 +24,24 @@ class Drafter {
   virtual Draft propose(int32_t most) = 0;
 };
 
+// Places of a text where the same two tokens stand, newest first: hash chains, as data compressors
+// keep them. 8 to 16 bytes a token.
+class PairChains {
+ public:
+  static constexpr int32_t kNone = -1;
+
+  // Adds the places of `tokens` that are new, each known by its second token.
+  void follow(const std::vector<int32_t>& tokens);
+  // The place before `place` whose pair may be the same: of another one with its hash, too.
+  int32_t before(int64_t place) const { return before_[place]; }
+
+ private:
+  void append(const std::vector<int32_t>& tokens, int64_t place);
+
+  std::vector<int32_t> newest_;  // by hash; as many as a power of two
+  std::vector<int32_t> before_;  // by place
+};
+
 // Finds the earlier place where most of the newest tokens stand, the latest among equals, and
 // copies what follows there.
 class NgramDrafter : public Drafter {
@@ -36,13 +54,18 @@ class NgramDrafter : public Drafter {
 
  private:
   // A text of few words has so many places to compare that looking would take as long as a step.
-  static constexpr int64_t kMostCompared = 1 << 16;
+  static constexpr int64_t kMostCompared = 1 << 14;
 
+  // The place whose tokens agree with the newest ones farthest back, and how many; 0 for none.
+  std::pair<int64_t, int32_t> best_match() const;
+  // How many tokens that end at `place` are the newest ones, at most `longest_`.
+  int32_t agreeing(int64_t place) const;
   // The last place before `end` where `token` stands, -1 without one.
   int64_t last_place(int64_t end, int32_t token) const;
 
   int32_t shortest_, longest_;
   std::vector<int32_t> tokens_;
+  PairChains chains_;
 };
 
 // Earlier answers, the newest about `most_tokens` tokens of them. They are indexed when somebody

@@ -19,9 +19,9 @@ ANSWER_PART = 512
 READ_AT_ONCE = 2048
 # So many new tokens of a sequence are always read: it is up to date, or will be.
 ALWAYS_READ = 32
-# Texts up to this length are indexed. Longer ones are only searched, which takes 4 bytes a token
+# Texts up to this length are indexed. Longer ones are only searched, which takes 20 bytes a token
 # instead of 150, and this share of the time to read.
-MOST_INDEXED, SEARCHED_COST = 16_384, 1 / 16
+MOST_INDEXED, SEARCHED_COST = 16_384, 1 / 8
 
 
 class Text(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import dataclass, field
 
@@ -170,6 +171,27 @@ def test_a_text_above_the_limit_is_searched(text: list[int], most: int) -> None:
         drafter.extend(text[start : start + 4])
         plain.extend(text[start : start + 4])
     assert drafter.propose(most) == plain.propose(most)
+
+
+@pytest.mark.parametrize(("shortest", "longest"), [(1, 1), (1, 64), (2, 5), (4, 4)])
+def test_ngram_agrees_with_a_search_while_a_text_grows(shortest: int, longest: int) -> None:
+    rng = random.Random(longest)
+    text = [rng.randrange(4) for _ in range(700)]
+    drafter = NgramDrafter(shortest, longest)
+    for i in range(len(text)):
+        drafter.extend(text[i : i + 1])
+        if i % 7 == 0:
+            known = text[: i + 1]
+            assert drafter.propose(3) == looked_up(known, shortest, longest, 3), i
+
+
+def test_a_word_that_stands_everywhere_takes_no_time() -> None:
+    drafter = NgramDrafter(2, 5)
+    drafter.extend([token for i in range(200_000) for token in (1, 10 + i)] + [1])
+    started = time.process_time()
+    for _ in range(50):
+        assert drafter.propose(4) == ([], 0)
+    assert time.process_time() - started < 0.02  # 0.1 s to look at every place of the word
 
 
 def test_looking_is_bounded_in_a_text_with_endless_near_matches() -> None:
