@@ -18,6 +18,7 @@ from fastdeploy_lite.request.outputs import (
     RequestMetrics,
     RequestOutput,
     SpeculateMetrics,
+    possible,
 )
 from fastdeploy_lite.request.step import TokenLogprobs
 
@@ -138,8 +139,7 @@ class _Stream:
         )
 
     def _alternatives(self, entry: TokenLogprobs) -> dict[int, Logprob]:
-        pairs = zip(entry.top_ids, entry.top_logprobs, strict=True)
-        ranked = enumerate(pairs, start=1)
+        ranked = enumerate(possible(entry.top_ids, entry.top_logprobs), start=1)
         return {i: Logprob(value, rank, self._decode(i)) for rank, (i, value) in ranked}
 
     def _prompt_logprobs(self, entries: Sequence[TokenLogprobs] | None) -> PromptLogprobs | None:

@@ -7,10 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdeploy_lite.request.step import TokenLogprobs
-
-LOWEST = float(np.finfo(np.float32).min)
-"""Stands for -inf in results: JSON has no infinity (upstream clips alike)."""
+from fastdeploy_lite.request.step import LOWEST, TokenLogprobs
 
 FloatRow = npt.NDArray[np.floating[Any]]
 

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import paddle
 
 from fastdeploy_lite.model_executor import ops
-from fastdeploy_lite.model_executor.logprobs import LOWEST, select
+from fastdeploy_lite.model_executor.logprobs import select
 from fastdeploy_lite.model_executor.workspace import Workspace
-from fastdeploy_lite.request.step import SequenceSlice, TokenLogprobs
+from fastdeploy_lite.request.step import LOWEST, SequenceSlice, TokenLogprobs
 
 ROWS_AT_ONCE = 64
 

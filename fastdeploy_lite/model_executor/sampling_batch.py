@@ -13,11 +13,12 @@ from fastdeploy_lite.config import LogprobsMode
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers import sampler
 from fastdeploy_lite.model_executor.layers.sampler import SamplingTensors
-from fastdeploy_lite.model_executor.logprobs import LOWEST, log_softmax, nucleus, select
+from fastdeploy_lite.model_executor.logprobs import log_softmax, nucleus, select
 from fastdeploy_lite.model_executor.sampling_table import SamplingTable
 from fastdeploy_lite.model_executor.static_buffers import PackedBuffer
 from fastdeploy_lite.model_executor.workspace import Workspace
 from fastdeploy_lite.request.step import (
+    LOWEST,
     NOT_NUMBERS,
     SamplerParams,
     SequenceSlice,

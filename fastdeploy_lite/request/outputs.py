@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from fastdeploy_lite.request.messages import DraftCounts
+from fastdeploy_lite.request.step import LOWEST
 
 
 class Logprob(NamedTuple):
@@ -31,18 +32,38 @@ PromptLogprobs = list[dict[int, Logprob] | None]
 """One entry per prompt token: None for the first, then the token and its alternatives."""
 
 
+def possible(ids: Sequence[int], values: Sequence[float]) -> list[tuple[int, float]]:
+    """Pairs of tokens and their log-probabilities, without tokens that could not come."""
+    return [(i, value) for i, value in zip(ids, values, strict=True) if value > LOWEST]
+
+
 class LogprobsLists(NamedTuple):
     """Log-probabilities of several positions; column 0 is the sampled token, then the best ones.
 
     Attributes:
         logprob_token_ids: `[positions][1 + k]` token ids.
-        logprobs: `[positions][1 + k]` natural-log probabilities.
+        logprobs: `[positions][1 + k]` natural-log probabilities; `LOWEST` of a token that could
+            not come, since a constraint forbids it or it is outside of the nucleus.
         sampled_token_ranks: `[positions]` ranks of the sampled tokens, 1 = best.
     """
 
     logprob_token_ids: list[list[int]]
     logprobs: list[list[float]]
     sampled_token_ranks: list[int]
+
+    def alternatives(self, position: int, most: int) -> list[tuple[int, float]]:
+        """The best tokens of a position, without those that could not come.
+
+        Args:
+            position: Row.
+            most: How many at most; -1 is all.
+
+        Returns:
+            Token ids and log-probabilities, best first.
+        """
+        end = None if most < 0 else 1 + most
+        ids, values = self.logprob_token_ids[position], self.logprobs[position]
+        return possible(ids[1:end], values[1:end])
 
     def slice_columns(self, start: int, end: int) -> LogprobsLists:
         """Keep columns `start..end-1` of every position."""

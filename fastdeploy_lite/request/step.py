@@ -15,6 +15,9 @@ LogitsRow = npt.NDArray[np.float32]
 LogitsProcessor = Callable[[Sequence[int], LogitsRow], "LogitsRow | None"]
 """`processor(output_token_ids, row)` edits the logits row [V] in place or returns another one."""
 
+LOWEST = float(np.finfo(np.float32).min)
+"""Log-probability of a token that cannot come: JSON has no infinity (upstream clips alike)."""
+
 MOST_CANDIDATES = 256
 GREEDY_TOP_P = 1e-5
 TINY_TEMPERATURE = 1e-3  # below it logits are shifted by their largest before they are divided

@@ -91,3 +91,23 @@ def test_greedy_text_has_the_best_score(http: httpx.Client) -> None:
         return math.fsum(values)
 
     assert score(best) > score("zebra quartz") + 1
+
+
+@pytest.mark.parametrize(
+    "fields", [{"guided_choice": ["甲", "乙"]}, {"top_p": 0, "top_p_normalized_logprobs": True}]
+)
+def test_what_could_not_come_is_no_alternative(http: httpx.Client, fields: dict[str, Any]) -> None:
+    """They stood there as `<unk>` with -3.4e38: fewer than were asked for are listed instead."""
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, **GREEDY, **fields}
+    chat = {**body, "logprobs": True, "top_logprobs": 5}
+    rows = http.post(CHAT, json=chat).json()["choices"][0]["logprobs"]["content"]
+    chunks = [chunk["choices"][0].get("logprobs") for chunk in events(http, CHAT, chat)]
+    assert [row["token"] for c in chunks if c for row in c["content"]] == [r["token"] for r in rows]
+    for row in [*rows, *(row for c in chunks if c for row in c["content"])]:
+        assert 1 <= len(row["top_logprobs"]) <= 5
+        assert row["top_logprobs"][0]["token"] == row["token"]
+        assert all(best["logprob"] > -1000 for best in row["top_logprobs"])
+    assert any(len(row["top_logprobs"]) < 5 for row in rows)
+    text = complete(http, max_tokens=3, logprobs=5, **fields)["choices"][0]["logprobs"]
+    assert all(value > -1000 for best in text["top_logprobs"] for value in best.values())
+    assert len(text["tokens"]) == len(text["top_logprobs"])

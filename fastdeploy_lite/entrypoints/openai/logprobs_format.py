@@ -36,7 +36,7 @@ def chat_logprobs(
     Args:
         tokenizer: The model's tokenizer.
         lists: One row per token, the sampled one first.
-        top: Number of best tokens to list; -1 lists all there are.
+        top: Number of best tokens to list, fewer where fewer can come; -1 lists all there are.
         decode: Whether tokens are shown as text.
         in_stream: Alternatives have no `top_logprobs` of their own there; in whole answers, null.
 
@@ -45,12 +45,10 @@ def chat_logprobs(
     """
     content = []
     inner: dict[str, Any] = {} if in_stream else {"top_logprobs": None}
-    for ids, values in zip(lists.logprob_token_ids, lists.logprobs, strict=True):
-        end = None if top < 0 else 1 + top
-        best = [
-            {**_entry(tokenizer, i, v, decode), **inner}
-            for i, v in zip(ids[1:end], values[1:end], strict=True)
-        ]
+    rows = zip(lists.logprob_token_ids, lists.logprobs, strict=True)
+    for position, (ids, values) in enumerate(rows):
+        found = lists.alternatives(position, top)
+        best = [{**_entry(tokenizer, i, v, decode), **inner} for i, v in found]
         content.append({**_entry(tokenizer, ids[0], values[0], decode), "top_logprobs": best})
     return {"content": content, "refusal": None}
 
@@ -65,7 +63,7 @@ class CompletionLogprobs:
 
     Args:
         tokenizer: The model's tokenizer.
-        top: Number of best tokens to list; -1 lists all there are.
+        top: Number of best tokens to list, fewer where fewer can come; -1 lists all there are.
         decode: Whether tokens are shown as text.
     """
 
@@ -86,16 +84,13 @@ class CompletionLogprobs:
             `tokens`, `token_logprobs`, `top_logprobs` (text to value), `text_offset` in the
             answer's text.
         """
-        end = None if self._top < 0 else 1 + self._top
-        rows = list(zip(lists.logprob_token_ids, lists.logprobs, strict=True))
+        sampled = [ids[0] for ids in lists.logprob_token_ids]
+        best = (lists.alternatives(position, self._top) for position in range(len(sampled)))
         return {
-            "tokens": [self._name(ids[0]) for ids, _ in rows],
-            "token_logprobs": [values[0] for _, values in rows],
-            "top_logprobs": [
-                {self._name(i): v for i, v in zip(ids[1:end], values[1:end], strict=True)}
-                for ids, values in rows
-            ],
-            "text_offset": [self._place(ids[0]) for ids, _ in rows],
+            "tokens": [self._name(token) for token in sampled],
+            "token_logprobs": [values[0] for values in lists.logprobs],
+            "top_logprobs": [{self._name(i): value for i, value in found} for found in best],
+            "text_offset": [self._place(token) for token in sampled],
         }
 
     def prompt(self, token_ids: Sequence[int], entries: Sequence[Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fastdeploy_lite.engine.generation import StopFinder, end_of
 from fastdeploy_lite.engine.output_processor import OutputProcessor
 from fastdeploy_lite.engine.request import RequestOutput
 from fastdeploy_lite.request.messages import EngineOutput, EngineRequest, Timing
-from fastdeploy_lite.request.step import TokenLogprobs
+from fastdeploy_lite.request.step import LOWEST, TokenLogprobs
 
 
 def chunks(request: EngineRequest, outputs: list[EngineOutput]) -> list[RequestOutput]:
@@ -154,6 +154,17 @@ def test_logprobs_take_upstreams_forms() -> None:
         6: -1.5,
         50: -0.1,
     }
+
+
+def test_what_could_not_come_is_no_alternative() -> None:
+    outputs = token_by_token([30])
+    outputs[0].new_logprobs = [TokenLogprobs(0.0, 1, [30, 0, 1], [0.0, LOWEST, LOWEST])]
+    first = chunks(make_request("r", [5]), outputs)[0].outputs
+    assert first.logprobs is not None
+    assert list(first.logprobs[0] or {}) == [30]
+    assert first.top_logprobs is not None
+    assert first.top_logprobs.alternatives(0, -1) == [(30, 0.0)]
+    assert first.top_logprobs.logprobs == [[0.0, 0.0, LOWEST, LOWEST]], "rows are of one length"
 
 
 def test_metrics_are_durations_and_times() -> None:

@@ -10,10 +10,10 @@ import paddle
 import pytest
 
 from fastdeploy_lite.config import LogprobsMode
-from fastdeploy_lite.model_executor.logprobs import LOWEST, log_softmax, nucleus, select
+from fastdeploy_lite.model_executor.logprobs import log_softmax, nucleus, select
 from fastdeploy_lite.model_executor.sampling_batch import SampledRow, SamplingBatch
 from fastdeploy_lite.model_executor.workspace import Workspace
-from fastdeploy_lite.request.step import SamplerParams, SequenceSlice
+from fastdeploy_lite.request.step import LOWEST, SamplerParams, SequenceSlice
 
 VOCAB = 100
 MASK_WORDS = 4
