@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastdeploy_lite import paddle_device
-from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.errors import ConfigError, quote
 
 DeviceKind = Literal["gpu", "nvidia", "cpu"]
 DEVICE_VARIABLE = "FD_LITE_DEVICE"
@@ -106,6 +106,8 @@ def activate(index: int = 0, wanted: str | None = None) -> Any:
     _release_root_logger()
     decided = decide()
     kind = decided.kind if wanted in (None, "auto") else wanted
+    if kind not in _KINDS:
+        raise ConfigError(f"device: found {quote(kind)}, expected one of auto, {', '.join(_KINDS)}")
     if kind not in ("cpu", decided.kind):
         raise ConfigError(
             f"device {kind!r} was asked for but this process runs on {decided.kind!r}: "

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fastdeploy_lite.benchmarks.ceilings import Ceilings
 from fastdeploy_lite.benchmarks.experts import Row
 from fastdeploy_lite.utils.errors import ConfigError
+
+
+def figure_class() -> Any:
+    """matplotlib's `Figure`.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install 'fastdeploy-lite[plots]'") from None
+    return Figure
 
 
 def draw(path: str, title: str, rows: Sequence[Row], ceilings: Ceilings) -> None:
@@ -24,11 +38,7 @@ def draw(path: str, title: str, rows: Sequence[Row], ceilings: Ceilings) -> None
     Raises:
         ConfigError: matplotlib is missing, or the picture cannot be written there.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'fastdeploy-lite[plots]'") from None
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = figure_class()(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     work = [row.flops / row.nbytes for row in rows]
     ridge = ceilings.flops_per_second / ceilings.bytes_per_second

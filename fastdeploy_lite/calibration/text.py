@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.utils.errors import ConfigError, quote
+from fastdeploy_lite.utils.files import check_readable
 
 END_OF_DOCUMENT = "</s>"
 SAMPLE = "sample"
@@ -40,8 +41,7 @@ def read_documents(source: str | Path) -> Iterator[Document]:
         ConfigError: the file is missing, empty or not what its name says; names the line.
     """
     path = _SAMPLE_FILE if source == SAMPLE else Path(source)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; name a .txt, .jsonl or .parquet file of text")
+    check_readable(path, "a .txt, .jsonl or .parquet file of text")
     kinds = {".jsonl": _read_lines, ".json": _read_lines, ".parquet": _read_parquet}
     suffix = [part for part in path.suffixes if part != ".gz"][-1:]
     count = 0

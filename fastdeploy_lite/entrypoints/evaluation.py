@@ -8,6 +8,7 @@ both together.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,8 @@ from fastdeploy_lite.config import (
     WantedOrder,
 )
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
-from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.errors import ConfigError, quote
+from fastdeploy_lite.utils.files import check_readable
 from fastdeploy_lite.worker.model_runner import ModelRunner
 
 CHUNK_TOKENS = 256
@@ -133,14 +135,20 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> ArrayF64:
 
 
 def mean_interval(parts: Sequence[ArrayF64]) -> tuple[float, Interval]:
-    """Mean over all values of windows, and its 95 % bootstrap interval over windows."""
+    """Mean over all values of windows, and its 95 % bootstrap interval over windows.
+
+    One window says nothing of what others would: its interval is NaN to NaN.
+    """
     sums = np.array([float(part.sum()) for part in parts])
     counts = np.array([part.size for part in parts], np.float64)
+    mean = float(sums.sum() / counts.sum())
+    if len(parts) == 1:
+        return mean, (math.nan, math.nan)
     generator = np.random.default_rng(0)
     drawn = generator.integers(0, len(parts), (RESAMPLES, len(parts)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return float(sums.sum() / counts.sum()), (float(low), float(high))
+    return mean, (float(low), float(high))
 
 
 def share_interval(hits: int, count: int) -> Interval:
@@ -157,12 +165,14 @@ def read_choices(tokenizer: Ernie4_5Tokenizer, path: Path) -> Iterator[Question]
     Raises:
         ConfigError: the file is missing, or a line is not of that form; names the line.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; name a .jsonl file of questions")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _choice(tokenizer, line, f"{path}: line {number}")
+    check_readable(path, "a .jsonl file of questions")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _choice(tokenizer, line, f"{path}: line {number}")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected text in UTF-8, {error}") from error
 
 
 def likeliest(runner: ModelRunner, question: Question, per_character: bool) -> int:
@@ -176,19 +186,34 @@ def likeliest(runner: ModelRunner, question: Question, per_character: bool) -> i
 
 def _choice(tokenizer: Ernie4_5Tokenizer, line: str, where: str) -> Question:
     try:
-        data: Any = json.loads(line)
-        question, answers, right = data["question"], data["choices"], data["answer"]
-        if isinstance(right, str) and len(right) == 1 and right.isalpha():
-            right = ord(right.upper()) - ord("A")
-        valid = len(answers) > 1 and 0 <= int(right) < len(answers) and all(answers)
-        texts = [str(answer) for answer in answers]
-        if not (valid and isinstance(question, str) and question):
-            raise ValueError("values out of range")
-    except (ValueError, KeyError, TypeError) as error:
+        question, answers, right = _fields(json.loads(line))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f'{where}: expected {{"question": text, "choices": [text, ...], "answer": index}}, '
-            f"{type(error).__name__} {error}"
-        ) from error
+            f'{where}: expected {{"question": text, "choices": [text, ...], "answer": index}}: '
+            f"{error}"
+        ) from None
     prompt = list(tokenizer.encode_text(question))
-    encoded = [list(tokenizer.encode_text(text)) for text in texts]
-    return Question(prompt, encoded, [len(text) for text in texts], int(right))
+    encoded = [list(tokenizer.encode_text(text)) for text in answers]
+    return Question(prompt, encoded, [len(text) for text in answers], right)
+
+
+def _fields(data: Any) -> tuple[str, list[str], int]:
+    """Question, choices and the index of the right one; ValueError says what is wrong."""
+    if not isinstance(data, dict):
+        raise ValueError(f"found {quote(data)}")
+    question, answers, right = (data.get(name) for name in ("question", "choices", "answer"))
+    if not isinstance(question, str) or not question:
+        raise ValueError(f"question: found {quote(question)}")
+    texts = answers if isinstance(answers, list) else []
+    if len(texts) < 2 or not all(isinstance(a, str | int | float) and a != "" for a in texts):
+        raise ValueError(f"choices: found {quote(answers)}, expected at least two texts")
+    if isinstance(right, str) and len(right) == 1 and "A" <= right.upper() <= "Z":
+        right = ord(right.upper()) - ord("A")
+    if isinstance(right, str) and right.isdecimal():
+        right = int(right)
+    if type(right) is not int or not 0 <= right < len(texts):
+        found = quote(data.get("answer"))
+        raise ValueError(
+            f"answer: found {found}, expected the place of one of {len(texts)} choices"
+        )
+    return question, [str(text) for text in texts], right

@@ -168,6 +168,18 @@ class Preprocessor:
         """
         return self._prompt(request).token_ids
 
+    def text_of(self, token_ids: list[int], param: str) -> str:
+        """The text of tokens.
+
+        Args:
+            token_ids: From a request.
+            param: The field that holds them.
+
+        Raises:
+            RequestError: An id is not in the vocabulary; it would show no text.
+        """
+        return self.tokenizer.decode(self._within_vocabulary(token_ids, param))
+
     def _prompt(self, request: Request) -> _Prompt:
         start = self._checked_ids(request.completion_token_ids or (), "completion_token_ids")
         prompt, param = self._stated_prompt(request)

@@ -6,6 +6,7 @@ it may quote names taken from damaged files or from users, who must not be able 
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 _LONGEST_QUOTE = 120
@@ -102,4 +103,8 @@ def explain(error: BaseException) -> str:
 
 def _described(error: BaseException) -> str:
     text = str(error)
-    return text if isinstance(error, FastDeployError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, FastDeployError):
+        return text
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    return f"{type(error).__name__}: {text}"

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastdeploy_lite.utils.errors import CheckpointError, quote
+from fastdeploy_lite.utils.errors import CheckpointError, ConfigError, quote
 
 LARGEST_TEXT = 16 << 20
 """Bytes of a chat template or a configuration; real ones have a few thousand."""
@@ -21,6 +21,47 @@ _LFS = b"version https://git-lfs.github.com/"
 def is_there(path: Path) -> bool:
     """Whether a folder holds a file; a link to nothing is a damaged one, not none."""
     return path.exists() or path.is_symlink()
+
+
+def check_readable(path: Path, wanted: str) -> None:
+    """Refuse what no text can be read from; a pipe, such as a shell's `<(command)`, is a file.
+
+    Args:
+        path: Given by a user.
+        wanted: What it should be, for the message.
+
+    Raises:
+        ConfigError: There is none, or it is a folder.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path}: found a folder, expected {wanted}")
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; name {wanted}")
+
+
+def check_writable(path: str | Path, option: str) -> None:
+    """Refuse before the work what its result could not be written to after it.
+
+    Args:
+        path: Of a file that is written anew, or of a pipe or device.
+        option: That names it, for the message.
+
+    Raises:
+        ConfigError: It is a folder, or no file can be written there.
+    """
+    path = Path(path)
+    is_new = not path.exists()
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: found a folder, expected a file")
+    if not (is_new or path.is_file()):
+        return
+    try:
+        with path.open("ab"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: {error.strerror}") from None
 
 
 def check_regular(path: Path, largest: int) -> None:

@@ -81,6 +81,15 @@ def test_tokenize(http: httpx.Client) -> None:
     assert chat["tokens"][0] == 6
 
 
+def test_ids_outside_of_the_vocabulary_have_no_text(http: httpx.Client) -> None:
+    """They were left out in silence."""
+    answer = http.post("/detokenize", json={"tokens": [1060, 8192]})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "tokens"
+    assert error["message"] == "tokens: token id 8192 is outside the model's vocabulary of 8192"
+
+
 def test_metrics(server: ServerProcess, http: httpx.Client) -> None:
     before = server.metric("fastdeploy:generation_tokens_total")
     http.post(CHAT, json={"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastdeploy_lite.utils.errors import ConfigError, quote
+from fastdeploy_lite.utils.files import check_writable
 
 # fmt: off
 WORDS = ("time", "water", "moon", "mountain", "river", "light", "spring", "wind", "night", "home",
@@ -39,6 +40,47 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {quote(text)}")
     return number
+
+
+def not_negative(text: str) -> int:
+    """Type of a flag that counts what may be left out.
+
+    Args:
+        text: From the command line.
+
+    Returns:
+        An integer of at least 0.
+
+    Raises:
+        argparse.ArgumentTypeError: It is something else.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {quote(text)}")
+    return number
+
+
+def output_file(text: str) -> str:
+    """Type of a flag that names where the result goes: refused before anything is measured.
+
+    Args:
+        text: From the command line; "" is nowhere.
+
+    Returns:
+        The same.
+
+    Raises:
+        argparse.ArgumentTypeError: Nothing can be written there.
+    """
+    try:
+        if text:
+            check_writable(text, "cannot write")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def positive_rate(text: str) -> float:
@@ -105,19 +147,29 @@ def sharegpt_requests(path: str, count: int, output_len: int | None) -> list[Ben
     Raises:
         ConfigError: The file cannot be used.
     """
+    if not path:
+        raise ConfigError("--dataset-path is missing: the ShareGPT JSON file to read")
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"--dataset-path {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--dataset-path {path}: {error}") from None
     requests = []
     for entry in data if isinstance(data, list) else []:
-        turns = [str(turn.get("value", "")) for turn in entry.get("conversations", [])]
+        turns = _turns(entry)
         if len(turns) >= 2 and turns[0]:
             length = output_len or max(len(turns[1]) // 4, 1)
             requests.append(BenchRequest(turns[0], length))
     if not requests:
         raise ConfigError(f"--dataset-path {path}: no conversation of two turns")
     return requests[:count]
+
+
+def _turns(entry: Any) -> list[str]:
+    turns = entry.get("conversations") if isinstance(entry, dict) else None
+    found = turns if isinstance(turns, list) else []
+    return [str(turn.get("value", "")) for turn in found if isinstance(turn, dict)]
 
 
 def percentiles(values: Sequence[float], wanted: Iterable[float]) -> dict[str, float]:

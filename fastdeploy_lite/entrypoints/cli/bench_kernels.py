@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdeploy_lite import device
+from fastdeploy_lite.entrypoints.cli.bench_common import output_file
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, quote
 
@@ -32,8 +33,14 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
     add("--kinds", type=_kinds, default=("ccq", "int4"), help=f"of {', '.join(KINDS)}")
     add("--tokens", type=_tokens, default=None, help="sizes of the batch, for instance 1,16,256")
     add("--device", choices=("auto", "cpu"), default="auto", help="cpu leaves a card alone")
-    add("--json", default=None, metavar="FILE", help="write the result here")
-    add("--plot", default=None, metavar="FILE", help="draw a roofline (.png, .svg, .pdf)")
+    add("--json", type=output_file, default=None, metavar="FILE", help="write the result here")
+    add(
+        "--plot",
+        type=output_file,
+        default=None,
+        metavar="FILE",
+        help="draw a roofline (.png, .svg, .pdf)",
+    )
 
 
 def _kinds(text: str) -> tuple[str, ...]:
@@ -55,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     place = device.activate(0, args.device)
     from fastdeploy_lite.benchmarks import ceilings, experts, roofline  # noqa: PLC0415
 
+    if args.plot:
+        roofline.figure_class()  # missing: said before anything is measured
     most = ceilings.measure(place)
     shape = experts.SHAPES[args.shape]
     print(

@@ -9,7 +9,7 @@ import time
 import numpy as np
 
 from fastdeploy_lite.entrypoints.cli import bench_common, offline
-from fastdeploy_lite.entrypoints.cli.bench_common import positive
+from fastdeploy_lite.entrypoints.cli.bench_common import not_negative, output_file, positive
 from fastdeploy_lite.request.params import SamplingParams
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 
@@ -24,10 +24,10 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
     add("--output-len", type=positive, default=128, help="generated tokens")
     add("--batch-size", type=positive, default=8, help="sequences")
     add("--n", type=positive, default=1, help="answers per prompt")
-    add("--num-iters-warmup", type=int, default=10, help="batches before measuring")
+    add("--num-iters-warmup", type=not_negative, default=10, help="batches before measuring")
     add("--num-iters", type=positive, default=30, help="measured batches")
     add("--profile", action="store_true", help="profile one batch instead")
-    add("--output-json", default=None, help="write the result here")
+    add("--output-json", type=output_file, default=None, help="write the result here")
     add("--disable-detokenize", action="store_true", help="accepted, no effect")
     offline.add_engine_arguments(parser)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastdeploy_lite import _ops_cpu
 from fastdeploy_lite.benchmarks import encoding
+from fastdeploy_lite.entrypoints.cli.bench_common import output_file, positive
 from fastdeploy_lite.quantization import card
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, quote
@@ -29,9 +30,9 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
         help=f"of {', '.join(encoding.METHODS)}")  # fmt: skip
     add("--distribution", choices=tuple(encoding.DISTRIBUTIONS), default="gaussian",
         help="of the weights; student-t: 5 degrees of freedom")  # fmt: skip
-    add("--rounds", type=int, default=3, help="encodings of the same matrix")
-    add("--num-threads", type=int, default=None, help="of the search; default: all CPUs")
-    add("--json", default=None, metavar="FILE", help="write the result here")
+    add("--rounds", type=positive, default=3, help="encodings of the same matrix")
+    add("--num-threads", type=positive, default=None, help="of the search; default: all CPUs")
+    add("--json", type=output_file, default=None, metavar="FILE", help="write the result here")
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -54,11 +55,7 @@ def _methods(text: str) -> tuple[str, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
-    if args.rounds < 1:
-        raise ConfigError(f"--rounds: found {args.rounds}, expected at least 1")
     if args.num_threads is not None:
-        if args.num_threads < 1:
-            raise ConfigError(f"--num-threads: found {args.num_threads}, expected at least 1")
         _ops_cpu.set_num_threads(args.num_threads)
     found_card, _ = card.find(args.device)
     place = f"{_ops_cpu.num_threads()} threads ({_ops_cpu.current_isa()})"

@@ -16,12 +16,17 @@ from typing import Any
 import httpx
 
 from fastdeploy_lite.entrypoints.cli import bench_common
-from fastdeploy_lite.entrypoints.cli.bench_common import BenchRequest, positive, positive_rate
+from fastdeploy_lite.entrypoints.cli.bench_common import (
+    BenchRequest,
+    not_negative,
+    output_file,
+    positive,
+    positive_rate,
+)
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
-from fastdeploy_lite.utils.errors import FastDeployError
+from fastdeploy_lite.utils.errors import FastDeployError, quote
 
 UNNAMED_PROMPTS = 64
-_METRICS = ("ttft", "tpot", "itl", "e2el")
 _TITLES = {
     "ttft": "time to first token",
     "tpot": "time per output token, first excluded",
@@ -61,7 +66,12 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
         help="words, of one to three tokens",
     )
     add("--random-output-len", type=positive, default=128, help="generated tokens")
-    add("--random-prefix-len", type=int, default=0, help="words that all prompts begin with")
+    add(
+        "--random-prefix-len",
+        type=not_negative,
+        default=0,
+        help="words that all prompts begin with",
+    )
     add(
         "--output-len",
         type=positive,
@@ -81,10 +91,27 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
     add("--top-k", type=int, default=None, help="sampling")
     add("--temperature", type=float, default=None, help="sampling")
     add("--seed", type=int, default=0, help="of prompts and arrivals")
-    add("--percentile-metrics", default="ttft,tpot,itl,e2el", help="what to print")
-    add("--metric-percentiles", default="50,90,99", help="which percentiles")
+    add("--percentile-metrics", type=_metrics, default=",".join(_TITLES), help="what to print")
+    add("--metric-percentiles", type=_percentiles, default="50,90,99", help="which percentiles")
     add("--save-result", action="store_true", help="write bench-DATE.json")
-    add("--result-filename", default=None, help="write here instead")
+    add("--result-filename", type=output_file, default=None, help="write here instead")
+
+
+def _metrics(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if wrong := [name for name in names if name not in _TITLES]:
+        raise argparse.ArgumentTypeError(f"{quote(wrong[0])} is none of {', '.join(_TITLES)}")
+    return names
+
+
+def _percentiles(text: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [-1.0]
+    if not all(0 <= number <= 100 for number in numbers):
+        raise argparse.ArgumentTypeError(f"expected numbers from 0 to 100, got {quote(text)}")
+    return numbers
 
 
 def run(args: argparse.Namespace) -> int:
@@ -150,7 +177,7 @@ async def _check(client: httpx.AsyncClient, args: argparse.Namespace) -> None:
     """One short request first: a wrong address should say so, not fill a table with failures."""
     result = await _one(client, args, BenchRequest("hello", 2))
     if result.error:
-        raise FastDeployError(f"The server at {client.base_url} does not answer: {result.error}")
+        raise FastDeployError(f"The server at {client.base_url}: {result.error}")
 
 
 async def _one(
@@ -162,7 +189,8 @@ async def _one(
         path, body = _body(args, request)
         async with client.stream("POST", path, json=body) as response:
             if response.status_code != 200:
-                result.error = f"{response.status_code} {(await response.aread())[:200]!r}"
+                answer = (await response.aread())[:300].decode(errors="replace")
+                result.error = f"POST {path} was answered with {response.status_code} {answer}"
                 return result
             async for line in response.aiter_lines():
                 now = time.perf_counter()
@@ -174,7 +202,7 @@ async def _one(
                     last = now
                 _read_usage(line, result)
     except (httpx.HTTPError, ValueError) as error:
-        result.error = f"{type(error).__name__}: {error}"
+        result.error = f"no answer, {type(error).__name__}: {error}"
     result.latency = last - started
     return result
 
@@ -224,7 +252,6 @@ def summarize(args: argparse.Namespace, measured: list[Measured], seconds: float
         Counts, throughputs per second, and latencies in milliseconds.
     """
     good = [m for m in measured if m.error is None and m.ttft]
-    wanted = [float(p) for p in args.metric_percentiles.split(",")]
     values = {
         "ttft": [m.ttft for m in good],
         "tpot": [(m.latency - m.ttft) / (m.output_tokens - 1) for m in good if m.output_tokens > 1],
@@ -244,8 +271,10 @@ def summarize(args: argparse.Namespace, measured: list[Measured], seconds: float
         "total_input_tokens": prompt,
         "total_output_tokens": output,
         **{
-            f"{name}_ms": bench_common.percentiles([1e3 * v for v in values[name]], wanted)
-            for name in _METRICS
+            f"{name}_ms": bench_common.percentiles(
+                [1e3 * v for v in values[name]], args.metric_percentiles
+            )
+            for name in _TITLES
         },
     }
 
@@ -259,10 +288,9 @@ def _print(args: argparse.Namespace, result: dict[str, Any]) -> None:
         ("output tokens/s", f"{result['output_throughput']:.1f}"),
         ("all tokens/s", f"{result['total_token_throughput']:.1f}"),
     ]
-    for name in args.percentile_metrics.split(","):
-        if name in _TITLES:
-            rows.append((_TITLES[name], ""))
-            rows += [(f"  {k} (ms)", f"{v:.2f}") for k, v in result[f"{name}_ms"].items()]
+    for name in args.percentile_metrics:
+        rows.append((_TITLES[name], ""))
+        rows += [(f"  {k} (ms)", f"{v:.2f}") for k, v in result[f"{name}_ms"].items()]
     bench_common.print_table(" serving benchmark ", rows)
     for error in result["errors"]:
         print(f"error: {error}")

@@ -6,7 +6,7 @@ import argparse
 import time
 
 from fastdeploy_lite.entrypoints.cli import bench_common, offline
-from fastdeploy_lite.entrypoints.cli.bench_common import positive
+from fastdeploy_lite.entrypoints.cli.bench_common import not_negative, output_file, positive
 from fastdeploy_lite.request.params import SamplingParams
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 
@@ -25,10 +25,10 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
         help="words of a prompt, of one to three tokens",
     )
     add("--output-len", type=positive, default=128, help="generated tokens")
-    add("--prefix-len", type=int, default=0, help="words that all prompts begin with")
+    add("--prefix-len", type=not_negative, default=0, help="words that all prompts begin with")
     add("--n", type=positive, default=1, help="answers per prompt")
     add("--num-prompts", type=positive, default=50, help="requests")
-    add("--output-json", default=None, help="write the result here")
+    add("--output-json", type=output_file, default=None, help="write the result here")
     offline.add_engine_arguments(parser)
 
 

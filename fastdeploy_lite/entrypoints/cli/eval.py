@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fastdeploy_lite import envs
+from fastdeploy_lite.checkpoint.hub import resolve_model
 from fastdeploy_lite.config import WantedOrder
 from fastdeploy_lite.utils.errors import ConfigError
+from fastdeploy_lite.utils.files import check_writable
 
 MEASURES = ("perplexity", "kl", "choice")
 
@@ -26,18 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "answer is the likeliest."
     )
     parser.add_argument("measure", choices=MEASURES)
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="model folder, repository id, or 'demo'"
+    )
     parser.add_argument(
         "--text",
         required=True,
-        type=Path,
         metavar="FILE",
-        help=".txt (a document a paragraph), .jsonl or .parquet of text or messages; for choice "
-        '.jsonl of {"question", "choices", "answer"}',
+        help=".txt (a document a paragraph), .jsonl or .parquet of text or messages; `sample` is "
+        'a packaged text; for choice .jsonl of {"question", "choices", "answer"}',
     )
-    parser.add_argument(
-        "--against", type=Path, metavar="DIR", help="model to compare with (kl needs it)"
-    )
+    parser.add_argument("--against", metavar="DIR", help="model to compare with (kl needs it)")
     parser.add_argument("--context", type=int, default=1024, help="tokens a window (default 1024)")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth document only")
     parser.add_argument("--limit", type=int, metavar="TOKENS", help="only the text's first tokens")
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="row order of 2-bit experts of --model; default: FD_LITE_WINT2_ROW_ORDER, else auto",
     )
     parser.add_argument("--device", help="cpu, nvidia or gpu (default: the best there is)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,6 +68,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("kl: --against is missing: the model to measure the divergence from")
     if args.context < 2 or args.every < 1 or (args.limit is not None and args.limit < 2):
         raise ConfigError("--context and --limit must be at least 2, --every at least 1")
+    _refuse_idle(args)
+    if args.json is not None:
+        check_writable(args.json, "--json")
+    args.model = resolve_model(args.model)
+    if args.against is not None:
+        args.against = resolve_model(args.against)
     started = time.perf_counter()
     measure = {"perplexity": _perplexity, "kl": _divergence, "choice": _choice}[args.measure]
     figures = measure(args)
@@ -74,8 +81,27 @@ def run(args: argparse.Namespace) -> int:
     for name, value in figures.items():
         print(f"{name:>20}: {_text(value)}")
     if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(_plain(figures), indent=1, allow_nan=False)
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
     return 0
+
+
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """Options that the measure would not read."""
+    if args.measure == "choice" and args.limit is not None:
+        raise ConfigError("--limit counts tokens of a text: for choice pass --every")
+    if args.measure != "choice" and args.per_character:
+        raise ConfigError(f"--per-character belongs to choice: leave it out for {args.measure}")
+
+
+def _plain(figures: dict[str, Any]) -> dict[str, Any]:
+    """For JSON, which has no NaN: an interval that is not known is null."""
+    return {
+        name: [None if math.isnan(part) else part for part in value]
+        if isinstance(value, tuple)
+        else value
+        for name, value in figures.items()
+    }
 
 
 def _windows(args: argparse.Namespace) -> list[list[int]]:
@@ -151,7 +177,7 @@ def _choice(args: argparse.Namespace) -> dict[str, Any]:
     from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer  # noqa: PLC0415
 
     tokenizer = Ernie4_5Tokenizer.from_pretrained(str(args.model))
-    questions = list(evaluation.read_choices(tokenizer, args.text))[:: args.every]
+    questions = list(evaluation.read_choices(tokenizer, Path(args.text)))[:: args.every]
     if not questions:
         raise ConfigError(f"{args.text}: found no question")
     longest = max(len(q.prompt) + max(map(len, q.answers)) for q in questions)
@@ -172,5 +198,7 @@ def _choice(args: argparse.Namespace) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
+        if math.isnan(value[1]):
+            return f"{value[0]:.4f}  (no interval: a single window; see --context)"
         return f"{value[0]:.4f}  (95 %: {value[1]:.4f} to {value[2]:.4f})"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -20,6 +20,7 @@ from fastdeploy_lite.entrypoints.openai.app import create_application
 from fastdeploy_lite.entrypoints.openai.server_args import ServerArgs
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, RequestError, one_line, quote
+from fastdeploy_lite.utils.files import check_writable
 from fastdeploy_lite.utils.logging import init_file_logging
 
 _JSON = {"content-type": "application/json"}
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("port", "workers"):
         if getattr(args, name) is not None:
             print(f"--{name} has no effect: a batch needs no server", file=sys.stderr)
-    _check_target(args.output_file)
+    if not _is_address(args.output_file):
+        check_writable(args.output_file, "--output-file")
     lines = [line for line in _read(args.input_file).split(b"\n") if line.strip()]
     answers = asyncio.run(_answer_all(args, lines))
     text = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
@@ -57,36 +59,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _is_address(target: str) -> bool:
+    return target.startswith(("http://", "https://"))
+
+
 def _read(source: str) -> bytes:
     try:
-        if source.startswith(("http://", "https://")):
+        if _is_address(source):
             return httpx.get(source, follow_redirects=True).raise_for_status().content
         return Path(source).read_bytes()
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        raise ConfigError(f"--input-file {source}: {error}") from None
-
-
-def _check_target(target: str) -> None:
-    """Refuse before the work what the answers could not be written to after it."""
-    path = Path(target)
-    is_new = not path.exists()
-    if target.startswith(("http://", "https://")) or not (is_new or path.is_file()):
-        if path.is_dir():
-            raise ConfigError(f"--output-file {target}: is a folder; name a file")
-        return
-    try:
-        with path.open("ab"):
-            pass
-        if is_new:
-            path.unlink()
     except OSError as error:
-        raise ConfigError(f"--output-file {target}: {error.strerror}") from None
+        raise ConfigError(f"--input-file {source}: {error.strerror or error}") from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ConfigError(f"--input-file {source}: {error}") from None
 
 
 def _write(args: argparse.Namespace, data: bytes) -> None:
     target = args.output_file
     try:
-        if not target.startswith(("http://", "https://")):
+        if not _is_address(target):
             Path(target).write_bytes(data)
             return
         with tempfile.NamedTemporaryFile("w+b", dir=args.output_tmp_dir) as file:

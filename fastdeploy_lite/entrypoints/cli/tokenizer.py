@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"ids: {ids}")
     if args.decode is not None:
         asked = True
-        print(f"text: {tokenizer.decode(parse_ids(args.decode))}")
+        print(f"text: {tokenizer.decode(known_ids(args.decode, tokenizer.vocab_size))}")
     if args.vocab_size:
         asked = True
         print(f"vocabulary size: {tokenizer.vocab_size}")
@@ -69,6 +69,27 @@ def parse_ids(text: str) -> list[int]:
     if not isinstance(value, list) or not all(type(i) is int for i in value):
         raise ConfigError(f"--decode: expected ids such as [1, 2] or 1,2; got {quote(text)}")
     return value
+
+
+def known_ids(text: str, vocab_size: int) -> list[int]:
+    """As `parse_ids`, of a vocabulary: an id that is not in it would show no text.
+
+    Args:
+        text: Either form.
+        vocab_size: Number of tokens.
+
+    Returns:
+        The ids.
+
+    Raises:
+        ConfigError: It is neither form, or holds another id.
+    """
+    ids = parse_ids(text)
+    if wrong := [i for i in ids if not 0 <= i < vocab_size]:
+        raise ConfigError(
+            f"--decode: token id {quote(wrong[0])} is outside of the vocabulary of {vocab_size}"
+        )
+    return ids
 
 
 def information(tokenizer: Ernie4_5Tokenizer) -> dict[str, Any]:

@@ -375,7 +375,7 @@ def _add_text(app: FastAPI, service: Service) -> None:
     async def detokenize(http: Request) -> Response:
         """The text of token ids."""
         body = await parse(http, DetokenizeRequest)
-        text = await service.in_thread(service.tokenizer.decode, body.tokens)
+        text = await service.in_thread(service.preprocessor.text_of, body.tokens, "tokens")
         return errors.json_response({"prompt": text})
 
 

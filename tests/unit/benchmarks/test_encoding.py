@@ -55,21 +55,6 @@ def test_times_of_all_experts_follow_from_their_shapes(
     assert experts.seconds(rows) == pytest.approx(taken)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--rounds", "0"], "--rounds: found 0, expected at least 1"),
-        (["--num-threads", "0"], "--num-threads: found 0, expected at least 1"),
-        (["--json", "/nowhere/file", "--shape", "128,8", "--rounds", "1"], "--json /nowhere/file"),
-    ],
-)
-def test_bad_arguments_are_one_line(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.run(["bench", "quantize", *options]) == 1
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("wrong", [["--shape", "100,8"], ["--shape", "128"], ["--methods", "x"]])
 def test_what_cannot_be_parsed_is_refused(
     wrong: list[str], capsys: pytest.CaptureFixture[str]

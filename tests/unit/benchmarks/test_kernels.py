@@ -92,13 +92,3 @@ def test_wrong_options_are_named(
         main.run(["bench", "kernels", *options])
     assert caught.value.code == 2
     assert words in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", ["--json", "--plot"])
-def test_a_place_that_cannot_be_written(
-    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    target = str(tmp_path / "missing" / "x.svg")
-    command = ["bench", "kernels", "--shape", "demo", "--device", "cpu", "--kinds", "int8"]
-    assert main.run([*command, "--tokens", "1", option, target]) == 1
-    assert target in capsys.readouterr().err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import gzip
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,21 @@ def test_of_a_long_text_the_beginning_is_drawn_from(
         chosen = calibration_windows(tokenizer, file, min(limit, len(stream)), 16, seed=0)
         expected = list(windows(stream, 16, limit))
         assert sorted(map(list, chosen)) == sorted(expected)
+
+
+def test_a_pipe_is_a_file(tmp_path: Path) -> None:
+    """As in `--text <(zstdcat text.zst)`."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("one\n\ntwo",), daemon=True)
+    writer.start()
+    assert list(read_documents(pipe)) == [{"text": "one"}, {"text": "two"}]
+    writer.join()
+
+
+def test_a_folder_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"found a folder, expected a \.txt, \.jsonl"):
+        list(read_documents(tmp_path))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -75,6 +75,23 @@ def test_tokenizer_refuses_what_is_not_ids(text: str) -> None:
         tokenizer.parse_ids(text)
 
 
+@pytest.mark.parametrize("ids", ["1,8192", "[-1]", "437, 99999999999999999999"])
+def test_tokenizer_names_an_unknown_id(ids: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["tokenizer", "-d", ids]) == 1
+    found = capsys.readouterr()
+    assert "is outside of the vocabulary of 8192" in found.err
+    assert not found.out
+
+
+def test_errors_of_the_system_name_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "nowhere" / "v.json"
+    assert main.run(["tokenizer", "-ve", str(file)]) == 1
+    expected = f"fastdeploy-lite tokenizer: {file}: No such file or directory\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_errors_are_one_line_and_the_status_is_not_zero(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -120,6 +137,13 @@ def test_an_empty_address_is_not_an_absent_one(
         ("serve", "--max-concurrency", "0"),
         ("serve", "--request-rate", "0"),
         ("serve", "--request-rate", "nan"),
+        ("serve", "--metric-percentiles", "50,x"),
+        ("serve", "--metric-percentiles", "101"),
+        ("serve", "--random-prefix-len", "-1"),
+        ("throughput", "--prefix-len", "-1"),
+        ("latency", "--num-iters-warmup", "-1"),
+        ("quantize", "--rounds", "0"),
+        ("quantize", "--num-threads", "0"),
     ],
 )
 def test_nothing_cannot_be_measured(
@@ -131,6 +155,34 @@ def test_nothing_cannot_be_measured(
     error = capsys.readouterr().err
     assert f"argument {flag}: expected" in error
     assert f"got '{value}'" in error
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("latency", "--output-json"),
+        ("throughput", "--output-json"),
+        ("serve", "--result-filename"),
+        ("kernels", "--json"),
+        ("kernels", "--plot"),
+        ("quantize", "--json"),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_told_before_measuring(
+    command: str, flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (tmp_path, tmp_path / "nowhere" / "x"):
+        with pytest.raises(SystemExit):
+            main.run(["bench", command, flag, str(place)])
+        error = capsys.readouterr().err
+        assert f"argument {flag}: cannot write {place}" in error
+        assert error.count("\n") == 1
+
+
+def test_unknown_metrics_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.run(["bench", "serve", "--percentile-metrics", "ttft,latency"])
+    assert "'latency' is none of ttft, tpot, itl, e2el" in capsys.readouterr().err
 
 
 def test_collect_env(capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +206,16 @@ def test_sharegpt_file(tmp_path: Path) -> None:
     assert (request.prompt, request.output_len) == ("hi", 10)
     with pytest.raises(ConfigError, match=r"absent\.json"):
         bench_common.sharegpt_requests(str(tmp_path / "absent.json"), 1, None)
+    with pytest.raises(ConfigError, match="--dataset-path is missing"):
+        bench_common.sharegpt_requests("", 1, None)
+
+
+@pytest.mark.parametrize("data", [[1, "a"], [{"conversations": [1, {"value": "a"}]}], {"a": 1}])
+def test_files_of_another_form_are_no_sharegpt(data: object, tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match="no conversation of two turns"):
+        bench_common.sharegpt_requests(str(path), 10, None)
 
 
 def test_help_leaves_flags_without_effect_out(capsys: pytest.CaptureFixture[str]) -> None:
