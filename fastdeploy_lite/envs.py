@@ -9,70 +9,85 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from fastdeploy_lite.utils.errors import ConfigError, quote
 
 
-def _text(default: str | None) -> Callable[[str | None], str | None]:
-    return lambda value: default if value is None else value
+@dataclass(frozen=True)
+class Variable:
+    """How the text of one variable becomes a value.
+
+    Attributes:
+        default: The value where it is not set, or blank.
+        read: Converts a text; ValueError or KeyError where it cannot.
+        expected: What it takes, in words.
+    """
+
+    default: Any
+    read: Callable[[str], Any]
+    expected: str
+
+    def __call__(self, text: str | None) -> Any:
+        """The value of a text; None is that of a variable that is not set."""
+        if text is None or (self.read is not str and not text.strip()):
+            return self.default
+        return self.read(text)
 
 
-def _integer(default: int) -> Callable[[str | None], int]:
-    return lambda value: default if value is None or not value.strip() else int(value)
+def _text(default: str | None) -> Variable:
+    return Variable(default, str, "any text")
 
 
-def _boolean(default: bool) -> Callable[[str | None], bool]:
-    def parse(value: str | None) -> bool:
-        if value is None or not value.strip():
-            return default
-        words = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
-        return words[value.strip().lower()]
-
-    return parse
+def _boolean(default: bool) -> Variable:
+    words = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+    return Variable(default, lambda text: words[text.strip().lower()], f"one of {', '.join(words)}")
 
 
-def _names(value: str | None) -> list[str]:
-    return [name.strip() for name in (value or "").split(",") if name.strip()]
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _keys(value: str | None) -> list[str]:
+def _list() -> Variable:
+    return Variable([], _names, "names with commas between")
+
+
+def _keys(text: str | None) -> list[str]:
     """Refuses a variable that is set and holds no key: the door would stand open unnoticed."""
-    names = _names(value)
-    if value is not None and not names:
+    names = _names(text or "")
+    if text is not None and not names:
         raise ValueError
     return names
 
 
-def _one_of(default: str | None, *choices: str) -> Callable[[str | None], str | None]:
-    def parse(value: str | None) -> str | None:
-        if value is None or not value.strip():
-            return default
-        found = {choice.lower(): choice for choice in choices}
-        return found[value.strip().lower()]
-
-    return parse
+def _one_of(default: str | None, *choices: str) -> Variable:
+    found = {choice.lower(): choice for choice in choices}
+    return Variable(
+        default, lambda text: found[text.strip().lower()], f"one of {', '.join(choices)}"
+    )
 
 
-def _at_least(least: int, default: int) -> Callable[[str | None], int]:
-    def parse(value: str | None) -> int:
-        number = default if value is None or not value.strip() else int(value)
-        if number < least:
+def _at_least(least: int, default: int, most: int | None = None) -> Variable:
+    def read(text: str) -> int:
+        number = int(text)
+        if number < least or (most is not None and number > most):
             raise ValueError
         return number
 
-    return parse
+    bound = "" if most is None else f" and at most {most}"
+    return Variable(default, read, f"a whole number of at least {least}{bound}")
 
 
-def _plugins(value: str | None) -> list[str] | None:
-    return None if value is None else _names(value)
+def _plugins(text: str | None) -> list[str] | None:
+    return None if text is None else _names(text)
 
 
 VARIABLES: dict[str, Callable[[str | None], Any]] = {
     # where things lie
     "FD_LOG_DIR": _text("log"),
     "FD_LOG_BACKUP_COUNT": _at_least(0, 7),
-    "FD_MODEL_SOURCE": _text("AISTUDIO"),
+    "FD_MODEL_SOURCE": _one_of("AISTUDIO", "AISTUDIO", "MODELSCOPE", "HUGGINGFACE"),
     "FD_MODEL_CACHE": _text(None),
     # what is logged; the level of requests is 0 life cycle, 1 stages, 2 content, 3 everything
     "FD_LOG_LEVEL": _one_of(None, "DEBUG", "INFO", "WARNING", "ERROR"),
@@ -102,10 +117,10 @@ VARIABLES: dict[str, Callable[[str | None], Any]] = {
     "FD_LIMIT_THINKING_CONTENT_TRUNCATE_STR": _text("</think>"),
     "FD_GUIDANCE_DISABLE_ADDITIONAL": _boolean(True),
     "FD_PLUGINS": _plugins,
-    "FD_BUILDING_ARCS": _names,
+    "FD_BUILDING_ARCS": _list(),
     # this project's own
     "FD_LITE_DEVICE": _text(None),
-    "FD_LITE_NUM_THREADS": _at_least(0, 0),
+    "FD_LITE_NUM_THREADS": _at_least(1, 0, 4096),
     "FD_LITE_CPU_ISA": _text(None),  # the native module reads it, and says what there is
     "FD_LITE_HUGE_PAGES": _boolean(True),
     "FD_LITE_PACKED_CACHE": _text(None),
@@ -141,8 +156,10 @@ def __getattr__(name: str) -> Any:
     try:
         return convert(value)
     except (ValueError, KeyError):
+        expected = convert.expected if isinstance(convert, Variable) else "at least one name"
         raise ConfigError(
-            f"Environment variable {name}: cannot use {quote(value)}; see docs/serving.md"
+            f"Environment variable {name}: cannot use {quote(value)}, expected {expected}; "
+            "see docs/environment.md"
         ) from None
 
 
@@ -150,7 +167,7 @@ def __dir__() -> list[str]:
     return sorted(VARIABLES)
 
 
-_SECRETS = ("FD_API_KEY", "EXPORTER_OTLP_HEADERS")
+SECRETS = ("FD_API_KEY", "EXPORTER_OTLP_HEADERS")
 
 
 def snapshot() -> dict[str, Any]:
@@ -160,9 +177,27 @@ def snapshot() -> dict[str, Any]:
         ConfigError: A value cannot be used.
     """
     values = {name: __getattr__(name) for name in VARIABLES}
-    for name in _SECRETS:
+    for name in SECRETS:
         values[name] = "***" if values[name] else values[name]
     return values
+
+
+def check() -> list[str]:
+    """Refuse variables that cannot be used before they matter.
+
+    Returns:
+        Lines on variables that do nothing.
+
+    Raises:
+        ConfigError: A value cannot be used.
+    """
+    values = snapshot()
+    lines = []
+    if unknown := without_meaning():
+        lines.append(f"Environment variables without a meaning here: {', '.join(unknown)}")
+    if not values["ENABLE_V1_KVCACHE_SCHEDULER"]:
+        lines.append("ENABLE_V1_KVCACHE_SCHEDULER=0 has no effect: there is one scheduler")
+    return lines
 
 
 def without_meaning() -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 from fastdeploy_lite import envs
 from fastdeploy_lite.assets import demo_path
 from fastdeploy_lite.checkpoint.location import find_weight_files, rank_numbers
-from fastdeploy_lite.utils.errors import CheckpointError, ConfigError, quote
+from fastdeploy_lite.utils.errors import CheckpointError, quote
 
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -128,11 +128,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def _source() -> tuple[str, _Source]:
-    name = str(envs.FD_MODEL_SOURCE).upper()
-    if name not in _SOURCES:
-        raise ConfigError(
-            f"FD_MODEL_SOURCE: found {quote(name)}, expected one of {', '.join(_SOURCES)}"
-        )
+    name = envs.FD_MODEL_SOURCE
     return name, _SOURCES[name]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Generator, Sequence
 from typing import Any
 
+from fastdeploy_lite import envs
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.engine_core import EngineCore, create_core
 from fastdeploy_lite.engine.output_processor import OutputProcessor
@@ -15,6 +17,8 @@ from fastdeploy_lite.request.messages import EngineRequest, EngineStats, Ready
 from fastdeploy_lite.request.outputs import RequestOutput
 from fastdeploy_lite.utils.errors import ConfigError
 from fastdeploy_lite.utils.interrupts import interrupts_deferred
+
+_log = logging.getLogger(__name__)
 
 
 class LLMEngine:
@@ -56,6 +60,8 @@ class LLMEngine:
                 f"data_parallel_size {args.data_parallel_size}: replicas are for a server or"
                 " AsyncLLM: leave it out here, or start one process a replica"
             )
+        for line in envs.check():
+            _log.warning(line)
         preprocessor = Preprocessor(args.create_runtime_config())
         core, ready = create_core(preprocessor.config, preprocessor.tokenizer)
         return cls(preprocessor, core, ready)

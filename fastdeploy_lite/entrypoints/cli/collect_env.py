@@ -49,8 +49,13 @@ def report() -> dict[str, list[str]]:
 
 
 def _set_variables() -> dict[str, object]:
-    values = envs.snapshot()
-    return {name: values[name] for name in values if name in os.environ}
+    """As they are set: a report must not fail on a value that cannot be used."""
+    names = [*envs.VARIABLES, *envs.without_meaning()]
+    return {
+        name: "***" if name in envs.SECRETS else os.environ[name]
+        for name in names
+        if name in os.environ
+    }
 
 
 def _machine() -> list[str]:

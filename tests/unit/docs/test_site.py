@@ -15,6 +15,8 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from fastdeploy_lite import envs
+
 ROOT = Path(__file__).resolve().parents[3]
 DOCS = ROOT / "docs"
 PAGES = [*DOCS.glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md")]
@@ -39,6 +41,13 @@ def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" not in target and not target.startswith("#"):
             assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_every_variable_has_its_line() -> None:
+    page = (DOCS / "environment.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = re.findall(r"`([A-Z_0-9]+)`", "".join(rows))
+    assert sorted(named) == sorted(envs.VARIABLES)
 
 
 def test_pictures_are_as_new_as_what_they_show(tmp_path: Path) -> None:

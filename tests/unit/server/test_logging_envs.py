@@ -17,6 +17,7 @@ import pytest
 from machine import handicap
 
 from fastdeploy_lite import envs
+from fastdeploy_lite.entrypoints.cli import main as cli
 from fastdeploy_lite.entrypoints.openai.middleware import access_line
 from fastdeploy_lite.utils.errors import ConfigError
 from fastdeploy_lite.utils.log_sinks import LogFile, Sink, write_all
@@ -278,6 +279,41 @@ def test_a_value_of_the_wrong_type_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         _ = envs.FD_LOG_BACKUP_COUNT
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("FD_LITE_HUGE_PAGES", "maybe", "one of 1, true, on, 0, false, off"),
+        ("FD_LITE_NUM_THREADS", "0", "a whole number of at least 1 and at most 4096"),
+        ("FD_LITE_NUM_THREADS", "4097", "a whole number of at least 1 and at most 4096"),
+        ("FD_LITE_SEND_SECONDS", "0", "a whole number of at least 1"),
+        ("FD_TRACE", "yes", "one of off, local, otel, all"),
+        ("FD_MODEL_SOURCE", "Hub", "one of AISTUDIO, MODELSCOPE, HUGGINGFACE"),
+        ("FD_API_KEY", " , ", "at least one name"),
+    ],
+)
+def test_what_a_variable_takes_is_said(
+    name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        envs.check()
+    found = f"Environment variable {name}: cannot use {value!r}, expected {expected}; see docs"
+    assert str(caught.value).startswith(found)
+
+
+def test_a_report_survives_its_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FD_TRACE", "yes")
+    monkeypatch.setenv("FD_LOG_DIRECTORY", "x")
+    monkeypatch.setenv("FD_API_KEY", "secret")
+    assert cli.run(["collect-env"]) == 0
+    text = capsys.readouterr().out
+    assert "FD_TRACE='yes'" in text
+    assert "FD_LOG_DIRECTORY='x'" in text
+    assert "FD_API_KEY='***'" in text
+
+
 def test_unknown_variables_do_not_exist() -> None:
     with pytest.raises(AttributeError, match="FD_NOPE"):
         _ = envs.FD_NOPE
@@ -294,3 +330,8 @@ def test_misspelt_variables_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FD_LOG_DIR", "x")
     assert "FD_LOG_DIRECTORY" in envs.without_meaning()
     assert "FD_LOG_DIR" not in envs.without_meaning()
+    monkeypatch.setenv("ENABLE_V1_KVCACHE_SCHEDULER", "0")
+    assert envs.check() == [
+        "Environment variables without a meaning here: FD_LOG_DIRECTORY",
+        "ENABLE_V1_KVCACHE_SCHEDULER=0 has no effect: there is one scheduler",
+    ]
