@@ -30,9 +30,7 @@ def reserve(parameter: str, host: str, port: int, probe: bool = True) -> socket.
     # with it, each answer on a kept connection waits 40 ms for the client's delayed ACK.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        # A restarted server must not wait for old connections to leave TIME_WAIT.
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
+        _bind(bound, host, port)
         # Only then: at another machine's address somebody may well answer.
         if probe and _is_listening(family, host, port):
             raise ConfigError(f"The parameter `{parameter}`:{port} is already in use.")
@@ -44,6 +42,44 @@ def reserve(parameter: str, host: str, port: int, probe: bool = True) -> socket.
         raise
     bound.set_inheritable(False)
     return bound
+
+
+def _bind(bound: socket.socket, host: str, port: int) -> None:
+    """Alone: with SO_REUSEADDR two servers that load at a time would both have the port, and one
+    would end when it opens it. With it only where connections of a former server are in TIME_WAIT,
+    which a restart must not wait for."""
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+
+
+def listen(parameter: str, bound: socket.socket, backlog: int) -> None:
+    """Open a port that was reserved.
+
+    Args:
+        parameter: Name for the message.
+        bound: From `reserve`.
+        backlog: Connections that the kernel keeps.
+
+    Raises:
+        ConfigError: Another process was faster.
+    """
+    # Connections inherit it: in TIME_WAIT they must not hold up the next start.
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.listen(backlog)
+    except OSError as error:
+        host, port = bound.getsockname()[:2]
+        raise ConfigError(_reason(parameter, host, port, error)) from None
+
+
+def in_url(host: str) -> str:
+    """An address as URLs take it: that of IPv6 has brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _family(parameter: str, host: str, port: int) -> socket.AddressFamily:
@@ -61,7 +97,7 @@ def _family(parameter: str, host: str, port: int) -> socket.AddressFamily:
 
 def _reason(parameter: str, host: str, port: int, error: OSError) -> str:
     """Only a busy port is called busy: another one would not help with the rest."""
-    where = f"`{parameter}`: cannot bind {host}:{port}"
+    where = f"`{parameter}`: cannot bind {in_url(host)}:{port}"
     if error.errno == errno.EADDRINUSE:
         return f"The parameter `{parameter}`:{port} is already in use."
     if error.errno == errno.EACCES:

@@ -415,6 +415,17 @@ def test_busy_port(tmp_path: Path) -> None:
         assert f"The parameter `metrics_port`:{port} is already in use." in text
 
 
+def test_two_starts_at_a_time_on_one_port(tmp_path: Path) -> None:
+    """Both bound it, both loaded, and the slower one ended with status 0 and no reason."""
+    first = ServerProcess(tmp_path / "a")
+    try:
+        other = failing(tmp_path / "b", port=first.port)
+        assert f"The parameter `port`:{first.port} is already in use." in other
+        assert first.wait_ready().health() == 200
+    finally:
+        first.kill()
+
+
 def test_broken_checkpoint(tmp_path: Path, demo_dir: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(demo_dir, model)

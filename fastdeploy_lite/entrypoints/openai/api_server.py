@@ -68,7 +68,7 @@ from fastdeploy_lite.utils.logging import (
     get_logger,
     init_file_logging,
 )
-from fastdeploy_lite.utils.ports import reserve
+from fastdeploy_lite.utils.ports import in_url, listen, reserve
 from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
 
 console = get_logger("console")
@@ -119,11 +119,14 @@ class ApiServer:
             FastDeployError: The service cannot start.
         """
         sockets = self._reserve_ports()
+        if (shortage := self._connections.shortage(self._http.max_concurrency)) is not None:
+            console.warning(shortage)
         self._tracer = start_tracing()
         try:
             with _stop_on_signals(self._stop):
                 await self.start_engine()
                 self._create_servers(sockets)
+                await self._open(sockets)
                 return await self._serve()
         finally:
             for bound in sockets.values():
@@ -279,6 +282,14 @@ class ApiServer:
         )
         self._servers.append((_Server(config), bound))
 
+    async def _open(self, sockets: dict[str, socket.socket]) -> None:
+        try:
+            for name, bound in sockets.items():
+                listen(name, bound, BACKLOG)
+        except ConfigError:
+            await self._service.client.shutdown()
+            raise
+
     # Life ----------------------------------------------------------------------------------------
 
     async def _serve(self) -> int:
@@ -295,6 +306,9 @@ class ApiServer:
         stopping = asyncio.ensure_future(self._stopping.wait())
         await asyncio.wait([*serving, stopping], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
+        for task in serving:
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                self._exit_code, self._cause = 1, f"a port cannot be served: {task.exception()!r}"
         await self._drain()
         for task in background:
             task.cancel()
@@ -304,11 +318,11 @@ class ApiServer:
         await self._service.client.shutdown()
         self._service.close()
         if self._cause is not None:  # last, where a user looks first
-            console.error("Ended, because the engine is dead: %s", self._cause)
+            console.error("Ended, because %s", self._cause)
         return self._exit_code
 
     def _announce_urls(self) -> None:
-        host, port = self._http.host, self._servers[0][1].getsockname()[1]
+        host, port = in_url(self._http.host), self._servers[0][1].getsockname()[1]
         shared = self._http.shares_metrics
         metrics = port if shared else self._servers[1][1].getsockname()[1]
         scheme = "https" if self._http.tls else "http"
@@ -341,7 +355,7 @@ class ApiServer:
             console.error("The engine is dead: %s", reason)
             if not self._http.restart_engine:
                 self._application.admission.closed_reason = "Worker Service Not Healthy"
-                self._exit_code, self._cause = 1, reason
+                self._exit_code, self._cause = 1, f"the engine is dead: {reason}"
                 await asyncio.sleep(LAST_WORDS_SECONDS)
                 self._stopping.set()
                 return
@@ -410,16 +424,6 @@ def _adopt_other_logs() -> None:
         logger.propagate = False
 
 
-def _check_environment() -> None:
-    """Refuse variables that cannot be used before they matter; name those without a meaning."""
-    envs.snapshot()
-    unknown = envs.without_meaning()
-    if unknown:
-        console.warning("Environment variables without a meaning here: %s", ", ".join(unknown))
-    if not envs.ENABLE_V1_KVCACHE_SCHEDULER:
-        console.warning("ENABLE_V1_KVCACHE_SCHEDULER=0 has no effect: there is one scheduler")
-
-
 def serve(args: argparse.Namespace) -> int:
     """Run the server for parsed arguments.
 
@@ -445,7 +449,8 @@ def start(run: Callable[[], int]) -> int:
     return_freed_memory()
     try:
         init_file_logging()
-        _check_environment()
+        for line in envs.check():
+            console.warning(line)
         return run()
     except KeyboardInterrupt:
         return 130

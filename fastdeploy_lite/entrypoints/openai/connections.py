@@ -26,12 +26,15 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastdeploy_lite import envs
+from fastdeploy_lite.utils.logging import get_logger
 
 BACKLOG = 256  # connections that the kernel keeps, and the most that one turn of the loop accepts
 SPARE_DESCRIPTORS = 96  # log files, sockets to the engine, model files, pipes
 MOST_CONNECTIONS = 16384
 EARLY_BYTES = 64 << 10
 SWEEP_SECONDS = 1.0
+WARN_SECONDS = 60.0
+_log = get_logger("console")
 
 
 def connection_limit() -> int:
@@ -61,6 +64,8 @@ class Connections:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._open: dict[GuardedProtocol, None] = {}  # oldest first
+        self._cut = 0
+        self._warn_next = 0.0
 
     def __len__(self) -> int:
         return len(self._open)
@@ -72,8 +77,36 @@ class Connections:
             connection: Just made.
         """
         if len(self._open) >= self._limit:
+            self._warn()
             (self._longest_waiting() or connection).cut()
         self._open[connection] = None
+
+    def shortage(self, wanted: int) -> str | None:
+        """What to say where fewer connections fit than requests are allowed; None where not.
+
+        Args:
+            wanted: Requests at the same time.
+        """
+        if self._limit >= wanted:
+            return None
+        return (
+            f"File descriptors leave room for {self._limit} connections at a time, and "
+            f"{wanted} requests are allowed: raise their limit (ulimit -Hn), or lower "
+            "--max-concurrency"
+        )
+
+    def _warn(self) -> None:
+        """Of cut connections, once in a while: their clients see a reset and no reason."""
+        self._cut += 1
+        now = time.monotonic()
+        if now >= self._warn_next:
+            self._warn_next = now + WARN_SECONDS
+            _log.warning(
+                "All %d connections that file descriptors allow are in use: newcomers take the "
+                "place of idle ones, %d so far; raise the limit (ulimit -Hn)",
+                self._limit,
+                self._cut,
+            )
 
     def discard(self, connection: GuardedProtocol) -> None:
         """Forget a connection that is gone."""

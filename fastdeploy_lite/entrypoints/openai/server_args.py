@@ -68,6 +68,11 @@ class ServerArgs:
             value = getattr(self, name) or 0
             if value > 65535 or (name == "metrics_port" and value < 0):
                 raise ConfigError(f"{name} must be between 0 and 65535, got {value}")
+        for name in ("port", "metrics_port"):
+            if self.controller_port > 0 and self.controller_port == getattr(self, name):
+                raise ConfigError(
+                    f"controller_port {self.controller_port} is {name}, too: give it another one"
+                )
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key is empty: give a key, or leave the flag out to need none")
         self.api_key = [key.strip() for key in self.api_key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -250,6 +251,28 @@ def test_a_full_house_of_answers_refuses_newcomers() -> None:
         assert not any(r.at_eof() for r, _ in running)
 
     drive(test, limit=3)
+
+
+def test_too_few_descriptors_are_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start, and when connections are cut: clients see a reset and no reason."""
+    monkeypatch.setattr(connections, "_log", logging.getLogger("seen"))  # the console's is not
+    few = Connections(16)
+    assert few.shortage(16) is None
+    told = few.shortage(512)
+    assert told is not None
+    assert "room for 16 connections" in told
+    assert "512 requests" in told
+
+    async def test(state: Running) -> None:
+        kept = [await state.open() for _ in range(5)]
+        assert len(kept) == 5
+
+    with caplog.at_level("WARNING"):
+        drive(test, limit=3)
+    told_again = [r.getMessage() for r in caplog.records if "All 3 connections" in r.getMessage()]
+    assert len(told_again) == 1, "not for each"
 
 
 def test_the_limit_leaves_descriptors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastdeploy_lite.entrypoints.openai.server_args import (
 from fastdeploy_lite.utils import ports
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, FastDeployError, explain
-from fastdeploy_lite.utils.ports import reserve
+from fastdeploy_lite.utils.ports import in_url, listen, reserve
 
 
 def parse(*flags: str) -> ServerArgs:
@@ -128,6 +129,44 @@ def test_an_address_of_another_machine_is_not_asked(monkeypatch: pytest.MonkeyPa
         reserve("port", "192.0.2.1", 8000)
     with pytest.raises(ConfigError, match="already in use"):
         reserve("port", "127.0.0.1", 0)
+
+
+def test_a_port_that_waits_for_its_model_is_taken() -> None:
+    """Two servers that loaded at a time both had it: the slower one ended with status 0."""
+    with reserve("port", "127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigError, match="already in use"):
+            reserve("port", "127.0.0.1", port)
+        with pytest.raises(ConfigError, match="already in use"):
+            reserve("port", "0.0.0.0", port)
+        listen("port", first, 4)
+        with pytest.raises(ConfigError, match="already in use"):
+            reserve("port", "127.0.0.1", port, probe=False)
+
+
+def test_a_restart_waits_for_no_old_connection() -> None:
+    with reserve("port", "127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        listen("port", first, 4)
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = first.accept()
+            accepted.close()  # first, so that it is this end that stays in TIME_WAIT
+            assert client.recv(1) == b""
+    with reserve("port", "127.0.0.1", port) as second:
+        listen("port", second, 4)
+
+
+@pytest.mark.parametrize("other", ["--port", "--metrics-port"])
+def test_ports_of_one_server_differ(other: str) -> None:
+    with pytest.raises(ConfigError, match=r"controller_port 8123 is (port|metrics_port), too"):
+        parse("--controller-port", "8123", other, "8123")
+    assert parse("--controller-port", "0", "--port", "0", "--metrics-port", "0").port == 0
+
+
+def test_addresses_in_urls() -> None:
+    assert [in_url(host) for host in ("::1", "localhost")] == ["[::1]", "localhost"]
+    with pytest.raises(ConfigError, match=r"cannot bind \[2001:db8::1\]:8000"):
+        reserve("port", "2001:db8::1", 8000)
 
 
 def test_an_explanation_begins_with_what_helps() -> None:
