@@ -33,10 +33,9 @@ def main() -> None:
     # How sure the model was of its first token, and of the runners-up.
     sure = SamplingParams(temperature=0, max_tokens=1, logprobs=3)
     output = llm.generate("床前明月", sure, use_tqdm=False)[0]
-    assert output.outputs.top_logprobs is not None
-    for rank in output.outputs.top_logprobs.logprobs[0]:
-        print(f"{rank:8.3f}", end="")
-    print()
+    assert output.outputs.logprobs is not None
+    for candidate in (output.outputs.logprobs[0] or {}).values():
+        print(f"{candidate.decoded_token}{candidate.logprob:8.3f}")
 
     # The same seed, the same answer, whatever runs beside it.
     warm = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=16, seed=7)
@@ -45,5 +44,5 @@ def main() -> None:
     print(first.outputs.text)
 
 
-if __name__ == "__main__":  # the engine's helper processes import this file
+if __name__ == "__main__":
     main()

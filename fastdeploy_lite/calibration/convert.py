@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import time
 from collections import defaultdict
@@ -44,6 +45,7 @@ from fastdeploy_lite.quantization.output_folder import (
 )
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
+_log = logging.getLogger(__name__)
 DEFAULT_TOKENS = 65536
 WINDOW = 1024
 KEEP_EVERY = 300.0
@@ -322,6 +324,14 @@ def _read_text(
     if largest >= config.vocab_size:
         raise ConfigError(
             f"{model}: the tokenizer gives id {largest}, the model has {config.vocab_size} rows"
+        )
+    found = sum(map(len, windows))
+    if found < config.hidden_size:
+        _log.warning(
+            "calibration: %d tokens are fewer than the %d inputs of a linear: how these hang "
+            "together cannot be known, and the text may do more harm than good; use more",
+            found,
+            config.hidden_size,
         )
     return windows
 

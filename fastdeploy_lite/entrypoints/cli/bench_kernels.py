@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdeploy_lite import device
-from fastdeploy_lite.entrypoints.cli.bench_common import output_file
+from fastdeploy_lite.entrypoints.cli.argument_types import output_file
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, quote
 

@@ -9,7 +9,7 @@ import time
 import numpy as np
 
 from fastdeploy_lite.entrypoints.cli import bench_common, offline
-from fastdeploy_lite.entrypoints.cli.bench_common import not_negative, output_file, positive
+from fastdeploy_lite.entrypoints.cli.argument_types import not_negative, output_file, positive
 from fastdeploy_lite.request.params import SamplingParams
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 

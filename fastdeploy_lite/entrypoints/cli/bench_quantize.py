@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastdeploy_lite import _ops_cpu
 from fastdeploy_lite.benchmarks import encoding
-from fastdeploy_lite.entrypoints.cli.bench_common import output_file, positive
+from fastdeploy_lite.entrypoints.cli.argument_types import output_file, positive
 from fastdeploy_lite.quantization import card
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, quote

@@ -16,15 +16,16 @@ from typing import Any
 import httpx
 
 from fastdeploy_lite.entrypoints.cli import bench_common
-from fastdeploy_lite.entrypoints.cli.bench_common import (
-    BenchRequest,
+from fastdeploy_lite.entrypoints.cli.argument_types import (
     not_negative,
     output_file,
     positive,
     positive_rate,
 )
+from fastdeploy_lite.entrypoints.cli.bench_common import BenchRequest
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import FastDeployError, quote
+from fastdeploy_lite.utils.ports import in_url
 
 UNNAMED_PROMPTS = 64
 _TITLES = {
@@ -151,7 +152,7 @@ def _requests(args: argparse.Namespace) -> list[BenchRequest]:
 async def _measure(
     args: argparse.Namespace, requests: list[BenchRequest]
 ) -> tuple[list[Measured], float]:
-    base = args.base_url or f"http://{args.host}:{args.port}"
+    base = args.base_url or f"http://{in_url(args.host)}:{args.port}"
     limit = asyncio.Semaphore(args.max_concurrency or len(requests))
     headers = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'EMPTY')}"}
     pool = httpx.Limits(max_connections=None, max_keepalive_connections=None)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from typing import get_args
 
 from fastdeploy_lite import _ops_cpu
+from fastdeploy_lite.checkpoint.hub import resolve_model
+from fastdeploy_lite.entrypoints.cli.argument_types import not_negative, positive, seconds
 from fastdeploy_lite.formats.ccq import ROW_ORDERS
 from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization import card
@@ -22,6 +25,9 @@ from fastdeploy_lite.quantization.convert import (
 from fastdeploy_lite.utils.errors import ConfigError, FastDeployError
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_CALIBRATION_DEFAULTS = {
+    "calibration_tokens": 65536, "calibration_method": "corrected", "keep_every": 300.0, "seed": 0,
+}  # fmt: skip
 MEASURED = "measured"
 _SMALLEST_SHARD = 1 << 20
 
@@ -32,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Quantise a bf16 ERNIE-4.5 MoE checkpoint (Paddle or Hugging Face names) to the published "
         "2Bits-Paddle form: int4 and 2-bit experts, int8 for the other linears."
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder of the bf16 model")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="folder of the bf16 model, or repository id"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder")
     _add_formats(parser)
     _add_files(parser)
@@ -120,21 +128,19 @@ def _add_calibration(text: argparse._ArgumentGroup) -> None:
     )
     text.add_argument(
         "--calibration-tokens",
-        type=int,
-        default=65536,
+        type=positive,
         metavar="N",
         help="tokens of it that are used, drawn at random (default 65536)",
     )
     text.add_argument(
         "--calibration-method",
         choices=("data-free", "diagonal", "hessian", "corrected"),
-        default="corrected",
         help="what the encoder knows: nothing; the size of each input; their correlations; these "
         "and the errors of what lies before (default)",
     )
     text.add_argument(
         "--tune",
-        type=int,
+        type=positive,
         nargs="?",
         const=2,
         metavar="EPOCHS",
@@ -143,13 +149,12 @@ def _add_calibration(text: argparse._ArgumentGroup) -> None:
     )
     text.add_argument(
         "--keep-every",
-        type=float,
-        default=300.0,
+        type=seconds,
         metavar="SECONDS",
         help="work, in whole layers, that a killed run may lose (default 300); 0: write what a "
         "restart needs after every layer",
     )
-    text.add_argument("--seed", type=int, default=0, help="of the draw of text (default 0)")
+    text.add_argument("--seed", type=not_negative, help="of the draw of text (default 0)")
 
 
 def _add_process(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +166,7 @@ def _add_process(parser: argparse.ArgumentParser) -> None:
         help="where 2-bit codes are searched: nvidia, cpu, or auto: a card where there is one "
         "(default)",
     )
-    parser.add_argument("--num-threads", type=int, metavar="N", help="default: all CPUs")
+    parser.add_argument("--num-threads", type=positive, metavar="N", help="default: all CPUs")
     parser.add_argument("--force", action="store_true", help="replace a model in --output")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
@@ -170,11 +175,10 @@ def run(args: argparse.Namespace) -> int:
     """Convert; 0, or 1 with a line on stderr that names what is wrong."""
     try:
         _check_layers(args)
+        _check_calibration(args)
+        args.model = resolve_model(args.model)
         if args.bits is not None and args.int4_layers is None:
             args.moe_w4_end_layer = _layers_for_bits(args)
-        _check_tuning(args)
-        if args.num_threads is not None and args.num_threads < 1:
-            raise ConfigError(f"--num-threads: found {args.num_threads}, expected at least 1")
         args.card = _card(args)
         text = _convert(args) if args.calibration is None else _calibrate(args)
     except (FastDeployError, OSError) as error:
@@ -195,13 +199,15 @@ def _card(args: argparse.Namespace) -> card.Card | None:
     return found
 
 
-def _check_tuning(args: argparse.Namespace) -> None:
-    if args.tune is None:
-        return
-    if args.calibration is None:
+def _check_calibration(args: argparse.Namespace) -> None:
+    """Refuse options of calibration where there is none; fill in the rest."""
+    if args.calibration is None and args.tune is not None:
         raise ConfigError("--tune needs --calibration: it learns from that text")
-    if args.tune < 1:
-        raise ConfigError(f"--tune: found {args.tune}, expected at least 1 pass over the text")
+    for name, default in _CALIBRATION_DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.calibration is None:
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect without --calibration")
 
 
 def _check_layers(args: argparse.Namespace) -> None:
@@ -323,6 +329,8 @@ def parse_code(text: str) -> tuple[float, float]:
     """(code_scale, code_zp) from `128.5,0`."""
     try:
         scale, zero = (float(part) for part in text.split(","))
+        if not (math.isfinite(scale) and math.isfinite(zero)):
+            raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"found {text!r}, expected code_scale,code_zp such as 120.94,1262"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from fastdeploy_lite.entrypoints.cli.argument_types import not_negative
 from fastdeploy_lite.quantization.random_model import (
     SHAPES,
     published_shape_config,
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="widths of the published model of that size, in place of --hidden-size; a MoE layer "
         "of 21b has 0.8 billion weights, one of 300b 5.6 billion",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of the weights")
     parser.add_argument("--force", action="store_true", help="replace a model in --output")
 
 

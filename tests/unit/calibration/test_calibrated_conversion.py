@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -433,6 +434,16 @@ def test_other_settings_than_the_unfinished_run_are_refused(
         )
 
 
+def test_too_little_text_is_warned_of(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "few.txt").write_text("床前明月光", encoding="utf-8")
+    given = CalibrationText(str(tmp_path / "few.txt"))
+    quantize_with_calibration(model, tmp_path / "out", given, QUICK, scheme="2bits", progress=False)
+    [record] = [r for r in caplog.records if "calibration" in r.getMessage()]
+    assert re.search(r"\d tokens are fewer than the \d+ inputs of a linear", record.getMessage())
+
+
 def test_bad_arguments_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -503,8 +514,6 @@ def test_an_expert_without_tokens_is_encoded(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--num-threads", "0"], "--num-threads: found 0, expected at least 1"),
-        (["--seed", "-1"], "seed: found -1, expected 0 or more"),
         (["--code", "120,0"], "--code fixes what --calibration chooses"),
         (["--tensor-parallel-size", "2"], "leave out --tensor-parallel-size"),
     ],

@@ -356,10 +356,43 @@ def test_sizes_are_parsed(text: str, size: int) -> None:
     assert cli.parse_size(text) == size
 
 
-@pytest.mark.parametrize("option", [("--shard-size", "9"), ("--shard-size", "x"), ("--code", "1")])
-def test_bad_options_are_refused(option: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--shard-size", "9"), ("--shard-size", "x"), ("--code", "1"), ("--code", "1,nan"),
+        ("--num-threads", "0"), ("--num-threads", "-3"), ("--calibration-tokens", "0"),
+        ("--keep-every", "-1"), ("--keep-every", "nan"), ("--seed", "-1"), ("--tune", "0"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused(
+    option: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         run_cli("--model", "a", "--output", "b", *option)
+    assert f"argument {option[0]}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--calibration-tokens", "5"), ("--calibration-method", "diagonal"),
+        ("--keep-every", "0"), ("--seed", "1"), ("--tune", "2"),
+    ],
+)  # fmt: skip
+def test_options_of_calibration_need_a_text(
+    option: tuple[str, str], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They had no effect without one, and nobody said so."""
+    assert run_cli("--model", source, "--output", tmp_path / "out", *option) == 1
+    error = capsys.readouterr().err
+    assert option[0] in error
+    assert "--calibration" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("--model", tmp_path / "nowhere", "--output", tmp_path / "out") == 1
+    assert "nowhere': no such folder" in capsys.readouterr().err
 
 
 def weights(folder: Path) -> dict[str, bytes]:

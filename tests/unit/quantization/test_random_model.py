@@ -68,6 +68,9 @@ def test_impossible_sizes_and_a_folder_in_use_are_refused(
     command = ["random-model", "--output", str(tmp_path), "--layers", "0"]
     assert cli.run(command) == 1
     assert "--layers must be at least 2, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.run(["random-model", "--output", str(tmp_path / "new"), "--seed", "-1"])
+    assert "argument --seed: expected an integer of at least 0, got '-1'" in capsys.readouterr().err
 
 
 def test_published_shapes_have_the_published_widths(

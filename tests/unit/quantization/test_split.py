@@ -20,9 +20,9 @@ IDS = [int(i) for i in np.random.default_rng(0).integers(0, 8192, 40)]
 WIDE: dict[str, Any] = {"moe_intermediate_size": 512, "intermediate_size": 512}
 
 
-def test_the_demo_for_two_ranks(tmp_path: Path) -> None:
-    arguments = ["--model", str(demo_path()), "--output", str(tmp_path / "tp2")]
-    assert cli.run(["split", *arguments, "--tensor-parallel-size", "2"]) == 0
+def test_the_demo_for_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["split", "--model", "demo", "--output", str(tmp_path / "tp2"), "-tp", "2"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'tp2'}: rank0 to rank1\n"
     found, wanted = make_runner(tmp_path / "tp2"), make_runner(demo_path())
     np.testing.assert_array_equal(found.logits(IDS), wanted.logits(IDS))
     assert (tmp_path / "tp2/tokenizer.model").is_file()
