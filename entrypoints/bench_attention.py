@@ -26,7 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from fastdeploy_lite import _ops_cuda
+try:
+    from fastdeploy_lite import _ops_cuda
+except ImportError:  # --help needs none
+    _ops_cuda = None  # type: ignore[assignment]
 
 GB = 1e9
 BLOCK_TOKENS = 64
@@ -260,6 +263,9 @@ def main() -> int:
     parser.add_argument("--ours-only", action="store_true", help="leave torch's backends out")
     parser.add_argument("--output", help="JSON file for the results")
     args = parser.parse_args()
+    if _ops_cuda is None:
+        print("the CUDA module is not built: this benchmark needs a card", file=sys.stderr)
+        return 1
     if importlib.util.find_spec("torch") is None:
         print("torch is not installed: this benchmark takes its memory from it", file=sys.stderr)
         return 1

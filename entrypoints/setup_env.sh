@@ -1,6 +1,7 @@
 # Sourced by demo.sh, test.sh and serve.sh: one idempotent set-up of the project into .venv.
 #
-#   source entrypoints/setup_env.sh [EXTRA ...]     e.g. `source entrypoints/setup_env.sh test`
+#   source entrypoints/setup_env.sh EXTRA      e.g. `source entrypoints/setup_env.sh test`; "" for none:
+#                                              a file that is sourced without arguments sees its caller's
 #
 # Needs Python 3.10-3.12 (with venv) and g++; PYTHON=/path/to/python picks an interpreter.
 # Runs again only when the build inputs, the interpreter or the extras changed.
@@ -55,5 +56,5 @@ setup_project() {
   echo "$digest" > "$stamp"
 }
 
-setup_project "$(IFS=,; echo "$*")"
+setup_project "${1-}"
 export PATH="$project_root/.venv/bin:$PATH"

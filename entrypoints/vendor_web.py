@@ -9,6 +9,7 @@ run it.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import hashlib
 import json
@@ -100,6 +101,7 @@ def licence(package: Path) -> str:
 
 def main() -> None:
     """Rebuild the folder."""
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0]).parse_args()
     for old in [*VENDOR.glob("*.*"), *VENDOR.glob("fonts/*")]:
         old.unlink()
     (VENDOR / "fonts").mkdir(parents=True, exist_ok=True)
