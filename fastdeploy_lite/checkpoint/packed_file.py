@@ -86,6 +86,11 @@ class PackedFile:
             os.close(self._file)
             self._file = -1
 
+    def mark_used(self) -> None:
+        """Set the file's time to now, if it may be: what nobody uses can be told by it."""
+        with contextlib.suppress(OSError):
+            os.utime(self._file)
+
     def __contains__(self, name: str) -> bool:
         return name in self._spans
 

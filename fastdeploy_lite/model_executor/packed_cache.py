@@ -31,6 +31,7 @@ from fastdeploy_lite.checkpoint.packed_file import (
     PackedFileError,
     write_packed_file,
 )
+from fastdeploy_lite.checkpoint.packed_folder import file_name, older_files
 from fastdeploy_lite.checkpoint.progress import count_layers, loading_bar
 from fastdeploy_lite.config import RuntimeConfig
 from fastdeploy_lite.model_executor import ops
@@ -66,14 +67,19 @@ class PackedCache:
         self.is_mapped = config.load.packed_cache_access == "map"
         self.fingerprint = self._fingerprint()
         parallel = config.parallel
-        rank = f"rank{parallel.rank}of{parallel.tensor_parallel_size}"
-        name = f"{config.model_path.resolve().name}-{self.fingerprint}.{rank}.safetensors"
-        self.path = folder / name
+        self.path = folder / file_name(
+            config.model_path.resolve().name,
+            self.fingerprint,
+            parallel.rank,
+            parallel.tensor_parallel_size,
+        )
 
     def open(self) -> PackedFile | None:
         """Return the file, None where there is none that can be used; says why if that is odd."""
         try:
-            return PackedFile(self.path, self.fingerprint)
+            found = PackedFile(self.path, self.fingerprint)
+            found.mark_used()
+            return found
         except FileNotFoundError:
             return None
         except PackedFileError as error:
@@ -102,8 +108,21 @@ class PackedCache:
         seconds = time.perf_counter() - started
         if done:
             log.info("packed weights: %s written in %.1f s", self.path, seconds)
+            self._tell_of_older_files()
         else:
             log.info("packed weights: %s is being written by another process", self.path)
+
+    def _tell_of_older_files(self) -> None:
+        """They may still serve a start with other options, or nobody at all."""
+        if older := older_files(self.path):
+            log.warning(
+                "packed weights: %s holds %d other files of this model, %.2f GB: "
+                "`fastdeploy-lite packed-cache %s` lists them, and deletes what is not used",
+                self.path.parent,
+                len(older),
+                sum(entry.nbytes for entry in older) / 1e9,
+                self.path.parent,
+            )
 
     def _is_there(self) -> bool:
         """Whether another process has written the file meanwhile."""

@@ -38,6 +38,7 @@ SUBCOMMANDS = {
     "eval": "perplexity, divergence from another model, or multiple choice on your text",
     "random-model": "write a small bf16 checkpoint of random weights, to try quantize",
     "split": "cut a checkpoint into folders for several ranks",
+    "packed-cache": "list and delete files of --packed-cache",
     "collect-env": "print what a bug report needs",
     "completion": "print the completion script of a shell",
 }

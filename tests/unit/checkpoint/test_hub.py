@@ -185,6 +185,6 @@ def test_an_empty_download_is_an_error(fake_sdk: Any) -> None:
 
 def test_unknown_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FD_MODEL_SOURCE", "GITHUB")
-    with pytest.raises(ConfigError, match="FD_MODEL_SOURCE: found 'GITHUB'"):
+    with pytest.raises(ConfigError, match="FD_MODEL_SOURCE: cannot use 'GITHUB'"):
         resolve_model(NAME)
     assert issubclass(ConfigError, ValueError)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,25 @@ def test_a_changed_checkpoint_is_noticed(model: Path, tmp_path: Path) -> None:
     assert weights_file.stat().st_size == before.st_size
     np.testing.assert_array_equal(logits(model, cache), logits(other, None))
     assert len(list(cache.iterdir())) == 2
+
+
+def test_what_a_change_leaves_behind_is_told(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With how to be rid of it: the files are as large as the weights."""
+    cache = tmp_path / "cache"
+    load(model, cache)
+    assert said(caplog) == []
+    old = only_file(cache)
+    os.utime(old, (0, 0))
+    load(model, cache)
+    assert said(caplog) == []
+    assert time.time() - old.stat().st_mtime < 600, "its last use"
+    os.utime(next(model.glob("*.safetensors")), (0, 0))
+    load(model, cache)
+    [line] = said(caplog)
+    assert f"{cache} holds 1 other files of this model" in line
+    assert f"fastdeploy-lite packed-cache {cache}" in line
 
 
 @pytest.mark.parametrize("change", ["touch", "name", "config"])
@@ -476,6 +496,6 @@ def test_llm(model: Path, tmp_path: Path, ranks: int, access: str) -> None:
     assert tokens(packed_cache=str(cache)) == expected
     names = sorted(path.name.split(".")[-2] for path in cache.iterdir())
     assert names == [f"rank{rank}of{ranks}" for rank in range(ranks)]
-    before = [path.stat().st_mtime_ns for path in sorted(cache.iterdir())]
+    before = [path.stat().st_ino for path in sorted(cache.iterdir())]
     assert tokens(packed_cache=str(cache)) == expected
-    assert [path.stat().st_mtime_ns for path in sorted(cache.iterdir())] == before
+    assert [path.stat().st_ino for path in sorted(cache.iterdir())] == before
