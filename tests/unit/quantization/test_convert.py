@@ -342,13 +342,6 @@ def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert error.count("\n") == 1
 
 
-def test_no_threads_are_refused(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_cli("--model", source, "--output", tmp_path / "out", "--num-threads", 0) == 1
-    assert "--num-threads: found 0, expected at least 1" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("text", "size"), [("1M", 1 << 20), ("1.5GiB", 3 << 29), ("4gb", 4 << 30), ("2097152", 2 << 20)]
 )
