@@ -418,12 +418,17 @@ def test_busy_port(tmp_path: Path) -> None:
 def test_two_starts_at_a_time_on_one_port(tmp_path: Path) -> None:
     """Both bound it, both loaded, and the slower one ended with status 0 and no reason."""
     first = ServerProcess(tmp_path / "a")
+    second = ServerProcess(tmp_path / "b", port=first.port)
+    both = (first, second)
     try:
-        other = failing(tmp_path / "b", port=first.port)
-        assert f"The parameter `port`:{first.port} is already in use." in other
-        assert first.wait_ready().health() == 200
+        until(lambda: any(server.process.poll() is not None for server in both))
+        loser, winner = both if first.process.poll() is not None else both[::-1]
+        assert loser.process.returncode == 1
+        assert f"The parameter `port`:{first.port} is already in use." in loser.stderr
+        assert winner.wait_ready().health() == 200
     finally:
-        first.kill()
+        for server in both:
+            server.kill()
 
 
 def test_broken_checkpoint(tmp_path: Path, demo_dir: Path) -> None:
