@@ -8,11 +8,12 @@
 Three kinds of prompts: conversations, texts that the answer repeats, and random tokens, which give
 nothing to guess. Plain decoding and each method answer the same prompts in one engine and take
 turns, 8 tokens of each sequence at a time in a random order: the same weights and buffers at the
-same addresses, and what else the machine does meets all alike. `again` is plain decoding once more:
-what its ratio differs from 1 is the noise of the measurement. Methods are compared with both.
+same addresses, and what else the machine does meets all alike. Who gets which KV blocks changes
+with every round. `again` is plain decoding once more: what its ratio differs from 1 is the noise of
+the measurement. Methods are compared with both.
 
-A ratio is that of the sums over all turns, with its 95 % bootstrap interval over pairs of turns; by
-the clock, and by the processor's time, which other processes hardly disturb. Reading the prompts is
+A ratio is that of the sums over all turns, with its 95 % bootstrap interval over rounds; by the
+clock, and by the processor's time, which other processes hardly disturb. Reading the prompts is
 left out, learning is not: a policy keeps what it learnt from one row to the next, as in a server.
 Answers of all are compared, token by token.
 `--profile` also says where a step's time goes: in the model, in looking for guesses, in the rest
@@ -84,7 +85,7 @@ class Row:
     """What one contestant did with all prompts of a row.
 
     Attributes:
-        wall, cpu: seconds of each turn.
+        wall, cpu: seconds of each round.
         tokens: of all answers.
         totals: of the engine and the policy over these turns, see `Contestant.totals`.
     """
@@ -203,15 +204,18 @@ class Race:
     def run(self, asked: list[Prompt]) -> int:
         """Let everybody answer the same prompts, in turns; how many answers differ."""
         runners = list(self.contestants.values())
+        self._order.shuffle(runners)
         for contestant in runners:
             contestant.ask(asked, self.params)
             contestant.take_turn(1)
+            contestant.row.wall.append(0.0)
+            contestant.row.cpu.append(0.0)
         for _ in range(0, self.params.max_tokens + 1, TOKENS_A_TURN):
             self._order.shuffle(runners)
             for contestant in runners:
                 wall, cpu = contestant.take_turn(TOKENS_A_TURN)
-                contestant.row.wall.append(wall)
-                contestant.row.cpu.append(cpu)
+                contestant.row.wall[-1] += wall
+                contestant.row.cpu[-1] += cpu
         expected = self.contestants[PLAIN].answers()
         for contestant in runners:
             contestant.row.tokens += sum(map(len, contestant.answers()))
