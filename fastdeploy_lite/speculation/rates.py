@@ -88,9 +88,7 @@ class Average:
         self._weight = self._sum = 0.0
 
     def note(self, value: float) -> None:
-        """Record one value; an interruption counts as at most four times the mean."""
-        if self._weight >= 4:
-            value = min(value, 4 * self.value)
+        """Record one value."""
         fade = 1.0 - 1.0 / LOOKS_REMEMBERED
         self._weight = self._weight * fade + 1.0
         self._sum = self._sum * fade + value

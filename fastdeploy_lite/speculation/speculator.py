@@ -23,9 +23,13 @@ TRIED_SLOPE, TRIED_REACH = 0.5, 4.0
 # Guesses that come true less often than this are not thought about.
 LEAST_CHANCE = 0.05
 # Guessing may cost this share of the time of all steps, and as much at once as so many steps take.
-SHARE, RESERVE = 0.005, 4.0
+SHARE, RESERVE = 0.004, 4.0
 # A look costs about twice its own time: the engine's part in it, cold caches, garbage.
 LOOK_COST = 2.0
+# Other processes interrupt steps and looks alike, for long beside a look, and as often as either
+# takes. So neither counts for more than usual: a step as so many plain ones, a look as one plain
+# step or so many looks.
+EARNED_STEPS, CHARGED_LOOKS = 1.5, 4.0
 # A check is charged at most so many plain steps: the first of a size may capture a graph, which
 # takes as long as twenty. It is charged what is usual for its size where it took this much more: it
 # was interrupted.
@@ -92,6 +96,7 @@ class Speculator:
         self._checking = StepCosts(CHECK_SIZES, CHECKING_STEPS)
         self._purse = Purse(SHARE, RESERVE)
         self._own_seconds = Average()
+        self._usual = 0.0  # seconds of a plain step, at the last look
         self._checks_noted = 0  # in this step
         self._steps_since_plain = 0
         # The last look: whether its guesses paid, and whether most of them were right.
@@ -180,27 +185,30 @@ class Speculator:
             Guessed tokens by request id; sequences without a guess are left out.
         """
         self._open = {}
-        if texts and self._is_without_measure(len(texts)):
-            # A draft layer misses a token of each, but no prompt.
-            self.feeds_draft = self.feeds_draft and not decodes
-            return {}
-        if self._has_layer:
+        is_measured = bool(texts) and not self._is_without_measure(len(texts))
+        if self._has_layer and (is_measured or not decodes):
             self._want_drafts(texts)
-        if not texts:
+        if not is_measured:
+            # A plain step says more than a draft layer that misses a token of each; not of prompts.
+            self.feeds_draft = self.feeds_draft and not decodes
             return {}
         started = time.perf_counter()
         self._may_try = decodes
         chosen = self._choose(self._taking_turns(texts), len(texts), room, budget)
-        self._goes_well = self._is_promising = False
+        if self._open or not self._has_layer:  # a layer that was not asked says nothing
+            self._goes_well = self._is_promising = False
         seconds = time.perf_counter() - started
         self.looks += 1
-        self._own_seconds.note(seconds)
-        self._spend(seconds)
+        self._own_seconds.note(self._spend(seconds))
         return chosen
 
     def _is_without_measure(self, count: int) -> bool:
         """Whether nobody could say what guesses cost or save: a plain step has to come first."""
-        return self.config.adaptive and self._plain_seconds(count) is None
+        if not self.config.adaptive:
+            return False
+        plain = self._plain_seconds(count)
+        self._usual = plain or self._usual
+        return plain is None
 
     def _want_drafts(self, texts: Sequence[Text]) -> None:
         """Ask the draft layer for guesses in this step, for the next one."""
@@ -208,9 +216,13 @@ class Speculator:
         if any(self._attendance.knows(text.request_id) for text in texts):
             self._attendance.note_guesses()
 
-    def _spend(self, seconds: float) -> None:
+    def _spend(self, seconds: float) -> float:
+        """Charge time of guessing itself; how much of it counts."""
         self.seconds += seconds
+        if self._usual:
+            seconds = min(seconds, max(self._usual, CHARGED_LOOKS * self._own_seconds.value))
         self._purse.add(-LOOK_COST * seconds)
+        return seconds
 
     def _taking_turns(self, texts: Sequence[Text]) -> Sequence[Text]:
         """All sequences, or some while nothing pays and looking takes long beside a step."""
@@ -294,6 +306,8 @@ class Speculator:
                 self._steps_since_plain = 0
         else:
             self._settle_unmeasured(count, checked, emitted, seconds)
+        if decodes and self._usual:
+            seconds = min(seconds, EARNED_STEPS * self._usual)
         self._purse.pass_step(seconds, decodes and count > 0)
 
     def _judge_the_rest(self) -> None:
@@ -337,7 +351,7 @@ class Speculator:
         saved = emitted / count * plain - seconds
         self._purse.add(max(saved, -(MOST_TRIED if is_first else MOST_CHARGED) * plain))
         if not checked:
-            self._layer_share.note(max(seconds / plain - 1.0, 0.0))
+            self._layer_share.note(min(max(seconds / plain - 1.0, 0.0), INTERRUPTED))
             return
         self._goes_well = saved > 0 or (is_first and emitted > count)
         if saved > 0:

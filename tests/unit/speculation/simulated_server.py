@@ -34,6 +34,7 @@ class Machine:
         capture: of the first step of a size on top; again after each `recapture_every` steps.
         noise: steps take up to so much more or less; one in a hundred is interrupted, and takes
             twenty times as long.
+        held_up: looks out of a hundred that another process holds up, for 20 ms.
         slow, slow_every: steps take so many times as long in every other period of that many.
     """
 
@@ -48,6 +49,7 @@ class Machine:
     capture: float = 0.0
     recapture_every: int = 0
     noise: float = 0.0
+    held_up: int = 0
     slow: float = 1.0
     slow_every: int = 1 << 60
     clock: float = 0.0
@@ -100,7 +102,7 @@ class Machine:
                 new += known - read.get(text.request_id, 0)
                 read[text.request_id] = known
             cost = self.look + self.look_at * len(texts) + self.read * new
-            self.clock += cost
+            self.clock += cost + (0.02 if self.rng.randrange(100) < self.held_up else 0.0)
             self.unseen += cost
             return propose(texts, most)
 
