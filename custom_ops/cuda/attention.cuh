@@ -84,13 +84,6 @@ __device__ __forceinline__ int segment_bits(int context) {
   return max(kSegmentBits, 32 - __clz(context - 1) - kMaxSegmentsBits);
 }
 
-/// 2^x; exactly 1 at 0 and 0 at -inf.
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 /// A pair of features turned by its angle; see rope.cu.
 __device__ __forceinline__ uint32_t turned_pair(uint32_t pair, float cosine, float sine) {
   const float2 x = unpack_bf16(pair);
@@ -233,17 +226,6 @@ __device__ __forceinline__ void probabilities(const float (&s)[4][4], uint32_t (
       a[j / 2][r + 2 * (j % 2)] = pack_bf16(s[j][2 * r], s[j][2 * r + 1]);
     }
   }
-}
-
-/// Four 8x8 matrices of bf16 from shared memory; lane l names row l % 8 of matrix l / 8, and gets
-/// columns 2 * (l % 4), + 1 of row l / 4 of each.
-__device__ __forceinline__ uint4 load_matrices(const void* row) {
-  uint4 v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
-               : "memory");
-  return v;
 }
 
 __device__ __forceinline__ float advance_total(float total, float shrink, float half0,

@@ -10,6 +10,8 @@
 #include <cuda.h>
 
 #include "attention.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/wgmma.cuh"
 
 namespace fd::cuda {
 namespace {
@@ -46,51 +48,7 @@ struct Maps {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// --- barriers and copies
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void barrier_init(uint64_t& barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t& barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier))
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(uint64_t& barrier, int bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),
-      "r"(bytes)
-      : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint64_t& barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}\n" ::"r"(shared_address(&barrier)),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, int x, int y,
-                                         uint64_t& barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
-      "l"(reinterpret_cast<uint64_t>(&map)), "r"(x), "r"(y), "r"(shared_address(&barrier))
-      : "memory");
-}
+// --- copies
 
 /// Turn of a ring of kStages: which stage, and the parity of its full barrier.
 struct Turn {
@@ -113,64 +71,6 @@ __device__ __forceinline__ uint64_t matrix(const void* p) {
   return kSwizzled | kEightRows | uint64_t{1} << 16 | (shared_address(p) & 0x3ffff) >> 4;
 }
 
-__device__ __forceinline__ void products_begin() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void products_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-template <int kPending>
-__device__ __forceinline__ void products_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-/// Pins the registers of a product between the instructions around this call: the compiler must
-/// not use them before the product was waited for, nor put off what is to overlap with the next.
-template <int kTiles>
-__device__ __forceinline__ void pin(float (&d)[kTiles][4]) {
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
-  }
-}
-
-#define FD_TILE(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define FD_EIGHT_TILES(d, i)                                                                 \
-  FD_TILE(d, i), FD_TILE(d, i + 1), FD_TILE(d, i + 2), FD_TILE(d, i + 3), FD_TILE(d, i + 4), \
-      FD_TILE(d, i + 5), FD_TILE(d, i + 6), FD_TILE(d, i + 7)
-
-/// s (64 rows x 64 tokens) = or += a (64 x 16) * keys^T.
-__device__ __forceinline__ void score_product(float (&s)[8][4], const uint32_t (&a)[4],
-                                              uint64_t keys, int onto) {
-  asm volatile(
-      "{\n"
-      ".reg .pred onto;\n"
-      "setp.ne.b32 onto, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, onto, 1, 1, 0;\n"
-      "}\n"
-      : FD_EIGHT_TILES(s, 0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(keys), "r"(onto));
-}
-
-/// out (64 rows x 128 features) += a (64 x 16) * values^T.
-__device__ __forceinline__ void value_product(float (&out)[kOutTiles][4], const uint32_t (&a)[4],
-                                              uint64_t values) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;\n"
-      : FD_EIGHT_TILES(out, 0), FD_EIGHT_TILES(out, 8)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(values));
-}
-
 __device__ __forceinline__ void score_step(float (&s)[8][4], const uint32_t (&q)[kProducts][4],
                                            const uint8_t* keys) {
   const uint64_t first = matrix(keys);
@@ -178,17 +78,17 @@ __device__ __forceinline__ void score_step(float (&s)[8][4], const uint32_t (&q)
   for (int i = 0; i < kProducts; ++i) {
     // 16 features are 32 bytes; the second panel begins 64 rows of 128 bytes later
     const int at = i / 4 * (kBlockTokens * 128) + i % 4 * 32;
-    score_product(s, q[i], first + (at >> 4), i > 0);
+    wgmma_bf16(s, q[i], first + (at >> 4), i > 0);
   }
-  products_commit();
+  wgmma_commit();
 }
 
 __device__ __forceinline__ void value_step(float (&out)[kOutTiles][4], const uint32_t (&a)[4][4],
                                            const uint8_t* values) {
   const uint64_t first = matrix(values);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) value_product(out, a[i], first + (i * 32 >> 4));
-  products_commit();
+  for (int i = 0; i < 4; ++i) wgmma_bf16(out, a[i], first + (i * 32 >> 4));
+  wgmma_commit();
 }
 
 // --- a warpgroup's rows
@@ -310,35 +210,36 @@ __device__ __forceinline__ void produce(Shared& shared, const Maps& maps, const 
     const int count = context - step * kBlockTokens;
     uint8_t* keys = shared.keys[stage];
     uint8_t* values = shared.values[stage];
-    barrier_wait(shared.keys_empty[stage], turn.parity ^ 1);
+    barrier_wait(shared_address(&shared.keys_empty[stage]), turn.parity ^ 1);
     if (lane == 0) {
-      barrier_expect(shared.keys_full[stage], kTileBytes);
-      copy_box(keys, maps.keys, 0, row * kBlockTokens, shared.keys_full[stage]);
-      copy_box(keys + kTileBytes / 2, maps.keys, kPanel, row * kBlockTokens,
-               shared.keys_full[stage]);
+      barrier_expect(shared_address(&shared.keys_full[stage]), kTileBytes);
+      tensor_copy(shared_address(keys), &maps.keys, 0, row * kBlockTokens,
+                  shared_address(&shared.keys_full[stage]));
+      tensor_copy(shared_address(keys + kTileBytes / 2), &maps.keys, kPanel, row * kBlockTokens,
+                  shared_address(&shared.keys_full[stage]));
     }
-    barrier_wait(shared.values_empty[stage], turn.parity ^ 1);
+    barrier_wait(shared_address(&shared.values_empty[stage]), turn.parity ^ 1);
     uint64_t& full = count < kBlockTokens ? shared.tail_full : shared.values_full[stage];
     if (lane == 0) {
-      barrier_expect(full, kTileBytes);
-      copy_box(values, maps.values, 0, row * kDim, full);
+      barrier_expect(shared_address(&full), kTileBytes);
+      tensor_copy(shared_address(values), &maps.values, 0, row * kDim, shared_address(&full));
     }
     if (count >= kBlockTokens) continue;
-    barrier_wait(shared.tail_full, 0);
+    barrier_wait(shared_address(&shared.tail_full), 0);
     for (int i = lane; i < kDim * 8; i += kWarp) {
       const int feature = i / 8, chunk = i % 8;
       uint4& v = reinterpret_cast<uint4*>(values)[feature * 8 + (chunk ^ feature % 8)];
       if (count < 8 * chunk + 8) v = keep_first(v, count - 8 * chunk);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    fence_async();
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared.values_full[stage]);
+    if (lane == 0) barrier_arrive(shared_address(&shared.values_full[stage]));
   }
 }
 
 /// Frees a stage for the next copy; every warp of the consumers does.
 __device__ __forceinline__ void release(uint64_t& empty) {
-  if (threadIdx.x % kWarp == 0) barrier_arrive(empty);
+  if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&empty));
 }
 
 /// Queries of rows lane / 4 and lane / 4 + 8 as matrix A, in wgmma's order of features.
@@ -381,14 +282,14 @@ __device__ __forceinline__ void consume(Shared& shared, Softmax& state,
     return step > 0 && step % ((1 << kSegmentBits) / kBlockTokens) == 0;
   };
   auto wait_for_output = [&] {
-    products_wait<0>();
+    wgmma_wait<0>();
     pin(out);
   };
   if (steps > 0) {
-    barrier_wait(shared.keys_full[0], 0);
-    products_begin();
+    barrier_wait(shared_address(&shared.keys_full[0]), 0);
+    wgmma_fence();
     score_step(s, q, shared.keys[0]);
-    products_wait<0>();
+    wgmma_wait<0>();
     pin(s);
     release(shared.keys_empty[0]);
     softmax_step(state, s, scale_log2, 0, shrink);
@@ -397,16 +298,16 @@ __device__ __forceinline__ void consume(Shared& shared, Softmax& state,
       turn.next();
       const int position = step * kBlockTokens;
       take_probabilities();
-      barrier_wait(shared.keys_full[turn.stage], turn.parity);
-      barrier_wait(shared.values_full[before.stage], before.parity);
-      products_begin();
+      barrier_wait(shared_address(&shared.keys_full[turn.stage]), turn.parity);
+      barrier_wait(shared_address(&shared.values_full[before.stage]), before.parity);
+      wgmma_fence();
       score_step(s, q, shared.keys[turn.stage]);
       if (ends_before(step - 1)) {  // beside the scores' products
         merge_ended(state, ended, out, merged);
-        products_begin();
+        wgmma_fence();
       }
       value_step(out, a, shared.values[before.stage]);
-      products_wait<1>();
+      wgmma_wait<1>();
       pin(s);
       release(shared.keys_empty[turn.stage]);
       if (ends_before(step)) ended.take(state, position, bits);
@@ -426,8 +327,8 @@ __device__ __forceinline__ void consume(Shared& shared, Softmax& state,
     }
     take_probabilities();
     if (ends_before(steps - 1)) merge_ended(state, ended, out, merged);
-    barrier_wait(shared.values_full[turn.stage], turn.parity);
-    products_begin();
+    barrier_wait(shared_address(&shared.values_full[turn.stage]), turn.parity);
+    wgmma_fence();
     value_step(out, a, shared.values[turn.stage]);
     wait_for_output();
     release(shared.values_empty[turn.stage]);
@@ -435,9 +336,9 @@ __device__ __forceinline__ void consume(Shared& shared, Softmax& state,
     turn.next();
   }
   for (int step = steps; step < all; ++step, turn.next()) {
-    barrier_wait(shared.keys_full[turn.stage], turn.parity);
+    barrier_wait(shared_address(&shared.keys_full[turn.stage]), turn.parity);
     release(shared.keys_empty[turn.stage]);
-    barrier_wait(shared.values_full[turn.stage], turn.parity);
+    barrier_wait(shared_address(&shared.values_full[turn.stage]), turn.parity);
     release(shared.values_empty[turn.stage]);
   }
 }
@@ -469,22 +370,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     constexpr int kConsumers = kGroups * kGroupThreads / kWarp;
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(shared.keys_full[i], 1);
-      barrier_init(shared.values_full[i], 1);
-      barrier_init(shared.keys_empty[i], kConsumers);
-      barrier_init(shared.values_empty[i], kConsumers);
+      barrier_init(shared_address(&shared.keys_full[i]), 1);
+      barrier_init(shared_address(&shared.values_full[i]), 1);
+      barrier_init(shared_address(&shared.keys_empty[i]), kConsumers);
+      barrier_init(shared_address(&shared.values_empty[i]), kConsumers);
     }
-    barrier_init(shared.tail_full, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    barrier_init(shared_address(&shared.tail_full), 1);
+    barrier_publish();
   }
   __syncthreads();  // outputs take the list's place
 
   if (threadIdx.x < kGroupThreads) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    give_registers<40>();
     if (threadIdx.x < kWarp) produce(shared, maps, table, p.kv_heads, kv_head, all, context);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    take_registers<232>();
     const int thread = threadIdx.x - kGroupThreads, lane = thread % kWarp;
     const int group_row = first_row + thread / kGroupThreads * kGroupRows;
     const int warp_row = group_row + thread % kGroupThreads / kWarp * kRows;

@@ -171,9 +171,7 @@ struct WideProduct {
 /// Sums that begin with two tokens' offsets. Read anew for each fragment, which takes fewer
 /// instructions than copying registers.
 __device__ __forceinline__ void begin_with(const float4* offsets, float (&sum)[4]) {
-  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(offsets))));
+  load_shared(shared_address(offsets), sum);
 }
 
 /// k-step `kStep` of kPair token tiles: independent products, so that none waits for the one

@@ -23,32 +23,6 @@ constexpr uint32_t kHalf1024 = 0x64006400u;  // 1024.0 twice: ten mantissa bits 
 constexpr uint32_t kFields = 0x003f003fu;
 constexpr uint32_t kFieldsTimes8 = 0x01f801f8u;
 
-__device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-
-/// a * b + c where b and c are one half of each pair: the instruction can take a half twice.
-template <int kHalf>
-__device__ __forceinline__ uint32_t fma2_half(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  if constexpr (kHalf == 0) {
-    asm("{\n.reg .b16 l, h, m, n;\n.reg .b32 p, q;\n"
-        "mov.b32 {l, h}, %2;\nmov.b32 {m, n}, %3;\nmov.b32 p, {l, l};\nmov.b32 q, {m, m};\n"
-        "fma.rn.f16x2 %0, %1, p, q;\n}\n"
-        : "=r"(d)
-        : "r"(a), "r"(b), "r"(c));
-  } else {
-    asm("{\n.reg .b16 l, h, m, n;\n.reg .b32 p, q;\n"
-        "mov.b32 {l, h}, %2;\nmov.b32 {m, n}, %3;\nmov.b32 p, {h, h};\nmov.b32 q, {n, n};\n"
-        "fma.rn.f16x2 %0, %1, p, q;\n}\n"
-        : "=r"(d)
-        : "r"(a), "r"(b), "r"(c));
-  }
-  return d;
-}
-
 /// Numbers that have to sit in registers, made from a zero that the compiler cannot know: an
 /// instruction takes one immediate, a second one would be moved in for every use.
 struct Registers {
@@ -95,9 +69,8 @@ struct LaneCode<false> {
         __fmaf_rd(byte_in<2 * kColumn>(word, magic[kColumn]), scale[kColumn], base[kColumn]));
     const uint32_t high = __float_as_uint(__fmaf_rd(byte_in<2 * kColumn + 1>(word, magic[kColumn]),
                                                     scale[kColumn], odd_base[kColumn]));
-    uint32_t pair;  // a multiply-add runs at twice the rate of a permutation
-    asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(pair) : "r"(high), "r"(held.two16), "r"(low));
-    return pair;
+    // a multiply-add runs at twice the rate of a permutation
+    return multiply_add(high, held.two16, low);
   }
 };
 
@@ -254,15 +227,6 @@ struct LaneTileOf {
 
 template <Coding kCoding, bool kExact>
 using LaneTile = LaneTileOf<kCoding, LaneCode<kExact>>;
-
-/// d += a (16x16) * b (16x8), f16 in, float32 sums.
-__device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                        uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 #endif  // __CUDACC__
 

@@ -14,8 +14,8 @@
 
 #include <type_traits>
 
-#include "barrier.cuh"
 #include "canonical.cuh"
+#include "ring.cuh"
 #include "stream.h"
 #include "stream_rows.cuh"
 #include "stream_work.cuh"
@@ -93,14 +93,6 @@ struct Feeder {
   }
 };
 
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address));
-  return v;
-}
-
 template <Coding kCoding>
 struct Stream {
   static constexpr int kChunk = chunk_bytes(kCoding);
@@ -159,9 +151,7 @@ struct Stream {
   __device__ __forceinline__ void add_half(uint32_t scales, uint32_t tiles, uint32_t x,
                                            const Code& code) {
     uint32_t pairs = 0;
-    if constexpr (kCoding == Coding::kCcq) {
-      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pairs) : "r"(scales));
-    }
+    if constexpr (kCoding == Coding::kCcq) pairs = load_shared_word(scales);
     add_tile<0>(tiles, x, pairs, code);
     add_tile<1>(tiles, x, pairs, code);
   }
@@ -323,10 +313,7 @@ struct Stream {
       uint32_t v[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[i] = ~min(__float_as_uint(sums[i]), 0xfffffffeu);
-      asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(
-                       global_sums(product, blockIdx.x)),
-                   "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                   : "memory");
+      store_relaxed(global_sums(product, blockIdx.x), v);
     } else {
       head.handed[warp][lane] = make_float4(sums[0], sums[1], sums[2], sums[3]);
       barrier_arrive(shared_address(&head.handed_full[product][warp]));
@@ -340,10 +327,7 @@ struct Stream {
       uint4* const from = global_sums(product, shape.owner(begin - 1) / kStreamWarps);
       uint32_t v[4];
       do {
-        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                     : "l"(from)
-                     : "memory");
+        load_relaxed(from, v);
       } while (v[0] == 0 || v[1] == 0 || v[2] == 0 || v[3] == 0);
       *from = make_uint4(0, 0, 0, 0);
 #pragma unroll
@@ -386,12 +370,7 @@ struct Stream {
     if (product == 1) {
       __syncwarp();
       unsigned others = 0;  // groups that had finished this block; the last one leaves zero
-      if (lane == 0) {
-        asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
-                     : "=r"(others)
-                     : "l"(job.state.columns + block), "r"(groups.count - 1)
-                     : "memory");
-      }
+      if (lane == 0) others = increment(job.state.columns + block, groups.count - 1);
       others = __shfl_sync(kFullMask, others, 0);
       if (static_cast<int>(others) == groups.count - 1) combine(block);
     }
@@ -425,11 +404,7 @@ struct Stream {
   /// Tells those who wait that this warp has finished blocks of a group's first product.
   __device__ void count_blocks(int group, int finished) {
     __syncwarp();
-    if (lane == 0) {
-      asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(job.state.ready + group),
-                   "r"(finished)
-                   : "memory");
-    }
+    if (lane == 0) add_release(job.state.ready + group, finished);
   }
 
   // -- the two products ---------------------------------------------------------------------------
@@ -461,13 +436,8 @@ struct Stream {
     const Groups& groups = head.groups;
     if (product == 1 && round.first + static_cast<int>(threadIdx.x) <= round.last) {
       const unsigned* const ready = job.state.ready + round.first + threadIdx.x;
-      unsigned finished;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                     : "=r"(finished)
-                     : "l"(ready)
-                     : "memory");
-      } while (finished != job.call.up_gate.blocks());
+      while (load_acquire(ready) != job.call.up_gate.blocks()) {
+      }
     }
     __syncthreads();  // and nobody reads the rows before any more
     first_row = groups.first[round.first];
@@ -517,12 +487,7 @@ struct Stream {
   __device__ void clear_counts() {
     if (warp > 0) return;
     unsigned before = 0;
-    if (lane == 0) {
-      asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
-                   : "=r"(before)
-                   : "l"(job.state.passed), "r"(gridDim.x - 1)
-                   : "memory");
-    }
+    if (lane == 0) before = increment(job.state.passed, gridDim.x - 1);
     if (__shfl_sync(kFullMask, before, 0) != gridDim.x - 1) return;
     for (int i = lane; i < head.groups.count; i += kWarp) job.state.ready[i] = 0;
   }

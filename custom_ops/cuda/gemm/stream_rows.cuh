@@ -55,9 +55,7 @@ struct Rows {
     each(first, count, padded / 8, [&](int u, int row, int i) {
       const uint4 slots = to_slots(v[u], row_scale(__uint_as_float(tops[row])));
       if (i < 0) return;
-      asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to + row * stride + i * 16),
-                   "r"(slots.x), "r"(slots.y), "r"(slots.z), "r"(slots.w)
-                   : "memory");
+      store_shared(to + row * stride + i * 16, slots);
     });
   }
 };

@@ -1,8 +1,8 @@
 // What the persistent kernels over sorted rows share: how a block draws its work and cuts weights.
 #pragma once
 
-#include "barrier.cuh"
 #include "jobs.cuh"
+#include "ring.cuh"
 
 namespace fd::cuda {
 

@@ -7,8 +7,8 @@
 // tensor cores work on 32 rows of K of 64 columns, the next are decoded.
 #pragma once
 
+#include "../ptx/wgmma.cuh"
 #include "tiles_items.cuh"
-#include "wgmma.cuh"
 
 namespace fd::cuda {
 
@@ -182,16 +182,10 @@ struct Weights {
 template <int kN>
 __device__ __forceinline__ void add_part(float (&sums)[kN / 2], const uint32_t (&a)[2][4],
                                          uint64_t x) {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 2; ++step) Wgmma<kN>::add(sums, a[step], x + 2 * step);
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-/// Waits until at most kPending parts are unfinished.
-template <int kPending>
-__device__ __forceinline__ void wait_parts() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  wgmma_commit();
 }
 
 /// Descriptor of a stage: K-major rows of 128 bytes, 128-byte swizzle, 8 rows every 1024 bytes.
@@ -261,7 +255,7 @@ struct Multiplier {
     if constexpr (kInStage == 0 && m == 0) wait_x();
     add_part<kN>(sums[m], a[kAt % 2],
                  stage + kInStage / kTiledK * (kPieceBytes<Kind> / 16) + kInStage % kTiledK / 8);
-    wait_parts<1>();
+    wgmma_wait<1>();
     if constexpr (kInStage == 0 && m == 0) {
       if (kPart > 0 || !first) free_x<1>();
     }
@@ -299,26 +293,13 @@ struct Multiplier {
       if constexpr (Slot<kCoding>::kTiles > 2) add_next<kN, 2, 0, 0>(sums, a, w, false, more);
       if constexpr (Slot<kCoding>::kTiles > 3) add_next<kN, 3, 0, 0>(sums, a, w, false, more);
     }
-    wait_parts<0>();
+    wgmma_wait<0>();
     free_x<0>();
   }
 };
 
-__device__ __forceinline__ void group_sync(int group) {
-  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
-}
-
-/// Whether all threads of the warpgroup say so.
-__device__ __forceinline__ bool group_and(int group, bool mine) {
-  int all;
-  asm volatile(
-      "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.and.pred q, %2, 128, p;\n"
-      "selp.b32 %0, 1, 0, q;\n}\n"
-      : "=r"(all)
-      : "r"(static_cast<int>(mine)), "r"(group + 1)
-      : "memory");
-  return all != 0;
-}
+/// Barrier of a warpgroup that multiplies; 0 is the block's.
+__device__ __forceinline__ int barrier_of(int group) { return group + 1; }
 
 /// Two tokens' values of this lane's column, as bf16, to staging: rows of tokens, 8 columns for
 /// each of the warpgroup's blocks.
@@ -326,8 +307,7 @@ template <int kStride>
 __device__ __forceinline__ void stage_pair(uint8_t* staging, uint32_t pair, int tokens, int block,
                                            int lane) {
   const uint32_t row = shared_address(staging) + block * 16 + (tokens + lane % 8) * kStride;
-  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(row), "r"(pair)
-               : "memory");
+  store_transposed(row, pair);
 }
 
 /// From staging to the warpgroup's columns of each row of the output.
@@ -338,7 +318,7 @@ __device__ __forceinline__ void write_rows(const TilesJob& job, const Multiplier
   constexpr int kPieces = 4 * Kind::kWarpBlocks;  // of 8 columns
   const int thread = threadIdx.x % 128, piece = thread % kPieces;
   const int column = first_column + piece * 8;
-  group_sync(at.group);
+  warpgroup_sync(barrier_of(at.group));
   if (column < end) {
     for (int row = thread / kPieces; row < item.count; row += 128 / kPieces) {
       const int sorted = item.first + row;
@@ -347,7 +327,7 @@ __device__ __forceinline__ void write_rows(const TilesJob& job, const Multiplier
           *reinterpret_cast<const uint4*>(staging + row * kStagingStride<Kind> + piece * 16);
     }
   }
-  group_sync(at.group);
+  warpgroup_sync(barrier_of(at.group));
 }
 
 /// Column g of the warp's block `m`, in the weight's vectors.
@@ -438,7 +418,7 @@ __device__ __forceinline__ void multiply_items(const TilesJob& job, Shared<kCodi
         for (int m = 0; m < Kind::kWarpBlocks; ++m) {
           proven = columns_proven<kCoding>(job.w, column_of(job, at, item, m)) && proven;
         }
-        proven = group_and(at.group, proven);
+        proven = warpgroup_and(barrier_of(at.group), proven);
       }
     }
     if (kCoding == Coding::kCcq && !proven) {  // rare: one height is enough
@@ -478,13 +458,13 @@ __global__ void __launch_bounds__(kThreads<Kind>, 1)
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Kind::kFeedRegisters));
+    give_registers<Kind::kFeedRegisters>();
     const int warp = threadIdx.x / kWarp;
     if (warp == 0) feed_weights(job, shared);
     if (warp == 1) feed_x(job, shared);
     if (warp == 2) draw_items<kCoding, Kind::kTall, kBlocks<Kind>>(job, shared.items);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Kind::kMultiplyRegisters));
+    take_registers<Kind::kMultiplyRegisters>();
     multiply_items(job, shared);
   }
 #endif

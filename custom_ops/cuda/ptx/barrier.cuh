@@ -1,24 +1,26 @@
-// mbarriers and bulk copies (compute capability 9.0 and up), by shared-memory address.
+// mbarriers and bulk copies, by shared-memory address, and what else tells warps of a block apart
+// (compute capability 9.0 and up).
 #pragma once
 
-#include <cstdint>
+#include "memory.cuh"
 
 namespace fd::cuda {
 
 #if defined(__CUDACC__) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+/// Makes what this thread wrote to shared memory known to copies and to wgmma.
+__device__ __forceinline__ void fence_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 /// Makes initialised barriers known to the copy engine; before the block's first barrier.
 __device__ __forceinline__ void barrier_publish() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  fence_async();
 }
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
@@ -73,18 +75,46 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int byt
       : "memory");
 }
 
-/// A ring's place and the parity of its phase, for one user of it.
-struct RingPlace {
-  int slot = 0;
-  uint32_t parity = 0;
+/// A box of a matrix that `map`, a CUtensorMap, describes: from column `x`, row `y`.
+__device__ __forceinline__ void tensor_copy(uint32_t to, const void* map, int x, int y,
+                                            uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(x), "r"(y), "r"(barrier)
+      : "memory");
+}
 
-  __device__ void next(int slots) {
-    if (++slot == slots) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
+// -- warpgroups ----------------------------------------------------------------------------------
+
+/// Waits for all 128 threads of the warpgroup that share barrier `id`.
+__device__ __forceinline__ void warpgroup_sync(int id) {
+  asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+}
+
+/// Whether all of them say so.
+__device__ __forceinline__ bool warpgroup_and(int id, bool mine) {
+  int all;
+  asm volatile(
+      "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.and.pred q, %2, 128, p;\n"
+      "selp.b32 %0, 1, 0, q;\n}\n"
+      : "=r"(all)
+      : "r"(static_cast<int>(mine)), "r"(id)
+      : "memory");
+  return all != 0;
+}
+
+/// Gives registers of the warpgroup's threads back, down to kCount each.
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+/// Waits for registers, up to kCount each.
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
 
 #endif
 
