@@ -211,8 +211,8 @@ __global__ void combine_kernel(const bf16* y, const float* weights, bf16* out, i
   for (int j = 0; j < top_k; ++j) {
     const float w = weights[t * top_k + j];
     const float2 v = unpack_bf16(rows[int64_t{j} * per_row]);
-    low += w * v.x;
-    high += w * v.y;
+    low = __fmaf_rn(w, v.x, low);  // as the persistent kernel of experts does
+    high = __fmaf_rn(w, v.y, high);
   }
   reinterpret_cast<uint32_t*>(out)[i] = pack_bf16(low, high);
 }
