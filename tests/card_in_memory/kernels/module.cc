@@ -1,20 +1,44 @@
-// What quantization/card.py asks of the module _ops_cuda, kernels and all, in main memory.
+// What stands for the module _ops_cuda: kernels and all, in main memory.
+#include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
+#include "rules/rules.h"
+
 namespace py = pybind11;
 using Address = uintptr_t;
 
 void bind_encode(py::module_& m);
+void bind_experts(py::module_& m);
 
 namespace fd::cuda {
-bool starts_early() { return false; }
+bool starts_early(cudaStream_t) { return false; }
 }  // namespace fd::cuda
 
 namespace {
+
+/// What a card says of itself. One with other facts is another card: kernels' hosts ask once.
+struct Facts {
+  int multiprocessors = 4, shared_bytes = 227 * 1024, major = 9;
+};
+std::vector<Facts> cards(1);
+int current = 0;
+
+int use_card(int multiprocessors, int shared_bytes, int major) {
+  for (size_t i = 0; i < cards.size(); ++i) {
+    const Facts& known = cards[i];
+    if (known.multiprocessors == multiprocessors && known.shared_bytes == shared_bytes &&
+        known.major == major) {
+      return current = static_cast<int>(i);
+    }
+  }
+  cards.push_back({multiprocessors, shared_bytes, major});
+  return current = static_cast<int>(cards.size()) - 1;
+}
 
 struct DeviceFacts {
   std::string name = "a card in memory";
@@ -32,7 +56,23 @@ Address allocate(int64_t bytes) {
 
 }  // namespace
 
+cudaError_t cudaGetDevice(int* device) {
+  *device = current;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
+  const Facts& facts = cards[device];
+  *value = which == cudaDevAttrComputeCapabilityMajor ? facts.major
+           : which == cudaDevAttrMultiProcessorCount  ? facts.multiprocessors
+                                                      : facts.shared_bytes;
+  return cudaSuccess;
+}
+
 PYBIND11_MODULE(card_in_memory, m) {
+  m.def("schedule", &card::set_seed, "Schedule launches from now on by this seed; 0: in order.");
+  m.def("use_card", &use_card, py::arg("multiprocessors"), py::arg("shared_bytes") = 227 * 1024,
+        py::arg("major") = 9);
   py::class_<DeviceFacts>(m, "DeviceFacts").def_readonly("name", &DeviceFacts::name);
   m.def("device_facts", [](int) { return DeviceFacts(); });
   m.def("create_stream", [] { return Address{0}; });
@@ -46,5 +86,9 @@ PYBIND11_MODULE(card_in_memory, m) {
   m.def("download", [](Address host, Address device, int64_t bytes, Address) {
     std::memcpy(at(host), at(device), bytes);
   });
+  m.def("rules", &card::rule_names);
+  m.def("right", &card::right, py::arg("rule"), py::arg("kept"),
+        "Whether a small kernel that keeps the rule, or breaks it, computes what it should.");
   bind_encode(m);
+  bind_experts(m);
 }

@@ -24,8 +24,8 @@ import build_kernels
 
 
 @pytest.fixture(scope="module")
-def card(tmp_path_factory: pytest.TempPathFactory) -> Card:
-    return Card(build_kernels.build(tmp_path_factory.mktemp("kernels")))
+def card() -> Card:
+    return Card(build_kernels.build())
 
 
 @pytest.mark.parametrize(
