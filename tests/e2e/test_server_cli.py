@@ -77,7 +77,7 @@ def test_bench_serve(server: ServerProcess, tmp_path: Path, backend: str) -> Non
 
 def test_bench_serve_against_nothing(tmp_path: Path) -> None:
     done = command(tmp_path, "bench", "serve", "--port", "9", "--dataset-name", "random", status=1)
-    assert "does not answer" in done.stderr
+    assert "The server at http://127.0.0.1:9: no answer" in done.stderr
 
 
 def test_bench_offline(tmp_path: Path) -> None:

@@ -237,7 +237,6 @@ def test_quantize_writes_what_was_learnt(
     ("options", "message"),
     [
         (["--tune"], "--tune needs --calibration"),
-        (["--calibration", "sample", "--tune", "0"], "--tune: found 0, expected at least 1"),
         (
             ["--calibration", "sample", "--tune", "--calibration-tokens", "99"],
             "--tune: found 1 window of text, expected at least two",
@@ -257,3 +256,13 @@ def test_options_that_cannot_be(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "q.unfinished").exists()  # refused before hours of work
+
+
+def test_no_rounds_are_refused(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", "--model", str(teacher), "--output", str(tmp_path / "q")]
+    with pytest.raises(SystemExit) as ended:
+        run_command([*command, "--calibration", "sample", "--tune", "0"])
+    assert ended.value.code == 2
+    assert "--tune: expected an integer of at least 1, got '0'" in capsys.readouterr().err

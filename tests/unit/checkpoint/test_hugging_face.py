@@ -44,16 +44,15 @@ def test_logits_and_quantised_files_are_equal(tmp_path: Path, tied: bool, stacke
     assert checkpoint.spelling == "Hugging Face names"
     logits = [make_runner(folder).logits(IDS) for folder in (paddle, other)]
     np.testing.assert_array_equal(*logits)
-    for folder in (paddle, other):
-        quantize_checkpoint(folder, folder / "out", scheme="w4w2", progress=False)
-    files = [folder / "out/model.safetensors" for folder in (paddle, other)]
+    quantised = [tmp_path / "quantised" / folder.name for folder in (paddle, other)]
+    for folder, output in zip((paddle, other), quantised, strict=True):
+        quantize_checkpoint(folder, output, scheme="w4w2", progress=False)
+    files = [folder / "model.safetensors" for folder in quantised]
     assert files[0].read_bytes() == files[1].read_bytes()
-    written = [json.loads((f / "out/config.json").read_text()) for f in (paddle, other)]
+    written = [json.loads((folder / "config.json").read_text()) for folder in quantised]
     for key in ("dtype", "rope_theta", "moe_use_aux_free", "quantization_config"):
         assert written[0][key] == written[1][key]
-    np.testing.assert_array_equal(
-        make_runner(paddle / "out").logits(IDS), make_runner(other / "out").logits(IDS)
-    )
+    np.testing.assert_array_equal(*[make_runner(folder).logits(IDS) for folder in quantised])
 
 
 def test_a_dense_model_and_quantisation_while_loading(tmp_path: Path) -> None:
