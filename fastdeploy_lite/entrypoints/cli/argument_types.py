@@ -20,13 +20,7 @@ def positive(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: It is something else.
     """
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {quote(text)}")
-    return number
+    return _integer(text, 1)
 
 
 def not_negative(text: str) -> int:
@@ -41,12 +35,18 @@ def not_negative(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: It is something else.
     """
+    return _integer(text, 0)
+
+
+def _integer(text: str, least: int) -> int:
     try:
         number = int(text)
     except ValueError:
-        number = -1
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {quote(text)}")
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(
+            f"expected an integer of at least {least}, got {quote(text)}"
+        )
     return number
 
 
