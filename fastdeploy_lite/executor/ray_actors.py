@@ -16,9 +16,11 @@ from typing import Any
 from fastdeploy_lite.executor.ray_cluster import LOOK_SECONDS, Demand, rank_environment
 from fastdeploy_lite.executor.ray_rank import Greeting, Pulse, RankActor, Refusal
 from fastdeploy_lite.executor.supervisor import RankSupervisor, WatchedRank
+from fastdeploy_lite.executor.watch import RankWatch
 from fastdeploy_lite.utils.errors import one_line
 
 PULSE_SECONDS = 0.5
+STALE_SECONDS = 2.0  # what was seen before so long a silence is not held against a rank
 SILENT_SECONDS = 6.0  # a lost host sends no word; a busy one answers from a thread of its own
 WATCH_GROUP = "watch"
 
@@ -136,13 +138,15 @@ class RankActors(RankSupervisor):
 
     def _watch(self) -> None:
         while not self._closing.wait(PULSE_SECONDS) and self._ending.reason is None:
-            for rank in self._ranks:
-                if rank.greeting is not None:
-                    self._feel(rank)
-            self._look()
+            self.look()
 
-    def _feel(self, rank: _Rank) -> None:
-        """Take a rank's pulse if it has come, and ask for the next one."""
+    def look(self) -> None:
+        """Take the pulses that have come, and judge by them; the watch does so on its own."""
+        fresh = [rank for rank in self._ranks if rank.greeting is not None and self._feel(rank)]
+        self._judge_by_pulses(fresh)
+
+    def _feel(self, rank: _Rank) -> bool:
+        """Take a rank's pulse if it has come, and ask for the next one; True where it has come."""
         now = time.monotonic()
         if rank.asked is not None:
             done, _ = self._ray.wait([rank.asked], timeout=0)
@@ -150,20 +154,28 @@ class RankActors(RankSupervisor):
                 if now - rank.asked_at > SILENT_SECONDS:
                     text = f"has not answered for {SILENT_SECONDS:g} s: is its node there?"
                     self._lose(rank.name(text))
-                return
+                return False
             try:
                 rank.pulse = self._ray.get(rank.asked)
             except self._ray.exceptions.RayError as error:
                 self._lose(rank.name(_why_gone(error)))
-                return
+                return False
+            if now - rank.asked_at > STALE_SECONDS:
+                rank.watch = RankWatch()  # it may have been stopped: that is not sleep
+        is_fresh = rank.asked is not None
         rank.asked = rank.actor.pulse.options(concurrency_group=WATCH_GROUP).remote()
         rank.asked_at = now
+        return is_fresh
 
-    def _look(self) -> None:
-        pulses = {rank.number: rank.pulse for rank in self._ranks if rank.pulse is not None}
-        arrivals = {number: pulse.arrival for number, pulse in pulses.items()}
-        states = {number: (pulse.state, pulse.ticks) for number, pulse in pulses.items()}
-        self._judge(self._ranks, arrivals, states)
+    def _judge_by_pulses(self, fresh: Sequence[_Rank]) -> None:
+        """Judge ranks whose pulse has come since the last look.
+
+        How far a rank was stays true of the one that others wait for, but what it was doing then
+        says nothing of now: a rank that is stopped says no more, and would look as if it slept.
+        """
+        arrivals = {rank.number: rank.pulse.arrival for rank in self._ranks if rank.pulse}
+        states = {rank.number: (rank.pulse.state, rank.pulse.ticks) for rank in fresh if rank.pulse}
+        self._judge(fresh, arrivals, states)
 
     def _lose(self, reason: str, is_users: bool = False) -> None:
         if self._ending.tell(one_line(reason), is_users):
