@@ -13,6 +13,10 @@ table has, for each batch size: milliseconds a step; of the card alone, when the
 out; gigabytes of experts that the step reads; their rate as a share of what the same threads reach
 when they only read the same memory, in the same run. At batch 1 the tokens a second beside the
 bound that this bandwidth sets.
+
+Below each row: where the time of one layer goes, in microseconds, the mean over the layers of a
+step and the median over the steps (`benchmarks/layer_times.py` says what the words mean). What
+"handing on" and "waiting for the card" take together beyond the card alone is the crossings.
 """
 
 from __future__ import annotations
@@ -29,7 +33,10 @@ from typing import Any
 from bench_card import GB, SHAPES, Sequences, UniformRouting, runtime_config
 
 from fastdeploy_lite import device
+from fastdeploy_lite.benchmarks import layer_times
+from fastdeploy_lite.benchmarks.layer_times import LayerClock, LayerTimes
 from fastdeploy_lite.config import CacheConfig, ExpertOffloadConfig, RuntimeConfig
+from fastdeploy_lite.model_executor import expert_placement
 
 GIB = 1 << 30
 READ_WEIGHTS = 4  # of the largest matrices; each is read as a whole
@@ -84,12 +91,9 @@ class Bench:
             runner._graphs = None
         sequences = Sequences(runner, batch, self.args.context, 2 * self.args.steps + 16)
         sequences.prefill(self.args.prefill)
-        whole = self._seconds(sequences)
-        for link in runner._host_links.values():
-            link.is_mute = True
-        card = self._seconds(sequences)
-        for link in runner._host_links.values():
-            link.is_mute = False
+        whole, layer = self._timed(sequences)
+        with expert_placement.muted(runner._host_links):
+            card = self._seconds(sequences)
         step, read = statistics.median(whole), self.experts * self.routing.used(batch)
         bound = self.bandwidth / read  # steps a second
         row = {
@@ -102,6 +106,7 @@ class Bench:
             "bound_tokens_s": batch * bound,
             "expert_gb": read / GB,
             "share_of_read_bandwidth": 1 / (step * bound),
+            "layer_us": dataclasses.asdict(layer),
         }
         print(
             f"batch {batch}, {'graphs' if use_graphs else 'eager '}: step {step * 1e3:.1f} ms"
@@ -109,12 +114,28 @@ class Bench:
             f" {row['card_alone_ms']:.1f} ms, {batch / step:.2f} tokens/s of at most"
             f" {batch * bound:.2f} ({100 / (step * bound):.0f} %), {read / GB:.2f} GB of experts"
         )
+        alone = row["card_alone_ms"] * 1e3 / len(runner._host_links)
+        print(f"  a layer: {layer}; the card alone {alone:.0f}")
         return row
 
+    def _timed(self, sequences: Sequences) -> tuple[list[float], LayerTimes]:
+        """Seconds of each step, and where a layer's go."""
+        clock = LayerClock(next(iter(self.runner._host_links.values())))
+        self._warm_up(sequences)
+        seconds, layers = [], []
+        with clock.running():
+            for _ in range(self.args.steps):
+                seconds.append(sequences.decode())
+                layers.append(clock.step())
+        return seconds, layer_times.median(layers)
+
     def _seconds(self, sequences: Sequences) -> list[float]:
+        self._warm_up(sequences)
+        return [sequences.decode() for _ in range(self.args.steps)]
+
+    def _warm_up(self, sequences: Sequences) -> None:
         for _ in range(4):  # the first records the graphs
             sequences.decode()
-        return [sequences.decode() for _ in range(self.args.steps)]
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@
 #include "cpu_features.h"
 #include "cpu_quota.h"
 #include "cpu_topology.h"
+#include "loop_times.h"
 #include "parallel.h"
 #include "weight_memory.h"
 
@@ -52,6 +53,15 @@ void bind_system(py::module_& m) {
         "Change num_threads() for the process.");
   m.def("set_loop_patience", &set_loop_patience, py::arg("microseconds"),
         "How long the process's idle threads look for the next loop before they sleep.");
+  m.def("time_loops", &time_loops, py::arg("on"), "Whether shared loops are timed from now on.");
+  m.def(
+      "loop_times",
+      [] {
+        const LoopTimes found = loop_times();
+        return py::make_tuple(found.loops, found.wall, found.slowest, found.fastest, found.mean);
+      },
+      "Shared loops since the last call, and sums of their nanoseconds: of the loops, of each "
+      "one's busiest, least busy and average thread.");
   m.def(
       "current_isa", [] { return isa_name(current_isa()); }, "Name of the instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"), "Switch the instruction set for the process.");

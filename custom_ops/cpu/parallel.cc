@@ -16,6 +16,7 @@
 
 #include "cpu_quota.h"
 #include "cpu_topology.h"
+#include "loop_times.h"
 #include "relax.h"
 
 namespace fd {
@@ -24,6 +25,12 @@ namespace {
 // Long enough to bridge the Python code between two ops of a step (tens of microseconds would be
 // felt by other processes on a shared core), short against a sleeping thread's wake-up (~50 us).
 std::atomic<int> patience{20};  // microseconds
+
+int64_t now() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
 
 template <typename Condition>
 bool spin_until(const Condition& done) {
@@ -54,14 +61,17 @@ struct Loop {
   void* context;
   int64_t count;
   int64_t chunk;
+  int64_t* busy = nullptr;  // per thread, where the loop is timed
   std::atomic<int64_t> next{0};
 
-  void work() {
+  void work(int seat) {
+    const int64_t started = busy ? now() : 0;
     for (;;) {
       const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
-      if (begin >= count) return;
+      if (begin >= count) break;
       function(context, begin, std::min(begin + chunk, count));
     }
+    if (busy) busy[seat] = now() - started;
   }
 };
 
@@ -79,7 +89,7 @@ class Pool {
       generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
-    loop.work();
+    loop.work(0);
     std::unique_lock<std::mutex> lock(mutex_);
     loop_ = nullptr;  // nobody may join any more; late sleepers are not waited for
     lock.unlock();
@@ -109,10 +119,10 @@ class Pool {
       seen = generation_.load(std::memory_order_relaxed);
       if (loop_ == nullptr || seats_ == 0) continue;
       Loop& loop = *loop_;
-      --seats_;
+      const int seat = seats_--;
       running_.fetch_add(1, std::memory_order_relaxed);
       lock.unlock();
-      loop.work();
+      loop.work(seat);
       lock.lock();
       if (running_.fetch_sub(1, std::memory_order_release) == 1) finished_.notify_one();
     }
@@ -155,6 +165,17 @@ int default_threads() {
                                 "', expected a number from 1 to 4096");
   }
   return static_cast<int>(count);
+}
+
+// False if the pool is busy.
+bool share(Loop& loop, int workers) {
+  if (!loops_are_timed()) return the_pool().run(loop, workers - 1);
+  std::vector<int64_t> busy(workers, 0);
+  loop.busy = busy.data();
+  const int64_t started = now();
+  if (!the_pool().run(loop, workers - 1)) return false;
+  add_loop_times(now() - started, busy);
+  return true;
 }
 
 std::atomic<int> threads{0};  // 0 = not decided yet
@@ -201,7 +222,7 @@ void parallel_range(int64_t count, int64_t grain, RangeFunction function, void* 
     // Four pieces a thread even out unequal speeds; a piece is never smaller than the grain.
     Loop loop{function, context, count, std::max(grain, count / (4 * workers))};
     inside_loop = true;
-    const bool done = the_pool().run(loop, workers - 1);
+    const bool done = share(loop, workers);
     inside_loop = false;
     if (done) return;
   }

@@ -28,6 +28,8 @@ class CudaHostLink:
 
     Attributes:
         place, workspace, is_mute: see HostLink.
+        mark: called before the host waits for what was fetched, when it has arrived, and when the
+            work is done; for measurements.
     """
 
     def __init__(self, workspace: Workspace) -> None:
@@ -36,6 +38,7 @@ class CudaHostLink:
         self.place = workspace.place
         self.workspace = workspace
         self.is_mute = False
+        self.mark: Callable[[], None] = _nothing
         self._event = int(_ops_cuda.create_event())
         self._memory: dict[str, Pinned] = {}
         self._arrays: dict[tuple[str, tuple[int, ...], str], Array] = {}
@@ -54,8 +57,11 @@ class CudaHostLink:
 
         def when_arrived() -> None:
             if not self.is_mute:
+                self.mark()
                 _ops_cuda.wait_event(self._event)
+                self.mark()
                 work()
+                self.mark()
 
         runtime.on_host(when_arrived)
 
@@ -85,6 +91,10 @@ class CudaHostLink:
             self._arrays = {key: array for key, array in self._arrays.items() if key[0] != name}
             found = self._memory[name] = Pinned(nbytes)
         return found
+
+
+def _nothing() -> None:
+    pass
 
 
 _HOST_DTYPES = {

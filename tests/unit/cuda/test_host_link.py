@@ -10,6 +10,8 @@ import pytest
 from fake_cuda import Card
 from oracles.rowwise import nearest_bf16
 
+from fastdeploy_lite.benchmarks import layer_times
+from fastdeploy_lite.benchmarks.layer_times import LayerClock, LayerTimes
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.host_experts import HostExperts
 from fastdeploy_lite.model_executor.ops import HostWeight
@@ -135,3 +137,51 @@ def test_a_mute_link_waits_for_nothing(card: Card) -> None:
     layer(2)
     card.cuda.synchronize()
     np.testing.assert_array_equal(ops.host_array(layer.out)[:2], layer.expected(2))
+
+
+# -- where a layer's time goes ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the clock says next, in nanoseconds."""
+    times: list[int] = []
+    monkeypatch.setattr(layer_times.time, "perf_counter_ns", lambda: times.pop(0))
+    return times
+
+
+def test_a_layers_time_is_cut_where_it_crosses(card: Card, ticks: list[int]) -> None:
+    layer, clock = Layer(card, False), LayerClock(card.link)
+    layer.set_inputs(1)
+    card.graphs.run(2, lambda: layer(2))  # records, and is not looked at
+    for scale in (1000, 2000):
+        #         first layer: waits, there, done; and the second
+        ticks[:] = [scale * t for t in (5, 10, 40, 45, 70, 90)]
+        with clock.running():
+            card.graphs.run(2, lambda: layer(2))
+            found = clock.step()
+        assert (found.handing_on, found.waiting, found.work) == (
+            5 * scale / 1e3,
+            15 * scale / 1e3,
+            25 * scale / 1e3,
+        )
+    card.graphs.run(2, lambda: layer(2))
+    assert not ticks
+    with pytest.raises(ValueError, match="no layer has crossed"):
+        clock.step()
+
+
+def test_who_is_mute_is_not_timed(card: Card) -> None:
+    layer, clock = Layer(card, False), LayerClock(card.link)
+    card.link.is_mute = True
+    with clock.running():
+        layer(2)
+        with pytest.raises(ValueError, match="no layer has crossed"):
+            clock.step()
+
+
+def test_medians_number_by_number() -> None:
+    steps = [LayerTimes(*range(i, i + 8)) for i in (1, 9, 4)]
+    assert layer_times.median(steps) == LayerTimes(*range(4, 12))
+    line = "handing on 4, waiting for the card 5, experts 6 us (in 7.0 loops 8, threads busy 11 (10"
+    assert str(layer_times.median(steps)).startswith(line)

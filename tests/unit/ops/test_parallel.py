@@ -183,3 +183,21 @@ print(time.process_time() - before)
 """
     done = in_new_process(code, FD_LITE_NUM_THREADS="8")
     assert float(done.stdout) < 0.1, done.stderr
+
+
+def test_shared_loops_are_timed_when_asked() -> None:
+    weight, x = big_weight()
+    with threads(4):
+        _ops_cpu.time_loops(True)
+        try:
+            _ops_cpu.loop_times()
+            for _ in range(3):
+                multiply(x, weight)
+        finally:
+            _ops_cpu.time_loops(False)
+        multiply(x, weight)
+    loops, wall, slowest, fastest, mean = _ops_cpu.loop_times()
+    assert loops == 3
+    assert 0 <= fastest <= mean <= slowest <= wall
+    assert slowest > 0
+    assert _ops_cpu.loop_times() == (0, 0, 0, 0, 0)
