@@ -41,7 +41,7 @@ from fastdeploy_lite.utils.logging import (
     init_file_logging,
     write_console,
 )
-from fastdeploy_lite.utils.processes import die_with_parent
+from fastdeploy_lite.utils.processes import die_with_standard_input
 from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
 
 STATS_SECONDS = 0.5  # an idle core says so this often: silence means that something is wrong
@@ -57,13 +57,11 @@ class StartLine(msgspec.Struct):
         directory: Where the sockets are.
         args: Fields of `EngineArgs`.
         clock: Descriptor of a `StepClock`.
-        parent: Process id.
     """
 
     directory: str
     args: dict[str, Any]
     clock: int
-    parent: int
 
 
 class CoreLoop:
@@ -245,7 +243,7 @@ def main() -> int:
     prepare_standard_streams()
     _leave_signals_to_the_parent()
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=StartLine)
-    die_with_parent(start.parent)
+    die_with_standard_input()
     log = get_logger("worker")
     context = zmq.Context()
     outbox = open_socket(context, zmq.PUSH, start.directory, FROM_CORE, bind=False)

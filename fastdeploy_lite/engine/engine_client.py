@@ -53,6 +53,8 @@ LONGEST_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
 _RUN_CORE = """\
 import sys
 sys.path[:] = {path!r}
+from fastdeploy_lite.utils.processes import die_with_parent
+die_with_parent({parent})  # before all that takes long to import
 from fastdeploy_lite.engine.core_process import main
 sys.exit(main())
 """
@@ -189,12 +191,12 @@ class AsyncEngineClient:
         self._clock = clock = StepClock()
         # A session of its own keeps the terminal's Ctrl-C away: this process decides.
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", _RUN_CORE.format(path=sys.path),
+            sys.executable, "-c", _RUN_CORE.format(path=sys.path, parent=os.getpid()),
             stdin=asyncio.subprocess.PIPE, start_new_session=True, pass_fds=(clock.fd,),
             env={**os.environ, **self._variables},
         )  # fmt: skip
         assert self._process.stdin is not None
-        start = StartLine(self._directory, self._args.to_dict(), clock.fd, os.getpid())
+        start = StartLine(self._directory, self._args.to_dict(), clock.fd)
         self._process.stdin.write(msgspec.json.encode(start) + b"\n")
         work = (self._read(), self._watch(), self._watch_for_a_hang(clock))
         self._tasks = [asyncio.create_task(task) for task in work]

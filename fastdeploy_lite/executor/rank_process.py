@@ -1,7 +1,8 @@
 """One rank beyond the first as a process of its own; `executor.ranks` starts it.
 
 Standard input stays open as long as the parent lives; when it closes, or the parent dies in any
-other way, this process ends at once, whatever it is doing.
+other way, this process ends at once, whatever it is doing. What starts it sees to the latter before
+it imports this module.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from fastdeploy_lite.executor.part import compute_part
 from fastdeploy_lite.executor.verdict import describe
 from fastdeploy_lite.utils.errors import FastDeployError
 from fastdeploy_lite.utils.logging import init_console_logging, write_console
-from fastdeploy_lite.utils.processes import die_with_parent
+from fastdeploy_lite.utils.processes import die_with_standard_input
 from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
 from fastdeploy_lite.worker.model_runner import ModelRunner
 
@@ -99,13 +100,13 @@ class RankLoop:
         self._channel.send(msgspec.msgpack.encode(message))
 
 
-def main(descriptor: int, parent: int) -> int:
+def main(descriptor: int) -> int:
     """Run the process; returns its exit status."""
     prepare_standard_streams()
     init_console_logging()
     logging.disable(logging.WARNING)  # the first rank has said it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's to answer
-    die_with_parent(parent)
+    die_with_standard_input()
     channel = Channel(socket.socket(fileno=descriptor))
     try:
         start = decode_start(channel.receive())

@@ -40,8 +40,10 @@ END_SECONDS = 2.0
 _RUN_RANK = """\
 import sys
 sys.path[:] = {path!r}
+from fastdeploy_lite.utils.processes import die_with_parent
+die_with_parent({parent})  # before all that takes long to import
 from fastdeploy_lite.executor.rank_process import main
-sys.exit(main({descriptor}, {parent}))
+sys.exit(main({descriptor}))
 """
 
 

@@ -34,7 +34,7 @@ def state_of(pid: int, thread: int | None = None) -> tuple[str, int]:
 
 
 def die_with_parent(parent: int) -> None:
-    """Arrange for the end of this process when its parent's ends, or that closes standard input.
+    """Arrange for the end of this process when its parent's ends.
 
     The kernel does it, so that it does not matter what this process is at, be it stopped.
 
@@ -44,6 +44,13 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before
         os._exit(3)
+
+
+def die_with_standard_input() -> None:
+    """Arrange for the end of this process when its parent closes standard input.
+
+    To be called when nobody else reads it.
+    """
 
     def wait() -> None:
         # Not through `sys.stdin`, whose lock the end of the interpreter would wait for in vain.

@@ -360,7 +360,7 @@ def hang(self, x):
         ctypes.PyDLL(None).pause()
     real(self, x)
 SharedMemoryCommunicator.all_reduce = hang
-sys.exit(main({descriptor}, {parent}))
+sys.exit(main({descriptor}))
 """
 
 
