@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from fastdeploy_lite.calibration.encoder import CalibratedEncoder, CalibrationSettings
 from fastdeploy_lite.calibration.report import memory, totals, write
+from fastdeploy_lite.calibration.restart import RestartPoints
 from fastdeploy_lite.calibration.sensitivity import LayerNats, measure_layers
 from fastdeploy_lite.calibration.text import calibration_windows
 from fastdeploy_lite.calibration.tuning import Tuner, TuningSettings, check_windows, fold
@@ -122,13 +124,9 @@ def quantize_with_calibration(
     model, output = Path(model_dir), Path(output_dir)
     checkpoint = Checkpoint.open(model)
     unfinished = unfinished_folder(output)
-
-    def target(layers: Sequence[int] | None) -> ModelConfig:
-        return convert.target_config(
-            checkpoint.config, scheme, w4_end_layer, settings.row_order, layers, dense
-        )
-
-    config = target(w4_layers if measured_bits is None else ())
+    order = settings.row_order
+    target = partial(convert.target_config, checkpoint.config, scheme, w4_end_layer, order)
+    config = target(w4_layers if measured_bits is None else (), dense)
     _check(checkpoint, config, model, output, force)
     windows = _read_text(model, checkpoint.config, text)
     if tuning is not None:
@@ -138,23 +136,32 @@ def quantize_with_calibration(
         chosen, report.sensitivity = _choose_int4(
             checkpoint, measured_bits, windows, unfinished, progress
         )
-        config = target(chosen)
+        config = target(chosen, dense)
     report.settings = _describe(checkpoint, windows, text, settings, config, tuning, card)
     journal = Journal(unfinished, report.settings)
-    points = _RestartPoints(journal, keep_every, config.num_hidden_layers, tuning is not None)
+    points = RestartPoints(journal, keep_every, config.num_hidden_layers, tuning is not None)
     layers = _Layers(checkpoint, config, windows, settings, points, report, card)
     layers.run(progress)
     tuned = {} if tuning is None else layers.tune(tuning, text.seed, progress)
     prepare_output(model, output, force)
-    with CheckpointWriter(output, dict(config.raw), shard_bytes) as writer:
-        for key, array, dtype in layers.tensors():
-            writer.add(key, *tuned.get(key, (array, dtype)))
-            report.output_bytes += array.nbytes
+    report.output_bytes = _write_model(output, layers, tuned, shard_bytes)
     copy_companions(model, output)
     report.seconds = time.perf_counter() - started
     write(output, _content(report, checkpoint, config))
     journal.remove()
     return report
+
+
+def _write_model(
+    output: Path, layers: _Layers, tuned: dict[str, FileTensor], shard_bytes: int
+) -> int:
+    """Write all tensors, those that tuning has changed in place of the encoded; their bytes."""
+    nbytes = 0
+    with CheckpointWriter(output, dict(layers.config.raw), shard_bytes) as writer:
+        for key, array, dtype in layers.tensors():
+            writer.add(key, *tuned.get(key, (array, dtype)))
+            nbytes += array.nbytes
+    return nbytes
 
 
 def _check(
@@ -195,49 +202,6 @@ def _measured(
     return [LayerNats(**layer) for layer in found]
 
 
-class _RestartPoints:
-    """Which finished layers keep the streams behind them: the last one worth it, and no other."""
-
-    def __init__(self, journal: Journal, every: float, count: int, keep_end: bool) -> None:
-        """`keep_end`: tuning begins with the streams behind the last of `count` layers."""
-        self.journal, self._every, self._count, self._keep_end = journal, every, count, keep_end
-        self._kept: int | None = None
-        self._at_risk = 0.0
-
-    def resume(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Figures of the layers that need not be made again, and the streams behind them."""
-        found = list(self._finished())
-        kept = [layer for layer, (_, has_state) in enumerate(found) if has_state]
-        for layer in kept[:-1]:  # killed between writing one state and dropping the one before
-            self.journal.forget_state(layer)
-        self._kept = kept[-1] if kept else None
-        done = len(found)
-        if done < self._count or self._keep_end:
-            done = 0 if self._kept is None else self._kept + 1
-        last = self.journal.load(done - 1) if 0 < done < self._count else None
-        return [figures for figures, _ in found[:done]], {} if last is None else last.state
-
-    def save(self, layer: int, result: LayerResult) -> None:
-        """Keep a finished layer, and its state where enough work would be lost without."""
-        self._at_risk += result.figures["seconds"]
-        last = layer == self._count - 1
-        if not (self._keep_end if last else self._at_risk >= self._every):
-            result.state = {}
-        self.journal.save(layer, result)
-        if result.state:
-            if self._kept is not None:
-                self.journal.forget_state(self._kept)
-            self._kept, self._at_risk = layer, 0.0
-
-    def _finished(self) -> Iterator[tuple[dict[str, Any], bool]]:
-        """The first layers, up to the first that is not there or damaged."""
-        for layer in range(self._count):
-            found = self.journal.finished(layer)
-            if found is None:
-                return
-            yield found
-
-
 class _Layers:
     """The layers of one conversion: from the journal, or encoded and then kept there."""
 
@@ -247,7 +211,7 @@ class _Layers:
         config: ModelConfig,
         windows: list[npt.NDArray[np.int32]],
         settings: CalibrationSettings,
-        points: _RestartPoints,
+        points: RestartPoints,
         report: CalibratedReport,
         card: Card | None,
     ) -> None:

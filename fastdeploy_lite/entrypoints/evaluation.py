@@ -113,17 +113,37 @@ def score(runner: ModelRunner, token_ids: Sequence[int]) -> Scores:
 
 def diverge(runner: ModelRunner, reference: ModelRunner, token_ids: Sequence[int]) -> Divergence:
     """Compare two models on every token after the first."""
+    return diverge_all([runner], reference, token_ids)[0]
+
+
+def diverge_all(
+    runners: Sequence[ModelRunner], reference: ModelRunner, token_ids: Sequence[int]
+) -> list[Divergence]:
+    """Compare several models with one, which runs once, on every token after the first."""
     targets = np.asarray(token_ids[1:])
-    parts, done = [], 0
-    chunks = zip(runner.logits_chunks(token_ids), reference.logits_chunks(token_ids), strict=True)
-    for rows, reference_rows in chunks:
-        part = targets[done : done + len(rows)]
-        found, wanted = log_softmax(rows[: len(part)]), log_softmax(reference_rows[: len(part)])
-        at = np.arange(len(part)), part
-        kl = (np.exp(wanted) * (wanted - found)).sum(axis=1)
-        parts.append((found[at], wanted[at], kl, found.argmax(axis=1) == wanted.argmax(axis=1)))
-        done += len(rows)
-    return Divergence(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    parts: list[list[Divergence]] = [[] for _ in runners]
+    done = 0
+    chunks = (runner.logits_chunks(token_ids) for runner in runners)
+    for reference_rows, *rows in zip(reference.logits_chunks(token_ids), *chunks, strict=True):
+        part = targets[done : done + len(reference_rows)]
+        wanted = log_softmax(reference_rows[: len(part)])
+        for found, own in zip(parts, rows, strict=True):
+            found.append(_compare(log_softmax(own[: len(part)]), wanted, part))
+        done += len(reference_rows)
+    return [_joined(found) for found in parts]
+
+
+def _compare(found: ArrayF64, wanted: ArrayF64, targets: npt.NDArray[np.int64]) -> Divergence:
+    """Two models' rows of log-probabilities, before each of these tokens."""
+    at = np.arange(len(targets)), targets
+    kl = (np.exp(wanted) * (wanted - found)).sum(axis=1)
+    return Divergence(found[at], wanted[at], kl, found.argmax(axis=1) == wanted.argmax(axis=1))
+
+
+def _joined(parts: Sequence[Divergence]) -> Divergence:
+    """The chunks of a window as one."""
+    columns = ("logprobs", "reference_logprobs", "kl", "same_top")
+    return Divergence(*(np.concatenate([getattr(p, name) for p in parts]) for name in columns))
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> ArrayF64:

@@ -149,10 +149,7 @@ def quantize_checkpoint(
     started = time.perf_counter()
     ranks = _open_ranks(model_dir, tensor_parallel_size)
     config = target_config(ranks[0].config, scheme, w4_end_layer, row_order, w4_layers, dense)
-    verify(ranks[0])
-    if tensor_parallel_size > 1:
-        check_tensor_parallel(config, tensor_parallel_size, for_files=True)
-    check_sizes(model_linears(config), config.source)
+    _check_input(ranks, config)
     model, output = Path(model_dir), Path(output_dir)
     check_output(model, output, force)
     report = ConversionReport()
@@ -175,6 +172,14 @@ def _open_ranks(model_dir: str | Path, count: int) -> list[Checkpoint]:
     if count < 1:
         raise ConfigError(f"tensor_parallel_size: found {count}, expected 1 or more")
     return [Checkpoint.open(model_dir, count, rank) for rank in range(count)]
+
+
+def _check_input(ranks: Sequence[Checkpoint], config: ModelConfig) -> None:
+    """Refuse damaged input, and sizes that `config`'s formats or so many ranks cannot hold."""
+    verify(ranks[0])
+    if len(ranks) > 1:
+        check_tensor_parallel(config, len(ranks), for_files=True)
+    check_sizes(model_linears(config), config.source)
 
 
 def _finish(
