@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastdeploy_lite import paddle_device
-from fastdeploy_lite.utils.errors import ConfigError, quote
+from fastdeploy_lite.utils.errors import ConfigError, VariableError, quote
 
 DeviceKind = Literal["gpu", "nvidia", "cpu"]
 DEVICE_VARIABLE = "FD_LITE_DEVICE"
@@ -55,18 +55,18 @@ def decide() -> Device:
     """Return the device of this process; the first answer holds.
 
     Raises:
-        ConfigError: `FD_LITE_DEVICE` names an unknown device or one that is not there.
+        VariableError: `FD_LITE_DEVICE` names an unknown device or one that is not there.
     """
     asked = wanted()
     if asked == "auto":
         return _automatic()
     if asked not in _KINDS:
-        raise ConfigError(
+        raise VariableError(
             f"{DEVICE_VARIABLE} is {asked!r}, expected one of auto, {', '.join(_KINDS)}"
         )
     missing = _missing(asked)
     if missing is not None:
-        raise ConfigError(f"{DEVICE_VARIABLE} is {asked!r} but {missing}")
+        raise VariableError(f"{DEVICE_VARIABLE} is {asked!r} but {missing}")
     return Device(asked, f"{DEVICE_VARIABLE}={asked}")
 
 

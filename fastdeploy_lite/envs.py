@@ -8,11 +8,17 @@ kernels have no meaning here and are not listed.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
-from fastdeploy_lite.utils.errors import ConfigError, quote
+from fastdeploy_lite.utils.errors import VariableError, quote
+
+
+class UnusableError(ValueError):
+    """A value cannot be used; the text says what can, where only the machine knows."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +74,47 @@ def _one_of(default: str | None, *choices: str) -> Variable:
     )
 
 
-def _at_least(least: int, default: int, most: int | None = None) -> Variable:
+def _at_least(least: int, default: int, most: int = 10**9) -> Variable:
     def read(text: str) -> int:
+        if not re.fullmatch(r"\s*\d+\s*", text, re.ASCII):  # `int` takes 1_0, native code does not
+            raise ValueError
         number = int(text)
-        if number < least or (most is not None and number > most):
+        if not least <= number <= most:
             raise ValueError
         return number
 
-    bound = "" if most is None else f" and at most {most}"
-    return Variable(default, read, f"a whole number of at least {least}{bound}")
+    return Variable(default, read, f"a whole number of at least {least} and at most {most}")
+
+
+def _address(text: str) -> str:
+    found = urlsplit(text.strip())
+    if found.scheme not in ("http", "https") or not found.hostname:
+        raise ValueError
+    _ = found.port  # ValueError where it is none
+    return text.strip()
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
+    if any(not name.strip() or not equals for name, equals, _ in pairs):
+        raise ValueError
+    return {name.strip().lower(): value.strip() for name, _, value in pairs}
+
+
+class _InstructionSet(Variable):
+    """What the native module reads itself. Only where it is set that module is needed here."""
+
+    def __init__(self) -> None:
+        super().__init__(None, self._known, "one of what this machine and build offer")
+
+    @staticmethod
+    def _known(text: str) -> str:
+        from fastdeploy_lite import _ops_cpu  # noqa: PLC0415 - most that reads variables needs none
+
+        name, offered = text.strip().lower(), _ops_cpu.available_isas()
+        if name not in offered:
+            raise UnusableError(f"one of {', '.join(offered)}, what this machine and build offer")
+        return name
 
 
 def _plugins(text: str | None) -> list[str] | None:
@@ -86,7 +124,7 @@ def _plugins(text: str | None) -> list[str] | None:
 VARIABLES: dict[str, Callable[[str | None], Any]] = {
     # where things lie
     "FD_LOG_DIR": _text("log"),
-    "FD_LOG_BACKUP_COUNT": _at_least(0, 7),
+    "FD_LOG_BACKUP_COUNT": _at_least(0, 7, 36500),
     "FD_MODEL_SOURCE": _one_of("AISTUDIO", "AISTUDIO", "MODELSCOPE", "HUGGINGFACE"),
     "FD_MODEL_CACHE": _text(None),
     # what is logged; the level of requests is 0 life cycle, 1 stages, 2 content, 3 everything
@@ -99,8 +137,8 @@ VARIABLES: dict[str, Callable[[str | None], Any]] = {
     "FD_TRACE": _one_of("off", "off", "local", "otel", "all"),
     "TRACES_ENABLE": _boolean(False),
     "TRACES_EXPORTER": _one_of("console", "console", "otlp"),
-    "EXPORTER_OTLP_ENDPOINT": _text(None),
-    "EXPORTER_OTLP_HEADERS": _text(None),
+    "EXPORTER_OTLP_ENDPOINT": Variable(None, _address, "an http:// or https:// address"),
+    "EXPORTER_OTLP_HEADERS": Variable({}, _pairs, "NAME=VALUE pairs with commas between"),
     "FD_SERVICE_NAME": _text("FastDeploy"),
     "FD_HOST_NAME": _text("localhost"),
     # limits
@@ -119,9 +157,9 @@ VARIABLES: dict[str, Callable[[str | None], Any]] = {
     "FD_PLUGINS": _plugins,
     "FD_BUILDING_ARCS": _list(),
     # this project's own
-    "FD_LITE_DEVICE": _text(None),
+    "FD_LITE_DEVICE": _one_of(None, "auto", "cpu", "nvidia", "gpu"),
     "FD_LITE_NUM_THREADS": _at_least(1, 0, 4096),
-    "FD_LITE_CPU_ISA": _text(None),  # the native module reads it, and says what there is
+    "FD_LITE_CPU_ISA": _InstructionSet(),
     "FD_LITE_HUGE_PAGES": _boolean(True),
     "FD_LITE_PACKED_CACHE": _text(None),
     "FD_LITE_RAY_WAIT_SECONDS": _at_least(0, 120),
@@ -138,6 +176,7 @@ VARIABLES: dict[str, Callable[[str | None], Any]] = {
     "FD_LITE_SEND_SECONDS": _at_least(1, 60),
     "FD_LITE_KEEPALIVE_SECONDS": _at_least(1, 15),
 }
+SECRETS = ("FD_API_KEY", "EXPORTER_OTLP_HEADERS")
 # Upstream's names for clusters, other hardware and its own kernels begin like these.
 _PREFIXES = ("FD_", "TRACES_", "EXPORTER_OTLP_")
 
@@ -147,7 +186,7 @@ def __getattr__(name: str) -> Any:
 
     Raises:
         AttributeError: The name is not in `VARIABLES`.
-        ConfigError: The value cannot be converted.
+        VariableError: The value cannot be converted.
     """
     convert = VARIABLES.get(name)
     if convert is None:
@@ -155,10 +194,14 @@ def __getattr__(name: str) -> Any:
     value = os.environ.get(name)
     try:
         return convert(value)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError) as error:
         expected = convert.expected if isinstance(convert, Variable) else "at least one name"
-        raise ConfigError(
-            f"Environment variable {name}: cannot use {quote(value)}, expected {expected}; "
+        if isinstance(error, UnusableError):
+            expected = str(error)
+        is_secret = name in SECRETS and any(letter.isalnum() for letter in value or "")
+        found = "what it is set to" if is_secret else quote(value)
+        raise VariableError(
+            f"Environment variable {name}: cannot use {found}, expected {expected}; "
             "see docs/environment.md"
         ) from None
 
@@ -167,14 +210,11 @@ def __dir__() -> list[str]:
     return sorted(VARIABLES)
 
 
-SECRETS = ("FD_API_KEY", "EXPORTER_OTLP_HEADERS")
-
-
 def snapshot() -> dict[str, Any]:
     """Present values of all variables, secrets masked; for reports and logs.
 
     Raises:
-        ConfigError: A value cannot be used.
+        VariableError: A value cannot be used.
     """
     values = {name: __getattr__(name) for name in VARIABLES}
     for name in SECRETS:
@@ -189,7 +229,7 @@ def check() -> list[str]:
         Lines on variables that do nothing.
 
     Raises:
-        ConfigError: A value cannot be used.
+        VariableError: A value cannot be used.
     """
     values = snapshot()
     lines = []

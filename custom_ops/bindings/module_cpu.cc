@@ -1,6 +1,5 @@
 // The module fastdeploy_lite._ops_cpu: one bind function per family of ops.
 #include "bindings.h"
-#include "cpu_features.h"
 
 namespace fd {
 
@@ -19,7 +18,6 @@ void bind_ranks(py::module_& m);
 PYBIND11_MODULE(_ops_cpu, m) {
   m.doc() =
       "CPU kernels over views (pointer, dtype, shape, strides); outputs are written in place.";
-  fd::current_isa();  // a wrong FD_LITE_CPU_ISA fails at import, not in the middle of a step
   fd::bind_system(m);
   fd::bind_linear(m);
   fd::bind_sampling(m);

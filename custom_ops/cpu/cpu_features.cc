@@ -1,7 +1,6 @@
 #include "cpu_features.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <stdexcept>
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -12,6 +11,8 @@
 #include <unistd.h>
 #endif
 #endif
+
+#include "environment.h"
 
 namespace fd {
 namespace {
@@ -151,8 +152,8 @@ std::vector<Isa> available_isas() {
 Isa current_isa() {
   const int known = chosen.load(std::memory_order_relaxed);
   if (known != kUndecided) return static_cast<Isa>(known);
-  const char* wanted = std::getenv("FD_LITE_CPU_ISA");
-  const Isa isa = wanted && *wanted ? by_name(wanted, "FD_LITE_CPU_ISA") : available_isas().back();
+  const std::string wanted = environment_word("FD_LITE_CPU_ISA");
+  const Isa isa = wanted.empty() ? available_isas().back() : by_name(wanted, "FD_LITE_CPU_ISA");
   chosen.store(static_cast<int>(isa), std::memory_order_relaxed);
   return isa;
 }

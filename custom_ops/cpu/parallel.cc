@@ -16,6 +16,7 @@
 
 #include "cpu_quota.h"
 #include "cpu_topology.h"
+#include "environment.h"
 #include "loop_times.h"
 #include "relax.h"
 
@@ -152,16 +153,16 @@ Pool& the_pool() {
 }
 
 int default_threads() {
-  const char* text = std::getenv("FD_LITE_NUM_THREADS");
-  if (text == nullptr || *text == 0) {
+  const std::string text = environment_word("FD_LITE_NUM_THREADS");
+  if (text.empty()) {
     const int quota = cpu_quota("/proc/self/cgroup", "/sys/fs/cgroup");
     const int cpus = static_cast<int>(loop_cpus().size());
     return quota > 0 ? std::min(quota, cpus) : cpus;
   }
   char* end = nullptr;
-  const long count = std::strtol(text, &end, 10);
+  const long count = std::strtol(text.c_str(), &end, 10);
   if (*end != 0 || count < 1 || count > 4096) {
-    throw std::invalid_argument("FD_LITE_NUM_THREADS is '" + std::string(text) +
+    throw std::invalid_argument("FD_LITE_NUM_THREADS is '" + text +
                                 "', expected a number from 1 to 4096");
   }
   return static_cast<int>(count);

@@ -31,7 +31,7 @@ from fastdeploy_lite.config import (
 from fastdeploy_lite.plugins import MODELS, load_plugins
 from fastdeploy_lite.speculation.config import SpeculativeConfig
 from fastdeploy_lite.utils.argument_parser import NO_EFFECT, FlexibleArgumentParser
-from fastdeploy_lite.utils.errors import ConfigError, quote
+from fastdeploy_lite.utils.errors import ConfigError, VariableError, quote
 from fastdeploy_lite.utils.logging import get_logger
 from fastdeploy_lite.utils.typed_fields import check_types
 
@@ -370,7 +370,7 @@ class EngineArgs:
                 f"least 1, got {self.max_num_partial_prefills} and {self.max_long_partial_prefills}"
             )
         if envs.FD_DISABLED_RECOVER:
-            raise ConfigError("FD_DISABLED_RECOVER=1 is not available: unset it")
+            raise VariableError("FD_DISABLED_RECOVER=1 is not available: unset it")
 
     def _merge_graph_config(self) -> None:
         config = self.graph_optimization_config or {}

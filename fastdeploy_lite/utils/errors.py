@@ -70,6 +70,17 @@ class ConfigError(FastDeployError, ValueError):
     """A configuration file, argument or environment variable has a value that cannot be used."""
 
 
+class VariableError(ConfigError):
+    """An environment variable has a value that cannot be used; a program ends with `STATUS`."""
+
+    STATUS = 2  # as for a wrong argument
+
+
+def exit_status(error: BaseException) -> int:
+    """Status that a program ends with which could not begin for this reason."""
+    return VariableError.STATUS if isinstance(error, VariableError) else 1
+
+
 class RequestError(FastDeployError, ValueError):
     """A request is at fault. `param` names its field, `code` is a short machine-readable reason."""
 

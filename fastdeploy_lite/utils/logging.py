@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from fastdeploy_lite import envs
-from fastdeploy_lite.utils.errors import ConfigError, one_line, quote
+from fastdeploy_lite.utils.errors import VariableError, one_line, quote
 from fastdeploy_lite.utils.log_sinks import LogFile, Sink, write_all
 
 ROOT = "fastdeploy_lite"
@@ -131,7 +131,7 @@ def init_file_logging(directory: str | Path | None = None) -> Path:
         The directory.
 
     Raises:
-        ConfigError: The directory cannot be written.
+        VariableError: The directory cannot be written.
     """
     init_console_logging()
     folder = Path(directory or envs.FD_LOG_DIR)
@@ -140,8 +140,8 @@ def init_file_logging(directory: str | Path | None = None) -> Path:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError("no permission")
     except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"FD_LOG_DIR {quote(str(folder))} cannot be written: {reason}") from None
+        text = f"FD_LOG_DIR {quote(str(folder))} cannot be written: {error.strerror or error}"
+        raise VariableError(text) from None
     _Console.detach()
     for name, file_name in FILES.items():
         logger = get_logger(name)

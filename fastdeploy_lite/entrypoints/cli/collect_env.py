@@ -12,6 +12,7 @@ from pathlib import Path
 import fastdeploy_lite
 from fastdeploy_lite import envs
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
+from fastdeploy_lite.utils.errors import one_line
 
 _DISTRIBUTIONS = (
     "paddlepaddle", "paddlepaddle-gpu", "numpy", "safetensors", "sentencepiece", "fastapi",
@@ -73,9 +74,10 @@ def _machine() -> list[str]:
 def _in_use() -> str:
     try:
         from fastdeploy_lite import processor  # noqa: PLC0415 - may not have been built
-    except ImportError as error:
-        return f"nothing, {error}"
-    return processor.describe()
+
+        return processor.describe()
+    except (ImportError, ValueError) as error:  # a variable may have a wrong value
+        return f"nothing, {one_line(error)}"
 
 
 def _processor() -> str:

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import fastdeploy_lite
+from fastdeploy_lite import envs
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
-from fastdeploy_lite.utils.errors import FastDeployError, explain
+from fastdeploy_lite.utils.errors import FastDeployError, exit_status, explain
 from fastdeploy_lite.utils.logging import init_console_logging
 from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
 
@@ -42,6 +43,7 @@ SUBCOMMANDS = {
     "collect-env": "print what a bug report needs",
     "completion": "print the completion script of a shell",
 }
+ANY_ENVIRONMENT = ("collect-env", "completion")  # they help where variables are wrong
 BENCHMARKS = {
     "latency": "seconds of one batch, offline",
     "throughput": "tokens per second of many requests, offline",
@@ -114,7 +116,7 @@ def _run_parsed(name: str, module: ModuleType, arguments: list[str]) -> int:
         return 0
     except (FastDeployError, OSError) as error:
         print(f"{PROGRAM} {name}: {explain(error)}", file=sys.stderr)
-        return 1
+        return exit_status(error)
 
 
 def _parse_and_run(name: str, module: ModuleType, arguments: list[str]) -> int:
@@ -124,8 +126,11 @@ def _parse_and_run(name: str, module: ModuleType, arguments: list[str]) -> int:
     if keyword is not None:
         print(filtered_help(parser, keyword))
         return 0
-    init_console_logging()
-    return int(module.run(parser.parse_args(arguments)) or 0)
+    parsed = parser.parse_args(arguments)
+    if name not in ANY_ENVIRONMENT:
+        envs.snapshot()  # refuses what cannot be used, before it matters
+        init_console_logging()
+    return int(module.run(parsed) or 0)
 
 
 def filtered_help(parser: argparse.ArgumentParser, keyword: str) -> str:

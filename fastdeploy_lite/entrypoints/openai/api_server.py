@@ -60,7 +60,7 @@ from fastdeploy_lite.plugins import (
     warn_about_plugins,
 )
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
-from fastdeploy_lite.utils.errors import ConfigError, FastDeployError, explain
+from fastdeploy_lite.utils.errors import ConfigError, FastDeployError, exit_status, explain
 from fastdeploy_lite.utils.host_memory import return_freed_memory
 from fastdeploy_lite.utils.logging import (
     ConsoleHandler,
@@ -456,7 +456,7 @@ def start(run: Callable[[], int]) -> int:
         return 130
     except Exception as error:  # whatever it is: one line for the user, the traceback in the log
         _print_failure(error)
-        return 1
+        return exit_status(error)
 
 
 def _engine_args(args: argparse.Namespace) -> EngineArgs:

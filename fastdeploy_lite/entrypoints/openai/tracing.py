@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from fastdeploy_lite import envs
 from fastdeploy_lite.entrypoints.openai.middleware import App, Message, Receive, Scope, Send
-from fastdeploy_lite.utils.errors import ConfigError, one_line
+from fastdeploy_lite.utils.errors import ConfigError, VariableError, one_line
 from fastdeploy_lite.utils.log_sinks import LogFile
 from fastdeploy_lite.utils.logging import ConsoleStream, current_request_id
 
@@ -199,12 +199,7 @@ def _remote() -> SpanExporter:
 
     endpoint = envs.EXPORTER_OTLP_ENDPOINT
     if not endpoint:
-        raise ConfigError("TRACES_EXPORTER=otlp needs EXPORTER_OTLP_ENDPOINT, an HTTP address")
+        raise VariableError("TRACES_EXPORTER=otlp needs EXPORTER_OTLP_ENDPOINT, an HTTP address")
     if not urlsplit(endpoint).path.strip("/"):
         endpoint = f"{endpoint.rstrip('/')}/v1/traces"
-    return OTLPSpanExporter(endpoint, headers=_headers(), timeout=EXPORT_SECONDS)
-
-
-def _headers() -> dict[str, str]:
-    pairs = (pair.partition("=") for pair in (envs.EXPORTER_OTLP_HEADERS or "").split(","))
-    return {name.strip().lower(): value.strip() for name, equals, value in pairs if equals}
+    return OTLPSpanExporter(endpoint, headers=envs.EXPORTER_OTLP_HEADERS, timeout=EXPORT_SECONDS)

@@ -59,8 +59,8 @@ def test_unknown_instruction_sets_are_refused(name: str) -> None:
 def test_the_environment_forces_an_instruction_set() -> None:
     done = in_new_process("print(o.current_isa())", FD_LITE_CPU_ISA="plain")
     assert done.stdout.strip() == "plain"
-    done = in_new_process("", FD_LITE_CPU_ISA="mmx")
-    assert "ImportError" in done.stderr or "ValueError" in done.stderr
+    done = in_new_process("o.current_isa()", FD_LITE_CPU_ISA="mmx")
+    assert "ValueError" in done.stderr
     assert "FD_LITE_CPU_ISA is 'mmx', this machine and build offer: plain" in done.stderr
 
 

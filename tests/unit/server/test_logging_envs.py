@@ -285,7 +285,7 @@ def test_a_value_of_the_wrong_type_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         ("FD_LITE_HUGE_PAGES", "maybe", "one of 1, true, on, 0, false, off"),
         ("FD_LITE_NUM_THREADS", "0", "a whole number of at least 1 and at most 4096"),
         ("FD_LITE_NUM_THREADS", "4097", "a whole number of at least 1 and at most 4096"),
-        ("FD_LITE_SEND_SECONDS", "0", "a whole number of at least 1"),
+        ("FD_LITE_SEND_SECONDS", "0", "a whole number of at least 1 and at most 1000000000"),
         ("FD_TRACE", "yes", "one of off, local, otel, all"),
         ("FD_MODEL_SOURCE", "Hub", "one of AISTUDIO, MODELSCOPE, HUGGINGFACE"),
         ("FD_API_KEY", " , ", "at least one name"),
