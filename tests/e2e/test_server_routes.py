@@ -81,6 +81,64 @@ def test_tokenize(http: httpx.Client) -> None:
     assert chat["tokens"][0] == 6
 
 
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "one, two"}]
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def prompt_of(http: httpx.Client, **body: Any) -> str:
+    """The text of what /tokenize makes of a conversation."""
+    found = http.post("/tokenize", json={"messages": TURNS, **body}).raise_for_status().json()
+    text = http.post("/detokenize", json={"tokens": found["tokens"]}).json()["prompt"]
+    return str(text).removeprefix("<|begin_of_sentence|>")
+
+
+def test_tokenize_takes_what_decides_on_a_conversations_prompt(http: httpx.Client) -> None:
+    """As vLLM's, so that clients count what a chat with the same fields is given."""
+    said = "User: hi\nAssistant: one, two"
+    closed = f"{said}<|end_of_sentence|>"
+    assert prompt_of(http) == f"{closed}Assistant: "
+    assert prompt_of(http, add_generation_prompt=True) == f"{closed}Assistant: "
+    assert prompt_of(http, add_generation_prompt=False, add_special_tokens=False) == closed
+    assert prompt_of(http, continue_final_message=True, add_generation_prompt=False) == said
+    assert prompt_of(http, continue_final_message=True) == said
+    template = "{{ mood }}{{ tools | length }}{{ enable_thinking }}"
+    variables = {"mood": "calm ", "enable_thinking": False}
+    given = {"chat_template": template, "chat_template_kwargs": variables, "tools": [TOOL]}
+    assert prompt_of(http, **given) == "calm 1False"
+
+
+def test_tokenize_counts_what_a_chat_is_given(http: httpx.Client) -> None:
+    for fields in ({}, {"add_generation_prompt": False}, {"continue_final_message": True}):
+        body = {"messages": TURNS, "max_tokens": 1, **fields}
+        answer = http.post(CHAT, json=body).raise_for_status().json()
+        counted = http.post("/tokenize", json=body).raise_for_status().json()
+        assert counted["count"] == answer["usage"]["prompt_tokens"]
+
+
+def test_tokenize_shows_its_pieces(http: httpx.Client) -> None:
+    answer = http.post("/tokenize", json={"prompt": "hello", "return_token_strs": True}).json()
+    assert len(answer["token_strs"]) == answer["count"]
+    assert "".join(answer["token_strs"]).replace("\u2581", " ").strip() == "hello"
+    assert http.post("/tokenize", json={"prompt": "hello"}).json()["token_strs"] is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"chat_template": "{{ raise_exception('no') }}"}, "chat_template"),
+        ({"add_generation_prompt": "perhaps"}, "add_generation_prompt"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+    ],
+)
+def test_tokenize_refuses_what_a_chat_refuses(
+    http: httpx.Client, fields: dict[str, Any], param: str
+) -> None:
+    answer = http.post("/tokenize", json={"messages": TURNS, **fields})
+    assert answer.status_code == 400
+    assert param in answer.json()["error"]["param"]
+
+
 def test_ids_outside_of_the_vocabulary_have_no_text(http: httpx.Client) -> None:
     """They were left out in silence."""
     answer = http.post("/detokenize", json={"tokens": [1060, 8192]})

@@ -50,9 +50,9 @@ from fastdeploy_lite.entrypoints.openai.protocol import (
 from fastdeploy_lite.entrypoints.openai.responses_protocol import ResponsesRequest
 from fastdeploy_lite.entrypoints.openai.service import Service
 from fastdeploy_lite.entrypoints.openai.serving_models import list_models
+from fastdeploy_lite.entrypoints.openai.tokenization import tokenized
 from fastdeploy_lite.entrypoints.openai.tracing import Tracer
 from fastdeploy_lite.metrics.metrics import CONTENT_TYPE, ServerMetrics
-from fastdeploy_lite.request.user_request import Request as EngineSideRequest
 from fastdeploy_lite.utils.errors import RequestError, quote
 
 NOT_HEALTHY = "Worker Service Not Healthy"
@@ -345,14 +345,7 @@ def _add_text(app: FastAPI, service: Service) -> None:
     async def tokenize(http: Request) -> Response:
         """Token ids of a text or of a rendered conversation."""
         body = await parse(http, TokenizeRequest)
-        request = EngineSideRequest(
-            prompt=body.prompt,
-            messages=body.messages,
-            chat_template_kwargs=body.chat_template_kwargs,
-        )
-        ids = await service.in_thread(service.preprocessor.prompt_token_ids, request)
-        limit = service.config.scheduler.max_model_len
-        return errors.json_response({"count": len(ids), "max_model_len": limit, "tokens": ids})
+        return errors.json_response(await service.in_thread(tokenized, body, service))
 
     @app.get("/tokenizer_info", tags=["text"])
     async def tokenizer_info() -> dict[str, Any]:

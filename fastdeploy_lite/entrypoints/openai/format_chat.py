@@ -22,6 +22,7 @@ from fastdeploy_lite.entrypoints.openai.request_building import (
     answer_id,
     chat_logprobs,
     merge_extra,
+    opens_answer,
     sampling_params,
 )
 from fastdeploy_lite.entrypoints.openai.service import Service
@@ -29,7 +30,6 @@ from fastdeploy_lite.entrypoints.openai.streams import DONE, event
 from fastdeploy_lite.request.messages import EngineRequest
 from fastdeploy_lite.request.outputs import LogprobsLists, PromptLogprobs
 from fastdeploy_lite.request.user_request import Request
-from fastdeploy_lite.utils.errors import RequestError
 
 Chat = Answer[ChatCompletionRequest]
 
@@ -148,10 +148,7 @@ def open_chat(body: ChatCompletionRequest, name: str, service: Service, arrival:
     Raises:
         RequestError: The body cannot be used.
     """
-    if body.continue_final_message and body.add_generation_prompt:
-        text = "continue_final_message: add_generation_prompt would begin another message"
-        raise RequestError(text, param="continue_final_message")
-    opens = not body.continue_final_message and body.add_generation_prompt is not False
+    opens = opens_answer(body.add_generation_prompt, body.continue_final_message)
     top = chat_logprobs(body, service)
     switch = thinking_switch(body.chat_template_kwargs, body.metadata)
     variables = dict(body.chat_template_kwargs or {})

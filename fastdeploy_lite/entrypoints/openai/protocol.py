@@ -338,11 +338,18 @@ class CompletionRequest(GenerationRequest):
 
 
 class TokenizeRequest(BaseModel):
-    """Body of `POST /tokenize`: a text or a conversation."""
+    """Body of `POST /tokenize`: a text or a conversation, with vLLM's fields."""
 
+    model: str | None = None
     prompt: str | None = None
     messages: list[Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = False
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
+    add_special_tokens: bool | None = None  # tokenizers here put none around a prompt
+    return_token_strs: bool | None = False
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:

@@ -318,3 +318,19 @@ def check_count(prompts: int, n: int) -> None:
             f"the limit is {MAX_PROMPTS} sequences",
             param="n" if n > 1 else "prompt",
         )
+
+
+def opens_answer(adds: bool | None, continues: bool | None) -> bool:
+    """Whether a prompt opens the assistant's turn: also where nothing is said of it.
+
+    Args:
+        adds: `add_generation_prompt`.
+        continues: `continue_final_message`.
+
+    Raises:
+        RequestError: Both are asked for.
+    """
+    if continues and adds:
+        text = "continue_final_message: add_generation_prompt would begin another message"
+        raise RequestError(text, param="continue_final_message")
+    return not continues and adds is not False
