@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from fastdeploy_lite import envs
 from fastdeploy_lite.engine.args_utils import EngineArgs
 from fastdeploy_lite.engine.core_process import (
     FROM_CORE,
@@ -27,7 +29,7 @@ from fastdeploy_lite.engine.core_process import (
 )
 from fastdeploy_lite.engine.engine_core import EngineDeadError
 from fastdeploy_lite.executor.step_clock import StepClock
-from fastdeploy_lite.executor.step_limit import StepWatch
+from fastdeploy_lite.executor.step_limit import StepLimit, StepWatch
 from fastdeploy_lite.request.messages import (
     Abort,
     Checked,
@@ -45,7 +47,6 @@ from fastdeploy_lite.utils.errors import RequestError, one_line
 from fastdeploy_lite.utils.processes import STOPPED_SECONDS, state_of
 
 IDLE_SILENCE_SECONDS = 5.0  # ten times the interval at which an idle core reports
-STEP_SILENCE_SECONDS = 300.0  # the longest step that is believed: a full prefill on a slow CPU
 SHUTDOWN_SECONDS = 5.0
 LAST_WORDS_SECONDS = 10.0  # a machine may be too busy to bring them
 LONGEST_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
@@ -237,12 +238,24 @@ class AsyncEngineClient:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the process lives and has reported lately."""
+        """Whether the process lives and has reported as lately as it can."""
         if self._dead is not None or self.ready is None:
             return False
-        busy = bool(self._queues)
-        limit = STEP_SILENCE_SECONDS if busy else IDLE_SILENCE_SECONDS
-        return time.monotonic() - self._last_news < limit
+        return time.monotonic() - self._last_news < self._longest_silence()
+
+    def _longest_silence(self) -> float:
+        """Seconds for which the process may say nothing.
+
+        In a step as long as that takes: `_watch_for_a_hang` ends one that takes too long. Between
+        two steps of a busy engine not longer than the last one might have taken.
+        """
+        shown = None if self._clock is None else self._clock.read()
+        if shown is not None and shown.number:
+            return math.inf
+        if not self._queues:
+            return IDLE_SILENCE_SECONDS
+        known = 0.0 if shown is None else shown.limit
+        return known or StepLimit(envs.FD_LITE_STEP_SECONDS).of(1)
 
     @property
     def engine_pid(self) -> int | None:
