@@ -9,6 +9,7 @@
 #include "cpu_features.h"
 #include "cpu_quota.h"
 #include "cpu_topology.h"
+#include "loop_pieces.h"
 #include "loop_times.h"
 #include "parallel.h"
 #include "weight_memory.h"
@@ -53,6 +54,19 @@ void bind_system(py::module_& m) {
         "Change num_threads() for the process.");
   m.def("set_loop_patience", &set_loop_patience, py::arg("microseconds"),
         "How long the process's idle threads look for the next loop before they sleep.");
+  m.def(
+      "loop_pieces",
+      [](int64_t count, int64_t grain, int workers) {
+        const LoopPieces pieces(count, grain, workers);
+        std::vector<std::pair<int64_t, int64_t>> found;
+        for (int64_t number = 0;; ++number) {
+          const auto [begin, end] = pieces[number];
+          if (begin == end) return found;
+          found.emplace_back(begin, end);
+        }
+      },
+      py::arg("count"), py::arg("grain"), py::arg("workers"),
+      "How a loop of `count` units is cut for so many threads, in the order in which it is taken.");
   m.def("time_loops", &time_loops, py::arg("on"), "Whether shared loops are timed from now on.");
   m.def(
       "loop_times",

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdlib>
 #include <mutex>
 #include <stdexcept>
@@ -17,6 +16,8 @@
 #include "cpu_quota.h"
 #include "cpu_topology.h"
 #include "environment.h"
+#include "futex.h"
+#include "loop_pieces.h"
 #include "loop_times.h"
 #include "relax.h"
 
@@ -26,6 +27,9 @@ namespace {
 // Long enough to bridge the Python code between two ops of a step (tens of microseconds would be
 // felt by other processes on a shared core), short against a sleeping thread's wake-up (~50 us).
 std::atomic<int> patience{20};  // microseconds
+
+constexpr size_t kCacheLine = 64;
+constexpr int64_t kMostThreads = 4096;
 
 int64_t now() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
@@ -58,24 +62,28 @@ void keep_to_loop_cpus() {
 }
 
 struct Loop {
-  RangeFunction function;
-  void* context;
-  int64_t count;
-  int64_t chunk;
+  Loop(RangeFunction function, void* context, int64_t count, int64_t grain, int workers)
+      : function(function), context(context), pieces(count, grain, workers) {}
+
+  const RangeFunction function;
+  void* const context;
+  const LoopPieces pieces;
   int64_t* busy = nullptr;  // per thread, where the loop is timed
-  std::atomic<int64_t> next{0};
+  alignas(kCacheLine) std::atomic<int64_t> next{0};
 
   void work(int seat) {
     const int64_t started = busy ? now() : 0;
     for (;;) {
-      const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
-      if (begin >= count) break;
-      function(context, begin, std::min(begin + chunk, count));
+      const auto [begin, end] = pieces[next.fetch_add(1, std::memory_order_relaxed)];
+      if (begin == end) break;
+      function(context, begin, end);
     }
-    if (busy) busy[seat] = now() - started;
+    if (busy) busy[seat] += now() - started;
   }
 };
 
+// Threads that are awake begin and end a loop without a lock or a system call: one token's experts
+// are four loops of some tens of microseconds, and helpers would queue for a lock in each.
 class Pool {
  public:
   // Runs the loop on the caller and on up to `helpers` threads; false if the pool is busy.
@@ -83,60 +91,65 @@ class Pool {
     std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner.owns_lock()) return false;
     grow(helpers);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      loop_ = &loop;
-      seats_ = helpers;
-      generation_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
+    loop_ = &loop;
+    state_.fetch_add(static_cast<uint32_t>(helpers) << kSeatsShift, std::memory_order_release);
+    bell_.fetch_add(1);
+    if (sleepers_.load() > 0) futex_wake(&bell_, helpers);
     loop.work(0);
-    std::unique_lock<std::mutex> lock(mutex_);
-    loop_ = nullptr;  // nobody may join any more; late sleepers are not waited for
-    lock.unlock();
-    if (!spin_until([&] { return running_.load(std::memory_order_acquire) == 0; })) {
-      lock.lock();
-      finished_.wait(lock, [&] { return running_.load(std::memory_order_acquire) == 0; });
-    }
+    // Nobody may join any more; late sleepers are not waited for.
+    state_.fetch_and(kWorking, std::memory_order_acquire);
+    const auto done = [&] { return state_.load(std::memory_order_acquire) == 0; };
+    if (!spin_until(done)) sleep_until_done();
     return true;
   }
 
  private:
+  // Of `state_`: how many helpers are at work or look whether they may, and above it how many may.
+  static constexpr int kSeatsShift = 16;
+  static constexpr uint32_t kWorking = (1u << kSeatsShift) - 1;
+
   void grow(int helpers) {
-    while (static_cast<int>(threads_) < helpers) {
-      std::thread([this] { serve(); }).detach();
-      ++threads_;
+    for (; threads_ < helpers; ++threads_) {
+      std::thread([this, heard = bell_.load()] { serve(heard); }).detach();
     }
   }
 
-  void serve() {
+  void serve(uint32_t heard) {
     keep_to_loop_cpus();
-    uint64_t seen = 0;
     for (;;) {
-      auto changed = [&] { return generation_.load(std::memory_order_acquire) != seen; };
-      spin_until(changed);
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, changed);
-      seen = generation_.load(std::memory_order_relaxed);
-      if (loop_ == nullptr || seats_ == 0) continue;
-      Loop& loop = *loop_;
-      const int seat = seats_--;
-      running_.fetch_add(1, std::memory_order_relaxed);
-      lock.unlock();
-      loop.work(seat);
-      lock.lock();
-      if (running_.fetch_sub(1, std::memory_order_release) == 1) finished_.notify_one();
+      wait_for_bell(heard);
+      heard = bell_.load();
+      if (!has_seat(state_.load(std::memory_order_relaxed))) continue;
+      // Again, since the loop may have ended meanwhile. If another has begun, that one will do.
+      const uint32_t state = state_.fetch_add(1, std::memory_order_acquire);
+      if (has_seat(state)) loop_->work(static_cast<int>(state & kWorking) + 1);
+      if (state_.fetch_sub(1) == 1 && owner_sleeps_.load()) futex_wake(&state_, 1);
     }
+  }
+
+  static bool has_seat(uint32_t state) { return (state & kWorking) < state >> kSeatsShift; }
+
+  void wait_for_bell(uint32_t heard) {
+    const auto rung = [&] { return bell_.load() != heard; };
+    if (spin_until(rung)) return;
+    sleepers_.fetch_add(1);  // whoever rings after this sees it, or the wait sees the bell
+    while (!rung()) futex_wait(&bell_, heard);
+    sleepers_.fetch_sub(1);
+  }
+
+  void sleep_until_done() {
+    owner_sleeps_.store(true);  // whoever leaves last after this sees it, or is seen here
+    while (const uint32_t state = state_.load()) futex_wait(&state_, state);
+    owner_sleeps_.store(false);
   }
 
   std::mutex owner_;  // held by the thread whose loop is running
-  std::mutex mutex_;  // guards loop_, seats_ and the sleepers
-  std::condition_variable wake_, finished_;
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<int> running_{0};
   Loop* loop_ = nullptr;
-  int seats_ = 0;
   int threads_ = 0;
+  alignas(kCacheLine) std::atomic<uint32_t> bell_{0};  // rings once a loop
+  alignas(kCacheLine) std::atomic<uint32_t> state_{0};
+  alignas(kCacheLine) std::atomic<int> sleepers_{0};
+  std::atomic<bool> owner_sleeps_{false};
 };
 
 // Never destroyed: detached threads may outlive the static objects at exit. After fork() the child
@@ -161,7 +174,7 @@ int default_threads() {
   }
   char* end = nullptr;
   const long count = std::strtol(text.c_str(), &end, 10);
-  if (*end != 0 || count < 1 || count > 4096) {
+  if (*end != 0 || count < 1 || count > kMostThreads) {
     throw std::invalid_argument("FD_LITE_NUM_THREADS is '" + text +
                                 "', expected a number from 1 to 4096");
   }
@@ -218,10 +231,9 @@ void parallel_range(int64_t count, int64_t grain, RangeFunction function, void* 
   if (count <= 0) return;
   grain = std::max<int64_t>(grain, 1);
   const int64_t pieces = (count + grain - 1) / grain;
-  const int workers = static_cast<int>(std::min<int64_t>(num_threads(), pieces));
+  const int workers = static_cast<int>(std::min<int64_t>({num_threads(), pieces, kMostThreads}));
   if (workers > 1 && !inside_loop) {
-    // Four pieces a thread even out unequal speeds; a piece is never smaller than the grain.
-    Loop loop{function, context, count, std::max(grain, count / (4 * workers))};
+    Loop loop(function, context, count, grain, workers);
     inside_loop = true;
     const bool done = share(loop, workers);
     inside_loop = false;

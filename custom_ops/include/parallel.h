@@ -4,6 +4,7 @@
 // OpenMP run-times, whose idle threads spin against each other; (2) idle threads here sleep after
 // some microseconds, so that several processes can share the cores; (3) the pool survives fork().
 // No result depends on the number of threads: a unit of the range is computed whole by one thread.
+// How the range is cut: loop_pieces.h.
 #pragma once
 
 #include <cstdint>

@@ -201,3 +201,43 @@ def test_shared_loops_are_timed_when_asked() -> None:
     assert 0 <= fastest <= mean <= slowest <= wall
     assert slowest > 0
     assert _ops_cpu.loop_times() == (0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 16, 100])
+@pytest.mark.parametrize("grain", [1, 2, 3, 8, 13])
+@pytest.mark.parametrize("count", [1, 2, 15, 64, 1152, 3584, 3585])
+def test_pieces_cover_a_loop_once_and_shrink(count: int, grain: int, workers: int) -> None:
+    pieces = _ops_cpu.loop_pieces(count, grain, workers)
+    ends = [0, *(end for _, end in pieces)]
+    assert [begin for begin, _ in pieces] == ends[:-1]
+    assert ends[-1] == count
+    sizes = [end - begin for begin, end in pieces]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] <= max(grain, count / (2 * workers))
+    assert all(size >= grain / 2 - 1 for size in sizes[:-1])
+    if grain % 2 == 0:
+        assert all(begin % 2 == 0 for begin, _ in pieces)
+
+
+def test_the_last_pieces_are_small() -> None:
+    """Experts of 300B, one token on 16 threads: who takes the last piece keeps the others waiting
+    for a hundredth of the loop at most."""
+    pieces = _ops_cpu.loop_pieces(8 * 448, 2, 16)
+    assert pieces[-1][1] - pieces[-1][0] <= 8 * 448 / 16 / 100
+    assert len(pieces) < 200
+
+
+@pytest.mark.parametrize("microseconds", [0, 300])
+def test_more_threads_than_processors_and_loops_of_all_sizes(microseconds: int) -> None:
+    """Helpers come late, join the next loop instead, or find that few are wanted."""
+    weight, x = big_weight()
+    with threads(1):
+        expected = multiply(x, weight)
+    _ops_cpu.set_loop_patience(microseconds)
+    try:
+        for _ in range(20):
+            for count in (16, 2, 5, 1, 9):
+                with threads(count):
+                    np.testing.assert_array_equal(multiply(x, weight), expected)
+    finally:
+        _ops_cpu.set_loop_patience(20)
