@@ -70,6 +70,7 @@ from fastdeploy_lite.utils.logging import (
 )
 from fastdeploy_lite.utils.ports import in_url, listen, reserve
 from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
+from fastdeploy_lite.utils.unix_socket import UnixSocket, reserve_path
 
 console = get_logger("console")
 STATS_SECONDS = 1.0
@@ -100,6 +101,7 @@ class ApiServer:
         self._http = http
         self._engine = engine
         self._servers: list[tuple[_Server, socket.socket]] = []
+        self._unix_socket: UnixSocket | None = None
         self._connections = Connections(connection_limit())
         self._stopping = asyncio.Event()
         self._stopped_by: signal.Signals | None = None
@@ -131,6 +133,8 @@ class ApiServer:
         finally:
             for bound in sockets.values():
                 bound.close()
+            if self._unix_socket is not None:
+                self._unix_socket.close()
             if self._tracer is not None:
                 self._tracer.close()
 
@@ -143,13 +147,17 @@ class ApiServer:
 
     def _reserve_ports(self) -> dict[str, socket.socket]:
         http = self._http
-        wanted = {"port": http.port}
+        wanted = {} if http.uds is not None else {"port": http.port}
         if not http.shares_metrics:
             wanted["metrics_port"] = http.metrics_port or 0
         if http.controller_port >= 0:
             wanted["controller_port"] = http.controller_port
         probe = not http.skip_port_check
-        return {name: reserve(name, http.host, port, probe) for name, port in wanted.items()}
+        found = {name: reserve(name, http.host, port, probe) for name, port in wanted.items()}
+        if http.uds is not None:
+            self._unix_socket = reserve_path(http.uds)
+            found["port"] = self._unix_socket.socket
+        return found
 
     # Start ---------------------------------------------------------------------------------------
 
@@ -285,7 +293,10 @@ class ApiServer:
     async def _open(self, sockets: dict[str, socket.socket]) -> None:
         try:
             for name, bound in sockets.items():
-                listen(name, bound, BACKLOG)
+                if bound.family != socket.AF_UNIX:
+                    listen(name, bound, BACKLOG)
+                elif self._unix_socket is not None:
+                    self._unix_socket.listen(BACKLOG)
         except ConfigError:
             await self._service.client.shutdown()
             raise
@@ -322,17 +333,21 @@ class ApiServer:
         return self._exit_code
 
     def _announce_urls(self) -> None:
-        host, port = in_url(self._http.host), self._servers[0][1].getsockname()[1]
-        shared = self._http.shares_metrics
-        metrics = port if shared else self._servers[1][1].getsockname()[1]
-        scheme = "https" if self._http.tls else "http"
-        base = f"{scheme}://{host}:{port}"
-        console.info("Launching metrics service at %s://%s:%d/metrics", scheme, host, metrics)
-        console.info("Launching chat completion service at %s/v1/chat/completions", base)
-        console.info("Launching completion service at %s/v1/completions", base)
+        (base, where), *others = [self._place(bound) for _, bound in self._servers]
+        metrics = (base, where) if self._http.shares_metrics else others[0]
+        console.info("Launching metrics service at %s/metrics%s", *metrics)
+        console.info("Launching chat completion service at %s/v1/chat/completions%s", base, where)
+        console.info("Launching completion service at %s/v1/completions%s", base, where)
         # uvicorn's own words, which it keeps to itself when it is given sockets.
         console.info("Application startup complete.")
-        console.info("Uvicorn running on %s (Press CTRL+C to quit)", base)
+        console.info("Uvicorn running on %s%s (Press CTRL+C to quit)", base, where)
+
+    def _place(self, bound: socket.socket) -> tuple[str, str]:
+        """Where a socket is reached: the beginning of its URLs, and what does not fit into one."""
+        scheme = "https" if self._http.tls else "http"
+        if bound.family == socket.AF_UNIX:
+            return f"{scheme}://localhost", f" on Unix socket {bound.getsockname()}"
+        return f"{scheme}://{in_url(self._http.host)}:{bound.getsockname()[1]}", ""
 
     async def _drain(self) -> None:
         """Refuse new requests, let the running ones finish for a while, abort the rest."""

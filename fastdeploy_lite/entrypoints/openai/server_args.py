@@ -33,6 +33,7 @@ class ServerArgs:
 
     host: str = "0.0.0.0"
     port: int = 8000
+    uds: str | None = None
     workers: int = 1
     metrics_port: int | None = None
     controller_port: int = -1
@@ -68,11 +69,13 @@ class ServerArgs:
             value = getattr(self, name) or 0
             if value > 65535 or (name == "metrics_port" and value < 0):
                 raise ConfigError(f"{name} must be between 0 and 65535, got {value}")
-        for name in ("port", "metrics_port"):
+        for name in ("port", "metrics_port") if self.uds is None else ("metrics_port",):
             if self.controller_port > 0 and self.controller_port == getattr(self, name):
                 raise ConfigError(
                     f"controller_port {self.controller_port} is {name}, too: give it another one"
                 )
+        if self.uds is not None and not self.uds.strip():
+            raise ConfigError("uds is empty: give a path, or leave the flag out to serve a port")
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key is empty: give a key, or leave the flag out to need none")
         self.api_key = [key.strip() for key in self.api_key]
@@ -110,7 +113,9 @@ class ServerArgs:
     @property
     def shares_metrics(self) -> bool:
         """Whether the metrics live on the API's port."""
-        return self.metrics_port is None or self.metrics_port == self.port
+        if self.metrics_port is None:
+            return True
+        return self.uds is None and self.metrics_port == self.port
 
     def exposure(self, tracer: Tracer | None = None) -> Exposure:
         """To whom the ports answer, and who traces them."""
@@ -186,6 +191,9 @@ def add_server_arguments(parser: FlexibleArgumentParser) -> None:
     add = group.add_argument
     add("--host", default="0.0.0.0", help="address to bind")
     add("--port", type=int, default=8000, help="HTTP port")
+    add("--uds", default=None, metavar="PATH",
+        help="serve on a Unix socket instead of host and port; those of metrics and controller"
+        " stay ports")  # fmt: skip
     add("--workers", type=int, default=1, help="API processes (one serves all; others: no effect)")
     add("--metrics-port", type=int, default=None, help="metrics port, default: the HTTP port")
     add("--controller-port", type=int, default=-1, help="controller port, -1 is off")
