@@ -154,6 +154,18 @@ def fused_moe(
     workspace: View,
 ) -> None: ...
 
+class ExpertsCall:
+    def __init__(
+        self,
+        x: View,
+        topk_ids: View,
+        topk_weights: View,
+        up_gate: PackedWeight,
+        down: PackedWeight,
+        out: View,
+    ) -> None: ...
+    def __call__(self, workspace: int, bytes: int) -> None: ...
+
 # --- speculation --------------------------------------------------------------------------------
 class SuffixDraft:
     @property

@@ -22,6 +22,30 @@ PackedWeight make_weight(const std::string& kind, int64_t in_features, int64_t o
   return weight;
 }
 
+// One call of fused_moe whose arguments were looked at once: a layer beside a card makes the same
+// one in every step.
+class ExpertsCall {
+ public:
+  ExpertsCall(const TensorView& x, const TensorView& ids, const TensorView& weights,
+              const PackedWeight& up_gate, const PackedWeight& down, const TensorView& out)
+      : x_(x), ids_(ids), weights_(weights), up_gate_(up_gate), down_(down), out_(out) {}
+
+  void operator()(uintptr_t workspace, int64_t bytes) const {
+    TensorView memory;
+    memory.data = reinterpret_cast<void*>(workspace);
+    memory.dtype = DType::kUInt8;
+    memory.rank = 1;
+    memory.shape[0] = bytes;
+    memory.strides[0] = 1;
+    fused_moe(x_, ids_, weights_, up_gate_, down_, out_, memory);
+  }
+
+ private:
+  TensorView x_, ids_, weights_;
+  PackedWeight up_gate_, down_;
+  TensorView out_;
+};
+
 void bind_weight(py::module_& m) {
   py::class_<PackedWeight>(m, "PackedWeight", "Addresses of a packed weight's parts; owns nothing.")
       .def(py::init(&make_weight), py::arg("kind"), py::arg("in_features"), py::arg("out_features"),
@@ -67,6 +91,12 @@ void bind_linear(py::module_& m) {
         py::arg("up_gate"), py::arg("down"));
   m.def("fused_moe", &fused_moe, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"),
         py::arg("up_gate"), py::arg("down"), py::arg("out"), py::arg("workspace"), no_gil());
+  py::class_<ExpertsCall>(m, "ExpertsCall", "fused_moe with all but its workspace; owns nothing.")
+      .def(py::init<const TensorView&, const TensorView&, const TensorView&, const PackedWeight&,
+                    const PackedWeight&, const TensorView&>(),
+           py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::arg("up_gate"),
+           py::arg("down"), py::arg("out"))
+      .def("__call__", &ExpertsCall::operator(), py::arg("workspace"), py::arg("bytes"), no_gil());
 }
 
 }  // namespace fd

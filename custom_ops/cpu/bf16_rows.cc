@@ -42,20 +42,20 @@ void each_row(int64_t count, int64_t width, const Function& function) {
 
 }  // namespace
 
+void widen_row(const uint16_t* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = float_of(uint32_t{x[i]} << 16);
+}
+
+void narrow_row(const float* x, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = nearest(x[i]);
+}
+
 void widen(Rows<const uint16_t> x, Rows<float> out) {
-  each_row(x.count, x.width, [&](int64_t r) {
-    const uint16_t* from = x[r];
-    float* to = out[r];
-    for (int64_t i = 0; i < x.width; ++i) to[i] = float_of(uint32_t{from[i]} << 16);
-  });
+  each_row(x.count, x.width, [&](int64_t r) { widen_row(x[r], x.width, out[r]); });
 }
 
 void narrow(Rows<const float> x, Rows<uint16_t> out) {
-  each_row(x.count, x.width, [&](int64_t r) {
-    const float* from = x[r];
-    uint16_t* to = out[r];
-    for (int64_t i = 0; i < x.width; ++i) to[i] = nearest(from[i]);
-  });
+  each_row(x.count, x.width, [&](int64_t r) { narrow_row(x[r], x.width, out[r]); });
 }
 
 }  // namespace fd::cpu

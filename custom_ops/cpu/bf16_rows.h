@@ -12,4 +12,8 @@ void widen(Rows<const uint16_t> x, Rows<float> out);
 // out[r] = x[r] rounded to the nearest bf16, ties to even; NaN stays NaN.
 void narrow(Rows<const float> x, Rows<uint16_t> out);
 
+// The same of one row of `count` elements, on the calling thread.
+void widen_row(const uint16_t* x, int64_t count, float* out);
+void narrow_row(const float* x, int64_t count, uint16_t* out);
+
 }  // namespace fd::cpu

@@ -23,6 +23,7 @@ void route(const TensorView& x, const TensorView& gate, const TensorView& bias,
 // Bytes of workspace that fused_moe wants for that many tokens.
 int64_t moe_workspace_bytes(int64_t tokens, int64_t top_k, const PackedWeight& up_gate,
                             const PackedWeight& down);
+// x and out float32 or bfloat16: widened exactly, the sum over a token's experts rounded once.
 void fused_moe(const TensorView& x, const TensorView& topk_ids, const TensorView& topk_weights,
                const PackedWeight& up_gate, const PackedWeight& down, const TensorView& out,
                const TensorView& workspace);

@@ -1,51 +1,25 @@
-// Mixture of experts: routing, and the experts' SwiGLU MLPs over the tokens routed to them.
+// Mixture of experts: SwiGLU MLPs over the tokens that are routed to them.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
+#include "bf16_rows.h"
 #include "linear.h"
 #include "parallel.h"
 #include "rowwise_kernels.h"
+#include "stretches.h"
 
 namespace fd {
 namespace {
 
-// --- routing -------------------------------------------------------------------------------------
-
-constexpr int kMaxExperts = 1024;
-
-// The `top_k` experts with the largest p + bias, ties to the lower id. With NaN everywhere the
-// first ones: the ids stay valid and the NaN weights carry the news.
-void select_experts(const float* p, const float* bias, int experts, int top_k, int32_t* ids,
-                    float* weights) {
-  bool taken[kMaxExperts] = {};
-  for (int slot = 0; slot < top_k; ++slot) {
-    int best = -1;
-    float best_score = 0.0f;
-    for (int e = 0; e < experts; ++e) {
-      if (taken[e]) continue;
-      const float score = bias ? p[e] + bias[e] : p[e];
-      if (best < 0 || score > best_score) {
-        best = e;
-        best_score = score;
-      }
-    }
-    taken[best] = true;
-    ids[slot] = best;
-  }
-  float sum = 0.0f;
-  for (int slot = 0; slot < top_k; ++slot) sum += p[ids[slot]];
-  for (int slot = 0; slot < top_k; ++slot) weights[slot] = p[ids[slot]] / sum;
-}
-
-// --- experts -------------------------------------------------------------------------------------
-
 // Tokens that are worked on at once: bounds the workspace; an expert's weights are decoded once for
 // all of its tokens in a block.
 constexpr int64_t kTokenBlock = 256;
+
+// Columns that are summed before they are rounded.
+constexpr int64_t kSumColumns = 512;
 
 // The (token, slot) pairs of a block of tokens, sorted by expert.
 struct Assignment {
@@ -53,6 +27,8 @@ struct Assignment {
   std::vector<int64_t> first_pair;  // per such expert, and one past the last
   std::vector<int32_t> tokens;      // per pair
   std::vector<int32_t> positions;   // per (token, slot): which pair
+
+  int64_t pairs_of(int64_t active) const { return first_pair[active + 1] - first_pair[active]; }
 };
 
 Assignment assign(const int32_t* ids, int64_t stride, int64_t tokens, int64_t top_k,
@@ -84,6 +60,7 @@ Assignment assign(const int32_t* ids, int64_t stride, int64_t tokens, int64_t to
 
 // Addresses inside the workspace, for one block of tokens.
 struct Buffers {
+  float* token_x;  // [tokens][H] where x is bfloat16 and comes to be needed as float32
   float* hidden;   // [pairs][2 * Im]: gate and up; the gate half then takes the product
   float* outputs;  // [pairs][H]; until the down projection, the pairs' inputs lie here
   float* pair_x;   // [pairs][H] where up_gate is dense, else null
@@ -106,8 +83,11 @@ Buffers lay_out(uint8_t* base, int64_t tokens, int64_t top_k, const PackedWeight
     return begin;
   };
   Buffers b{};
-  b.hidden = reinterpret_cast<float*>(take(pairs * up_gate.out_features * 4));
   const int64_t depth = up_gate.in_features, quantized_bytes = digit_bytes(pairs, depth);
+  const int64_t token_bytes = tokens * depth * 4, hidden_bytes = pairs * up_gate.out_features * 4;
+  b.hidden = reinterpret_cast<float*>(take(std::max(hidden_bytes, token_bytes)));
+  // Once their digits are made, quantised experts do not look at the rows any more.
+  b.token_x = up_gate.quantized() ? b.hidden : reinterpret_cast<float*>(take(token_bytes));
   const int64_t input_bytes =
       up_gate.quantized() ? quantized_bytes + group_bytes(pairs, depth) : pairs * depth * 4;
   uint8_t* shared = take(std::max(pairs * down.out_features * 4, input_bytes));
@@ -129,27 +109,94 @@ Buffers lay_out(uint8_t* base, int64_t tokens, int64_t top_k, const PackedWeight
   return b;
 }
 
-// One row a token becomes one row a pair, so that the rows of an expert follow one another. The
-// copies are small beside the products (1 part in 70 of them for 256 tokens of 21B).
-Rows gather_pairs(const PackedWeight& weight, const Assignment& assignment, const Rows& tokens,
-                  const Buffers& b) {
-  const int64_t depth = weight.in_features, pairs = assignment.tokens.size();
-  parallel_for(pairs, std::max<int64_t>(1, 32768 / depth), [&](int64_t begin, int64_t end) {
-    for (int64_t pair = begin; pair < end; ++pair) {
-      const Rows row = skip_rows(weight, tokens, assignment.tokens[pair]);
-      if (weight.quantized()) {
-        std::memcpy(b.pair_digits + digit_bytes(pair, depth), row.digits, digit_bytes(1, depth));
-        std::copy_n(row.groups, weight.groups(), b.pair_groups + pair * weight.groups());
-      } else {
-        std::copy_n(row.x, depth, b.pair_x + pair * depth);
-      }
-    }
-  });
-  return {b.pair_x, depth, b.pair_digits, b.pair_groups};
+// The columns [first, end) of a row as digits; both are multiples of a group.
+void quantize_stretch(const LinearKernels& kernels, const PackedWeight& weight, const float* row,
+                      int64_t number, int64_t first, int64_t end, int8_t* digits,
+                      GroupNumbers* groups) {
+  const int64_t group = first / kGroupRows;
+  kernels.quantize_row(row + first, end - first, weight.offset(),
+                       digits + digit_bytes(number, weight.in_features) + group * kGroupDigitBytes,
+                       groups + number * weight.groups() + group);
 }
 
-// All tiles of all experts that have pairs: the expert's pairs of `input` times its weights.
-void multiply_experts(const PackedWeight& weight, const Assignment& assignment, const Rows& input,
+// The tokens' rows as the up and gate projection takes them: float32, or digits of it.
+Rows take_tokens(const TensorView& x, int64_t first_token, int64_t tokens,
+                 const PackedWeight& up_gate, const Buffers& b) {
+  const bool is_narrow = x.dtype == DType::kBFloat16;
+  const int64_t depth = up_gate.in_features, offset = first_token * x.strides[0];
+  const uint16_t* bits = static_cast<const uint16_t*>(x.data) + (is_narrow ? offset : 0);
+  Rows rows{b.token_x, depth, b.token_digits, b.token_groups};
+  if (!is_narrow) {
+    rows.x = static_cast<const float*>(x.data) + offset;
+    rows.x_stride = x.strides[0];
+    if (!up_gate.quantized()) return rows;
+  }
+  const LinearKernels& kernels = pick(linear_kernels_tables);
+  parallel_stretches(tokens, depth, 8192, [&](int64_t token, int64_t first, int64_t end) {
+    if (is_narrow) {
+      const uint16_t* from = bits + token * x.strides[0];
+      cpu::widen_row(from + first, end - first, b.token_x + token * depth + first);
+    }
+    if (up_gate.quantized()) {
+      quantize_stretch(kernels, up_gate, rows.x + token * rows.x_stride, token, first, end,
+                       b.token_digits, b.token_groups);
+    }
+  });
+  return rows;
+}
+
+// The rows that the experts multiply. Those of an expert follow one another: where it has one, that
+// is its token's, else a copy of each. (Copies are small beside the products: 1 part in 70 of them
+// for 256 tokens of 21B.)
+class PairRows {
+ public:
+  PairRows(const PackedWeight& weight, const Assignment& assignment, const Rows& tokens,
+           const Buffers& b)
+      : weight_(weight), assignment_(assignment), tokens_(tokens) {
+    const int64_t depth = weight.in_features;
+    copies_ = {b.pair_x, depth, b.pair_digits, b.pair_groups};
+    std::vector<int64_t> pairs;
+    for (size_t a = 0; a < assignment.experts.size(); ++a) {
+      if (assignment.pairs_of(a) == 1) continue;
+      for (int64_t p = assignment.first_pair[a]; p < assignment.first_pair[a + 1]; ++p) {
+        pairs.push_back(p);
+      }
+    }
+    parallel_for(pairs.size(), std::max<int64_t>(1, 32768 / depth),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) copy(pairs[i], b);
+                 });
+  }
+
+  // Those of the active expert `a`.
+  Rows operator[](int64_t a) const {
+    const int64_t first = assignment_.first_pair[a];
+    if (assignment_.pairs_of(a) > 1) return skip_rows(weight_, copies_, first);
+    return skip_rows(weight_, tokens_, assignment_.tokens[first]);
+  }
+
+ private:
+  void copy(int64_t pair, const Buffers& b) const {
+    const int64_t depth = weight_.in_features;
+    const Rows row = skip_rows(weight_, tokens_, assignment_.tokens[pair]);
+    if (weight_.quantized()) {
+      std::memcpy(b.pair_digits + digit_bytes(pair, depth), row.digits, digit_bytes(1, depth));
+      std::copy_n(row.groups, weight_.groups(), b.pair_groups + pair * weight_.groups());
+    } else {
+      std::copy_n(row.x, depth, b.pair_x + pair * depth);
+    }
+  }
+
+  const PackedWeight& weight_;
+  const Assignment& assignment_;
+  const Rows tokens_;
+  Rows copies_;
+};
+
+// All tiles of all experts that have pairs: input(a), the rows of the active expert `a`, times its
+// weights.
+template <typename Input>
+void multiply_experts(const PackedWeight& weight, const Assignment& assignment, const Input& input,
                       float* out) {
   const int64_t tiles = weight.tiles(), active = assignment.experts.size();
   const int64_t pairs = assignment.tokens.size();
@@ -157,40 +204,53 @@ void multiply_experts(const PackedWeight& weight, const Assignment& assignment, 
   parallel_for(active * tiles, grain, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end;) {
       const int64_t a = unit / tiles, first = assignment.first_pair[a];
-      const int64_t count = assignment.first_pair[a + 1] - first;
       const int64_t tile = unit % tiles, stop = std::min(tiles, tile + end - unit);
-      multiply_tiles(weight, assignment.experts[a], tile, stop, skip_rows(weight, input, first),
-                     count, out + first * weight.out_features, weight.out_features);
+      multiply_tiles(weight, assignment.experts[a], tile, stop, input(a), assignment.pairs_of(a),
+                     out + first * weight.out_features, weight.out_features);
       unit += stop - tile;
     }
   });
 }
 
-// SwiGLU in place: the gate half of each pair's row becomes silu(gate) * up.
-void activate(const PackedWeight& up_gate, int64_t pairs, float* hidden) {
-  const RowwiseKernels& kernels = pick(rowwise_kernels_tables);
+// SwiGLU in place: the gate half of each pair's row becomes silu(gate) * up, and digits of it where
+// the down projection takes those.
+void activate(const PackedWeight& up_gate, const PackedWeight& down, int64_t pairs,
+              const Buffers& b) {
+  const RowwiseKernels& rowwise = pick(rowwise_kernels_tables);
+  const LinearKernels& kernels = pick(linear_kernels_tables);
   const int64_t row = up_gate.out_features, width = row / 2;
-  parallel_for(pairs, std::max<int64_t>(1, 8192 / width), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      kernels.silu_and_mul(hidden + i * row, hidden + i * row + width, width, hidden + i * row);
-    }
+  parallel_stretches(pairs, width, 2048, [&](int64_t pair, int64_t first, int64_t end) {
+    float* gate = b.hidden + pair * row;
+    rowwise.silu_and_mul(gate + first, gate + width + first, end - first, gate + first);
+    if (!down.quantized()) return;
+    quantize_stretch(kernels, down, gate, pair, first, end, b.hidden_digits, b.hidden_groups);
   });
 }
 
+// Sums of the experts' outputs, in `out` as float32 or rounded to bfloat16.
 void combine(const Assignment& assignment, const float* outputs, const TensorView& weights,
              int64_t first_token, const TensorView& out) {
   const LinearKernels& kernels = pick(linear_kernels_tables);
   const int64_t width = out.shape[1], top_k = weights.shape[1];
   const int64_t tokens = assignment.tokens.size() / top_k;
   const float* weight_rows = static_cast<const float*>(weights.data);
-  float* out_rows = static_cast<float*>(out.data);
-  const int64_t grain = std::max<int64_t>(1, 32768 / (width * top_k));
-  parallel_for(tokens, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      kernels.weighted_sum(outputs, width, assignment.positions.data() + t * top_k,
-                           weight_rows + (first_token + t) * weights.strides[0],
-                           static_cast<int>(top_k), width,
-                           out_rows + (first_token + t) * out.strides[0]);
+  const auto sum = [&](int64_t token, int64_t first, int64_t end, float* to) {
+    kernels.weighted_sum(outputs + first, width, assignment.positions.data() + token * top_k,
+                         weight_rows + (first_token + token) * weights.strides[0],
+                         static_cast<int>(top_k), end - first, to);
+  };
+  // Most of the time goes into fetching what other threads have just written.
+  const int64_t grain = 8192 / top_k;
+  parallel_stretches(tokens, width, grain, [&](int64_t token, int64_t first, int64_t end) {
+    const int64_t offset = (first_token + token) * out.strides[0];
+    if (out.dtype != DType::kBFloat16) {
+      return sum(token, first, end, static_cast<float*>(out.data) + offset + first);
+    }
+    alignas(64) float wide[kSumColumns];
+    for (int64_t at = first; at < end; at += kSumColumns) {
+      const int64_t stop = std::min(end, at + kSumColumns);
+      sum(token, at, stop, wide);
+      cpu::narrow_row(wide, stop - at, static_cast<uint16_t*>(out.data) + offset + at);
     }
   });
 }
@@ -203,21 +263,19 @@ void moe_block(const TensorView& x, const TensorView& ids, const TensorView& wei
       assign(static_cast<const int32_t*>(ids.data) + first_token * ids.strides[0], ids.strides[0],
              tokens, top_k, up_gate.experts);
   const Buffers b = lay_out(memory, tokens, top_k, up_gate, down);
-  const float* in = static_cast<const float*>(x.data) + first_token * x.strides[0];
-  if (up_gate.quantized()) {
-    quantize_rows(in, x.strides[0], tokens, up_gate.in_features, up_gate.offset(), b.token_digits,
-                  b.token_groups);
-  }
-  const Rows token_rows{in, x.strides[0], b.token_digits, b.token_groups};
-  multiply_experts(up_gate, assignment, gather_pairs(up_gate, assignment, token_rows, b), b.hidden);
-  activate(up_gate, pairs, b.hidden);
-  if (down.quantized()) {
-    quantize_rows(b.hidden, up_gate.out_features, pairs, down.in_features, down.offset(),
-                  b.hidden_digits, b.hidden_groups);
-  }
-  multiply_experts(down, assignment,
-                   {b.hidden, up_gate.out_features, b.hidden_digits, b.hidden_groups}, b.outputs);
+  const PairRows inputs(up_gate, assignment, take_tokens(x, first_token, tokens, up_gate, b), b);
+  multiply_experts(up_gate, assignment, [&](int64_t a) { return inputs[a]; }, b.hidden);
+  activate(up_gate, down, pairs, b);
+  const Rows hidden{b.hidden, up_gate.out_features, b.hidden_digits, b.hidden_groups};
+  const auto hidden_of = [&](int64_t a) {
+    return skip_rows(down, hidden, assignment.first_pair[a]);
+  };
+  multiply_experts(down, assignment, hidden_of, b.outputs);
   combine(assignment, b.outputs, weights, first_token, out);
+}
+
+void check_activation(const char* name, const TensorView& view) {
+  if (view.dtype != DType::kBFloat16) view.as<float>(name);
 }
 
 void check_ids(const TensorView& ids, int64_t experts) {
@@ -236,41 +294,6 @@ void check_ids(const TensorView& ids, int64_t experts) {
 
 }  // namespace
 
-void route(const TensorView& x, const TensorView& gate, const TensorView& bias,
-           const TensorView& topk_ids, const TensorView& topk_weights) {
-  x.check_rank("x", 2);
-  gate.check_rank("gate_weight", 2).check_extent("gate_weight", 0, x.shape[1]);
-  const int64_t tokens = x.shape[0], experts = gate.shape[1];
-  topk_ids.check_rank("topk_ids", 2).check_extent("topk_ids", 0, tokens);
-  const int64_t top_k = topk_ids.shape[1];
-  topk_weights.check_rank("topk_weights", 2).check_extent("topk_weights", 0, tokens);
-  topk_weights.check_extent("topk_weights", 1, top_k);
-  if (experts > kMaxExperts || top_k < 1 || top_k > experts) {
-    throw std::invalid_argument("top_k is " + std::to_string(top_k) + " of " +
-                                std::to_string(experts) + " experts, expected 1 to the number of " +
-                                "experts and at most " + std::to_string(kMaxExperts));
-  }
-  if (bias.data) bias.check_rank("bias", 1).check_extent("bias", 0, experts);
-  const float* in = x.as<float>("x");
-  const float* weight = gate.as<float>("gate_weight");
-  const float* biases = bias.data ? bias.as<float>("bias") : nullptr;
-  int32_t* ids = topk_ids.as<int32_t>("topk_ids");
-  float* weights = topk_weights.as<float>("topk_weights");
-  const LinearKernels& kernels = pick(linear_kernels_tables);
-  const int64_t depth = x.shape[1];
-  const int64_t grain = std::max<int64_t>(1, 200000 / (depth * experts));
-  parallel_for(tokens, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) float p[kMaxExperts];
-    for (int64_t t = begin; t < end; ++t) {
-      kernels.gate_logits(in + t * x.strides[0], weight, depth, gate.strides[0],
-                          static_cast<int>(experts), p);
-      kernels.softmax(p, static_cast<int>(experts));
-      select_experts(p, biases, static_cast<int>(experts), static_cast<int>(top_k),
-                     ids + t * topk_ids.strides[0], weights + t * topk_weights.strides[0]);
-    }
-  });
-}
-
 int64_t moe_workspace_bytes(int64_t tokens, int64_t top_k, const PackedWeight& up_gate,
                             const PackedWeight& down) {
   return lay_out(nullptr, std::min(tokens, kTokenBlock), top_k, up_gate, down).bytes;
@@ -279,13 +302,15 @@ int64_t moe_workspace_bytes(int64_t tokens, int64_t top_k, const PackedWeight& u
 void fused_moe(const TensorView& x, const TensorView& topk_ids, const TensorView& topk_weights,
                const PackedWeight& up_gate, const PackedWeight& down, const TensorView& out,
                const TensorView& workspace) {
-  x.check_rank("x", 2).check_extent("x", 1, up_gate.in_features).as<float>("x");
+  x.check_rank("x", 2).check_extent("x", 1, up_gate.in_features);
+  check_activation("x", x);
   const int64_t tokens = x.shape[0];
   topk_ids.check_rank("topk_ids", 2).check_extent("topk_ids", 0, tokens);
   topk_weights.check_rank("topk_weights", 2).check_extent("topk_weights", 0, tokens);
   topk_weights.check_extent("topk_weights", 1, topk_ids.shape[1]).as<float>("topk_weights");
   out.check_rank("out", 2).check_extent("out", 0, tokens);
-  out.check_extent("out", 1, down.out_features).as<float>("out");
+  out.check_extent("out", 1, down.out_features);
+  check_activation("out", out);
   if (down.in_features * 2 != up_gate.out_features || down.experts != up_gate.experts) {
     throw std::invalid_argument("up_gate gives " + std::to_string(up_gate.out_features) +
                                 " columns of " + std::to_string(up_gate.experts) +

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite.model_executor import ops
-from fastdeploy_lite.model_executor.ops import HostWeight
+from fastdeploy_lite.model_executor.ops import HostWeight, PackedWeight
 
 Array = npt.NDArray[Any]
 
@@ -17,8 +17,8 @@ Array = npt.NDArray[Any]
 class HostExperts:
     """Experts beside the card that the rest of their layer runs on.
 
-    The CPU's op takes and gives float32. A card's activations are bfloat16: widening them is
-    exact, and the sum over a token's experts is rounded once, on its way back.
+    A card's activations are bfloat16: widening them is exact, and the sum over a token's experts
+    (and over their parts) is rounded once.
     """
 
     def __init__(self, up_gate: HostWeight, down: HostWeight) -> None:
@@ -37,11 +37,20 @@ class HostExperts:
 
     def finish(self, out: Any) -> None:
         """Compute what `begin` has queued, and queue the way of the result to out [T, H]."""
-        fetched, answer = self._fetched, self.link.answer(out)
-        self.link.on_host(lambda: self._compute(fetched, answer))
+        answer = self.link.answer(out)
+        self.link.on_host(self._work(self._fetched, answer))
         self.link.send(answer, out)
 
+    def _work(self, fetched: Sequence[Array], answer: Array) -> Callable[[], None]:
+        """What turns arrays that have been fetched into the answer."""
+        up_gate, down = self.up_gate, self.down
+        if isinstance(up_gate, PackedWeight) and isinstance(down, PackedWeight):
+            x, ids, weights = fetched
+            return ops.BoundExperts(x, ids, weights, up_gate, down, answer, self.link.workspace)
+        return lambda: self._compute(fetched, answer)
+
     def _compute(self, fetched: Sequence[Array], answer: Array) -> None:
+        """The same of experts in parts."""
         workspace = self.link.workspace
         x, ids, weights = (self._tensor(i, array) for i, array in enumerate(fetched))
         out = workspace.get("host_out", list(answer.shape), "float32")

@@ -14,7 +14,7 @@ from fastdeploy_lite.model_executor.ops.attention import (
 from fastdeploy_lite.model_executor.ops.dense import embedding, embedding_share, linear
 from fastdeploy_lite.model_executor.ops.dummy import randomize_weight
 from fastdeploy_lite.model_executor.ops.host_link import HostLink
-from fastdeploy_lite.model_executor.ops.moe import fused_moe, route
+from fastdeploy_lite.model_executor.ops.moe import BoundExperts, fused_moe, route
 from fastdeploy_lite.model_executor.ops.norm import add_rms_norm, rms_norm
 from fastdeploy_lite.model_executor.ops.packed_weight import (
     ExpertWeight,
@@ -64,6 +64,7 @@ from fastdeploy_lite.model_executor.ops.weights import (
 
 __all__ = [
     "SAMPLE_ROWS",
+    "BoundExperts",
     "Branch",
     "ExpertWeight",
     "HostLink",

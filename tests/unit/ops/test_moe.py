@@ -9,7 +9,9 @@ import paddle
 import pytest
 from native_ops import ISAS, assert_same_everywhere, bits, isa, tensor
 from oracles import ops as oracle
+from oracles.rowwise import nearest_bf16
 
+from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32, float32_to_bfloat16
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.workspace import Workspace
 
@@ -207,3 +209,68 @@ def test_wrong_arguments_are_named(experts: Experts) -> None:
         experts(x, ids, weights[:1])
     with pytest.raises(ValueError, match=r"x has shape \[2, 128\], expected \[any, 256\]"):
         experts(x[:, :128], ids, weights)
+
+
+# -- bound to host arrays ------------------------------------------------------------------------
+
+
+def bound(experts: Experts, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> Any:
+    """The call, and the array that it fills."""
+    out = np.full((len(x), experts.down.out_features), 0x7FC0).astype(x.dtype)
+    arguments = (x, ids, weights, experts.up_gate, experts.down, out, experts.workspace)
+    return ops.BoundExperts(*arguments), out
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 40, 300])
+def test_bound_experts_widen_exactly_and_round_once(tokens: int, experts: Experts) -> None:
+    x, ids, weights = batch(tokens)
+    half = float32_to_bfloat16(x)
+    call, out = bound(experts, half, ids, weights)
+    for scale in (1, 2):  # values change between calls
+        half[...] = float32_to_bfloat16(x * np.float32(scale))
+        call()
+        expected = experts(bfloat16_to_float32(half), ids, weights)
+        np.testing.assert_array_equal(out, nearest_bf16(expected))
+    wide, out = bound(experts, x, ids, weights)
+    experts(*batch(tokens + 1))  # whose workspace is larger and lies elsewhere
+    wide()
+    np.testing.assert_array_equal(bits(out), bits(experts(x, ids, weights)))
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(200, 72), (1100, 40)])
+def test_bound_experts_of_ragged_rows(hidden: int, inner: int) -> None:
+    experts = Experts("bf16", hidden, inner)
+    x = np.random.default_rng(1).standard_normal((3, hidden), dtype=np.float32)
+    _, ids, weights = batch(3)
+    half = float32_to_bfloat16(x)
+    call, out = bound(experts, half, ids, weights)
+    call()
+    expected = experts(bfloat16_to_float32(half), ids, weights)
+    np.testing.assert_array_equal(out, nearest_bf16(expected))
+
+
+def test_bound_experts_have_the_same_bits_everywhere(experts: Experts) -> None:
+    x, ids, weights = batch(5)
+
+    def computed() -> np.ndarray:
+        call, out = bound(experts, float32_to_bfloat16(x), ids, weights)
+        call()
+        return bfloat16_to_float32(out)
+
+    assert_same_everywhere(computed)
+
+
+def test_what_bound_experts_refuse(experts: Experts) -> None:
+    x, ids, weights = batch(2)
+    with pytest.raises(TypeError, match="x has dtype float64, expected float32 or uint16"):
+        bound(experts, x.astype(np.float64), ids, weights)
+    with pytest.raises(TypeError, match="topk_ids has dtype int64, expected int32"):
+        bound(experts, x, ids.astype(np.int64), weights)
+    with pytest.raises(ValueError, match=r"topk_weights has shape \[1, 3\], expected \[2, 3\]"):
+        bound(experts, x, ids, weights[:1])
+    with pytest.raises(ValueError, match=r"x has shape \[2, 256\], expected .* without gaps"):
+        bound(experts, x[:, ::-1], ids, weights)
+    call, _ = bound(experts, x, ids, weights)
+    ids[1, 2] = EXPERTS
+    with pytest.raises(ValueError, match=r"topk_ids\[1, 2\] is 6, expected 0 to 5"):
+        call()
