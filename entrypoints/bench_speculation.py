@@ -108,7 +108,8 @@ class Contestant:
         self.llm = llm
         self.core: EngineCore = llm.llm_engine._core
         plain = method in (PLAIN, AGAIN)
-        self.speculator = None if plain else Speculator(SpeculativeConfig(method))
+        known = self.core.step_seconds
+        self.speculator = None if plain else Speculator(SpeculativeConfig(method), known)
         self.row = Row()
         self._running: list[Sequence] = []
         self._chunks: Any = iter(())

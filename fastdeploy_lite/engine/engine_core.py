@@ -22,6 +22,7 @@ from fastdeploy_lite.engine.args_utils import check_block_count
 from fastdeploy_lite.engine.generation import Generation
 from fastdeploy_lite.engine.kv_cache import BlockManager
 from fastdeploy_lite.engine.logits_processors import LogitsProcessors
+from fastdeploy_lite.engine.rehearsal import rehearse
 from fastdeploy_lite.engine.scheduler import Scheduler, Sequence
 from fastdeploy_lite.executor.base import Executor, ExecutorDeadError
 from fastdeploy_lite.executor.step_clock import StepClock
@@ -50,6 +51,7 @@ from fastdeploy_lite.request.step import (
     TokenLogprobs,
 )
 from fastdeploy_lite.speculation.drafters import Text
+from fastdeploy_lite.speculation.rates import StepSeconds
 from fastdeploy_lite.speculation.speculator import Speculator
 from fastdeploy_lite.utils.errors import ConfigError, RequestError, one_line
 from fastdeploy_lite.utils.logging import get_logger
@@ -108,6 +110,10 @@ class EngineCore:
         executor: Computes steps; its KV cache has `num_blocks` blocks.
         tokenizer: For stop texts and constraints.
         num_blocks: KV blocks.
+        step_seconds: What `rehearse` measured.
+
+    Attributes:
+        step_seconds: As given.
 
     Raises:
         ConfigError: The KV cache cannot hold one sequence, or a logits processor is unknown.
@@ -119,6 +125,7 @@ class EngineCore:
         executor: Executor,
         tokenizer: Ernie4_5Tokenizer,
         num_blocks: int,
+        step_seconds: StepSeconds | None = None,
     ) -> None:
         check_block_count(num_blocks, config.scheduler.max_model_len, config.cache.block_size)
         if config.early_stop and config.logprobs_mode.endswith("_logits"):
@@ -146,7 +153,10 @@ class EngineCore:
         self._outbox: list[EngineOutput] = []
         self._stats = EngineStats(num_blocks=num_blocks)
         self._failed_in_a_row = 0
-        self._speculator = None if config.speculative is None else Speculator(config.speculative)
+        self.step_seconds = step_seconds
+        self._speculator: Speculator | None = None
+        if config.speculative is not None:
+            self._speculator = Speculator(config.speculative, step_seconds)
 
     # Requests ------------------------------------------------------------------------------------
 
@@ -642,9 +652,10 @@ def create_core(
         executor = TimedExecutor(executor, clock, StepLimit(envs.FD_LITE_STEP_SECONDS))
     try:
         num_blocks = executor.load(show_progress=True)
+        seconds = rehearse(config, executor)
     except ExecutorDeadError as error:
         raise EngineDeadError(str(error)) from error
-    core = EngineCore(config, executor, tokenizer, num_blocks)
+    core = EngineCore(config, executor, tokenizer, num_blocks, seconds)
     report = executor.report()
     return core, Ready(
         num_blocks=num_blocks,

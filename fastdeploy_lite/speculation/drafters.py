@@ -15,8 +15,9 @@ PROMPT_TOKENS_KEPT = 8
 # An answer that is longer than this is remembered in parts, which begin with the end of the one
 # before.
 ANSWER_PART = 512
-# Tokens that one look indexes, about half a millisecond; half of them may be of answers.
-READ_AT_ONCE = 2048
+# Tokens that one look indexes, about half a millisecond, and those of answers among them: looks are
+# rare while nothing is gained, and one that only indexes answers finds nothing.
+READ_AT_ONCE, ANSWERS_AT_ONCE = 2048, 256
 # So many new tokens of a sequence are always read: it is up to date, or will be.
 ALWAYS_READ = 32
 # Texts up to this length are indexed. Longer ones are only searched, which takes 20 bytes a token
@@ -105,7 +106,7 @@ class LookupDrafters:
 
     def propose(self, texts: Sequence[Text], most: int) -> list[Draft]:
         """See Drafters; one call of native code for all that are read to their end."""
-        left: float = self._index_answers(READ_AT_ONCE)
+        left: float = READ_AT_ONCE - self._index_answers(ANSWERS_AT_ONCE)
         drafts = [NOTHING] * len(texts)
         ready, drafters, news = [], [], []
         for index, text in enumerate(texts):
@@ -140,14 +141,15 @@ class LookupDrafters:
             self._num_waiting -= len(self._parts.popleft())
 
     def _index_answers(self, most: int) -> int:
-        """Index what waits, about half of `most` tokens; how many tokens may still be read."""
-        indexed = 0
-        while self._parts and 2 * indexed < most:
-            part = self._parts.popleft()
-            indexed += len(part)
+        """Index at least `most` tokens of what waits, the latest first; how many they were."""
+        indexed, parts = 0, []
+        while self._parts and indexed < most:
+            parts.append(self._parts.pop())
+            indexed += len(parts[-1])
+        for part in reversed(parts):
             self._answers.add(part)
         self._num_waiting -= indexed
-        return most - indexed
+        return indexed
 
     def _reader(self, text: Text) -> _Reader:
         reader = self._readers.get(text.request_id)

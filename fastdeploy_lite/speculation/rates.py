@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 # Upper ends of the classes of match lengths that share a rate of success.
 CLASS_ENDS = (1, 2, 3, 5, 8, 16)
@@ -99,13 +100,37 @@ class Average:
         return self._sum / self._weight if self._weight else 0.0
 
 
+@dataclass(frozen=True)
+class StepSeconds:
+    """What steps took before the first request, in seconds.
+
+    Attributes:
+        plain: Of steps without guesses, by their number of sequences.
+        checking: Of steps with guesses, by their number of tokens.
+    """
+
+    plain: Mapping[int, float]
+    checking: Mapping[int, float]
+
+
+def between(known: Mapping[int, float], at: int) -> float | None:
+    """A value at `at` on the lines through known ones; None outside of them."""
+    if not known or not min(known) <= at <= max(known):
+        return None
+    low = max(size for size in known if size <= at)
+    high = min(size for size in known if size >= at)
+    share = (at - low) / max(high - low, 1)
+    return known[low] + share * (known[high] - known[low])
+
+
 class _StepClass:
     """Steps of about one size: what they took, when one was recorded last, what was worked out."""
 
-    __slots__ = ("found", "last", "noted", "size")
+    __slots__ = ("first", "found", "last", "noted", "size")
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.first: float | None = None  # before all that was noted
         self.noted: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self.last = 0
         self.found: float | None = None
@@ -135,6 +160,15 @@ class StepCosts:
         self._known: list[int] = []  # classes that ever had enough steps
         self.now, self.stale_after = 0, STALE_AFTER
 
+    def begin_with(self, known: Mapping[int, float]) -> None:
+        """Take seconds by size that were measured beforehand, for classes without newer ones."""
+        for size in self._sizes:
+            seconds = between(known, size)
+            if seconds is not None:
+                self._classes.setdefault(size, _StepClass(size)).first = seconds
+                if size not in self._known:
+                    insort(self._known, size)
+
     def size(self, tokens: int) -> int:
         """The class of a step of `tokens`: most tokens of a step in it."""
         index = bisect_left(self._sizes, tokens)
@@ -143,7 +177,7 @@ class StepCosts:
 
     @property
     def sizes_noted(self) -> list[int]:
-        """Classes of which steps were recorded."""
+        """Classes of which anything is known."""
         return sorted(self._classes)
 
     def note(self, tokens: int, seconds: float) -> None:
@@ -163,19 +197,31 @@ class StepCosts:
         """Whether enough steps of the class of `tokens` were measured, be it long ago."""
         return self.size(tokens) in self._known
 
-    def larger(self, tokens: int, most: float) -> tuple[int, float] | None:
-        """The smallest measured class of `tokens` to `most` tokens, and what its steps take."""
+    def larger(self, tokens: int, most: float, slower: float = 1.0) -> tuple[int, float] | None:
+        """The smallest measured class of `tokens` to `most` tokens, and what its steps take.
+
+        Args:
+            tokens, most: Sizes.
+            slower: How many times as long steps take now as they did before the first of all.
+        """
         for size in self._known[bisect_left(self._known, tokens) :]:
             if size > most:
                 break
             steps = self._classes[size]
             if len(steps.noted) < self._least or self._is_stale(steps):
-                continue
+                if steps.first is None:
+                    continue
+                return size, steps.first * slower
             if steps.found is None:
                 ordered = sorted(steps.noted)
                 steps.found = ordered[(len(ordered) - 1) // self.EXCEEDED_BY]
             return size, steps.found
         return None
+
+    def first(self, tokens: int) -> float | None:
+        """What a step of `tokens` took before the first of all, if that was measured."""
+        steps = self._classes.get(self.size(tokens))
+        return None if steps is None else steps.first
 
     def _is_stale(self, steps: _StepClass) -> bool:
         return self.now - steps.last > self.stale_after

@@ -9,7 +9,14 @@ from fastdeploy_lite.request.messages import DraftCounts
 from fastdeploy_lite.speculation.attendance import Attendance
 from fastdeploy_lite.speculation.config import CHECK_SIZES, SpeculativeConfig
 from fastdeploy_lite.speculation.drafters import Draft, Text, create_drafters
-from fastdeploy_lite.speculation.rates import STALE_AFTER, Average, HitRates, Purse, StepCosts
+from fastdeploy_lite.speculation.rates import (
+    STALE_AFTER,
+    Average,
+    HitRates,
+    Purse,
+    StepCosts,
+    StepSeconds,
+)
 
 # A step with guesses must be expected to give this much more tokens a second: estimates are noisy,
 # and a guess that just breaks even only adds jitter.
@@ -46,7 +53,7 @@ PLAIN_STEPS, CHECKING_STEPS = 2, 3  # measured before a cost is known
 CHECKING_REACH, PLAIN_REACH = 2.0, 1.25
 # While time is short, so many looks are at so many sequences before others take their turn: what
 # was never looked at need not be read.
-LOOKS_A_TURN, LOOKED_AT = 8, 4
+LOOKS_A_TURN, LOOKED_AT = 4, 1
 
 
 class _Memory:
@@ -68,6 +75,7 @@ class Speculator:
 
     Args:
         config: Method and limits.
+        known: What steps took before the first request, where that was measured.
 
     Attributes:
         num_drafts: Tokens that a draft layer is to guess for each sequence that it has read, in
@@ -78,7 +86,7 @@ class Speculator:
         looks: Steps that looked for guesses.
     """
 
-    def __init__(self, config: SpeculativeConfig) -> None:
+    def __init__(self, config: SpeculativeConfig, known: StepSeconds | None = None) -> None:
         self.config = config
         self._most_tokens = config.most_tokens  # every step asks
         self._has_layer = config.method == "mtp"
@@ -94,6 +102,10 @@ class Speculator:
         self._rates = HitRates()
         self._plain = StepCosts(PLAIN_SIZES, PLAIN_STEPS)
         self._checking = StepCosts(CHECK_SIZES, CHECKING_STEPS)
+        self._is_rehearsed = known is not None  # so that no size has to be tried
+        if known is not None:
+            self._plain.begin_with(known.plain)
+            self._checking.begin_with(known.checking)
         self._purse = Purse(SHARE, RESERVE)
         self._own_seconds = Average()
         self._usual = 0.0  # seconds of a plain step, at the last look
@@ -193,7 +205,7 @@ class Speculator:
             self.feeds_draft = self.feeds_draft and not decodes
             return {}
         started = time.perf_counter()
-        self._may_try = decodes
+        self._may_try = decodes and not self._is_rehearsed
         chosen = self._choose(self._taking_turns(texts), len(texts), room, budget)
         if self._open or not self._has_layer:  # a layer that was not asked says nothing
             self._goes_well = self._is_promising = False
@@ -228,7 +240,7 @@ class Speculator:
         """All sequences, or some while nothing pays and looking takes long beside a step."""
         if len(texts) <= LOOKED_AT or not self.config.adaptive or self._has_layer:
             return texts
-        if self._goes_well or self._purse.is_rich:
+        if self._goes_well or self._is_promising or self._purse.is_rich:
             return texts
         first = self.looks // LOOKS_A_TURN * LOOKED_AT % len(texts)
         end = first + LOOKED_AT
@@ -340,7 +352,7 @@ class Speculator:
         """Charge a step with guesses, or credit what they saved."""
         self._steps_since_plain += 1
         plain = self._plain_seconds(count)
-        known = self._checking_seconds(count + checked) if checked else None
+        known = self._checking_seconds(count + checked, self._slower(count)) if checked else None
         is_first = checked > 0 and not self._checking.knew(count + checked)
         if checked:
             self._checking.note(count + checked, seconds)
@@ -365,7 +377,8 @@ class Speculator:
             self._purse.add(-self._layer_share.value * seconds)
         if not checked:
             return
-        plain, known = self._plain_seconds(count), self._checking_seconds(count + checked)
+        plain = self._plain_seconds(count)
+        known = self._checking_seconds(count + checked, self._slower(count))
         if plain is not None and known is not None:
             self._purse.add(emitted / count * plain - known)
 
@@ -393,11 +406,19 @@ class Speculator:
         larger = self._plain.larger(count, reach)
         return None if larger is None else larger[1] * min(count / larger[0], 1.0)
 
-    def _checking_seconds(self, tokens: int) -> float | None:
-        """At most what a step of `tokens` that checks guesses takes."""
+    def _checking_seconds(self, tokens: int, slower: float) -> float | None:
+        """At most what a step of `tokens` that checks guesses takes; see `_slower`."""
         reach = max(CHECKING_REACH * tokens, self._checking.size(tokens))
-        larger = self._checking.larger(tokens, reach)
+        larger = self._checking.larger(tokens, reach, slower)
         return None if larger is None else larger[1]
+
+    def _slower(self, count: int) -> float:
+        """How many times as long plain steps take now as before the first request: longer texts
+        make all steps longer."""
+        first = self._plain.first(count)
+        if first is None:
+            return 1.0
+        return max((self._plain_seconds(count) or first) / first, 1.0)
 
     def _ranked(self, most: int) -> list[tuple[float, str]]:
         """The guessed tokens that are likeliest to be right, each with its chance.
@@ -430,9 +451,10 @@ class Speculator:
         """
         most, taken, best = len(won) - 1, 0, MARGIN * count / plain
         checked, at, known, slope = 0, 0, plain, 0.0
+        slower = self._slower(count)
         while checked < most:
             checked = min(self._checking.size(count + checked + 1) - count, most)
-            seconds = self._checking_seconds(count + checked)
+            seconds = self._checking_seconds(count + checked, slower)
             if seconds is not None:
                 known, slope, at = seconds, max(seconds - plain, 0.0) / checked, checked
             elif count + checked > TRIED_REACH * (count + at):

@@ -12,6 +12,7 @@ from fastdeploy_lite import device
 from fastdeploy_lite.assets import demo_path
 from fastdeploy_lite.config import CacheConfig, LoadConfig, RuntimeConfig, SchedulerConfig
 from fastdeploy_lite.engine.engine_core import EngineCore
+from fastdeploy_lite.engine.rehearsal import rehearse
 from fastdeploy_lite.executor.inline import InlineExecutor
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 
@@ -36,4 +37,5 @@ def create(num_blocks: int, limits: dict[str, int] | None = None, **runtime: Any
     )
     executor = InlineExecutor(config)
     tokenizer = Ernie4_5Tokenizer.from_pretrained(demo_path(), eos_token_ids=[7])
-    return EngineCore(config, executor, tokenizer, executor.load())
+    num_blocks = executor.load()
+    return EngineCore(config, executor, tokenizer, num_blocks, rehearse(config, executor))

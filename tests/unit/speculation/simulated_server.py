@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from fastdeploy_lite import _ops_cpu
 from fastdeploy_lite.speculation.config import CHECK_SIZES
-from fastdeploy_lite.speculation.drafters import Draft, Text
+from fastdeploy_lite.speculation.drafters import Draft, LookupDrafters, Text
+from fastdeploy_lite.speculation.rates import StepSeconds
 from fastdeploy_lite.speculation.speculator import Speculator
 
 Say = Callable[["Asked", Sequence[int]], list[int]]
@@ -30,7 +31,7 @@ class Machine:
         per_guess: of each guessed token in it.
         checking: of a step with guesses on top: the host's part.
         prefill: of each token of a prompt.
-        look, look_at, read: of a look, of each sequence looked at, of each token read.
+        look, look_at, read: of a look, of each sequence looked at, of each token indexed.
         capture: of the first step of a size on top; again after each `recapture_every` steps.
         noise: steps take up to so much more or less; one in a hundred is interrupted, and takes
             twenty times as long.
@@ -70,6 +71,19 @@ class Machine:
         self.clock += seconds
         return seconds
 
+    def rehearsed(self, guesses: int = 8) -> StepSeconds:
+        """What steps of texts with so many guesses each take, as a start would find them."""
+
+        def usual(count: int, guessed: int) -> float:
+            seconds = self.fixed + self.per_token * count
+            return seconds + (self.per_guess * guessed + self.checking if guessed else 0.0)
+
+        checks = [(-(-tokens // (guesses + 1)), tokens) for tokens in CHECK_SIZES]
+        return StepSeconds(
+            {count: usual(count, 0) for count in (1, 2, 4, 8, 16)},
+            {tokens: usual(count, tokens - count) for count, tokens in checks},
+        )
+
     def _luck(self) -> float:
         self.steps += 1
         factor = self.slow if self.steps // self.slow_every % 2 else 1.0
@@ -93,20 +107,23 @@ class Machine:
 
     def watch(self, speculator: Speculator) -> None:
         """Charge what its drafters do."""
-        propose, read = speculator._drafters.propose, dict[str, int]()
+        drafters = speculator._drafters
+        assert isinstance(drafters, LookupDrafters)
+        propose, readers = drafters.propose, drafters._readers
 
         def watched(texts: Sequence[Text], most: int) -> list[Draft]:
-            new = 0
-            for text in texts:
-                known = len(text.prompt_token_ids) + len(text.output_token_ids)
-                new += known - read.get(text.request_id, 0)
-                read[text.request_id] = known
+            before = {name: reader.read for name, reader in readers.items()}
+            drafts = propose(texts, most)
+            new = sum(
+                reader.cost * (reader.read - before.get(name, 0))
+                for name, reader in readers.items()
+            )
             cost = self.look + self.look_at * len(texts) + self.read * new
             self.clock += cost + (0.02 if self.rng.randrange(100) < self.held_up else 0.0)
             self.unseen += cost
-            return propose(texts, most)
+            return drafts
 
-        speculator._drafters.propose = watched  # type: ignore[method-assign]
+        drafters.propose = watched  # type: ignore[method-assign]
 
     @property
     def speedup(self) -> float:

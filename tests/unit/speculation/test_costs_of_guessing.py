@@ -23,6 +23,10 @@ MACHINES = {
     "card, 2 ms": Machine(2e-3, 1e-4, 2e-4, checking=2e-4, prefill=4e-5),
     "card, 10 ms": Machine(8e-3, 2e-4, 2e-4, checking=3e-4, prefill=1e-4),
 }
+# A card that ran steps of all sizes before its first request.
+REHEARSED = Machine(
+    3.8e-4, 2.1e-5, 2.9e-5, checking=3.3e-5, prefill=1e-5, look=8e-6, look_at=2.5e-6, read=2e-7
+)
 TOKENS = 1000
 
 
@@ -97,6 +101,33 @@ def test_in_the_long_run_off_is_off(
         asked = HOPELESS[texts](range(start, start + batch))
         machine = served("suffix", MACHINES[name], asked, batch, monkeypatch, speculator)
     assert machine.speedup > 0.99
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+@pytest.mark.parametrize("texts", HOPELESS)
+def test_costs_from_the_start_lose_nothing_either(
+    texts: str, method: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speculator = Speculator(SpeculativeConfig(method), REHEARSED.rehearsed())
+    asked = HOPELESS[texts](range(batch))
+    assert served(method, REHEARSED, asked, batch, monkeypatch, speculator).speedup > 0.98
+
+
+@pytest.mark.parametrize(("batch", "gain"), [(1, 2.0), (4, 1.5), (16, 1.2)])
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+@pytest.mark.parametrize("before", [None, "nothing twice", "many short ones"])
+def test_with_costs_from_the_start_a_short_answer_that_repeats_is_found(
+    before: str | None, method: str, batch: int, gain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 200 tokens, the first 31 of which say nothing twice; a step checks 8 guesses at most, and
+    together they pay little at 16."""
+    speculator = Speculator(SpeculativeConfig(method), REHEARSED.rehearsed())
+    if before is not None:
+        served(method, REHEARSED, HOPELESS[before](range(batch)), batch, monkeypatch, speculator)
+    asked = repeating_texts(batch, 200)
+    machine = served(method, REHEARSED, asked, batch, monkeypatch, speculator)
+    assert machine.speedup > gain
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])

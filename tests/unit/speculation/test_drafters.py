@@ -15,6 +15,7 @@ from fastdeploy_lite._ops_cpu import AnswerIndex, NgramDrafter
 from fastdeploy_lite.speculation.config import SpeculativeConfig
 from fastdeploy_lite.speculation.drafters import (
     ANSWER_PART,
+    ANSWERS_AT_ONCE,
     MOST_INDEXED,
     READ_AT_ONCE,
     SEARCHED_COST,
@@ -88,13 +89,15 @@ def test_suffix_learns_from_earlier_answers() -> None:
 
 def test_suffix_learns_from_answers_that_were_never_guessed_about() -> None:
     config = SpeculativeConfig("suffix", suffix_decoding_min_token_prob=0.0)
-    drafters = create_drafters(config)
-    count = READ_AT_ONCE // 5
+    drafters = LookupDrafters(config)
+    count = ANSWERS_AT_ONCE // 5 * 3
     for i in range(count):
-        drafters.finish(Said(f"{i}", [1, 2], [5, 6, 10 + i]))
-    text = Said("x", [9, 5, 6])
-    assert guess(drafters, text, 1) == [9 + count // 2 + 1]  # one look reads half of what it may
-    assert guess(drafters, text, 1) == [9 + count]
+        drafters.finish(Said(f"{i}", [1, 2], [5, 6, 100 + i]))
+    assert guess(drafters, Said("x", [9, 5, 6]), 1) == [99 + count]  # the latest
+    assert len(drafters._parts) == count - ANSWERS_AT_ONCE // 5 - 1  # one look reads no more
+    guess(drafters, Said("y", [9]), 1)
+    guess(drafters, Said("z", [9]), 1)
+    assert not drafters._parts
 
 
 def test_answers_that_wait_are_bounded() -> None:
@@ -115,6 +118,8 @@ def test_a_long_answer_is_remembered_in_parts_that_go_on() -> None:
     drafters = create_drafters(SpeculativeConfig("suffix"))
     answer = list(range(10, 10 + 3 * ANSWER_PART))
     drafters.finish(Said("a", [5, 6], answer))
+    for i in range(3):  # looks read it
+        guess(drafters, Said(f"before{i}", [0]), 1)
     for i, token in enumerate(answer[:-1]):
         text = Said(f"{i}", [0, 0, token])
         assert guess(drafters, text, 1) == [token + 1], i

@@ -6,13 +6,14 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from fastdeploy_lite.request.messages import DraftCounts
 from fastdeploy_lite.speculation.config import CHECK_SIZES, SpeculativeConfig
 from fastdeploy_lite.speculation.drafters import Text
-from fastdeploy_lite.speculation.rates import PRIOR, HitRates, Purse, StepCosts
+from fastdeploy_lite.speculation.rates import PRIOR, HitRates, Purse, StepCosts, StepSeconds
 from fastdeploy_lite.speculation.speculator import Speculator
 
 NextToken = Callable[[list[int]], int]
@@ -301,10 +302,53 @@ def test_while_nothing_pays_few_sequences_are_read(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(speculator._drafters, "propose", watched)
     run(speculator, device, answers([noise(i, 1000) for i in range(16)], 2000), 2000)
-    late = seen[-8 * 4 :]
-    assert {len(names) for names in late} == {4}
+    late = seen[-4 * 16 :]
+    assert {len(names) for names in late} == {1}
     assert len({name for names in late for name in names}) == 16
     assert len(seen) < 700
+
+
+def test_costs_that_a_start_measured_hold_until_steps_say_better() -> None:
+    costs = StepCosts((4, 8, 16, 32), 3)
+    costs.begin_with({4: 1.0, 16: 4.0})
+    assert costs.larger(3, 4) == (4, 1.0)
+    assert costs.larger(5, 8) == (8, 2.0)  # a third of the way from 4 to 16
+    assert costs.larger(9, 16, slower=1.5) == (16, 6.0)
+    assert costs.larger(17, 32) is None
+    assert costs.knew(8)
+    assert not costs.knew(17)
+    for _ in range(3):
+        costs.now += 1
+        assert costs.larger(5, 8, slower=1.5) == (8, 3.0)
+        costs.note(7, 2.5)
+    assert costs.larger(5, 8, slower=1.5) == (8, 2.5)  # now it is known how slow
+    costs.now += costs.stale_after + 1
+    assert costs.larger(5, 8) == (8, 2.0)
+    assert costs.first(7) == 2.0
+    assert costs.first(40) is None
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (2, 4, 6, 8, 12)])
+def test_costs_from_the_start_say_what_is_checked_at_once(
+    sizes: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above the last size there is no graph."""
+    device = Device(6e-4, 1e-5, noise=0.0, capture=15e-3, captured={*sizes})
+    monkeypatch.setattr(time, "perf_counter", device.clock)
+    known = StepSeconds({1: 6.1e-4}, {size: device.plain_step(size) for size in sizes})
+    speculator, seen = Speculator(SpeculativeConfig("ngram", 8), known), []
+    note = speculator.note_step
+
+    def watched(count: int, checked: int, *rest: Any) -> None:
+        seen.append(checked)
+        note(count, checked, *rest)
+
+    monkeypatch.setattr(speculator, "note_step", watched)
+    run(speculator, device, answers([repetitive(4)], 100), 100)
+    assert any(seen[:10])  # the eighth token is the first that was said before
+    assert len(seen) < 100 * (0.6 if sizes[-1] == 4 else 0.3)
+    assert max(seen) < sizes[-1]
+    assert device.captured == {*sizes}
 
 
 def test_rates_are_of_a_sequence_and_of_all() -> None:
