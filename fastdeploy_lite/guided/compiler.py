@@ -117,6 +117,9 @@ class GuidedDecoder:
         allowed[list(self._source.eos_token_ids)] = 0
         if not allowed.any():
             raise invalid(spec, "it allows nothing but an empty output")
+        probe.try_consume_tokens([int(allowed.argmax())])  # a text that is forced for ever
+        if probe.is_error():
+            raise invalid(spec, short_reason(probe.get_error()))
         return matcher
 
 

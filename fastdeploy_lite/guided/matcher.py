@@ -77,13 +77,18 @@ class Matcher:
 
         Returns:
             False when the token was not allowed; the state is then unchanged.
+
+        Raises:
+            RequestError: The constraint became too complex to go on with.
         """
         if not self.is_active:
             self._wait_for_marker(token_id)
             return True
         if self._matcher.is_stopped():
             return token_id in self._eos_token_ids
-        return int(self._matcher.try_consume_tokens([token_id])) == 1
+        is_taken = int(self._matcher.try_consume_tokens([token_id])) == 1
+        self._check()
+        return is_taken
 
     def look_ahead(
         self, guess: Sequence[int], words: int

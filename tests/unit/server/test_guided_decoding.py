@@ -372,6 +372,27 @@ def test_tokens_that_are_not_text_are_never_allowed(compile_spec: Compile) -> No
     assert len(ids) > 8000
 
 
+@pytest.mark.parametrize("text", ['start: "a" start', 'start: b\nb: "x" b'])
+def test_a_grammar_of_one_endless_text_is_refused(compile_spec: Compile, text: str) -> None:
+    """Its first token was allowed, and then not taken: the answer was a 500."""
+    with pytest.raises(
+        RequestError, match=r"Invalid grammar for guided decoding: .*Too many items"
+    ):
+        compile_spec("grammar", text)
+
+
+def test_a_constraint_that_fails_at_a_token_says_so(tokenizer: Ernie4_5Tokenizer) -> None:
+    decoder = compiler.GuidedDecoder(tokenizer, PADDED)
+    raw = compiler.llguidance.LLMatcher(
+        decoder._tokenizer, compiler.grammar_text(GuidedSpec("grammar", 'start: "a" start'))
+    )
+    matcher = Matcher(Grammar(raw, tokenizer, None))
+    with pytest.raises(
+        RequestError, match=r"constraint failed during generation: .*Too many items"
+    ):
+        matcher.accept(*allowed(matcher))
+
+
 def test_a_refused_token_leaves_the_state_alone(
     compile_spec: Compile, tokenizer: Ernie4_5Tokenizer
 ) -> None:
