@@ -272,6 +272,11 @@ class UniformRouting:
             self._held[layer, count] = ops.fix(self._tables[layer][:count])
         return self._held[layer, count], routes[1]
 
+    def ids(self, layer: int, batch: int) -> Any:
+        """int32 [batch, k]: the experts of the first tokens in the layer of that number among those
+        that have experts."""
+        return self._ids[layer, :batch]
+
     def used(self, batch: int) -> float:
         """Mean share of a layer's experts that a decode step of `batch` tokens reads."""
         distinct = [len(set(ids[:batch].ravel().tolist())) for ids in self._ids]

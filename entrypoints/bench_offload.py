@@ -16,7 +16,9 @@ bound that this bandwidth sets.
 
 Below each row: where the time of one layer goes, in microseconds, the mean over the layers of a
 step and the median over the steps (`benchmarks/layer_times.py` says what the words mean). What
-"handing on" and "waiting for the card" take together beyond the card alone is the crossings.
+"handing on" and "waiting for the card" take together beyond the card alone is the crossings. First
+of all, the same experts layer after layer without the card, with fewer and fewer threads: what the
+kernels reach where nobody waits for anything.
 """
 
 from __future__ import annotations
@@ -30,10 +32,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bench_card import GB, SHAPES, Sequences, UniformRouting, runtime_config
 
-from fastdeploy_lite import device
-from fastdeploy_lite.benchmarks import layer_times
+from fastdeploy_lite import device, processor
+from fastdeploy_lite.benchmarks import host_layers, layer_times
+from fastdeploy_lite.benchmarks.host_layers import HostLayer
 from fastdeploy_lite.benchmarks.layer_times import LayerClock, LayerTimes
 from fastdeploy_lite.config import CacheConfig, ExpertOffloadConfig, RuntimeConfig
 from fastdeploy_lite.model_executor import expert_placement
@@ -66,6 +70,11 @@ def read_bandwidth(runner: Any) -> float:
     return statistics.median(bandwidth_of(int(t.data_ptr()), int(t.size)) for t in data)
 
 
+def extent(seconds: list[float]) -> tuple[float, float]:
+    """The longest, which gives the least rate, and the shortest."""
+    return max(seconds), min(seconds)
+
+
 class Bench:
     """Times the steps of one runner."""
 
@@ -74,6 +83,38 @@ class Bench:
         self.routing = UniformRouting(runner)
         self.bandwidth = read_bandwidth(runner)
         self.experts = runner.memory_report().offloaded_experts
+
+    def alone(self, batch: int) -> dict[str, Any]:
+        """The experts of `batch` tokens without the card."""
+        from fastdeploy_lite import _ops_cpu  # noqa: PLC0415
+
+        layers, read = self._host_layers(batch), self.experts * self.routing.used(batch)
+        workspace = next(iter(self.runner._host_links.values())).workspace
+        row: dict[str, Any] = {"alone": batch, "gb_s_by_threads": {}}
+        for threads in host_layers.thread_counts(_ops_cpu.num_threads()):
+            seconds = host_layers.passes(layers, threads, workspace)
+            rates = [read / each / GB for each in (statistics.median(seconds), *extent(seconds))]
+            row["gb_s_by_threads"][threads] = rates
+            print(
+                f"experts alone, batch {batch}, {threads} threads: {rates[0]:.1f} GB/s"
+                f" ({rates[1]:.1f} to {rates[2]:.1f})"
+            )
+        return row
+
+    def _host_layers(self, batch: int) -> list[HostLayer]:
+        from fastdeploy_lite.model_executor.layers.moe import MoE  # noqa: PLC0415
+        from fastdeploy_lite.model_executor.ops import HostWeight  # noqa: PLC0415
+
+        moes = [layer.mlp for layer in self.runner.model.layers if isinstance(layer.mlp, MoE)]
+        return [
+            HostLayer(
+                moe.up_gate.weight,
+                moe.down.weight,
+                np.ascontiguousarray(self.routing.ids(number, batch)),
+            )
+            for number, moe in enumerate(moes)
+            if isinstance(moe.up_gate, HostWeight)
+        ]
 
     def prefill(self) -> dict[str, Any]:
         """One prompt as long as a step may be."""
@@ -162,7 +203,7 @@ def bench(args: argparse.Namespace) -> None:
     print(
         f"main memory: {work.experts / GIB:.2f} GiB of experts of {len(runner._host_links)} layers,"
         f" read with {work.bandwidth / GB:.1f} GB/s by {_ops_cpu.num_threads()} threads"
-        f" ({_ops_cpu.current_isa()})"
+        f" ({_ops_cpu.current_isa()}); {processor.describe()}"
     )
     result: dict[str, Any] = {
         "card": facts.name,
@@ -178,6 +219,7 @@ def bench(args: argparse.Namespace) -> None:
         "load_s": runner.load_seconds,
         "rows": [],
     }
+    result["rows"] += [work.alone(batch) for batch in args.batches]
     cases = [(batch, graphs) for batch in args.batches for graphs in (True, False)]
     for case in [*cases, None]:
         result["rows"].append(work.prefill() if case is None else work.decode(*case))

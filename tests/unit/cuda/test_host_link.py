@@ -171,6 +171,22 @@ def test_a_layers_time_is_cut_where_it_crosses(card: Card, ticks: list[int]) -> 
         clock.step()
 
 
+def test_loops_of_the_host_count_inside_of_experts_alone(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, clock = Layer(card, False), LayerClock(card.link)
+    layer.set_inputs(1)
+    layer(2)
+    # What the counters give at each look: before the first layer's experts, in them, and so on.
+    looks = [(7, 7000, 7000, 7000, 7000), (4, 100, 80, 20, 60), (9, 9, 9, 9, 9), (2, 60, 40, 0, 20)]
+    monkeypatch.setattr(layer_times._ops_cpu, "loop_times", lambda: looks.pop(0))
+    with clock.running():
+        layer(2)
+        found = clock.step()
+    assert (found.loops, found.in_loops, found.slowest) == (3, 0.08, 0.06)
+    assert (found.fastest, found.mean) == (0.01, 0.04)
+
+
 def test_who_is_mute_is_not_timed(card: Card) -> None:
     layer, clock = Layer(card, False), LayerClock(card.link)
     card.link.is_mute = True
