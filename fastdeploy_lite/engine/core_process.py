@@ -35,6 +35,7 @@ from fastdeploy_lite.request.messages import (
     ToCore,
 )
 from fastdeploy_lite.utils.errors import FastDeployError, one_line
+from fastdeploy_lite.utils.host_memory import keep_what_is_loaded
 from fastdeploy_lite.utils.logging import (
     flush_logs,
     get_logger,
@@ -256,6 +257,7 @@ def main() -> int:
         config = EngineArgs(**start.args).create_runtime_config(quiet=True)
         core, ready = create_core(config, load_tokenizer(config), StepClock(start.clock))
         _leave_signals_to_the_parent()  # again: Paddle installs handlers of its own
+        keep_what_is_loaded()
         log.info("The model is ready: %d KV blocks", ready.num_blocks)
         outbox.send(msgspec.msgpack.encode(ready))
         CoreLoop(core, inbox, outbox).run()

@@ -42,6 +42,7 @@ from fastdeploy_lite.executor.messages import (
 from fastdeploy_lite.executor.part import compute_part
 from fastdeploy_lite.executor.verdict import describe
 from fastdeploy_lite.utils.errors import FastDeployError
+from fastdeploy_lite.utils.host_memory import keep_what_is_loaded
 from fastdeploy_lite.utils.logging import init_console_logging, write_console
 from fastdeploy_lite.utils.processes import die_with_standard_input
 from fastdeploy_lite.utils.standard_streams import prepare_standard_streams
@@ -69,6 +70,7 @@ class RankLoop:
     def run(self) -> None:
         """Load the model and serve until the parent goes."""
         self._runner.load_model()
+        keep_what_is_loaded()
         self._send(Loaded(self._runner.load_seconds))
         while True:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -28,6 +29,16 @@ def return_freed_memory() -> None:
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES // 2)
         mallopt(_M_TRIM_THRESHOLD, _RETURNED_BYTES)
+
+
+def keep_what_is_loaded() -> None:
+    """Take what this process holds now out of garbage collection: it serves until its end.
+
+    A full collection walks modules, frameworks and vocabularies otherwise, with every other thread
+    of the process waiting, and finds nothing in them: 75 ms of an engine on a server's core.
+    """
+    gc.collect()  # what is garbage already would be kept, too
+    gc.freeze()
 
 
 def available_bytes() -> int:

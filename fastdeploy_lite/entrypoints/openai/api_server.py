@@ -61,7 +61,7 @@ from fastdeploy_lite.plugins import (
 )
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, FastDeployError, exit_status, explain
-from fastdeploy_lite.utils.host_memory import return_freed_memory
+from fastdeploy_lite.utils.host_memory import keep_what_is_loaded, return_freed_memory
 from fastdeploy_lite.utils.logging import (
     ConsoleHandler,
     flush_logs,
@@ -129,6 +129,7 @@ class ApiServer:
                 await self.start_engine()
                 self._create_servers(sockets)
                 await self._open(sockets)
+                keep_what_is_loaded()
                 return await self._serve()
         finally:
             for bound in sockets.values():

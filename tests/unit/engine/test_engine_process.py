@@ -308,6 +308,37 @@ sys.exit(main())
 """
 
 
+COUNTING = """\
+import gc, pathlib, sys
+sys.path[:] = {{path!r}}
+from fastdeploy_lite.engine.core_process import CoreLoop, main
+real = CoreLoop.run
+def run(self):
+    counts = gc.get_freeze_count(), len(gc.get_objects())
+    pathlib.Path({file!r}).write_text(" ".join(map(str, counts)))
+    real(self)
+CoreLoop.run = run
+sys.exit(main())
+"""
+
+
+def test_what_is_loaded_is_not_looked_through_for_garbage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full collection of it stops the engine for a tenth of a second."""
+    file = tmp_path / "counts"
+    monkeypatch.setattr(engine_client, "_RUN_CORE", COUNTING.format(file=str(file)))
+
+    async def main() -> None:
+        async with started() as client:
+            await until(lambda: bool(file.exists() and file.read_text()))
+            assert client.is_healthy
+
+    run(main)
+    kept, watched = map(int, file.read_text().split())
+    assert kept > 50 * watched
+
+
 @pytest.mark.parametrize("library", ["PyDLL", "CDLL"])
 def test_a_step_that_hangs_in_native_code_is_the_end(
     preprocessor: Preprocessor, monkeypatch: pytest.MonkeyPatch, library: str
