@@ -55,7 +55,7 @@ class CalibrationSettings:
         row_order: of the rows of 2-bit experts in the files.
     """
 
-    method: str = "corrected"
+    method: str = "hessian"
     candidates: int = 2
     descents: int = ccq_hessian.DESCENTS
     row_order: RowOrder = "permuted"

@@ -26,7 +26,7 @@ from fastdeploy_lite.utils.errors import ConfigError, FastDeployError
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _CALIBRATION_DEFAULTS = {
-    "calibration_tokens": 65536, "calibration_method": "corrected", "keep_every": 300.0, "seed": 0,
+    "calibration_tokens": 65536, "calibration_method": "hessian", "keep_every": 300.0, "seed": 0,
 }  # fmt: skip
 MEASURED = "measured"
 _SMALLEST_SHARD = 1 << 20
@@ -135,8 +135,8 @@ def _add_calibration(text: argparse._ArgumentGroup) -> None:
     text.add_argument(
         "--calibration-method",
         choices=("data-free", "diagonal", "hessian", "corrected"),
-        help="what the encoder knows: nothing; the size of each input; their correlations; these "
-        "and the errors of what lies before (default)",
+        help="what the encoder knows: nothing; the size of each input; their correlations "
+        "(default); these and the errors of what lies before",
     )
     text.add_argument(
         "--tune",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -41,6 +42,7 @@ from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import verify
 from fastdeploy_lite.checkpoint.linears import model_linears
 from fastdeploy_lite.entrypoints.cli import main as cli
+from fastdeploy_lite.entrypoints.cli import quantize as cli_quantize
 from fastdeploy_lite.entrypoints.evaluation import load_runner
 from fastdeploy_lite.formats.ccq import ROW_ORDERS, RowOrder, to_stored_order
 from fastdeploy_lite.quantization import ccq_hessian, hessian
@@ -50,7 +52,8 @@ from fastdeploy_lite.quantization.journal import LayerResult
 from fastdeploy_lite.quantization.products import HOST, HostProducts
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
-QUICK = CalibrationSettings(candidates=1, descents=1)
+QUICK = CalibrationSettings("corrected", candidates=1, descents=1)
+"""The method that keeps most between layers; not the default, which is one of its parts."""
 
 
 @pytest.fixture(scope="module")
@@ -531,3 +534,15 @@ def test_options_that_do_not_go_together_are_one_line(
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
+
+
+def test_the_default_is_what_measured_best(model: Path, text: Path, tmp_path: Path) -> None:
+    """`hessian`, of the command and of the settings alike."""
+    assert CalibrationSettings().method == "hessian"
+    parser = argparse.ArgumentParser()
+    cli_quantize.add_arguments(parser)
+    options = ["--calibration", str(text), "--calibration-tokens", "300", "--scheme", "2bits"]
+    where = ["--model", str(model), "--output", str(tmp_path / "q"), "--device", "cpu", "--quiet"]
+    assert cli_quantize.run(parser.parse_args([*where, *options])) == 0
+    written = json.loads((tmp_path / "q" / "report.json").read_text(encoding="utf-8"))
+    assert written["settings"]["method"] == "hessian"
