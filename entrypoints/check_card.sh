@@ -125,7 +125,8 @@ stage() {
       python -m pytest -q -s -p no:cacheprovider --durations=0 tests/gpu/test_cuda_ranks.py || bad=1
       return $bad ;;
     storm) python tests/e2e/storm.py --clients 64 --seconds "${FD_LITE_CHECK_SECONDS:-60}" ;;
-    memcheck | racecheck | initcheck) sanitize "$1" ;;
+    racecheck) FD_LITE_RACECHECK=1 sanitize "$1" ;;
+    memcheck | initcheck) sanitize "$1" ;;
     *) echo "no stage of this name: $1" >&2; return 2 ;;
   esac
 }

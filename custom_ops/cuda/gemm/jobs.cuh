@@ -19,6 +19,7 @@ struct TilesJob {
   const int* source_of_row;  // row of x of each sorted row; null: the sorted row itself
   bool gated;                // out [sorted row][N / 2]; otherwise [slot][N]
   __nv_bfloat16* out;
+  int arrivals;  // of a warp at a barrier: see warp_arrive()
 };
 
 /// `tile_tokens`: no tile has more rows.

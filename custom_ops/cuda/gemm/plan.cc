@@ -48,7 +48,7 @@ bool streams_best(const ExpertsShape& s, const ExpertsPlan& plan) {
 int hopper_tile(const ExpertsShape& s) {
   const int64_t slots = int64_t{s.tokens} * s.top_k;
   if (2 * slots <= int64_t{kMostLowRows} * s.experts) return kMostLowRows;
-  if (3 * slots <= 2 * int64_t{kMostShortRows} * s.experts) return kMostShortRows;
+  if (5 * slots <= 4 * int64_t{kMostShortRows} * s.experts) return kMostShortRows;
   return kMostTallRows;
 }
 

@@ -32,10 +32,11 @@ struct ItemRing {
   uint64_t full[kItems], free[kItems];
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  __device__ void init(int takers) {
+  /// `takers`: warps; `arrivals` of each: see warp_arrive().
+  __device__ void init(int takers, int arrivals) {
     for (int i = 0; i < kItems; ++i) {
-      barrier_init(shared_address(&full[i]), 1);
-      barrier_init(shared_address(&free[i]), takers);
+      barrier_init(shared_address(&full[i]), arrivals);
+      barrier_init(shared_address(&free[i]), takers * arrivals);
     }
   }
 
@@ -43,12 +44,9 @@ struct ItemRing {
   __device__ void wait_free(const RingPlace& place) {
     barrier_wait(shared_address(&free[place.slot]), place.parity);
   }
-  __device__ void hand_on(const Item& item, RingPlace& place) {
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) {
-      items[place.slot] = item;
-      barrier_arrive(shared_address(&full[place.slot]));
-    }
+  __device__ void hand_on(const Item& item, RingPlace& place, int arrivals) {
+    if (threadIdx.x % kWarp == 0) items[place.slot] = item;
+    warp_arrive(shared_address(&full[place.slot]), arrivals);
     place.next(kItems);
   }
 
@@ -58,9 +56,8 @@ struct ItemRing {
     return items[place.slot];
   }
   /// Lets go of the item, its inverse scales too. Once a warp that takes.
-  __device__ void release(RingPlace& place) {
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&free[place.slot]));
+  __device__ void release(RingPlace& place, int arrivals) {
+    warp_arrive(shared_address(&free[place.slot]), arrivals);
     place.next(kItems);
   }
 #endif
@@ -115,7 +112,7 @@ __device__ __forceinline__ void draw_items(const TilesJob& job, ItemRing<kRows>&
       }
       if (lane < kBlocks) prefetch_columns<kCoding>(job.w, item.expert, item.block + lane);
     }
-    ring.hand_on(item, place);
+    ring.hand_on(item, place, job.arrivals);
     if (item.block < 0) return;
   }
 }

@@ -27,19 +27,21 @@ struct Low {
   static constexpr int kStageK = 2 * kTiledK;  // rows of K in a stage of x
   static constexpr int kStages = 4;
   static constexpr int kSlots = 3;  // of weights
+  static constexpr bool kBlockFirst = false;
 };
 
-/// Up to 48 rows: as before, but the sums leave registers for fewer warps.
+/// Up to 40 rows: as before, but the sums leave registers for one block's words at a time.
 struct Short {
   static constexpr bool kTall = false;
-  static constexpr int kGroups = 3;
-  static constexpr int kFeedRegisters = 40;
-  static constexpr int kMultiplyRegisters = 152;
+  static constexpr int kGroups = 4;
+  static constexpr int kFeedRegisters = 32;
+  static constexpr int kMultiplyRegisters = 112;
   static constexpr int kRows = kMostShortRows;
   static constexpr int kWarpBlocks = 2;
   static constexpr int kStageK = 2 * kTiledK;
   static constexpr int kStages = 4;
-  static constexpr int kSlots = 3;
+  static constexpr int kSlots = 2;
+  static constexpr bool kBlockFirst = true;
 };
 
 /// Up to 144 rows: the tensor cores are what takes time.
@@ -53,6 +55,7 @@ struct Tall {
   static constexpr int kStageK = kTiledK;
   static constexpr int kStages = 6;
   static constexpr int kSlots = 2;
+  static constexpr bool kBlockFirst = true;
 };
 
 template <typename Kind>
@@ -97,7 +100,7 @@ __device__ __forceinline__ void feed_weights(const TilesJob& job, Shared<kCoding
   while (true) {
     const Item item = shared.items.take(drawn);
     if (item.block < 0) return;
-    shared.items.release(drawn);
+    shared.items.release(drawn, job.arrivals);
     const uint8_t* from =
         block_bytes(job.w, item.expert, item.block + lane, int64_t{slots} * S::kBytes);
     for (int s = 0; s < slots; ++s, from += S::kBytes) {
@@ -125,7 +128,7 @@ __device__ __forceinline__ void feed_x(const TilesJob& job, Shared<kCoding, Kind
   while (true) {
     const Item item = shared.items.take(drawn);
     if (item.block < 0) return;
-    shared.items.release(drawn);
+    shared.items.release(drawn, job.arrivals);
     const int bytes = item.count * kTiledK * 2;
     const uint8_t* from =
         reinterpret_cast<const uint8_t*>(job.x + int64_t{item.first} * width) + lane * bytes;
@@ -151,12 +154,13 @@ struct Weights {
   uint32_t pairs[kWarpBlocks];  // local scales of two tiles
   GroupScale scale[kWarpBlocks];
 
-  /// Tile `kTile` of the blocks' bytes in a slot.
-  template <int kTile>
+  /// Tile `kTile` of blocks kFrom .. kTo - 1; `at`: the blocks' bytes in a slot.
+  template <int kTile, int kFrom, int kTo>
   __device__ __forceinline__ void load(const uint8_t* at) {
     const int lane = threadIdx.x % kWarp;
+    at += kFrom * 4 * Slot<kCoding>::kBytes;
 #pragma unroll
-    for (int m = 0; m < kWarpBlocks; ++m, at += 4 * Slot<kCoding>::kBytes) {
+    for (int m = kFrom; m < kTo; ++m, at += 4 * Slot<kCoding>::kBytes) {
       if constexpr (kCoding == Coding::kCcq && kTile % 2 == 0) {
         pairs[m] = *reinterpret_cast<const uint32_t*>(at + lane / 4 * 8 + kTile / 2 * 4);
       }
@@ -200,13 +204,15 @@ struct Multiplier {
   static constexpr int kWarpBlocks = Kind::kWarpBlocks;
   Shared<kCoding, Kind>& shared;
   Registers held;
+  int arrivals;           // of a warp: see warp_arrive()
   int group, warp, lane;  // warpgroup of those that multiply, warp in it
   RingPlace x, weights, drawn;
   uint64_t stage;  // descriptor of the stage in use
 
-  __device__ Multiplier(Shared<kCoding, Kind>& memory, uint32_t zero)
+  __device__ Multiplier(Shared<kCoding, Kind>& memory, const TilesJob& job)
       : shared(memory),
-        held(zero),
+        held(static_cast<uint32_t>(job.w.out_features) >> 30),
+        arrivals(job.arrivals),
         group(threadIdx.x / 128 - 1),
         warp(threadIdx.x / kWarp % 4),
         lane(threadIdx.x % kWarp) {}
@@ -223,8 +229,7 @@ struct Multiplier {
   }
 
   __device__ __forceinline__ void free_weights() {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&shared.weights_free[weights.slot]));
+    warp_arrive(shared_address(&shared.weights_free[weights.slot]), arrivals);
     weights.next(Kind::kSlots);
   }
 
@@ -241,41 +246,56 @@ struct Multiplier {
     if (lane == 0) barrier_arrive(shared_address(&shared.x_free[at < 0 ? at + Kind::kStages : at]));
   }
 
-  /// Part `kPart` of tile `kTile` of a slot for block `m`, decoded in a[its parity]; leaves the
-  /// next one in the other, whose own product is finished by then.
-  template <int kN, int kTile, int kPart, int m, bool kExact>
+  static constexpr int kSteps = 4 * kWarpBlocks;  // of a tile: a part of a block each
+  static constexpr int part_of(int step) {
+    return Kind::kBlockFirst ? step % 4 : step / kWarpBlocks;
+  }
+  static constexpr int block_of(int step) {
+    return Kind::kBlockFirst ? step / 4 : step % kWarpBlocks;
+  }
+
+  /// The words that step `kStep` of tile `kTile` is the first to need.
+  template <int kTile, int kStep, bool kExact>
+  __device__ __forceinline__ void load_for(Weights<kCoding, kExact, kWarpBlocks>& w) {
+    if constexpr (Kind::kBlockFirst && kStep % 4 == 0) {
+      w.template load<kTile, kStep / 4, kStep / 4 + 1>(slot_bytes());
+    } else if constexpr (!Kind::kBlockFirst && kStep == 0) {
+      w.template load<kTile, 0, kWarpBlocks>(slot_bytes());
+    }
+  }
+
+  /// Step `kStep` of tile `kTile` of a slot, decoded in a[its parity]; leaves the next one in the
+  /// other, whose own product is finished by then.
+  template <int kN, int kTile, int kStep, bool kExact>
   __device__ __forceinline__ void add_next(float (&sums)[kWarpBlocks][kN / 2],
                                            uint32_t (&a)[2][2][4],
                                            Weights<kCoding, kExact, kWarpBlocks>& w, bool first,
                                            bool more) {
-    constexpr int kAt = kPart * kWarpBlocks + m, kRow = kPart * 32;
-    constexpr bool kLast = kAt == 4 * kWarpBlocks - 1;
+    constexpr int kPart = part_of(kStep), m = block_of(kStep), kRow = kPart * 32;
+    constexpr bool kLast = kStep == kSteps - 1;
+    constexpr int kNext = (kStep + 1) % kSteps;
     constexpr int kNextTile = kLast ? (kTile + 1) % Slot<kCoding>::kTiles : kTile;
     constexpr int kInStage = kRow % Kind::kStageK;
+    static_assert(!Kind::kBlockFirst || kWarpBlocks == 1 || Kind::kStageK == 4 * 32);
     if constexpr (kInStage == 0 && m == 0) wait_x();
-    add_part<kN>(sums[m], a[kAt % 2],
+    add_part<kN>(sums[m], a[kStep % 2],
                  stage + kInStage / kTiledK * (kPieceBytes<Kind> / 16) + kInStage % kTiledK / 8);
     wgmma_wait<1>();
     if constexpr (kInStage == 0 && m == 0) {
       if (kPart > 0 || !first) free_x<1>();
     }
-    if constexpr (kLast) {
-      if constexpr (kNextTile == 0) {
-        free_weights();
-        if (more) {
-          wait_weights();
-          w.template load<0>(slot_bytes());
-        }
-      } else {
-        w.template load<kNextTile>(slot_bytes());
+    if constexpr (kLast && kNextTile == 0) {
+      free_weights();
+      if (more) {
+        wait_weights();
+        load_for<0, 0>(w);
       }
-      w.template decode<kNextTile, 0, 0>(held, a[0]);  // after the last tile: of old words
     } else {
-      w.template decode<kTile, (kAt + 1) / kWarpBlocks, (kAt + 1) % kWarpBlocks>(held,
-                                                                                 a[(kAt + 1) % 2]);
-      add_next<kN, kTile, (kAt + 1) / kWarpBlocks, (kAt + 1) % kWarpBlocks, kExact>(sums, a, w,
-                                                                                    first, more);
+      load_for<kNextTile, kNext>(w);
     }
+    // after the last tile: of old words
+    w.template decode<kNextTile, part_of(kNext), block_of(kNext)>(held, a[kNext % 2]);
+    if constexpr (!kLast) add_next<kN, kTile, kNext, kExact>(sums, a, w, first, more);
   }
 
   template <int kN, bool kExact>
@@ -283,15 +303,15 @@ struct Multiplier {
                                             Weights<kCoding, kExact, kWarpBlocks>& w, int slots) {
     uint32_t a[2][2][4];
     wait_weights();
-    w.template load<0>(slot_bytes());
+    load_for<0, 0>(w);
     w.template decode<0, 0, 0>(held, a[0]);
 #pragma unroll 1
     for (int s = 1; s <= slots; ++s) {
       const bool more = s < slots;
-      add_next<kN, 0, 0, 0>(sums, a, w, s == 1, more);
-      if constexpr (Slot<kCoding>::kTiles > 1) add_next<kN, 1, 0, 0>(sums, a, w, false, more);
-      if constexpr (Slot<kCoding>::kTiles > 2) add_next<kN, 2, 0, 0>(sums, a, w, false, more);
-      if constexpr (Slot<kCoding>::kTiles > 3) add_next<kN, 3, 0, 0>(sums, a, w, false, more);
+      add_next<kN, 0, 0>(sums, a, w, s == 1, more);
+      if constexpr (Slot<kCoding>::kTiles > 1) add_next<kN, 1, 0>(sums, a, w, false, more);
+      if constexpr (Slot<kCoding>::kTiles > 2) add_next<kN, 2, 0>(sums, a, w, false, more);
+      if constexpr (Slot<kCoding>::kTiles > 3) add_next<kN, 3, 0>(sums, a, w, false, more);
     }
     wgmma_wait<0>();
     free_x<0>();
@@ -408,7 +428,7 @@ __device__ __forceinline__ void multiply_height(const TilesJob& job, Multiplier<
 
 template <Coding kCoding, typename Kind>
 __device__ __forceinline__ void multiply_items(const TilesJob& job, Shared<kCoding, Kind>& shared) {
-  Multiplier<kCoding, Kind> at(shared, static_cast<uint32_t>(job.w.out_features) >> 30);
+  Multiplier<kCoding, Kind> at(shared, job);
   while (true) {
     const Item& item = shared.items.take(at.drawn);
     if (item.block < 0) return;
@@ -429,9 +449,9 @@ __device__ __forceinline__ void multiply_items(const TilesJob& job, Shared<kCodi
     } else if constexpr (Kind::kRows == kMostLowRows) {
       multiply_height<8, 16>(job, at, item);
     } else {
-      multiply_height<8, 16, 24, 32, 40, 48>(job, at, item);
+      multiply_height<8, 16, 24, 32, 40>(job, at, item);
     }
-    shared.items.release(at.drawn);
+    shared.items.release(at.drawn, job.arrivals);
   }
 }
 
@@ -451,9 +471,9 @@ __global__ void __launch_bounds__(kThreads<Kind>, 1)
     }
     for (int i = 0; i < Kind::kSlots; ++i) {
       barrier_init(shared_address(&shared.weights_full[i]), 1);
-      barrier_init(shared_address(&shared.weights_free[i]), kWarps<Kind>);
+      barrier_init(shared_address(&shared.weights_free[i]), kWarps<Kind> * job.arrivals);
     }
-    shared.items.init(2 + kWarps<Kind>);
+    shared.items.init(2 + kWarps<Kind>, job.arrivals);
     barrier_publish();
   }
   __syncthreads();

@@ -113,3 +113,20 @@ def test_a_row_has_the_same_bits_in_any_company_card_and_schedule(
         np.testing.assert_array_equal(
             found, alone[rows], f"seed {seed}: {tokens} rows, path {path}"
         )
+
+
+@pytest.mark.parametrize("kind", ["int8", "ccq"])
+def test_lanes_that_arrive_for_themselves_change_nothing(
+    card: ModuleType, layers: dict[str, Experts], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As racecheck wants them to; see warp_arrive()."""
+    layer, batch = layers[kind], ragged(64, 5)
+    for multiprocessors in (1, 3):
+        card.use_card(multiprocessors=multiprocessors)
+        card.schedule(0)
+        expected = layer.run(batch, PLAIN)
+        for seed in range(1, SEEDS // 4 + 1):
+            for every_lane in "01":
+                monkeypatch.setenv("FD_LITE_RACECHECK", every_lane)
+                card.schedule(seed)
+                np.testing.assert_array_equal(layer.run(batch, TILES), expected, f"seed {seed}")

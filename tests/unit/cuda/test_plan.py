@@ -91,7 +91,7 @@ def test_tiles_get_higher_with_the_rows_an_expert_has(shape: dict[str, int]) -> 
         tokens = int(mean * shape["experts"] / shape["top_k"])
         return int(plan(tokens, HOPPER, **shape, forced=TILES)["tile_tokens"])
 
-    low, short, tall = 16, 48, 144
+    low, short, tall = 16, 40, 144
     assert [height(mean) for mean in (0.5, 8)] == [low, low]
     assert [height(mean) for mean in (8.2, 32)] == [short, short]
     assert [height(mean) for mean in (32.2, 64, 512)] == [tall, tall, tall]
