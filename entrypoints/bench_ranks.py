@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_sums(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Microseconds of one sum of [rows, hidden] bf16, by NCCL and in the order of the ranks."""
+    """Microseconds of one sum of [rows, hidden] bf16 in each way, see SumWay."""
     import numpy as np  # noqa: PLC0415
 
     from fastdeploy_lite.benchmarks.timing import graph_seconds, random_bf16  # noqa: PLC0415
@@ -119,15 +119,14 @@ def bench_sums(args: argparse.Namespace) -> list[dict[str, Any]]:
                     communicator.all_reduce(x)
 
             row: dict[str, Any] = {"rows": count, "bytes": 2 * count * args.hidden}
-            for name, in_order in (("nccl_us", False), ("in_order_us", True)):
-                communicator.set_order(in_order)
+            ways = ("shared memory", "NCCL", "gathered")
+            for way in ways:
+                communicator.set_way(way)
                 seconds = graph_seconds(work, ready=lambda: communicator.agree(True))
-                row[name] = statistics.median(seconds) / SUMS * 1e6
+                row[way] = statistics.median(seconds) / SUMS * 1e6
             rows.append(row)
-            print(
-                f"{count:5d} x {args.hidden} bf16: NCCL {row['nccl_us']:8.1f} us, gathered and "
-                f"added in order {row['in_order_us']:8.1f} us"
-            )
+            found = ", ".join(f"{way} {row[way]:.1f} us" for way in ways)
+            print(f"{count:5d} x {args.hidden} bf16: {found}")
     return rows
 
 

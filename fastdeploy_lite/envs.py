@@ -162,6 +162,7 @@ VARIABLES: dict[str, Callable[[str | None], Any]] = {
     "FD_LITE_CPU_ISA": _InstructionSet(),
     "FD_LITE_HUGE_PAGES": _boolean(True),
     "FD_LITE_RACECHECK": _one_of("0", "0", "1"),  # native code reads it itself
+    "FD_LITE_PEER_SUMS": _boolean(True),
     "FD_LITE_PACKED_CACHE": _text(None),
     "FD_LITE_RAY_WAIT_SECONDS": _at_least(0, 120),
     "FD_LITE_STEP_SECONDS": _at_least(0, 60),

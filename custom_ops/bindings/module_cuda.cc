@@ -322,7 +322,9 @@ void bind_ranks(py::module_& m) {
   py::class_<fc::NcclGroup>(m, "NcclGroup")
       .def(py::init<const std::string&, int, int, int>(), py::arg("id"), py::arg("rank"),
            py::arg("ranks"), py::arg("device"), no_gil())
+      .def("share_memory", &fc::NcclGroup::share_memory, no_gil())
       .def("set_order", &fc::NcclGroup::set_order, py::arg("in_order"))
+      .def("set_sharing", &fc::NcclGroup::set_sharing, py::arg("sharing"))
       .def(
           "all_reduce",
           [](fc::NcclGroup& group, Address x, bool is_float, int64_t count, Address scratch,

@@ -17,7 +17,7 @@ namespace {
 struct UniqueId {
   char bytes[kNcclIdBytes];
 };
-constexpr int kSuccess = 0, kFloat32 = 7, kBfloat16 = 9, kSum = 0;
+constexpr int kSuccess = 0, kInt8 = 0, kFloat32 = 7, kBfloat16 = 9, kSum = 0;
 
 struct Library {
   const char* (*error_string)(int) = nullptr;
@@ -111,6 +111,38 @@ NcclGroup::NcclGroup(const std::string& id, int rank, int ranks, int device)
   }
 }
 
+/// As many bytes of each rank, in their order.
+std::vector<std::string> NcclGroup::gather_words(const std::string& own) {
+  const size_t bytes = own.size();
+  std::string all(bytes * ranks_, '\0');
+  cudaStream_t stream = nullptr;
+  char* memory = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "NCCL: stream");
+  check(cudaMalloc(reinterpret_cast<void**>(&memory), all.size()), "NCCL: memory");
+  check(cudaMemcpyAsync(memory + rank_ * bytes, own.data(), bytes, cudaMemcpyHostToDevice, stream),
+        "NCCL: words");
+  check_nccl(library.all_gather(memory + rank_ * bytes, memory, bytes, kInt8, group_, stream),
+             "words");
+  check(cudaMemcpyAsync(all.data(), memory, all.size(), cudaMemcpyDeviceToHost, stream),
+        "NCCL: words");
+  check(cudaStreamSynchronize(stream), "NCCL: words");
+  check(cudaFree(memory), "NCCL: memory");
+  check(cudaStreamDestroy(stream), "NCCL: stream");
+  std::vector<std::string> words;
+  for (int rank = 0; rank < ranks_; ++rank) words.push_back(all.substr(rank * bytes, bytes));
+  return words;
+}
+
+bool NcclGroup::share_memory() {
+  check(cudaSetDevice(device_), "NCCL: device");
+  peers_ = std::make_unique<PeerSums>(rank_, ranks_);
+  const bool mine = peers_->connect(gather_words(peers_->name()));
+  const std::vector<std::string> able = gather_words(mine ? "1" : "0");
+  can_share_ =
+      std::all_of(able.begin(), able.end(), [](const std::string& one) { return one == "1"; });
+  return sharing_ = can_share_;
+}
+
 /// Keeps the host at most kCallsAhead calls ahead of the card; a capture runs nothing. Returns the
 /// right to call NCCL.
 std::unique_lock<std::timed_mutex> NcclGroup::enter(cudaStream_t stream) {
@@ -135,6 +167,10 @@ void NcclGroup::stay_near(cudaStream_t stream) {
 void NcclGroup::all_reduce(void* x, bool is_float, int64_t count, void* scratch,
                            int64_t scratch_bytes, cudaStream_t stream) {
   const auto lock = enter(stream);
+  if (sharing_ && peers_->takes(x, is_float, count)) {
+    peers_->all_reduce(x, count, stream);
+    return;
+  }
   if (!in_order_) {
     const int type = is_float ? kFloat32 : kBfloat16;
     check_nccl(library.all_reduce(x, x, count, type, kSum, group_, stream), "all-reduce");
@@ -193,6 +229,7 @@ void NcclGroup::all_gather(const float* x, int64_t rows, int64_t width, float* o
 
 void NcclGroup::abort() {
   if (aborted_.exchange(true)) return;
+  if (peers_ != nullptr) peers_->abort();
   // NCCL ends the kernels at once but returns only when no graph holds the group any more.
   std::thread([group = group_, device = device_, calling = calling_, ended = ended_] {
     // A call that does not come back waits for a rank that is gone: only the abort frees it.

@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "peer_sums.h"
+
 namespace fd::cuda {
 
 /// Opens libnccl.so.2 from a path or by name; throws when it cannot be used. Once a process.
@@ -40,8 +42,14 @@ class NcclGroup {
   void all_gather(const float* x, int64_t rows, int64_t width, float* out, void* scratch,
                   int64_t scratch_bytes, cudaStream_t stream);
 
+  /// Lets small sums go through memory that the cards read of each other, see peer_sums.h. All
+  /// ranks call it; whether all can.
+  bool share_memory();
+
   /// Whether to add in the order of the ranks where NCCL's sum has the same bits.
   void set_order(bool in_order) { in_order_ = in_order || ranks_ > 2; }
+  /// Whether small sums go through shared memory, where there is any.
+  void set_sharing(bool sharing) { sharing_ = sharing && can_share_; }
 
   /// Ends every kernel of the group that runs, leaving nothing in its place; the group is of no use
   /// any more. From any thread, returns at once.
@@ -53,6 +61,7 @@ class NcclGroup {
   bool wait_idle(double seconds, cudaStream_t stream) const;
 
  private:
+  std::vector<std::string> gather_words(const std::string& own);
   void enqueue_sum(char* x, bool is_float, int64_t count, void* scratch, int64_t room,
                    cudaStream_t stream);
   std::unique_lock<std::timed_mutex> enter(cudaStream_t stream);
@@ -62,6 +71,8 @@ class NcclGroup {
   std::shared_ptr<std::timed_mutex> calling_ = std::make_shared<std::timed_mutex>();
   int rank_, ranks_, device_;
   bool in_order_;
+  std::unique_ptr<PeerSums> peers_;
+  bool can_share_ = false, sharing_ = false;
   std::atomic<bool> aborted_{false};
   std::shared_ptr<std::atomic<bool>> ended_ = std::make_shared<std::atomic<bool>>(false);
   std::vector<cudaEvent_t> behind_;

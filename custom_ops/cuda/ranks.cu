@@ -1,5 +1,6 @@
 // What is left to a card when the ranks' numbers have come: adding them in order, placing columns.
 #include "common.cuh"
+#include "eight_sums.cuh"
 #include "nccl.h"
 
 namespace fd::cuda {
@@ -13,18 +14,9 @@ __global__ void sum_bf16_kernel(const uint4* parts, int ranks, int64_t vectors, 
   wait_for_inputs();
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < vectors; i += step) {
-    float2 sum[4] = {};
-    for (int rank = 0; rank < ranks; ++rank) {
-      const uint4 raw = parts[rank * vectors + i];
-      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 pair = unpack_bf16(words[j]);
-        sum[j] = rank == 0 ? pair : make_float2(sum[j].x + pair.x, sum[j].y + pair.y);
-      }
-    }
-    out[i] = make_uint4(pack_bf16(sum[0].x, sum[0].y), pack_bf16(sum[1].x, sum[1].y),
-                        pack_bf16(sum[2].x, sum[2].y), pack_bf16(sum[3].x, sum[3].y));
+    EightSums sum(parts[i]);
+    for (int rank = 1; rank < ranks; ++rank) sum.add(parts[rank * vectors + i]);
+    out[i] = sum.rounded();
   }
 }
 

@@ -14,9 +14,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from fastdeploy_lite import _ops_cuda
+from fastdeploy_lite import _ops_cuda, envs
 from fastdeploy_lite.distributed.communicator import (
     LONGEST_WAIT,
     Communicator,
@@ -28,6 +28,10 @@ from fastdeploy_lite.model_executor.ops import cuda_runtime as runtime
 from fastdeploy_lite.model_executor.ops._view import Arguments
 
 log = logging.getLogger(__name__)
+
+SumWay = Literal["shared memory", "NCCL", "gathered"]
+"""Small sums by one kernel that reads the other cards' memory (`peer_sums.h`), NCCL's own sums, or
+numbers that NCCL gathers and this rank adds in the order of the ranks."""
 
 LOOK_SECONDS = 0.05
 END_SECONDS = 3.0
@@ -98,12 +102,13 @@ class NcclCommunicator(Communicator):
                 runtime.stream(),
             )  # fmt: skip
 
-    def set_order(self, in_order: bool) -> None:
-        """Add in the order of the ranks even where NCCL's own sum has the same bits.
+    def set_way(self, way: SumWay) -> None:
+        """Choose how sums are made, where there is a choice; all ways have the same bits.
 
         The group forgets it when it is made anew; for tests and measurements.
         """
-        self._group.set_order(in_order)
+        self._group.set_sharing(way == "shared memory")
+        self._group.set_order(way == "gathered")
 
     def first_bytes(self, data: bytes) -> bytes:
         """See Communicator."""
@@ -156,7 +161,10 @@ class NcclCommunicator(Communicator):
 
         def make() -> None:
             try:
-                made.put(_ops_cuda.NcclGroup(name, self.rank, self.size, device))
+                group = _ops_cuda.NcclGroup(name, self.rank, self.size, device)
+                if envs.FD_LITE_PEER_SUMS and not group.share_memory():
+                    log.info("The cards cannot read each other's memory: all sums go through NCCL")
+                made.put(group)
             except RuntimeError as error:
                 made.put(error)
 

@@ -30,7 +30,7 @@ from custom_ops import native_build  # noqa: E402
 
 SOURCES = (
     *("cuda/encode/*.c[cu]", "cuda/gemm/*.c[cu]", "cuda/moe.cu"),
-    *("bindings/cuda_encode.cc", "bindings/cuda_experts.cc", "rules/rules.cu"),
+    *("bindings/cuda_encode.cc", "bindings/cuda_experts.cc", "rules/*.cu"),
 )
 """What is compiled of the copy, beside what stands for the card."""
 

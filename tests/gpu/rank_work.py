@@ -1,6 +1,6 @@
 """One rank of test_cuda_ranks: sums, gathers, graphs and failures between cards.
 
-    python rank_work.py RANK SIZE MEMORY_FD IN_ORDER RESULT.npz
+    python rank_work.py RANK SIZE MEMORY_FD WAY RESULT.npz
 
 Every rank does the same in the same order; what it finds is saved under one name each.
 """
@@ -140,7 +140,7 @@ def lost(communicator: Any, found: dict[str, Any]) -> None:
     found["seconds to lose"] = time.monotonic() - started
 
 
-def main(rank: int, size: int, fd: int, in_order: bool, result: str) -> None:
+def main(rank: int, size: int, fd: int, way: str, result: str) -> None:
     from fastdeploy_lite import device
 
     device.activate(0)
@@ -151,7 +151,7 @@ def main(rank: int, size: int, fd: int, in_order: bool, result: str) -> None:
     communicator = NcclCommunicator(ranks, 60.0)
     forgotten: list[float] = []
     communicator.open(lambda: forgotten.append(time.monotonic()))
-    communicator.set_order(in_order)
+    communicator.set_way(way)
     found: dict[str, Any] = {}
     sums(communicator, found)
     gathers(communicator, found)
@@ -162,4 +162,4 @@ def main(rank: int, size: int, fd: int, in_order: bool, result: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1", sys.argv[5])
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

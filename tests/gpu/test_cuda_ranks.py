@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 Found = list[dict[str, Any]]
 
 
-def work_on_cards(folder: Path, in_order: bool) -> Found:
+def work_on_cards(folder: Path, way: str) -> Found:
     """What every rank has found, see rank_work.py."""
     from fastdeploy_lite.distributed.communicator import SharedMemory
 
@@ -37,7 +37,7 @@ def work_on_cards(folder: Path, in_order: bool) -> Found:
     path = os.pathsep.join([str(WORK.parents[2]), os.environ.get("PYTHONPATH", "")])
     processes = []
     for rank, card in enumerate(device.visible_cards()[:SIZE]):
-        arguments = [str(rank), str(SIZE), str(memory.fd), str(int(in_order))]
+        arguments = [str(rank), str(SIZE), str(memory.fd), way]
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": card, "PYTHONPATH": path}
         env.pop("CUSTOM_DEVICE_ROOT", None)
         processes.append(
@@ -56,7 +56,7 @@ def work_on_cards(folder: Path, in_order: bool) -> Found:
     return found
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["nccl sums", "own sums"])
+@pytest.fixture(scope="module", params=["shared memory", "NCCL", "gathered"])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     return work_on_cards(tmp_path_factory.mktemp("ranks"), request.param)
 

@@ -55,6 +55,33 @@ __device__ __forceinline__ unsigned increment(unsigned* to, unsigned last) {
   return before;
 }
 
+// -- between cards -------------------------------------------------------------------------------
+
+/// What this thread, and those it has met at a barrier, wrote before is there for whoever sees it.
+__device__ __forceinline__ void store_release_system(unsigned* to, unsigned value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ unsigned load_acquire_system(const unsigned* from) {
+  unsigned v;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+  return v;
+}
+
+/// For pairs of a word and its mark: each of the two is seen as a whole, in any order.
+__device__ __forceinline__ void store_pairs_system(ulonglong2* to, uint64_t first,
+                                                   uint64_t second) {
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1,%2};" ::"l"(to), "l"(first), "l"(second)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_pairs_system(const ulonglong2* from, uint64_t (&v)[2]) {
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0,%1}, [%2];"
+               : "=l"(v[0]), "=l"(v[1])
+               : "l"(from)
+               : "memory");
+}
+
 #endif  // __CUDACC__
 
 }  // namespace fd::cuda

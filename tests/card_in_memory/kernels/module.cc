@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "rules/peers.h"
 #include "rules/rules.h"
 
 namespace py = pybind11;
@@ -89,6 +90,8 @@ PYBIND11_MODULE(card_in_memory, m) {
   m.def("rules", &card::rule_names);
   m.def("right", &card::right, py::arg("rule"), py::arg("kept"),
         "Whether a small kernel that keeps the rule, or breaks it, computes what it should.");
+  m.def("sum_peers", &card::sum_peers, py::arg("numbers"), py::arg("stride"), py::arg("ranks"),
+        py::arg("vectors"), py::arg("most_sent"), py::arg("blocks"), py::arg("threads"));
   bind_encode(m);
   bind_experts(m);
 }

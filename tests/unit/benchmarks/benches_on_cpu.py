@@ -69,7 +69,7 @@ class Nccl(SharedMemoryCommunicator):
     def all_reduce(self, x: Any) -> None:
         super().all_reduce(x.cast("float32") if "bfloat16" in str(x.dtype) else x)
 
-    def set_order(self, in_order: bool) -> None:
+    def set_way(self, way: str) -> None:
         """There is one."""
 
 

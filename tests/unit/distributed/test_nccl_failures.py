@@ -44,11 +44,16 @@ class Cards:
             def __init__(self, name: bytes, rank: int, ranks: int, device: int) -> None:
                 assert name == b"x" * 128
                 self.rank, self.aborted, self.ended = rank, False, True
+                self.asked_to_share = False
                 with cards.queued.get_lock():
                     cards.queued[rank] = 0
                     cards.groups[rank] += 1
                 while len(set(cards.groups)) > 1:  # NCCL, too, waits for all
                     time.sleep(0.01)
+
+            def share_memory(self) -> bool:
+                self.asked_to_share = True
+                return False  # sums go another way, which nobody notices here
 
             def all_reduce(self, *_: Any) -> None:
                 if self.aborted:
@@ -232,3 +237,18 @@ def test_who_comes_on_is_seen() -> None:
         return seen
 
     assert on_ranks(follow)[0][0] == [[1], 2]
+
+
+@pytest.mark.parametrize("text", ["0", "1"])
+def test_every_new_group_is_asked_to_share_memory(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("FD_LITE_PEER_SUMS", text)
+
+    def follow(communicator: Any, runtime: Any) -> Any:
+        alone = communicator.rank == 1
+        first = communicator._group.asked_to_share
+        step(communicator, runtime, 1 if alone else 3, fails=alone)
+        return first, communicator._group.asked_to_share
+
+    assert on_ranks(follow) == [((text == "1",) * 2, 1, 2)] * 2

@@ -33,6 +33,8 @@ WRONG = {
     "FD_LITE_DEVICE": ("tpu", "one of auto, cpu, nvidia, gpu"),
     "FD_LITE_HEAD_SECONDS": ("0", "a whole number of at least 1"),
     "FD_LITE_HUGE_PAGES": BOOLEAN,
+    "FD_LITE_RACECHECK": ("2", "one of 0, 1"),
+    "FD_LITE_PEER_SUMS": BOOLEAN,
     "FD_LITE_KEEPALIVE_SECONDS": ("1.5", "a whole number of at least 1"),
     "FD_LITE_LOG_FORMAT": ("xml", "one of text, json"),
     "FD_LITE_MAX_BODY_BYTES": ("4M", "a whole number of at least 1"),

@@ -35,4 +35,22 @@ inline unsigned increment(unsigned* to, unsigned last) {
   return before;
 }
 
+inline void store_release_system(unsigned* to, unsigned value) {
+  card::maybe_give_way();
+  card::release();
+  *to = value;
+  card::signal();
+}
+inline unsigned load_acquire_system(const unsigned* from) { return load_acquire(from); }
+
+/// The pairs become visible one by one.
+inline void store_pairs_system(ulonglong2* to, uint64_t first, uint64_t second) {
+  card::store_late(&to->x, &first, 8);
+  card::store_late(&to->y, &second, 8);
+  card::signal();
+}
+inline void load_pairs_system(const ulonglong2* from, uint64_t (&v)[2]) {
+  card::poll(from, v, sizeof(v));
+}
+
 }  // namespace fd::cuda
