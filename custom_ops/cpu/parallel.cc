@@ -68,7 +68,7 @@ struct Loop {
   const RangeFunction function;
   void* const context;
   const LoopPieces pieces;
-  int64_t* busy = nullptr;  // per thread, where the loop is timed
+  std::atomic<int64_t>* busy = nullptr;  // per seat, where the loop is timed
   alignas(kCacheLine) std::atomic<int64_t> next{0};
 
   void work(int seat) {
@@ -78,7 +78,8 @@ struct Loop {
       if (begin == end) break;
       function(context, begin, end);
     }
-    if (busy) busy[seat] += now() - started;
+    // Whoever comes late may have the seat of one that is still at work.
+    if (busy) busy[seat].fetch_add(now() - started, std::memory_order_relaxed);
   }
 };
 
@@ -184,11 +185,12 @@ int default_threads() {
 // False if the pool is busy.
 bool share(Loop& loop, int workers) {
   if (!loops_are_timed()) return the_pool().run(loop, workers - 1);
-  std::vector<int64_t> busy(workers, 0);
+  std::vector<std::atomic<int64_t>> busy(workers);
+  for (auto& each : busy) each.store(0, std::memory_order_relaxed);
   loop.busy = busy.data();
   const int64_t started = now();
   if (!the_pool().run(loop, workers - 1)) return false;
-  add_loop_times(now() - started, busy);
+  add_loop_times(now() - started, {busy.begin(), busy.end()});
   return true;
 }
 

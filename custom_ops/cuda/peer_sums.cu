@@ -46,10 +46,12 @@ bool take_memory(Memory& memory) {
     left_behind.erase(known);
     return true;
   }
-  if (cudaMalloc(reinterpret_cast<void**>(&memory.head), kPeerMemoryBytes) == cudaSuccess &&
-      cudaHostAlloc(reinterpret_cast<void**>(&memory.is_aborted), sizeof(unsigned),
-                    cudaHostAllocMapped) == cudaSuccess) {
-    return true;
+  if (cudaMalloc(reinterpret_cast<void**>(&memory.head), kPeerMemoryBytes) == cudaSuccess) {
+    if (cudaHostAlloc(reinterpret_cast<void**>(&memory.is_aborted), sizeof(unsigned),
+                      cudaHostAllocMapped) == cudaSuccess) {
+      return true;
+    }
+    cudaFree(memory.head);
   }
   cudaGetLastError();
   return false;

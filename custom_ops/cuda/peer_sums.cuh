@@ -34,6 +34,20 @@ __device__ __forceinline__ void meet_peers(const PeerJob& job, unsigned block, u
   }
 }
 
+/// A call under way, and which vectors of it are a thread's: every `step`-th from `first` on.
+struct PeerCall {
+  PeerHead* own;
+  unsigned call;
+  int64_t step, first;
+};
+
+__device__ __forceinline__ PeerCall begin_call(const PeerJob& job, unsigned block,
+                                               unsigned blocks) {
+  PeerHead* const own = job.heads[job.rank];
+  return {own, own->calls + 1, int64_t{blocks} * blockDim.x,
+          int64_t{block} * blockDim.x + threadIdx.x};
+}
+
 /// Counts a call that has ended in all blocks; all threads of this one have read how many there
 /// were.
 __device__ __forceinline__ void end_call(PeerHead* own, unsigned call, unsigned blocks) {
@@ -47,20 +61,17 @@ __device__ __forceinline__ void end_call(PeerHead* own, unsigned call, unsigned 
 /// only when the one before has ended in all its blocks.
 __device__ __forceinline__ void sum_with_peers(const PeerJob& job, unsigned block,
                                                unsigned blocks) {
-  PeerHead* const own = job.heads[job.rank];
-  const unsigned call = own->calls + 1;
-  const int64_t step = int64_t{blocks} * blockDim.x;
-  const int64_t first = int64_t{block} * blockDim.x + threadIdx.x;
-  uint4* const mine = peer_slot(own, call);
-  for (int64_t i = first; i < job.vectors; i += step) __stcg(mine + i, job.x[i]);
+  const PeerCall at = begin_call(job, block, blocks);
+  uint4* const mine = peer_slot(at.own, at.call);
+  for (int64_t i = at.first; i < job.vectors; i += at.step) __stcg(mine + i, job.x[i]);
   __syncthreads();
-  meet_peers(job, block, call);
+  meet_peers(job, block, at.call);
   __syncthreads();
-  for (int64_t i = first; i < job.vectors; i += step) {
+  for (int64_t i = at.first; i < job.vectors; i += at.step) {
     uint4 parts[kMostPeers];
 #pragma unroll
     for (int rank = 0; rank < kMostPeers; ++rank) {  // all on their way before the first is added
-      if (rank < job.ranks) parts[rank] = __ldcg(peer_slot(job.heads[rank], call) + i);
+      if (rank < job.ranks) parts[rank] = __ldcg(peer_slot(job.heads[rank], at.call) + i);
     }
     EightSums sum(parts[0]);
 #pragma unroll
@@ -69,7 +80,7 @@ __device__ __forceinline__ void sum_with_peers(const PeerJob& job, unsigned bloc
     }
     job.x[i] = sum.rounded();
   }
-  end_call(own, call, blocks);
+  end_call(at.own, at.call, blocks);
 }
 
 __device__ __forceinline__ void send(ulonglong2* to, const uint4& v, unsigned call) {
@@ -94,21 +105,19 @@ __device__ __forceinline__ uint2 receive(const PeerJob& job, const ulonglong2* f
 /// come from all ranks.
 __device__ __forceinline__ void sum_by_messages(const PeerJob& job, unsigned block,
                                                 unsigned blocks) {
-  PeerHead* const own = job.heads[job.rank];
-  const unsigned call = own->calls + 1;
-  const int64_t step = int64_t{blocks} * blockDim.x;
-  const int64_t first = int64_t{block} * blockDim.x + threadIdx.x;
-  for (int64_t i = first; i < job.vectors; i += step) {
+  const PeerCall at = begin_call(job, block, blocks);
+  for (int64_t i = at.first; i < job.vectors; i += at.step) {
     const uint4 mine = job.x[i];
     for (int peer = 0; peer < job.ranks; ++peer) {
-      if (peer != job.rank) send(message_slot(job.heads[peer], call, job.rank) + 2 * i, mine, call);
+      if (peer == job.rank) continue;
+      send(message_slot(job.heads[peer], at.call, job.rank) + 2 * i, mine, at.call);
     }
   }
-  for (int64_t i = first; i < job.vectors; i += step) {
+  for (int64_t i = at.first; i < job.vectors; i += at.step) {
     const auto part = [&](int rank) {
       if (rank == job.rank) return job.x[i];
-      const ulonglong2* const from = message_slot(own, call, rank) + 2 * i;
-      const uint2 low = receive(job, from, call), high = receive(job, from + 1, call);
+      const ulonglong2* const from = message_slot(at.own, at.call, rank) + 2 * i;
+      const uint2 low = receive(job, from, at.call), high = receive(job, from + 1, at.call);
       return make_uint4(low.x, low.y, high.x, high.y);
     };
     EightSums sum(part(0));
@@ -116,7 +125,7 @@ __device__ __forceinline__ void sum_by_messages(const PeerJob& job, unsigned blo
     job.x[i] = sum.rounded();
   }
   __syncthreads();
-  end_call(own, call, blocks);
+  end_call(at.own, at.call, blocks);
 }
 
 }  // namespace fd::cuda

@@ -18,7 +18,6 @@ from fastdeploy_lite.quantization.products import HostProducts
 from fastdeploy_lite.utils.arrays import bfloat16_to_float32, float32_to_bfloat16
 from fastdeploy_lite.utils.errors import ConfigError
 
-pytest.importorskip("pybind11")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "card_in_memory"))
 import build_kernels
 
