@@ -59,6 +59,7 @@ def test_whoever_is_killed_leaves_no_actor_and_no_room_taken(
             first = actors()
             (engine,) = remote.processes("core_process")
             engine.kill()
+            until(lambda: remote.health() != 200)  # the server hears of it as soon as Ray, or later
             until(lambda: not first & actors())
             until(lambda: remote.health() == 200, 2 * PATIENCE)
             assert answer(remote) == expected
