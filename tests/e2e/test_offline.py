@@ -132,7 +132,9 @@ def test_parameters_are_one_for_all_or_one_each(llm: LLM) -> None:
 def test_defaults_without_parameters(llm: LLM) -> None:
     output = llm.generate("12345")[0]
     assert output.finished
-    assert output.outputs.token_ids[-1] == 2
+    length = len(output.prompt_token_ids) + len(output.outputs.token_ids)
+    # it is drawn anew each time, and now and then finds no end
+    assert output.outputs.token_ids[-1] == 2 or length == 1024
 
 
 def test_unknown_arguments_are_type_errors() -> None:
