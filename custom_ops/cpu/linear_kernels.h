@@ -74,7 +74,9 @@ struct TileJob {
   const float* x;              // dense only
   int64_t x_stride;
   int num_rows;  // at most kMaxRows
-  float* out;    // row i of the result goes to out + i * out_stride
+  // kDigits, or 2 where the last digit of every activation is zero: kernels may skip its products.
+  int digit_count = kDigits;
+  float* out;  // row i of the result goes to out + i * out_stride
   int64_t out_stride;
 };
 
