@@ -6,6 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,18 @@ def _lines(path: Path, most: int) -> Iterator[str]:
     """
     try:
         with _open(path) as file:
-            while line := file.readline(most):
+            for number, line in enumerate(iter(partial(file.readline, most), ""), 1):
+                if "\0" in line:  # in UTF-8, but what wrote it meant UTF-16, or is no text
+                    raise ConfigError(
+                        f"{path}: line {number}: found a NUL character, expected text in UTF-8"
+                    )
                 yield line
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ConfigError(f"{path}: expected text in UTF-8, {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected text in UTF-8, {error}: convert the file") from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ConfigError(
+            f"{path}: found a damaged archive, or none: {error}; expected one of gzip"
+        ) from error
 
 
 def _read_lines(path: Path) -> Iterator[Document]:

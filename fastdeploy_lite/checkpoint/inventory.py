@@ -70,6 +70,13 @@ def verify(checkpoint: Checkpoint) -> None:
     _log_unknown_keys(checkpoint)
 
 
+def check_plain_values(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if what is never quantised holds a NaN or an infinity; reads it all."""
+    for expected in expected_plain_tensors(checkpoint):
+        _fetch(checkpoint, expected, finite=True)
+    checkpoint.release()
+
+
 def find_problems(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield one line per missing, mis-shaped, mis-typed or contradictory tensor."""
     yield from _layer_problems(checkpoint)

@@ -61,7 +61,8 @@ class SafetensorsFile:
 
     def _read_header(self) -> tuple[int, dict[str, Any]]:
         if self._size < 8:
-            raise self._error(f"found {self._size} bytes, expected at least 8: the file is empty")
+            state = "truncated" if self._size else "empty"
+            raise self._error(f"found {self._size} bytes, expected at least 8: the file is {state}")
         refuse_pointer(self.path, self._map[:64])
         length = int.from_bytes(self._map[:8], "little")
         if length > _LARGEST_HEADER:

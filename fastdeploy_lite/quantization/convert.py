@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
 from fastdeploy_lite.checkpoint.inventory import (
+    check_plain_values,
     expected_linear_tensors,
     read_embedding,
     read_linear,
@@ -180,6 +181,7 @@ def _check_input(ranks: Sequence[Checkpoint], config: ModelConfig) -> None:
     if len(ranks) > 1:
         check_tensor_parallel(config, len(ranks), for_files=True)
     check_sizes(model_linears(config), config.source)
+    check_plain_values(ranks[0])
 
 
 def _finish(

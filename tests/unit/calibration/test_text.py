@@ -99,6 +99,7 @@ def test_parquet_without_its_library_says_what_to_install(
         (b'{"text": "a"}\n' + b"[" * 100000, "line 2: expected one JSON object a line"),
         (b'{"text": ' + b"1" * 5000 + b"}", "line 1: expected one JSON object a line"),
         (b"\xff\xfe\n", "expected text in UTF-8"),
+        ('{"text": "a"}'.encode("utf-16-le"), "line 1: found a NUL character, expected text in"),
     ],
 )
 def test_bad_files_are_refused_by_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -116,7 +117,7 @@ def test_bad_files_are_refused_by_line(tmp_path: Path, content: bytes, message: 
 def test_damaged_archives_are_refused(tmp_path: Path, damage: Any) -> None:
     file = tmp_path / "a.jsonl.gz"
     file.write_bytes(damage(gzip.compress(b'{"text": "a"}\n' * 1000)))
-    with pytest.raises(ConfigError, match=r"a\.jsonl\.gz: expected text in UTF-8, "):
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.gz: found a damaged archive, or none: "):
         list(read_documents(file))
 
 

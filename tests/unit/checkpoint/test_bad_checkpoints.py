@@ -121,7 +121,9 @@ def test_bad_headers(
 def test_empty_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config()), encoding="utf-8")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    refused(tmp_path, "model.safetensors", "0 bytes")
+    refused(tmp_path, "model.safetensors", "found 0 bytes", "the file is empty")
+    (tmp_path / "model.safetensors").write_bytes(b"1234")
+    refused(tmp_path, "model.safetensors", "found 4 bytes", "the file is truncated")
 
 
 def test_newlines_in_names_cannot_forge_log_lines(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_model import tiny_config, tiny_tensors, write_tensors, write_tiny_model
+from tiny_model import (
+    TOKENIZER_FILES,
+    tiny_config,
+    tiny_tensors,
+    write_tensors,
+    write_tiny_model,
+)
 
 from fastdeploy_lite import formats
+from fastdeploy_lite.assets import demo_path
 from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import model_linears, read_linear, verify
 from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32
@@ -316,6 +324,41 @@ def test_a_nan_names_tensor_and_place_and_leaves_no_model(tmp_path: Path) -> Non
         quantize_checkpoint(tmp_path / "in", tmp_path / "out", scheme="2bits", **QUIET)
     assert list((tmp_path / "out").iterdir()) == []
     assert not (tmp_path / "out.unfinished").exists()  # the input will be another one
+
+
+@pytest.mark.parametrize("calibration", [[], ["--calibration", "sample"]])
+@pytest.mark.parametrize(
+    ("key", "bits"),
+    [
+        ("ernie.norm.weight", 0x7FC0),
+        ("ernie.layers.1.post_attention_layernorm.weight", 0x7F80),
+        ("ernie.layers.2.mlp.gate.weight", 0x7FC00000),
+        ("ernie.layers.2.mlp.moe_statics.e_score_correction_bias", 0x7FC00000),
+        ("lm_head.weight", 0x7FC0),
+    ],
+)
+def test_a_copied_tensor_that_is_not_finite_is_named_before_any_work(
+    key: str,
+    bits: int,
+    calibration: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A model was written that nothing could load."""
+    config = tiny_config("bf16", tied=False)
+    tensors = tiny_tensors(config)
+    array, dtype = tensors[key]
+    array = array.copy()
+    array.view(np.uint16 if dtype == "BF16" else np.uint32).flat[3] = bits
+    write_tensors(tmp_path / "in", config, {**tensors, key: (array, dtype)})
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(demo_path() / name, tmp_path / "in" / name)
+    arguments = ["--model", tmp_path / "in", "--output", tmp_path / "out", "--device", "cpu"]
+    assert run_cli(*arguments, "--quiet", *calibration) == 1
+    error = capsys.readouterr().err
+    assert re.search(rf"{re.escape(key)}: found (nan|inf) at element 3 \(1 such\)", error)
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "in"]
 
 
 def run_cli(*arguments: object) -> int:
