@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <stdexcept>
 
@@ -17,7 +18,8 @@ namespace {
 /// Of a warp at a barrier: 32 where racecheck is to understand the kernels.
 int warp_arrivals() {
   const char* const set = std::getenv("FD_LITE_RACECHECK");
-  return set != nullptr && set[0] == '1' ? kWarp : 1;
+  // Blanks may stand around it; envs.py refuses all but 0 and 1.
+  return set != nullptr && std::strchr(set, '1') != nullptr ? kWarp : 1;
 }
 
 int padded(int k) { return ceil_div(k, kChunkK) * kChunkK; }

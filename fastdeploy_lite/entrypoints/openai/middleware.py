@@ -262,8 +262,19 @@ class Gate:
         await self._app(scope, receive, send)
 
 
+def without_host(path: str) -> str:
+    """The path of an address that may be whole; other texts as they are."""
+    scheme, found, rest = path.partition("://")
+    if not found or scheme.lower() not in ("http", "https"):
+        return path
+    return "/" + rest.partition("/")[2]
+
+
 class RootPath:
-    """Takes the prefix off that a proxy puts before every path and does not strip.
+    """Takes off what stands before the path that routes know.
+
+    That is a prefix that a proxy puts before every path and does not strip, and scheme and host
+    where a client sends the whole address (RFC 9112, 3.2.2).
 
     Args:
         app: The application.
@@ -276,9 +287,11 @@ class RootPath:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with the path that routes know."""
-        path = scope.get("path", "")
+        path = without_host(scope.get("path", ""))
         if self._prefix and path.startswith(f"{self._prefix}/"):
-            scope["path"] = path[len(self._prefix) :]  # in place: the observer reads it later
+            path = path[len(self._prefix) :]
+        if "path" in scope:
+            scope["path"] = path  # in place: the observer reads it later
         await self._app(scope, receive, send)
 
 

@@ -146,3 +146,21 @@ def test_no_keys_means_open() -> None:
 def test_a_proxys_prefix_is_taken_off(path: str, seen: str) -> None:
     for prefix in ("/fd", "/fd/"):
         assert asyncio.run(drive(RootPath(echo, prefix), path=path)) == (200, {"path": seen})
+
+
+@pytest.mark.parametrize(
+    ("path", "seen"),
+    [
+        ("http://127.0.0.1:8180/v1/models", "/v1/models"),
+        ("HTTPS://example.org/fd/v1/models", "/v1/models"),
+        ("http://example.org", "/"),
+        ("ftp://example.org/v1/models", "ftp://example.org/v1/models"),
+        ("/v1/http://example.org", "/v1/http://example.org"),
+        ("*", "*"),
+    ],
+)
+def test_a_whole_address_is_as_good_as_its_path(path: str, seen: str) -> None:
+    assert asyncio.run(drive(RootPath(echo, "/fd"), path=path)) == (200, {"path": seen})
+    guarded = RootPath(ApiKeys(echo, ["a"]), "/fd")
+    status = asyncio.run(drive(guarded, path=path))[0]
+    assert status == asyncio.run(drive(ApiKeys(echo, ["a"]), path=seen))[0]
