@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from fastdeploy_lite.calibration.encoder import CalibratedEncoder, CalibrationSettings
-from fastdeploy_lite.calibration.report import memory, totals, write
+from fastdeploy_lite.calibration.report import memory, product_errors, totals, write
 from fastdeploy_lite.calibration.restart import RestartPoints
 from fastdeploy_lite.calibration.sensitivity import LayerNats, measure_layers
 from fastdeploy_lite.calibration.text import calibration_windows
@@ -354,7 +354,12 @@ def summary(report: CalibratedReport) -> str:
     for name, part in totals(report.layers).items():
         lines.append(
             f"{name:>5}: {part['weights'] / 1e6:10.2f} M weights, {part['bits_per_weight']:.3f} "
-            f"bits each, relative squared error {part['relative_error']:.5f}"
+            f"bits each, relative squared error of weights {part['relative_error']:.5f}"
+        )
+    for name, (encoded, rounded) in product_errors(report.layers).items():
+        lines.append(
+            f"{name} of experts: products off by {encoded:.4f} of their square, {rounded:.4f} "
+            "rounded to nearest"
         )
     worst = max((layer["stream_error"] for layer in report.layers), default=0.0)
     lines.append(f"the residual stream is off by {worst:.4f} of its square at most")
