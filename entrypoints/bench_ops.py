@@ -53,7 +53,9 @@ def random_arrays(kind: str, k: int, n: int, rng: np.random.Generator) -> dict[s
     }
 
 
-def make_weights(kind: str, k: int, n: int, megabytes: int) -> list[ops.PackedWeight]:
+def make_weights(
+    kind: str, k: int, n: int, megabytes: int, activation_bits: int = 24
+) -> list[ops.PackedWeight]:
     """Equal weights in different memory, at least two and `megabytes` together."""
     arrays = random_arrays(kind, k, n, np.random.default_rng(0))
     weights: list[ops.PackedWeight] = []
@@ -62,6 +64,7 @@ def make_weights(kind: str, k: int, n: int, megabytes: int) -> list[ops.PackedWe
         weight = ops.allocate_weight(native_kind, k, n, paddle.CPUPlace())
         ops.fill_weight(weight, None, **arrays)
         ops.finish_weight(weight)
+        ops.set_activation_bits(weight, activation_bits)
         weights.append(weight)
     return weights
 
@@ -86,7 +89,7 @@ def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     """The table's rows."""
     k, n = options.in_features, options.out_features
     for kind in options.kinds:
-        weights = make_weights(kind, k, n, options.megabytes)
+        weights = make_weights(kind, k, n, options.megabytes, options.activation_bits)
         for threads in options.threads:
             _ops_cpu.set_num_threads(threads)
             cases = list(itertools.product(options.isas, options.tokens))
@@ -132,6 +135,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=numbers, default=[1, 4, 16, 256])
     parser.add_argument("--in-features", type=int, default=8192)
     parser.add_argument("--out-features", type=int, default=7168)
+    parser.add_argument("--activation-bits", type=int, choices=(16, 24), default=24)
     parser.add_argument("--megabytes", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     return parser.parse_args()

@@ -8,7 +8,7 @@
 
     python entrypoints/bench_peers.py --llama-bench build/bin/llama-bench --gguf peer.gguf \\
         [--type Q2_K] [--layers 28] [--threads 2] [--rounds 3] [--prefill 512] [--decode 48] \\
-        [--dense wint8|wint4] [--head wint8|bf16]
+        [--dense wint8|wint4] [--head wint8|bf16] [--activation-bits 24|16]
 
 The GGUF is written where none is: ERNIE-4.5-21B-A3B's widths, routed experts in --type (Q2_K,
 IQ2_XXS, ...), all other matrices and the embedding, which is the head too, in Q8_0. Ours has 2-bit
@@ -206,6 +206,7 @@ class Ours:
             cache=CacheConfig(gpu_memory_utilization=0.5),
             scheduler=SchedulerConfig(1, max_num_batched_tokens=length, max_model_len=length),
             load=LoadConfig(load_choices="dummy", lm_head_quantization=head),
+            activation_bits=args.activation_bits,
             use_cudagraph=False,
         )
         self._runner = ModelRunner(config)
@@ -279,6 +280,7 @@ def parse_options() -> argparse.Namespace:
     add("--decode", type=int, default=48)
     add("--dense", choices=("wint8", "wint4"), default="wint8", help="our other linears")
     add("--head", choices=("wint8", "bf16"), default="wint8", help="our output head")
+    add("--activation-bits", type=int, choices=(16, 24), default=24, help="of our products")
     return parser.parse_args()
 
 

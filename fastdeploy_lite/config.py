@@ -20,6 +20,7 @@ from fastdeploy_lite.utils.json_fields import JsonFields, read_json_object
 
 __all__ = [
     "BLOCK_SIZE",
+    "ActivationBits",
     "CacheConfig",
     "EarlyStopConfig",
     "ExecutorBackend",
@@ -40,6 +41,7 @@ __all__ = [
 WantedOrder = Literal["auto", "natural", "permuted"]
 ExecutorBackend = Literal["mp", "ray"]
 LoadChoice = Literal["default", "default_v1", "dummy"]
+ActivationBits = Literal[16, 24]
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 
 BLOCK_SIZE = 64  # tokens of one KV block; the attention kernels are compiled for it
@@ -245,7 +247,10 @@ class EarlyStopConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Everything that the engine core and the model runner need; built once, shared read-only."""
+    """Everything that the engine core and the model runner need; built once, shared read-only.
+
+    `activation_bits`: of the integers that the CPU multiplies quantised weights by.
+    """
 
     model_path: Path
     model: ModelConfig
@@ -254,6 +259,7 @@ class RuntimeConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     load: LoadConfig = field(default_factory=LoadConfig)
     expert_offload: ExpertOffloadConfig | None = None
+    activation_bits: ActivationBits = 24
     device: str | None = None
     use_cudagraph: bool = True
     cudagraph_capture_sizes: tuple[int, ...] | None = None
@@ -275,6 +281,8 @@ class RuntimeConfig:
             _refuse("logprobs_mode", self.logprobs_mode, f"one of {get_args(LogprobsMode)}")
         if self.max_logprobs < -1:
             _refuse("max_logprobs", self.max_logprobs, "at least -1 (no limit)")
+        if self.activation_bits not in get_args(ActivationBits):
+            _refuse("activation_bits", self.activation_bits, "16 or 24")
         ranks, replicas = self.parallel.tensor_parallel_size, self.parallel.data_parallel_size
         if self.expert_offload is not None and (ranks > 1 or replicas > 1):
             raise ConfigError(

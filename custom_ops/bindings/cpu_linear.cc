@@ -22,6 +22,14 @@ PackedWeight make_weight(const std::string& kind, int64_t in_features, int64_t o
   return weight;
 }
 
+int digits_of(int activation_bits) {
+  if (activation_bits != 16 && activation_bits != 24) {
+    throw std::invalid_argument("activation_bits is " + std::to_string(activation_bits) +
+                                ", expected 16 or 24");
+  }
+  return activation_bits / 8;
+}
+
 // One call of fused_moe whose arguments were looked at once: a layer beside a card makes the same
 // one in every step.
 class ExpertsCall {
@@ -60,7 +68,10 @@ void bind_weight(py::module_& m) {
                                return tiles * static_cast<int64_t>(sizeof(CcqCodes));
                              })
       .def_property_readonly("padded_columns",
-                             [](const PackedWeight& w) { return w.tiles() * kTileColumns; });
+                             [](const PackedWeight& w) { return w.tiles() * kTileColumns; })
+      .def_property(
+          "activation_bits", [](const PackedWeight& w) { return 8 * w.activation_digits; },
+          [](PackedWeight& w, int bits) { w.activation_digits = digits_of(bits); });
   m.def("pack_dense", &pack_dense, py::arg("weight"), py::arg("expert"), py::arg("source"),
         py::arg("transposed"), no_gil());
   m.def("pack_int8", &pack_int8, py::arg("weight"), py::arg("expert"), py::arg("source"),

@@ -73,7 +73,7 @@ void linear(const TensorView& x, const PackedWeight& weight, const TensorView& o
       uint8_t* memory = scratch.get(digit_bytes(count, depth) + group_bytes(count, depth));
       auto* digits = reinterpret_cast<int8_t*>(memory);
       auto* groups = reinterpret_cast<GroupNumbers*>(memory + digit_bytes(count, depth));
-      quantize_rows(rows.x, rows.x_stride, count, depth, weight.offset(), digits, groups);
+      quantize_rows(rows.x, rows.x_stride, count, weight, digits, groups);
       rows.digits = digits;
       rows.groups = groups;
     }

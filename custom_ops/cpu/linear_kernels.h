@@ -3,9 +3,11 @@
 // Numbers. An activation row is cut in groups of 64; a group is written as scale * integer, the
 // scale a power of two and the integers at most kMaxInteger in magnitude, so that the error of an
 // element is at most 2^-22.99 of the group's largest one. An integer is kept as three signed bytes:
-// 65536 h + 256 m + l. Weights are unsigned bytes. The three dot products of a group are exact in
-// int32; they are joined in float32, times the local scale, and summed over the groups in order. So
-// a result depends on its row and its column alone: not on the batch, the threads or the machine.
+// 65536 h + 256 m + l. Where two digits are asked for, integers are multiples of 256: l is 0, and
+// an error at most 2^-14.99 of the largest element. Weights are unsigned bytes. The three dot
+// products of a group are exact in int32; they are joined in float32, times the local scale, and
+// summed over the groups in order. So a result depends on its row and its column alone: not on the
+// batch, the threads or the machine.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +23,8 @@ constexpr int kDigits = 3;
 constexpr int kGroupDigitBytes = kDigits * kGroupRows;
 // Largest 65536 h + 256 m + l with all three digits at most 127.
 constexpr int kMaxInteger = 0x7f7f7f;
+// The same where l is 0.
+constexpr int kMaxTwoDigits = 0x7f7f00;
 // Rows that one kernel call may be given.
 constexpr int kMaxRows = 256;
 
@@ -87,9 +91,9 @@ constexpr int64_t digit_row_bytes(int64_t depth) {
 }
 
 struct LinearKernels {
-  // offset: 32 for ccq, 128 for int8, 8 for int4.
-  void (*quantize_row)(const float* x, int64_t depth, int32_t offset, int8_t* digits,
-                       GroupNumbers* groups);
+  // offset: 32 for ccq, 128 for int8, 8 for int4. digit_count: 3, or 2 for integers whose l is 0.
+  void (*quantize_row)(const float* x, int64_t depth, int32_t offset, int digit_count,
+                       int8_t* digits, GroupNumbers* groups);
   void (*ccq)(const TileJob& job);
   // Turns exact codes into integer ones if all columns of the tile allow it.
   void (*prove_codes)(CcqCodes* codes);

@@ -114,7 +114,7 @@ void quantize_stretch(const LinearKernels& kernels, const PackedWeight& weight, 
                       int64_t number, int64_t first, int64_t end, int8_t* digits,
                       GroupNumbers* groups) {
   const int64_t group = first / kGroupRows;
-  kernels.quantize_row(row + first, end - first, weight.offset(),
+  kernels.quantize_row(row + first, end - first, weight.offset(), weight.activation_digits,
                        digits + digit_bytes(number, weight.in_features) + group * kGroupDigitBytes,
                        groups + number * weight.groups() + group);
 }

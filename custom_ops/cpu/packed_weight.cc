@@ -60,14 +60,14 @@ void PackedWeight::check() const {
   if (experts < 1) throw std::invalid_argument("experts is less than 1");
 }
 
-void quantize_rows(const float* x, int64_t stride, int64_t rows, int64_t depth, int32_t offset,
+void quantize_rows(const float* x, int64_t stride, int64_t rows, const PackedWeight& weight,
                    int8_t* digits, GroupNumbers* groups) {
   const LinearKernels& kernels = pick(linear_kernels_tables);
-  const int64_t groups_per_row = depth / kGroupRows;
+  const int64_t depth = weight.in_features;
   parallel_for(rows, std::max<int64_t>(1, 16384 / depth), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      kernels.quantize_row(x + i * stride, depth, offset, digits + digit_bytes(i, depth),
-                           groups + i * groups_per_row);
+      kernels.quantize_row(x + i * stride, depth, weight.offset(), weight.activation_digits,
+                           digits + digit_bytes(i, depth), groups + i * weight.groups());
     }
   });
 }
@@ -94,6 +94,7 @@ void multiply_tiles(const PackedWeight& weight, int64_t expert, int64_t begin, i
       static_cast<int>(std::min(end * kTileColumns, weight.out_features) - begin * kTileColumns);
   if (weight.quantized()) job.scale = weight.scale + column;
   if (weight.kind == WeightKind::kCcq) job.codes = weight.codes + expert * weight.tiles() + begin;
+  job.digit_count = weight.activation_digits;
   job.digit_stride = digit_row_bytes(weight.in_features);
   job.out_stride = out_stride;
   for (int64_t first = 0; first < count; first += kMaxRows) {

@@ -23,6 +23,8 @@ struct PackedWeight {
   uint8_t* data;         // [experts][tiles][tile_bytes], layouts in linear_kernels.h
   float* scale;          // [experts][tiles * 16]; null for dense kinds
   CcqCodes* codes;       // [experts][tiles]; null unless ccq
+  // Of each activation that it multiplies: 3, or 2 for a coarser rounding; unused for dense kinds.
+  int activation_digits = kDigits;
 
   bool quantized() const { return kind != WeightKind::kBFloat16 && kind != WeightKind::kFloat32; }
   int64_t tiles() const { return (out_features + kTileColumns - 1) / kTileColumns; }
@@ -73,7 +75,8 @@ inline int64_t digit_bytes(int64_t rows, int64_t depth) { return rows * digit_ro
 inline int64_t group_bytes(int64_t rows, int64_t depth) {
   return rows * (depth / kGroupRows) * static_cast<int64_t>(sizeof(GroupNumbers));
 }
-void quantize_rows(const float* x, int64_t stride, int64_t rows, int64_t depth, int32_t offset,
+// Rows as `weight` multiplies them; it is quantised.
+void quantize_rows(const float* x, int64_t stride, int64_t rows, const PackedWeight& weight,
                    int8_t* digits, GroupNumbers* groups);
 
 // Rows 0 .. count of `input` times the tiles [begin, end); the result's row i goes to

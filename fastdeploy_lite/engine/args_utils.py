@@ -140,6 +140,12 @@ class EngineArgs:
         "keep the output head in another form, on the CPU: wint8 halves what it reads a token",
         choices=("wint8",),
     )
+    activation_bits: int = _flag(
+        24,
+        int,
+        "rounding of activations before quantised weights, on the CPU: 16 is faster, less exact",
+        choices=(16, 24),
+    )
     moe_device: str | None = _flag(
         None,
         _text_or_none,
@@ -359,9 +365,8 @@ class EngineArgs:
             choices = field.metadata.get("choices")
             value = getattr(self, field.name)
             if choices and value is not None and value not in choices:
-                raise ConfigError(
-                    f"{field.name} must be one of {', '.join(choices)}, got {quote(value)}"
-                )
+                allowed = ", ".join(map(str, choices))
+                raise ConfigError(f"{field.name} must be one of {allowed}, got {quote(value)}")
         if not 0.0 <= self.kv_cache_ratio <= 1.0:
             raise ConfigError(f"kv_cache_ratio must be in [0, 1], got {self.kv_cache_ratio}")
         if not 1 <= self.max_long_partial_prefills <= self.max_num_partial_prefills:
@@ -446,6 +451,7 @@ class EngineArgs:
             ),
             load=self._load_config(),
             expert_offload=self._expert_offload(),
+            activation_bits=self.activation_bits,  # type: ignore[arg-type]  # checked
             use_cudagraph=self.use_cudagraph,
             cudagraph_capture_sizes=self._capture_sizes(),
             seed=self.seed,
@@ -471,8 +477,11 @@ class EngineArgs:
         return LoadConfig(self.load_choices, row_order, head, packed, access)  # type: ignore[arg-type]  # checked there
 
     def _has_weights_to_pack(self) -> bool:
-        in_memory = self._expert_offload() is not None or _on_cpu()
-        return in_memory and self.load_choices != "dummy"
+        return self._uses_cpu() and self.load_choices != "dummy"
+
+    def _uses_cpu(self) -> bool:
+        """Whether the CPU computes with weights."""
+        return self._expert_offload() is not None or _on_cpu()
 
     def _expert_offload(self) -> ExpertOffloadConfig | None:
         config = ExpertOffloadConfig(self.cpu_moe_layers, self.moe_card_gib)
@@ -491,8 +500,7 @@ class EngineArgs:
         most = self.max_num_seqs * length
         tokens = self.max_num_batched_tokens
         if tokens is None:
-            on_cpu = _on_cpu() or self._expert_offload() is not None
-            tokens = CPU_BATCHED_TOKENS if on_cpu else DEFAULT_BATCHED_TOKENS
+            tokens = CPU_BATCHED_TOKENS if self._uses_cpu() else DEFAULT_BATCHED_TOKENS
             tokens = max(min(tokens, most), self.max_num_seqs)
         elif length == self.max_model_len and tokens > most:
             raise ConfigError(
@@ -555,6 +563,8 @@ class EngineArgs:
             _warn_once("moe_device has no effect here: everything is in main memory")
         if self.packed_cache and not self._has_weights_to_pack():
             _warn_once("packed_cache has no effect here: it is for weights of files in main memory")
+        if self.activation_bits != EngineArgs.activation_bits and not self._uses_cpu():
+            _warn_once("activation_bits has no effect here: a card takes activations as bfloat16")
         graph = self.graph_optimization_config or {}
         unknown = sorted(set(graph) - set(_GRAPH_KEYS))
         if unknown:

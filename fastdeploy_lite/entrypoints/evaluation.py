@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite.config import (
+    ActivationBits,
     LoadConfig,
     ModelConfig,
     RuntimeConfig,
@@ -76,11 +77,13 @@ def load_runner(
     quantization: str | None = None,
     row_order: WantedOrder = "auto",
     head: Literal["wint8"] | None = None,
+    activation_bits: ActivationBits = 24,
 ) -> ModelRunner:
     """The product's model runner, ready for teacher-forced windows of `context` tokens.
 
     quantization: what becomes of bf16 weights while they are loaded: wint8 or wint4.
-    row_order: of 2-bit experts. head: wint8 for an int8 output head.
+    row_order: of 2-bit experts. head: wint8 for an int8 output head. activation_bits: see
+    RuntimeConfig.
     """
     scheduler = SchedulerConfig(
         max_num_seqs=1, max_num_batched_tokens=CHUNK_TOKENS, max_model_len=context
@@ -90,6 +93,7 @@ def load_runner(
         model=ModelConfig.from_dir(model).with_quantization(quantization),
         scheduler=scheduler,
         load=LoadConfig(row_order=row_order, lm_head_quantization=head),
+        activation_bits=activation_bits,
         device=device,
         use_cudagraph=False,
     )

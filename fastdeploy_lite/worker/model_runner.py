@@ -28,6 +28,7 @@ from fastdeploy_lite.model_executor.drafting import Drafting
 from fastdeploy_lite.model_executor.input_batch import BatchShape, InputBatch
 from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch, KVCache
 from fastdeploy_lite.model_executor.layers.rotary import cos_sin_table
+from fastdeploy_lite.model_executor.ops import ExpertWeight
 from fastdeploy_lite.model_executor.prompt_logprobs import PromptScorer
 from fastdeploy_lite.model_executor.sampling_batch import SampledRow, SamplingBatch
 from fastdeploy_lite.model_executor.verification import logit_rows, sample_slices
@@ -148,6 +149,8 @@ class ModelRunner:
             is_permuted = source.is_permuted
         if config.has_draft_model:
             self._load_draft(config, cos_sin, is_permuted)
+        for weight in self._all_weights():
+            ops.set_activation_bits(weight, config.activation_bits)
         self._inputs = InputBatch(
             limits.max_num_batched_tokens,
             limits.max_num_seqs,
@@ -189,6 +192,12 @@ class ModelRunner:
             self.workspace,
             self.communicator,
         )
+
+    def _all_weights(self) -> Iterator[ExpertWeight]:
+        for found in self.model.weights().values():
+            yield from found
+        if self._drafting is not None:
+            yield from self._drafting.model.weights()
 
     def _load_by_text(self, undecided: UndecidedRowOrderError, show_progress: bool) -> None:
         """Load in both row orders, and keep the one that reads a text better."""

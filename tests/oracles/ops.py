@@ -110,11 +110,34 @@ def random_weight(
     return arrays, quantized * scale.astype(np.float64)
 
 
-def linear_error_bound(x: np.ndarray, weight: np.ndarray, quantized: bool) -> np.ndarray:
+def rounded_activations(x: np.ndarray, bits: int = 24) -> np.ndarray:
+    """The activations [T, K] that quantised weights are multiplied by: float64.
+
+    A group of 64 is a power of two times integers below 2^23; those of 16 bits are multiples of
+    256. The power is the least, and at least 2^-100, that keeps the largest integer at most
+    0x7f7f7f or 0x7f7f00. Rounding is to nearest, ties to even; a group that holds an infinity or a
+    NaN is NaN throughout.
+    """
+    largest, unit = (0x7F7F7F, 1) if bits == 24 else (0x7F7F00, 256)
+    groups = x.astype(np.float64).reshape(len(x), -1, GROUP)
+    result = np.empty_like(groups)
+    for index in np.ndindex(groups.shape[:2]):
+        group = groups[index]
+        top, exponent = np.abs(group).max(), 100
+        while np.isfinite(top) and np.ldexp(top, exponent) > largest:
+            exponent -= 1
+        rounded = np.rint(np.ldexp(group, exponent) / unit) * unit
+        result[index] = np.ldexp(rounded, -exponent) if np.isfinite(top) else np.nan
+    return result.reshape(x.shape)
+
+
+def linear_error_bound(
+    x: np.ndarray, weight: np.ndarray, quantized: bool, activation_bits: int = 24
+) -> np.ndarray:
     """How far a float32 linear may be from float64: [T, N].
 
     The roundings of the sums (one a group, or one an element for dense weights), and for quantised
-    weights the error of the activations, 2^-22.99 of the group's largest element.
+    weights the error of the activations, 2^-22.99 of the group's largest element, or 2^-14.99.
     """
     x, weight = np.abs(x.astype(np.float64)), np.abs(weight)
     depth = weight.shape[0]
@@ -122,7 +145,7 @@ def linear_error_bound(x: np.ndarray, weight: np.ndarray, quantized: bool) -> np
     bound = sums * 2.0**-24 * (x @ weight)
     if quantized:
         tops = x.reshape(len(x), -1, GROUP).max(axis=2).repeat(GROUP, axis=1)
-        bound += 2.0**-22.9 * (tops @ weight)
+        bound += 2.0 ** (1.1 - activation_bits) * (tops @ weight)
     return bound + 1e-37
 
 

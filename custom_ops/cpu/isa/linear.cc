@@ -84,22 +84,25 @@ FD_INLINE float power_of_two(int exponent) {
   return power;
 }
 
-// The exponent of the largest power of two that keeps top * power at most kMaxInteger; at most 100,
-// so that all factors are normal numbers (a group below 2^-78 keeps an absolute error of 2^-101).
-FD_INLINE int exponent_for(float top) {
+// The exponent of the largest power of two that keeps top * power at most `largest`; at most 100,
+// so that all factors are normal numbers (a group below 2^-78 keeps an absolute error of 2^-101, or
+// of 2^-93 in two digits).
+FD_INLINE int exponent_for(float top, uint32_t largest) {
   uint32_t bits;
   memcpy(&bits, &top, sizeof(bits));
   const int exponent = (int)(bits >> 23) - 127;               // top = 1.f * 2^exponent
   const uint32_t significand = (bits & 0x7fffff) | 0x800000;  // top * 2^(22 - exponent) * 2
-  const int fitted = (significand > 2u * kMaxInteger ? 21 : 22) - exponent;
+  const int fitted = (significand > 2 * largest ? 21 : 22) - exponent;
   return fitted < 100 ? fitted : 100;
 }
 
+// Integers are multiples of kUnit: 1, or 256 for two digits.
+template <int kUnit>
 FD_INLINE void split_group(const float* x, float power, int32_t offset, int8_t* digits,
                            int32_t* start) {
   int32_t sums[kDigits] = {0, 0, 0};
   for (int i = 0; i < kGroupRows; ++i) {
-    const int32_t value = (int32_t)__builtin_rintf(x[i] * power);
+    const int32_t value = kUnit * (int32_t)__builtin_rintf(x[i] * (power / kUnit));
     const int32_t low = (int8_t)value;
     const int32_t rest = (value - low) >> 8;
     const int32_t middle = (int8_t)rest;
@@ -114,21 +117,29 @@ FD_INLINE void split_group(const float* x, float power, int32_t offset, int8_t* 
   for (int d = 0; d < kDigits; ++d) start[d] = -offset * sums[d];
 }
 
-void quantize_row(const float* x, int64_t depth, int32_t offset, int8_t* digits,
-                  GroupNumbers* groups) {
+template <int kUnit>
+FD_INLINE void quantize_groups(const float* x, int64_t depth, int32_t offset, int8_t* digits,
+                               GroupNumbers* groups) {
+  constexpr uint32_t kLargest = kUnit == 1 ? kMaxInteger : kMaxTwoDigits;
   for (int64_t g = 0; g < depth / kGroupRows; ++g) {
     GroupNumbers& numbers = groups[g];
     int8_t* bytes = digits + g * kGroupDigitBytes;
     const float top = largest(x + g * kGroupRows);
     if (top > 0.0f && top <= 0x1.fffffep127f) {
-      const int exponent = exponent_for(top);
-      split_group(x + g * kGroupRows, power_of_two(exponent), offset, bytes, numbers.start);
+      const int exponent = exponent_for(top, kLargest);
+      split_group<kUnit>(x + g * kGroupRows, power_of_two(exponent), offset, bytes, numbers.start);
       numbers.scale = power_of_two(-exponent);
       continue;
     }
     memset(bytes, 0, kGroupDigitBytes);
     numbers = {{0, 0, 0}, top == 0.0f ? 0.0f : __builtin_nanf("")};
   }
+}
+
+void quantize_row(const float* x, int64_t depth, int32_t offset, int digit_count, int8_t* digits,
+                  GroupNumbers* groups) {
+  digit_count == 2 ? quantize_groups<256>(x, depth, offset, digits, groups)
+                   : quantize_groups<1>(x, depth, offset, digits, groups);
 }
 
 // --- dense weights -------------------------------------------------------------------------------

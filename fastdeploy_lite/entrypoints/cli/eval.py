@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from fastdeploy_lite import envs
 from fastdeploy_lite.checkpoint.hub import resolve_model
-from fastdeploy_lite.config import WantedOrder
+from fastdeploy_lite.config import ActivationBits, WantedOrder
 from fastdeploy_lite.utils.errors import ConfigError
 from fastdeploy_lite.utils.files import check_writable
 
@@ -52,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lm-head-quantization",
         choices=("wint8",),
         help="keep the output head of --model in int8, on the CPU; that of --against stays",
+    )
+    parser.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=get_args(ActivationBits),
+        default=24,
+        help="rounding of the activations of --model on the CPU; --against keeps 24",
     )
     parser.add_argument(
         "--wint2-row-order",
@@ -120,7 +127,13 @@ def _load(args: argparse.Namespace, context: int) -> Any:
 
     order: WantedOrder = args.wint2_row_order or envs.FD_LITE_WINT2_ROW_ORDER
     return evaluation.load_runner(
-        args.model, context, args.device, args.quantization, order, args.lm_head_quantization
+        args.model,
+        context,
+        args.device,
+        args.quantization,
+        order,
+        args.lm_head_quantization,
+        args.activation_bits,
     )
 
 

@@ -60,6 +60,7 @@ from fastdeploy_lite.model_executor.ops.weights import (
     finish_weight,
     layout_probe,
     packed_arrays,
+    set_activation_bits,
 )
 
 __all__ = [
@@ -110,6 +111,7 @@ __all__ = [
     "sample",
     "segmented_linear",
     "segmented_moe",
+    "set_activation_bits",
     "silu_and_mul",
     "token_logprobs",
     "update_occurrences",

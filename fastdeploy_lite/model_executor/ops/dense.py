@@ -11,8 +11,8 @@ def linear(x: Tensor, weight: PackedWeight, out: Tensor) -> None:
 
     A row's result has the same bits whatever the other rows are; on CPU whatever the number of
     threads and the instruction set are, too. There, with quantised weights, the row enters as
-    24-bit integers per group of 64 (error at most 2^-22.99 of the group's largest element). Sums
-    are float32.
+    24-bit integers per group of 64 (error at most 2^-22.99 of the group's largest element; 16 bits
+    and 2^-14.99 after `set_activation_bits`). Sums are float32.
 
     Args:
         x: [T, K], float32 on CPU, bfloat16 on a card.

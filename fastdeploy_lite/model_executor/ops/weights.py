@@ -18,7 +18,13 @@ import paddle
 from fastdeploy_lite import formats, processor
 from fastdeploy_lite.model_executor.ops._dispatch import native, place_kind
 from fastdeploy_lite.model_executor.ops._view import Tensor, View, intern_place
-from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight, WeightKind
+from fastdeploy_lite.model_executor.ops.packed_weight import (
+    ExpertWeight,
+    HostWeight,
+    PackedWeight,
+    SegmentedWeight,
+    WeightKind,
+)
 from fastdeploy_lite.model_executor.ops.transfer import host_array
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -112,6 +118,29 @@ def finish_weight(weight: PackedWeight) -> None:
         cuda_weights.finish(weight)
     elif not weight.tensors:
         raise ValueError("finish_weight: the dense weight was never filled")
+
+
+def set_activation_bits(weight: ExpertWeight, bits: int) -> None:
+    """Choose how finely activations are rounded before they are multiplied by a quantised weight.
+
+    They become integers per group of 64: of 24 bits, as every weight begins, or of 16, with an
+    error of at most 2^-14.99 of the group's largest element, for fewer multiplications. For the
+    CPU: a dense weight takes activations as they are, one on a card takes bfloat16 all the same.
+
+    Args:
+        weight: finished; one that shares its memory is not concerned.
+        bits: 16 or 24.
+
+    Raises:
+        ValueError: other bits.
+    """
+    if isinstance(weight, HostWeight):
+        set_activation_bits(weight.weight, bits)
+    elif isinstance(weight, SegmentedWeight):
+        for part in weight.parts:
+            set_activation_bits(part, bits)
+    elif place_kind(weight.place) == "cpu":
+        weight.handle.activation_bits = bits
 
 
 def packed_arrays(weight: PackedWeight) -> dict[str, Array]:

@@ -259,6 +259,21 @@ def test_a_step_that_fails_fails_for_all_and_the_next_one_is_sound(tmp_path: Pat
             executor.execute([sequences(PROMPTS[1:2], LENGTH)[0].slice(100)])
 
 
+def test_every_rank_rounds_activations_as_asked(tmp_path: Path) -> None:
+    """Where rounding is coarse, sums in another order may round to the next integer."""
+    folder = write_tiny_model(tmp_path, kind="w4w2", seed=3)
+    alone = make_runner(folder, length=LENGTH, activation_bits=16).logits(PROMPTS[1])
+    found = []
+    for bits in (24, 16):
+        with ranks(folder, 2, activation_bits=bits) as executor:
+            running = sequences([PROMPTS[1]], LENGTH)
+            generate(executor, running, 1)
+            found.append(running[0].rows[0])
+    fine, coarse = found
+    assert (fine != coarse).any()
+    np.testing.assert_allclose(coarse, alone[-1], atol=10 * ROUNDING)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_candidates_of_each_rank_give_the_tokens_of_all_logits(tmp_path: Path, size: int) -> None:
     """Mixed batches, chunks of prompts and single tokens; a processor asks for all logits."""

@@ -43,6 +43,17 @@ def activations(tokens: int, k: int, seed: int = 1) -> np.ndarray:
     return (rng.standard_normal((tokens, k)) ** 3 * size).astype(np.float32)
 
 
+@pytest.fixture(params=[24, 16])
+def activation_bits(request: pytest.FixtureRequest) -> int:
+    """How activations are rounded; of `coarser` weights."""
+    return int(request.param)
+
+
+def coarser(made: Packed, activation_bits: int) -> Packed:
+    ops.set_activation_bits(made[0], activation_bits)
+    return made
+
+
 def multiply(x: np.ndarray, weight: ops.PackedWeight) -> np.ndarray:
     out = paddle.full([len(x), weight.out_features], float("nan"))
     ops.linear(tensor(x), weight, out)
@@ -51,29 +62,32 @@ def multiply(x: np.ndarray, weight: ops.PackedWeight) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize(("kind", "k", "n"), SHAPES)
-def test_linear_equals_float64(name: str, kind: str, k: int, n: int) -> None:
-    weight, matrix = make(kind, k, n)
+def test_linear_equals_float64(name: str, kind: str, k: int, n: int, activation_bits: int) -> None:
+    weight, matrix = coarser(make(kind, k, n), activation_bits)
     for tokens in TOKENS:
         x = activations(tokens, k)
         with isa(name):
             found = multiply(x, weight)
         error = np.abs(found - x.astype(np.float64) @ matrix)
-        bound = oracle.linear_error_bound(x, matrix, kind not in ("bf16", "f32"))
+        quantized = kind not in ("bf16", "f32")
+        bound = oracle.linear_error_bound(x, matrix, quantized, activation_bits)
         assert (error <= bound).all(), f"{tokens} tokens: {(error / bound).max():.2f} of the bound"
 
 
 @pytest.mark.parametrize(("kind", "k", "n"), SHAPES)
 @pytest.mark.parametrize("tokens", [1, 4, 7])
-def test_linear_has_the_same_bits_everywhere(kind: str, k: int, n: int, tokens: int) -> None:
-    weight, _ = make(kind, k, n)
+def test_linear_has_the_same_bits_everywhere(
+    kind: str, k: int, n: int, tokens: int, activation_bits: int
+) -> None:
+    weight, _ = coarser(make(kind, k, n), activation_bits)
     x = activations(tokens, k)
     assert_same_everywhere(lambda: multiply(x, weight))
 
 
 @pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "ccq"])
-def test_a_row_does_not_see_its_batch(name: str, kind: str) -> None:
-    weight, _ = make(kind, 256, 48)
+def test_a_row_does_not_see_its_batch(name: str, kind: str, activation_bits: int) -> None:
+    weight, _ = coarser(make(kind, 256, 48), activation_bits)
     x = activations(70, 256)
     with isa(name):
         alone = np.concatenate([multiply(x[i : i + 1], weight) for i in range(70)])
@@ -95,10 +109,12 @@ def test_many_rows_are_cut_in_blocks(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "ccq"])
 @pytest.mark.parametrize(("k", "tokens"), [(4352, 6), (5632, 70), (1152, 256), (576, 40)])
-def test_a_deep_weight_is_walked_in_stretches(kind: str, k: int, tokens: int) -> None:
+def test_a_deep_weight_is_walked_in_stretches(
+    kind: str, k: int, tokens: int, activation_bits: int
+) -> None:
     """Totals wait in `out` between two stretches of K, beside columns that are not ours."""
     k -= k % 128 if kind == "ccq" else 0
-    weight, _ = make(kind, k, 48)
+    weight, _ = coarser(make(kind, k, 48), activation_bits)
     x = activations(tokens, k)
     expected = np.concatenate([multiply(x[i : i + 1], weight) for i in range(tokens)])
     for name in ISAS:
@@ -112,9 +128,9 @@ def test_a_deep_weight_is_walked_in_stretches(kind: str, k: int, tokens: int) ->
 
 
 @pytest.mark.parametrize("k", [128, 3968, 8192, 8320])
-def test_one_row_of_2_bits_has_the_same_bits_everywhere(k: int) -> None:
+def test_one_row_of_2_bits_has_the_same_bits_everywhere(k: int, activation_bits: int) -> None:
     """Also in stretches of 128 groups, and rows that are no numbers."""
-    weight, _ = make("ccq", k, 56)
+    weight, _ = coarser(make("ccq", k, 56), activation_bits)
     x = activations(6, k)
     x[1] = np.float32(2.0 - 2.0**-20)
     x[2] = -x[1]
@@ -147,10 +163,16 @@ def largest_stored(kind: str) -> Packed:
 @pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize("kind", ["int8", "int4", "ccq"])
 @pytest.mark.parametrize("tokens", [1, 2, 5])
-def test_the_largest_sums_do_not_overflow(name: str, kind: str, tokens: int) -> None:
-    """Digits (-126, -128, -128) and (127, 127, 127) times the largest bytes: exact as integers."""
-    weight, matrix = largest_stored(kind)
-    for whole in (-0x7E8080, 0x7F7F7F):
+def test_the_largest_sums_do_not_overflow(
+    name: str, kind: str, tokens: int, activation_bits: int
+) -> None:
+    """Digits (-126, -128, -128) and (127, 127, 127) times the largest bytes: exact as integers.
+
+    Without the last digits where activations have 16 bits.
+    """
+    weight, matrix = coarser(largest_stored(kind), activation_bits)
+    wholes = (-0x7E8080, 0x7F7F7F) if activation_bits == 24 else (-0x7E8000, 0x7F7F00)
+    for whole in wholes:
         x = np.full((tokens, 256), whole, np.float32)
         with isa(name):
             found = multiply(x, weight)
@@ -160,9 +182,11 @@ def test_the_largest_sums_do_not_overflow(name: str, kind: str, tokens: int) -> 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "ccq"])
 @pytest.mark.parametrize("tokens", [5, 15, 16, 17, 31, 33, 47, 48, 255])
-def test_blocks_of_rows_have_the_same_bits_everywhere(kind: str, tokens: int) -> None:
+def test_blocks_of_rows_have_the_same_bits_everywhere(
+    kind: str, tokens: int, activation_bits: int
+) -> None:
     """Numbers of rows around the height of a tile register, extreme rows among them."""
-    weight, _ = make(kind, 256, 40 if kind == "ccq" else 48)
+    weight, _ = coarser(make(kind, 256, 40 if kind == "ccq" else 48), activation_bits)
     x = activations(tokens, 256)
     x[0] = 0
     x[1, 70] = np.inf
@@ -212,17 +236,66 @@ def test_extreme_activations(name: str, kind: str) -> None:
     np.testing.assert_array_equal(bits(found[6]), bits(alone[0]))
 
 
-def test_activation_error_is_as_documented() -> None:
-    """Weights of +-1 make the rounding of the activations visible element by element."""
-    q = np.zeros((64, 64), np.int64)
-    q[np.arange(64), np.arange(64)] = 1
+def identity(activation_bits: int) -> ops.PackedWeight:
+    """Makes the rounding of the activations visible element by element."""
+    q = np.eye(64, dtype=np.int64)
     arrays = {"quant_weight": oracle.permute(q, 8), "weight_scale": np.ones(64, np.float32)}
     weight = pack("int8", arrays, 64, 64)
+    ops.set_activation_bits(weight, activation_bits)
+    return weight
+
+
+def test_activation_error_is_as_documented(activation_bits: int) -> None:
     x = activations(400, 64, seed=5)
-    error = np.abs(multiply(x, weight).astype(np.float64) - x).max(axis=1)
+    error = np.abs(multiply(x, identity(activation_bits)).astype(np.float64) - x).max(axis=1)
     top = np.abs(x).max(axis=1)
-    assert (error <= 2.0**-22.99 * top).all()
-    assert (error > 2.0**-26 * top).any()  # the bound is not idle
+    assert (error <= 2.0 ** (1.01 - activation_bits) * top).all()
+    assert (error > 2.0 ** (-2 - activation_bits) * top).any()  # the bound is not idle
+
+
+def edges_of_rounding() -> np.ndarray:
+    """Rows [T, 64]: ties, the largest integers, powers of two, and what is hardly a number."""
+    rng = np.random.default_rng(8)
+    x = activations(40, 64, seed=9)
+    for row, top in enumerate((0x7F7F7F, 0x7F7F80, 0x7F7F00, 0x7F7F01, 0x7F80 << 8, 1 << 22)):
+        x[row] = rng.integers(-top, top, 64)
+        x[row, row] = top * (-1) ** row
+    x[6] = 256.0 * rng.integers(-(2**14), 2**14, 64) + 128  # halves of a unit of 16 bits
+    x[6, 0] = 0x7F0000
+    x[7] = rng.integers(-(2**22), 2**22, 64) + 0.5  # of 24
+    x[7, 0] = 0x7F7F00
+    x[8] = 0
+    x[9] = -0.0
+    x[10] = np.float32(1e-45) * rng.integers(-9, 9, 64)  # subnormal
+    x[11] = np.float32(2.0**-84) * rng.standard_normal(64)  # below the least unit, at 2^-100
+    x[12] = np.finfo(np.float32).max
+    x[13, 5], x[14, 63], x[15, 0] = np.inf, -np.inf, np.nan
+    x[16, 1:] = np.float32(1e-30)  # beside one that is far larger
+    return x
+
+
+@pytest.mark.parametrize("name", ISAS)
+def test_activations_are_rounded_as_in_numpy(name: str, activation_bits: int) -> None:
+    x = edges_of_rounding()
+    with isa(name):
+        found = multiply(x, identity(activation_bits))
+    with np.errstate(over="ignore"):  # the largest floats round to an infinity
+        expected = oracle.rounded_activations(x, activation_bits).astype(np.float32)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "ccq"])
+def test_bits_of_activations_belong_to_a_weight(kind: str) -> None:
+    fine, matrix = make(kind, 256, 48)
+    coarse = coarser(make(kind, 256, 48), 16)[0]
+    x = activations(3, 256)
+    bound = oracle.linear_error_bound(x, matrix, True)
+    assert (np.abs(multiply(x, fine) - x.astype(np.float64) @ matrix) <= bound).all()
+    rounded = oracle.rounded_activations(x, 16)
+    assert (np.abs(multiply(x, coarse) - rounded @ matrix) <= bound).all()
+    assert (multiply(x, fine) != multiply(x, coarse)).any()
+    with pytest.raises(ValueError, match="activation_bits is 8, expected 16 or 24"):
+        ops.set_activation_bits(fine, 8)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f32"])

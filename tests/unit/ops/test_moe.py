@@ -94,10 +94,15 @@ def test_route_refuses_impossible_counts(top_k: int) -> None:
 class Experts:
     """Random experts of one kind, packed and as float64 matrices."""
 
-    def __init__(self, kind: str, hidden: int = HIDDEN, inner: int = INNER) -> None:
+    def __init__(
+        self, kind: str, hidden: int = HIDDEN, inner: int = INNER, activation_bits: int = 24
+    ) -> None:
         self.up_gate, self.up_gate_matrices = self._make(kind, hidden, 2 * inner, 1)
         self.down, self.down_matrices = self._make(kind, inner, hidden, 2)
         self.workspace = Workspace(CPU)
+        self.rounding = 2e-6 * 2.0 ** (24 - activation_bits)  # of the largest output
+        for weight in (self.up_gate, self.down):
+            ops.set_activation_bits(weight, activation_bits)
 
     @staticmethod
     def _make(kind: str, k: int, n: int, seed: int) -> tuple[ops.PackedWeight, np.ndarray]:
@@ -119,9 +124,15 @@ class Experts:
         return out.numpy()
 
 
-@pytest.fixture(scope="module", params=["bf16", "f32", "int8", "int4", "ccq"])
+KINDS = [(kind, 24) for kind in ("bf16", "f32", "int8", "int4", "ccq")]
+KINDS += [(kind, 16) for kind in ("int8", "int4", "ccq")]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda pair: f"{pair[0]}-{pair[1]}")
 def experts(request: pytest.FixtureRequest) -> Experts:
-    return Experts(request.param)
+    """Of each kind, and of activations of 24 and 16 bits."""
+    kind, bits_ = request.param
+    return Experts(kind, activation_bits=bits_)
 
 
 def batch(tokens: int, seed: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -141,7 +152,9 @@ def test_fused_moe_equals_float64(name: str, tokens: int, experts: Experts) -> N
     with isa(name):
         found = experts(x, ids, weights)
     expected = oracle.moe(x, ids, weights, experts.up_gate_matrices, experts.down_matrices)
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        found, expected, rtol=2e-5, atol=experts.rounding * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 13])
@@ -183,7 +196,9 @@ def test_the_same_expert_may_come_twice(experts: Experts) -> None:
     weights = np.full((2, 3), 0.25, np.float32)
     expected = oracle.moe(x, ids, weights, experts.up_gate_matrices, experts.down_matrices)
     found = experts(x, ids, weights)
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        found, expected, rtol=2e-5, atol=experts.rounding * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize("expert", [-1, EXPERTS])
