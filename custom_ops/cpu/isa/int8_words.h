@@ -12,18 +12,23 @@
 namespace fd::FD_ISA {
 
 // [quad][rows 0 and 2, 1 and 3][number]: the activations of both rows.
+template <int kCount>
 struct alignas(32) Int8Group {
-  int32_t at[kGroupQuads][2][kNumbers];
+  int32_t at[kGroupQuads][2][kCount];
 
   void fill(const int8_t* digits) {
     const __m256i order = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
     for (int i = 0; i < kGroupRows; i += 16) {
       const __m256i upper = _mm256_shuffle_epi8(upper_numbers(digits + i), order);
+      __m256i* to = (__m256i*)at[i / 4];
+      if constexpr (kCount == 1) {
+        _mm256_store_si256(to, upper);
+        continue;
+      }
       const __m256i lower = _mm256_shuffle_epi8(lower_numbers(digits + i), order);
       const __m256i even = _mm256_unpacklo_epi32(upper, lower);
       const __m256i odd = _mm256_unpackhi_epi32(upper, lower);
-      __m256i* to = (__m256i*)at[i / 4];
       _mm256_store_si256(to, _mm256_permute2x128_si256(even, odd, 0x20));
       _mm256_store_si256(to + 1, _mm256_permute2x128_si256(even, odd, 0x31));
     }
@@ -35,11 +40,12 @@ constexpr int kInt8Rows = 32;
 constexpr int kInt8Groups = 512;
 
 // What a group of kRows rows adds to their totals of one tile.
-template <int kRows>
-FD_INLINE void add_int8_group(const uint8_t* weights, const Int8Group* const (&x)[kRows],
+template <int kCount, int kRows>
+FD_INLINE void add_int8_group(const uint8_t* weights, const Int8Group<kCount>* const (&x)[kRows],
                               const GroupNumbers* const (&numbers)[kRows], float* totals) {
   const __m256i low_bytes = _mm256_set1_epi16(0xff);
   I16 upper[kRows], lower[kRows];
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     upper[r] = upper_start(*numbers[r]);
     lower[r] = lower_start(*numbers[r]);
@@ -50,11 +56,13 @@ FD_INLINE void add_int8_group(const uint8_t* weights, const Int8Group* const (&x
     const __m256i hi = _mm256_loadu_si256((const __m256i*)(weights + q * 64 + 32));
     const __m256i even_lo = _mm256_and_si256(lo, low_bytes), odd_lo = _mm256_srli_epi16(lo, 8);
     const __m256i even_hi = _mm256_and_si256(hi, low_bytes), odd_hi = _mm256_srli_epi16(hi, 8);
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       add_words(upper[r], lower[r], even_lo, even_hi, x[r]->at[q][0]);
       add_words(upper[r], lower[r], odd_lo, odd_hi, x[r]->at[q][1]);
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     float* total = totals + r * kTileColumns;
     const F16 sum = join_numbers(upper[r], lower[r]);
@@ -63,8 +71,9 @@ FD_INLINE void add_int8_group(const uint8_t* weights, const Int8Group* const (&x
 }
 
 // Groups [begin, end) of one tile; row i's numbers begin at x + i * (end - begin).
+template <int kCount>
 FD_INLINE void int8_tile(const TileJob& job, int tile, int64_t begin, int64_t end,
-                         const Int8Group* x) {
+                         const Int8Group<kCount>* x) {
   const Int8 format(job, tile);
   alignas(32) float totals[kInt8Rows * kTileColumns];
   const int rows = job.num_rows;
@@ -75,17 +84,26 @@ FD_INLINE void int8_tile(const TileJob& job, int tile, int64_t begin, int64_t en
   for (int64_t g = begin; g < end; ++g) {
     const uint8_t* weights = format.group(g);
     fetch_ahead<Int8, 1>(job, format.tile, weights);
-    const Int8Group* of_group = x + (g - begin);
+    const Int8Group<kCount>* of_group = x + (g - begin);
     const GroupNumbers* numbers = job.groups + g;
     int i = 0;
+    if constexpr (kCount == 1) {
+      for (; i + 4 <= rows; i += 4) {
+        const Int8Group<kCount>* at = of_group + i * count;
+        const GroupNumbers* n = numbers + i * groups;
+        add_int8_group<kCount, 4>(weights, {at, at + count, at + 2 * count, at + 3 * count},
+                                  {n, n + groups, n + 2 * groups, n + 3 * groups},
+                                  totals + i * kTileColumns);
+      }
+    }
     for (; i + 2 <= rows; i += 2) {
-      add_int8_group<2>(weights, {of_group + i * count, of_group + (i + 1) * count},
-                        {numbers + i * groups, numbers + (i + 1) * groups},
-                        totals + i * kTileColumns);
+      add_int8_group<kCount, 2>(weights, {of_group + i * count, of_group + (i + 1) * count},
+                                {numbers + i * groups, numbers + (i + 1) * groups},
+                                totals + i * kTileColumns);
     }
     if (i < rows) {
-      add_int8_group<1>(weights, {of_group + i * count}, {numbers + i * groups},
-                        totals + i * kTileColumns);
+      add_int8_group<kCount, 1>(weights, {of_group + i * count}, {numbers + i * groups},
+                                totals + i * kTileColumns);
     }
   }
   for (int i = 0; i < rows; ++i) {
@@ -93,12 +111,13 @@ FD_INLINE void int8_tile(const TileJob& job, int tile, int64_t begin, int64_t en
   }
 }
 
-FD_INLINE void multiply_int8_block(const TileJob& job, Int8Group* x) {
+template <int kCount>
+FD_INLINE void multiply_int8_block(const TileJob& job, Int8Group<kCount>* x) {
   const int64_t groups = job.depth / kGroupRows, step = kInt8Groups / job.num_rows;
   const int tiles = (job.columns + kTileColumns - 1) / kTileColumns;
   for (int64_t begin = 0; begin < groups; begin += step) {
     const int64_t end = begin + step < groups ? begin + step : groups;
-    Int8Group* to = x;
+    Int8Group<kCount>* to = x;
     for (int i = 0; i < job.num_rows; ++i) {
       const int8_t* digits = row_of(job, i).digits;
       for (int64_t g = begin; g < end; ++g) to++->fill(digits + g * kGroupDigitBytes);
@@ -107,8 +126,9 @@ FD_INLINE void multiply_int8_block(const TileJob& job, Int8Group* x) {
   }
 }
 
+template <int kCount>
 void multiply_int8_words(const TileJob& job) {
-  static thread_local Int8Group x[kInt8Groups];
+  static thread_local Int8Group<kCount> x[kInt8Groups];
   for (int first = 0; first < job.num_rows; first += kInt8Rows) {
     const int left = job.num_rows - first;
     multiply_int8_block(rows_of(job, first, left < kInt8Rows ? left : kInt8Rows), x);

@@ -4,6 +4,7 @@
 #include "int8_words.h"
 #include "vector_rows.h"
 #include "weight_formats.h"
+#include "word_blocks.h"
 #include "word_rows.h"
 
 namespace fd::FD_ISA {
@@ -14,8 +15,12 @@ namespace {
 template <typename Format>
 void quantized_tiles(const TileJob& job) {
   if (job.num_rows <= kRowBlock) return stream_tiles<Format>(job);
-#ifdef FD_ISA_AMX
+#if defined(FD_ISA_AMX)
   multiply_by_tiles<Format>(job);
+#elif defined(FD_ISA_AVX2)
+  if (job.digit_count < kDigits) return multiply_blocks<Format, 2>(job);
+  if (job.num_rows < InWords<Format>::kFewestRows) return multiply_by_vectors<Format>(job);
+  multiply_blocks<Format, kDigits>(job);
 #else
   multiply_by_vectors<Format>(job);
 #endif
@@ -23,7 +28,7 @@ void quantized_tiles(const TileJob& job) {
 
 void int8_tiles(const TileJob& job) {
 #ifdef FD_ISA_AVX2
-  multiply_int8_words(job);
+  job.digit_count == kDigits ? multiply_int8_words<kNumbers>(job) : multiply_int8_words<1>(job);
 #else
   quantized_tiles<Int8>(job);
 #endif
