@@ -142,12 +142,15 @@ def test_one_row_of_2_bits_has_the_same_bits_everywhere(k: int, activation_bits:
 
 @pytest.mark.parametrize("steepest", [120, 140])
 @pytest.mark.parametrize("tokens", [2, 3, 6, 67])
-def test_rows_of_2_bits_have_the_same_bits_everywhere(steepest: float, tokens: int) -> None:
+def test_rows_of_2_bits_have_the_same_bits_everywhere(
+    steepest: float, tokens: int, activation_bits: int
+) -> None:
     """With codes that integers give (up to 128.5 a byte) and others; in stretches of K."""
     rng = np.random.default_rng(tokens)
     arrays, _ = oracle.random_weight("ccq", 2944, 40, rng)
     arrays["code_scale"] = rng.uniform(60, steepest, 40).astype(np.float32)
     weight = pack("ccq", arrays, 2944, 40)
+    ops.set_activation_bits(weight, activation_bits)
     x = activations(tokens, 2944)
     x[0, 2943] = np.inf
     assert_same_everywhere(lambda: multiply(x, weight))
