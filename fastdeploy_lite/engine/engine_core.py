@@ -157,6 +157,7 @@ class EngineCore:
         self._speculator: Speculator | None = None
         if config.speculative is not None:
             self._speculator = Speculator(config.speculative, step_seconds)
+        self._layer: Speculator | None = None  # whose draft layer reads this step
 
     # Requests ------------------------------------------------------------------------------------
 
@@ -339,7 +340,9 @@ class EngineCore:
     def _run(self, plan: list[tuple[Sequence, int]], outputs: list[EngineOutput]) -> None:
         batch: list[tuple[_Active, SequenceSlice]] = []
         now = time.time()
-        guesses = self._guesses(plan)
+        speculator, self._layer = self._speculator, None
+        pauses = speculator is None or (_decodes(plan) and speculator.pauses())
+        guesses = {} if pauses or speculator is None else self._guesses(speculator, plan)
         started = time.perf_counter()
         for sequence, count in plan:
             active = self._active[sequence.request.request_id]
@@ -361,23 +364,31 @@ class EngineCore:
             results = self._execute(slices)
             for (active, part), result in zip(batch, results, strict=True):
                 self._advance(active, part, result, outputs)
-            if self._speculator is not None:
+            if speculator is not None:
+                seconds = time.perf_counter() - started
+                if pauses:
+                    speculator.note_pause(len(slices), seconds)
+                    return
                 emitted = self._stats.generation_tokens - before
                 checked = sum(len(p.draft_token_ids) for p in slices) if guesses else 0
                 sampled = [part.sample for part in slices].count(True)
-                seconds = time.perf_counter() - started
-                self._speculator.note_step(sampled, checked, emitted, seconds, _decodes(plan))
+                speculator.note_step(sampled, checked, emitted, seconds, _decodes(plan))
 
-    def _guesses(self, plan: list[tuple[Sequence, int]]) -> dict[str, list[int]]:
+    def _guesses(
+        self, speculator: Speculator, plan: list[tuple[Sequence, int]]
+    ) -> dict[str, list[int]]:
         """Guessed tokens worth checking, within the step's budget and free KV blocks."""
-        speculator = self._speculator
-        if speculator is None:
-            return {}
-        if self.config.has_draft_model:
+        if speculator.has_layer:
             speculator.meet([s.request_id for s, _ in plan if s.fresh])
         decodes = _decodes(plan)
-        if speculator.rests(decodes):
-            return {}
+        guesses = {} if speculator.rests(decodes) else self._choose(speculator, plan, decodes)
+        if speculator.feeds_draft:
+            self._layer = speculator
+        return guesses
+
+    def _choose(
+        self, speculator: Speculator, plan: list[tuple[Sequence, int]], decodes: bool
+    ) -> dict[str, list[int]]:
         decoding = [s for s, count in plan if count == 1 and s.output_token_ids]
         free = self.config.scheduler.max_num_batched_tokens - sum(count for _, count in plan)
         most = min(free, self.config.max_draft_tokens)
@@ -398,8 +409,7 @@ class EngineCore:
         return not (generation.ending and generation.output and self._close_early(active, outputs))
 
     def _slice(self, active: _Active, count: int, guess: ReadOnlyList[int]) -> SequenceSlice:
-        sequence = active.sequence
-        generation = active.generation
+        sequence, generation, layer = active.sequence, active.generation, self._layer
         samples = count == sequence.num_to_compute
         forced = generation.forced_token if samples else -1
         free = samples and forced < 0
@@ -427,8 +437,8 @@ class EngineCore:
             draft_token_ids=guess,
             draft_bitmasks=masks,
             num_banned_now=generation.num_banned_now,
-            num_drafts=self._speculator.drafts_for(sequence) if free and self._speculator else 0,
-            feeds_draft=self._speculator is not None and self._speculator.feeds_draft,
+            num_drafts=0 if layer is None or not free else layer.drafts_for(sequence),
+            feeds_draft=layer is not None,
         )
 
     def _execute(self, slices: list[SequenceSlice]) -> list[SliceResult]:
@@ -511,11 +521,8 @@ class EngineCore:
         output.stop_reason = generation.stop_reason  # now: the text ends here, not with the EOS
         if not active.first_token:
             self._first_token(active, output)
-        checked = len(part.draft_token_ids)
-        if self._speculator is not None and (checked or self._speculator.num_drafts):
-            is_whole = len(output.new_token_ids) == len(result.token_ids)
-            drafts = result.draft_token_ids if is_whole else ()
-            self._speculator.note_tokens(active.sequence, output.new_token_ids, checked, drafts)
+        if part.draft_token_ids or part.num_drafts:
+            self._note_tokens(active, part, result, output)
         self._stats.generation_tokens += len(output.new_token_ids)
         outputs.append(output)
         if generation.reason is None and not self._settle(active):
@@ -524,6 +531,15 @@ class EngineCore:
             self._close_early(active, outputs)
         elif generation.reason is not None:
             self._complete(active, outputs[-1])
+
+    def _note_tokens(
+        self, active: _Active, part: SequenceSlice, result: SliceResult, output: EngineOutput
+    ) -> None:
+        assert self._speculator is not None
+        is_whole = len(output.new_token_ids) == len(result.token_ids)
+        drafts = result.draft_token_ids if is_whole else ()
+        checked = len(part.draft_token_ids)
+        self._speculator.note_tokens(active.sequence, output.new_token_ids, checked, drafts)
 
     def _close_early(self, active: _Active, outputs: list[EngineOutput]) -> bool:
         """Append the closing EOS without a step: it is known, and nobody asked how likely it is.

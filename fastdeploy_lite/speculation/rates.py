@@ -250,6 +250,12 @@ class Purse:
         """Whether guessing may go on; with credit, until as much is owed as the reserve."""
         return self.seconds > (-self._most if on_credit else 0.0)
 
+    def steps_to_wait(self, seconds: float, on_credit: bool = False) -> int:
+        """Steps of so many seconds that can pass before guessing may go on; see `can_pay`."""
+        short = (-self._most if on_credit else 0.0) - self.seconds
+        earned = self._share * seconds
+        return int(short / earned) if short > 0 and earned > 0 else 0
+
     def pass_step(self, seconds: float, decodes: bool = True) -> None:
         """Earn the share of a step; how long one that only decodes takes bounds what is kept."""
         if decodes:

@@ -44,6 +44,8 @@ MOST_CHARGED, MOST_TRIED, INTERRUPTED = 4.0, 2.0, 3.0
 # Costs of steps with guesses are measured anew after `StepCosts.stale_after` steps without any, and
 # after each time in vain the wait is twice as long.
 MOST_STALE_AFTER = 16_384
+# While the budget is spent, accounts are kept at least once in so many steps and one.
+MOST_PAUSED = 15
 # So often a step goes without guesses, to know what that takes.
 STEPS_BETWEEN_PLAIN = 64
 # Numbers of sequences whose steps without guesses cost about the same.
@@ -69,9 +71,9 @@ class _Memory:
 class Speculator:
     """Speculation of one engine.
 
-    A step goes: `rests`, and `choose` unless it does; `note_tokens` of sequences whose guesses were
-    checked, of all when a draft layer was asked; `note_step`. A step that rests costs next to
-    nothing.
+    A step that only decodes goes: `pauses`, and nothing but `note_pause` where it does. Any other,
+    and one that does not: `rests`, and `choose` unless it does; `note_tokens` of sequences whose
+    guesses were checked, of all when a draft layer was asked; `note_step`.
 
     Args:
         config: Method and limits.
@@ -81,6 +83,7 @@ class Speculator:
         num_drafts: Tokens that a draft layer is to guess for each sequence that it has read, in
             this step.
         feeds_draft: Whether a draft layer reads this step.
+        has_layer: Whether it is a draft layer that guesses.
         totals: What all guesses gave.
         seconds: Time spent on guessing, the checks themselves excluded.
         looks: Steps that looked for guesses.
@@ -89,7 +92,7 @@ class Speculator:
     def __init__(self, config: SpeculativeConfig, known: StepSeconds | None = None) -> None:
         self.config = config
         self._most_tokens = config.most_tokens  # every step asks
-        self._has_layer = config.method == "mtp"
+        self.has_layer = config.method == "mtp"
         self.num_drafts, self.feeds_draft = 0, False
         self._attendance = Attendance()
         self._layer_share = Average()  # of a plain step, that reading adds to it
@@ -108,6 +111,9 @@ class Speculator:
             self._checking.begin_with(known.checking)
         self._purse = Purse(SHARE, RESERVE)
         self._own_seconds = Average()
+        # Steps that nobody has to ask about, and those that went by since the accounts were kept.
+        self._pause, self._paused_steps, self._paused_seconds = 0, 0, 0.0
+        self._is_spent = False  # the budget, before this step
         self._usual = 0.0  # seconds of a plain step, at the last look
         self._checks_noted = 0  # in this step
         self._steps_since_plain = 0
@@ -151,6 +157,29 @@ class Speculator:
             return 0
         return self.num_drafts
 
+    def pauses(self) -> bool:
+        """Whether the next step, which only decodes, needs nothing but `note_pause`; asked before
+        anything else."""
+        if self._pause == 0:
+            return False
+        self._pause -= 1
+        return True
+
+    def note_pause(self, count: int, seconds: float) -> None:
+        """Record a step of a pause: the sequences that it sampled for, and what it took."""
+        self.totals.steps += count
+        self._paused_steps += 1
+        self._paused_seconds += seconds
+
+    def _end_pause(self) -> None:
+        """Enter the steps of a pause into the accounts."""
+        self._plain.now = self._checking.now = self._plain.now + self._paused_steps
+        seconds = self._paused_seconds
+        if self._usual:
+            seconds = min(seconds, EARNED_STEPS * self._usual * self._paused_steps)
+        self._purse.pass_step(seconds, False)
+        self._pause, self._paused_steps, self._paused_seconds = 0, 0, 0.0
+
     def rests(self, decodes: bool = True) -> bool:
         """Whether the next step goes without guesses; asked once a step, before `choose`.
 
@@ -160,14 +189,17 @@ class Speculator:
         self.num_drafts, self.feeds_draft = 0, False
         if not self._most_tokens:
             return True
+        if self._paused_steps:
+            self._end_pause()
         if not self.config.adaptive:
-            self.feeds_draft = self._has_layer
+            self.feeds_draft = self.has_layer
             return False
         if decodes and self._steps_since_plain >= STEPS_BETWEEN_PLAIN:
             return True
         # What goes well pays for itself.
         can_go_on = self._goes_well or self._purse.can_pay(self._is_promising)
-        return not (self._attends(can_go_on) if self._has_layer else can_go_on)
+        self._is_spent = not can_go_on and not self.has_layer
+        return not (self._attends(can_go_on) if self.has_layer else can_go_on)
 
     def _attends(self, can_go_on: bool) -> bool:
         """Let the draft layer read the next step, unless it has to stop."""
@@ -198,7 +230,7 @@ class Speculator:
         """
         self._open = {}
         is_measured = bool(texts) and not self._is_without_measure(len(texts))
-        if self._has_layer and (is_measured or not decodes):
+        if self.has_layer and (is_measured or not decodes):
             self._want_drafts(texts)
         if not is_measured:
             # A plain step says more than a draft layer that misses a token of each; not of prompts.
@@ -207,7 +239,7 @@ class Speculator:
         started = time.perf_counter()
         self._may_try = decodes and not self._is_rehearsed
         chosen = self._choose(self._taking_turns(texts), len(texts), room, budget)
-        if self._open or not self._has_layer:  # a layer that was not asked says nothing
+        if self._open or not self.has_layer:  # a layer that was not asked says nothing
             self._goes_well = self._is_promising = False
         seconds = time.perf_counter() - started
         self.looks += 1
@@ -238,7 +270,7 @@ class Speculator:
 
     def _taking_turns(self, texts: Sequence[Text]) -> Sequence[Text]:
         """All sequences, or some while nothing pays and looking takes long beside a step."""
-        if len(texts) <= LOOKED_AT or not self.config.adaptive or self._has_layer:
+        if len(texts) <= LOOKED_AT or not self.config.adaptive or self.has_layer:
             return texts
         if self._goes_well or self._is_promising or self._purse.is_rich:
             return texts
@@ -321,6 +353,9 @@ class Speculator:
         if decodes and self._usual:
             seconds = min(seconds, EARNED_STEPS * self._usual)
         self._purse.pass_step(seconds, decodes and count > 0)
+        if self._is_spent:
+            wait = self._purse.steps_to_wait(self._usual or seconds, self._is_promising)
+            self._pause, self._is_spent = min(wait, MOST_PAUSED), False
 
     def _judge_the_rest(self) -> None:
         """Judge guesses that were not checked by their first token: the account costs nothing."""

@@ -234,7 +234,9 @@ def serve(speculator: Speculator, machine: Machine, asked: Sequence[Asked], seat
 
     while waiting or alive:
         new = [waiting.pop() for _ in range(min(seats - len(alive), len(waiting)))]
-        chosen = {} if speculator.rests() else speculator.choose(alive, room, 256, not new)
+        pauses = not new and speculator.pauses()
+        rests = pauses or speculator.rests()
+        chosen = {} if rests else speculator.choose(alive, room, 256, not new)
         alive += new
         said = [text.say(text, chosen.get(text.request_id, ())) for text in alive]
         guesses, emitted = sum(map(len, chosen.values())), sum(map(len, said))
@@ -247,4 +249,7 @@ def serve(speculator: Speculator, machine: Machine, asked: Sequence[Asked], seat
             if len(text.output_token_ids) >= text.tokens:
                 alive.remove(text)
                 speculator.finish(text)
-        speculator.note_step(count, guesses, emitted, seconds, not new)
+        if pauses:
+            speculator.note_pause(count, seconds)
+        else:
+            speculator.note_step(count, guesses, emitted, seconds, not new)

@@ -14,7 +14,7 @@ from fastdeploy_lite.request.messages import DraftCounts
 from fastdeploy_lite.speculation.config import CHECK_SIZES, SpeculativeConfig
 from fastdeploy_lite.speculation.drafters import Text
 from fastdeploy_lite.speculation.rates import PRIOR, HitRates, Purse, StepCosts, StepSeconds
-from fastdeploy_lite.speculation.speculator import Speculator
+from fastdeploy_lite.speculation.speculator import SHARE, Speculator
 
 NextToken = Callable[[list[int]], int]
 
@@ -383,6 +383,43 @@ def test_costs_are_found_through_captures_and_interruptions() -> None:
     for _ in range(3):
         costs.note(8, 7.0)
     assert costs.larger(3, 8) == (8, 7.0)
+
+
+def test_steps_of_a_pause_are_in_the_accounts_as_if_each_had_been_noted() -> None:
+    noted, paused = (Speculator(SpeculativeConfig("ngram")) for _ in range(2))
+    num_paused = 0
+    for speculator in (noted, paused):
+        speculator.note_step(2, 0, 2, 1.0)
+        speculator._purse.add(-3.0)
+        for _ in range(200):
+            if speculator is paused and speculator.pauses():
+                speculator.note_pause(2, 1.0)
+                num_paused += 1
+            else:
+                assert speculator.rests()
+                speculator.note_step(2, 0, 2, 1.0)
+        assert speculator._pause < 100
+        speculator._end_pause()
+    assert 180 <= num_paused < 200  # now and then the accounts are kept
+    assert paused.totals == noted.totals
+    assert paused._plain.now == noted._plain.now
+    assert paused._purse.seconds == pytest.approx(noted._purse.seconds)
+
+
+def test_a_pause_ends_when_the_budget_can_pay_again() -> None:
+    speculator = Speculator(SpeculativeConfig("ngram"))
+    speculator.note_step(1, 0, 1, 1.0)
+    speculator._purse.add(-speculator._purse.seconds - 4.5 * SHARE)
+    steps = 0
+    while True:
+        if speculator.pauses():
+            speculator.note_pause(1, 1.0)
+        elif speculator.rests():
+            speculator.note_step(1, 0, 1, 1.0)
+        else:
+            break
+        steps += 1
+    assert steps == 5
 
 
 def test_a_purse_bounds_what_guessing_costs() -> None:
