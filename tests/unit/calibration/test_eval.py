@@ -101,6 +101,15 @@ def test_an_int8_head_is_the_models_alone(
     assert found["kl"][0] == pytest.approx(expected, rel=0.05)
 
 
+def test_coarser_activations_are_the_models_alone(
+    models: tuple[Path, Path], text: Path, tmp_path: Path
+) -> None:
+    model = str(models[1])
+    found = measured(tmp_path, "kl", "--model", model, "--against", model, "--text", str(text),
+                     "--limit", "60", "--activation-bits", "16")  # fmt: skip
+    assert 0 < found["kl"][0] < 1e-4
+
+
 def test_choices_are_what_the_likelihoods_say(models: tuple[Path, Path], tmp_path: Path) -> None:
     model = models[0]
     questions = [
