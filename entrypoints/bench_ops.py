@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import paddle
 
 from fastdeploy_lite import _ops_cpu
 from fastdeploy_lite.benchmarks.ceilings import read_bandwidth
@@ -57,6 +56,8 @@ def make_weights(
     kind: str, k: int, n: int, megabytes: int, activation_bits: int = 24
 ) -> list[ops.PackedWeight]:
     """Equal weights in different memory, at least two and `megabytes` together."""
+    import paddle  # noqa: PLC0415 - after fastdeploy_lite, which chooses its plug-ins
+
     arrays = random_arrays(kind, k, n, np.random.default_rng(0))
     weights: list[ops.PackedWeight] = []
     while len(weights) < 2 or sum(w.nbytes for w in weights) < megabytes << 20:
@@ -113,6 +114,8 @@ def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
 
 def linear_seconds(weights: Sequence[ops.PackedWeight], tokens: int) -> float:
     """Seconds of one linear over `tokens` rows, walking through the weights."""
+    import paddle  # noqa: PLC0415
+
     k, n = weights[0].in_features, weights[0].out_features
     x, out = paddle.randn([tokens, k]), paddle.empty([tokens, n])
     turn = 0
@@ -143,6 +146,8 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     """Print the table, a row as soon as it is known."""
+    import paddle  # noqa: PLC0415
+
     options = parse_options()
     paddle.set_device("cpu")
     print(f"linear [{options.in_features}, {options.out_features}], float32 activations\n")
