@@ -5,9 +5,9 @@
         --calibration calibration.jsonl --work DIR --every 7 -- --row-order natural
 
 What follows `--` goes to every `quantize`. A row is named SCHEME-METHOD or SCHEME-METHOD-tune:
-SCHEME is 2bits, w4w2 or wint4 (int4 experts, int8 for the rest), wint4-dense4 (int4 for all),
-METHOD `nearest` (round to nearest, 2-bit in groups of 64 rows, kept as bf16), `data-free`, or one
-of `--calibration-method`. Folders and figures stay in --work: what is there is not made again, so
+SCHEME is 2bits, w4w2 or wint4 (int4 experts), with -dense4 where the other linears are int4 instead
+of int8; METHOD `nearest` (round to nearest, 2-bit in groups of 64 rows, kept as bf16), `data-free`,
+or one of `--calibration-method`. Folders and figures stay in --work: what is there is not made again, so
 rows can be added by starting it again with --rows. `--pair A,B` prints what B has less than A,
 token by token on the same text. Intervals are 95 %, a bootstrap over windows; seconds are those of
 processors, with the start of the program.
@@ -45,6 +45,8 @@ SCHEMES: dict[str, tuple[Any, Any]] = {
     "2bits": ("2bits", "wint8"),
     "w4w2": ("w4w2", "wint8"),
     "wint4": ("wint4", "wint8"),
+    "2bits-dense4": ("2bits", "wint4"),
+    "w4w2-dense4": ("w4w2", "wint4"),
     "wint4-dense4": ("wint4", "wint4"),
 }
 """Of a row's name: --scheme and --dense."""
@@ -140,7 +142,7 @@ def write_nearest(row: Row, model: Path, output: Path, w4_end_layer: int | None)
 def expert_bits(row: Row, folder: Path) -> float | None:
     """Bits that a weight of a routed expert takes in the files, scales included."""
     if row.method == NEAREST:
-        return NEAREST_BITS if row.scheme == "2bits" else None
+        return NEAREST_BITS if SCHEMES[row.scheme][0] == "2bits" else None
     checkpoint = Checkpoint.open(folder)
     modules = {
         linear.module: linear
