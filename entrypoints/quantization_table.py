@@ -7,10 +7,10 @@
 What follows `--` goes to every `quantize`. A row is named SCHEME-METHOD or SCHEME-METHOD-tune:
 SCHEME is 2bits, w4w2 or wint4 (int4 experts), with -dense4 where the other linears are int4 instead
 of int8; METHOD `nearest` (round to nearest, 2-bit in groups of 64 rows, kept as bf16), `data-free`,
-or one of `--calibration-method`. Folders and figures stay in --work: what is there is not made again, so
-rows can be added by starting it again with --rows. `--pair A,B` prints what B has less than A,
-token by token on the same text. Intervals are 95 %, a bootstrap over windows; seconds are those of
-processors, with the start of the program.
+or one of `--calibration-method`. Folders and figures stay in --work: what is there is not made
+again, so rows can be added by starting it again with --rows. `--pair A,B` prints what B has less
+than A, token by token on the same text. Intervals are 95 %, a bootstrap over windows; seconds are
+those of processors, with the start of the program.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdeploy_lite.calibration.encoder import METHODS, read_dense, round_to_nearest
+from fastdeploy_lite.calibration.encoder import METHODS, read_dense
 from fastdeploy_lite.calibration.text import read_stream, windows
 from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
 from fastdeploy_lite.checkpoint.linears import model_linears
 from fastdeploy_lite.entrypoints.evaluation import diverge_all, load_runner, mean_interval
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.quantization.convert import plan, target_config
+from fastdeploy_lite.quantization.nearest import round_to_nearest
 from fastdeploy_lite.quantization.output_folder import copy_companions
 from fastdeploy_lite.utils.arrays import float32_to_bfloat16
 from fastdeploy_lite.utils.errors import FastDeployError

@@ -18,7 +18,6 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from fastdeploy_lite.calibration.encoder import CalibratedEncoder, CalibrationSettings
-from fastdeploy_lite.calibration.report import memory, product_errors, totals, write
 from fastdeploy_lite.calibration.restart import RestartPoints
 from fastdeploy_lite.calibration.sensitivity import LayerNats, measure_layers
 from fastdeploy_lite.calibration.text import calibration_windows
@@ -45,6 +44,7 @@ from fastdeploy_lite.quantization.output_folder import (
     prepare_output,
     unfinished_folder,
 )
+from fastdeploy_lite.quantization.report import expert_errors, memory, totals, write
 from fastdeploy_lite.utils.errors import CheckpointError, ConfigError
 
 _log = logging.getLogger(__name__)
@@ -356,7 +356,7 @@ def summary(report: CalibratedReport) -> str:
             f"{name:>5}: {part['weights'] / 1e6:10.2f} M weights, {part['bits_per_weight']:.3f} "
             f"bits each, relative squared error of weights {part['relative_error']:.5f}"
         )
-    for name, (encoded, rounded) in product_errors(report.layers).items():
+    for name, (encoded, rounded) in expert_errors(report.layers).items():
         lines.append(
             f"{name} of experts: products off by {encoded:.4f} of their square, {rounded:.4f} "
             "rounded to nearest"

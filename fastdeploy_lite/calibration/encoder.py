@@ -22,7 +22,6 @@ from fastdeploy_lite.calibration.streams import ArrayF32, LayerRunner, Made, Mlp
 from fastdeploy_lite.checkpoint import Checkpoint
 from fastdeploy_lite.checkpoint.inventory import read_linear
 from fastdeploy_lite.formats.ccq import (
-    GROUP_ROWS,
     CCQWeight,
     RowOrder,
     to_stored_order,
@@ -34,6 +33,7 @@ from fastdeploy_lite.quantization import ccq_hessian, ccq_search, int_hessian
 from fastdeploy_lite.quantization.card import Card
 from fastdeploy_lite.quantization.convert import ccq_tensors
 from fastdeploy_lite.quantization.journal import FileTensor, LayerResult
+from fastdeploy_lite.quantization.nearest import round_to_nearest
 from fastdeploy_lite.quantization.products import HOST, Products
 from fastdeploy_lite.quantization.weight_only import IntWeight, quantize_int4, quantize_int8
 from fastdeploy_lite.quantization_config import WeightKind
@@ -325,20 +325,6 @@ def _encode_ccq(
         candidates=settings.candidates,
         descents=settings.descents,
     )
-
-
-def round_to_nearest(weight: ArrayF32, kind: WeightKind) -> ArrayF32:
-    """What plain rounding makes of a matrix [K, N]: the yardstick of the report.
-
-    ccq: four levels from the smallest to the largest value of 64 rows; int8, int4: the usual.
-    """
-    if kind != "ccq":
-        return (quantize_int8 if kind == "int8" else quantize_int4)(weight).dequantize()
-    groups = weight.reshape(-1, GROUP_ROWS, weight.shape[1])
-    low, high = groups.min(axis=1, keepdims=True), groups.max(axis=1, keepdims=True)
-    step = (high - low) / np.float32(3)
-    level = np.rint((groups - low) / np.where(step > 0, step, np.float32(1)))
-    return np.asarray(low + level * step, np.float32).reshape(weight.shape)
 
 
 def for_loading(tensors: dict[str, FileTensor]) -> dict[str, Any]:

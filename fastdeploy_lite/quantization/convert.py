@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +23,7 @@ from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
 from fastdeploy_lite.checkpoint.inventory import (
     check_plain_values,
     expected_linear_tensors,
+    expected_plain_tensors,
     read_embedding,
     read_linear,
     read_lm_head,
@@ -47,13 +48,22 @@ from fastdeploy_lite.formats.tiles import pack_int4, pack_int8
 from fastdeploy_lite.models.family import ModelConfig
 from fastdeploy_lite.quantization import ccq_search
 from fastdeploy_lite.quantization.card import Card
+from fastdeploy_lite.quantization.figures import (
+    ConversionReport,
+    KindReport,
+    LinearFigures,
+    bits_per_weight,
+)
 from fastdeploy_lite.quantization.journal import FileTensor, Journal, LayerResult
+from fastdeploy_lite.quantization.nearest import two_bit_error
 from fastdeploy_lite.quantization.output_folder import (
     check_output,
     copy_companions,
     prepare_output,
     unfinished_folder,
 )
+from fastdeploy_lite.quantization.report import NOT_MEASURED, memory, totals
+from fastdeploy_lite.quantization.report import write as write_report
 from fastdeploy_lite.quantization.weight_only import quantize_int4, quantize_int8
 from fastdeploy_lite.quantization_config import QuantizationConfig, WeightKind
 from fastdeploy_lite.utils.arrays import bfloat16_to_float32, float32_to_bfloat16
@@ -66,40 +76,6 @@ Codes = Sequence[tuple[float, float]]
 DEFAULT_W4_END_LAYER = 6
 """Last layer with int4 experts in the published 300B model (inclusive)."""
 _VALUES_IN_DIGEST = 256
-
-
-@dataclass
-class KindReport:
-    """Sums over the linears of one format: counts of weights and bits, squared sums."""
-
-    weights: int = 0
-    bits: int = 0
-    energy: float = 0.0
-    error: float = 0.0
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight, scales included."""
-        return self.bits / self.weights
-
-    @property
-    def relative_error(self) -> float:
-        """Squared error over squared weights."""
-        return self.error / self.energy if self.energy else 0.0
-
-
-@dataclass
-class ConversionReport:
-    """What a conversion did: bytes of tensors read and written, seconds, errors by format.
-
-    `resumed_layers` were found of a run before this one that was killed.
-    """
-
-    input_bytes: int = 0
-    output_bytes: int = 0
-    seconds: float = 0.0
-    resumed_layers: int = 0
-    kinds: dict[str, KindReport] = field(default_factory=dict)
 
 
 def quantize_checkpoint(
@@ -154,7 +130,8 @@ def quantize_checkpoint(
     model, output = Path(model_dir), Path(output_dir)
     check_output(model, output, force)
     report = ConversionReport()
-    journal = _journal(output, ranks[0], config, codes, tensor_parallel_size)
+    settings = _settings(config, codes, tensor_parallel_size)
+    journal = _journal(output, ranks[0], config, settings)
     works = [_Encoding(rank, codes, workers, row_order, report, journal, card) for rank in ranks]
     prepare_output(model, output, force)  # removes a model: last, when nothing refuses
     try:
@@ -163,8 +140,11 @@ def quantize_checkpoint(
         if journal is not None:
             journal.remove()
         raise
-    _finish(model, output, config, len(ranks), journal)
     report.seconds = time.perf_counter() - started
+    if card is not None:
+        settings["device"] = "nvidia"
+    write_report(output, _content(report, settings, config, works[0]))
+    _finish(model, output, config, len(ranks), journal)
     return report
 
 
@@ -182,6 +162,24 @@ def _check_input(ranks: Sequence[Checkpoint], config: ModelConfig) -> None:
         check_tensor_parallel(config, len(ranks), for_files=True)
     check_sizes(model_linears(config), config.source)
     check_plain_values(ranks[0])
+
+
+def _content(
+    report: ConversionReport, settings: Mapping[str, Any], config: ModelConfig, first: _Encoding
+) -> dict[str, Any]:
+    """What report.json holds; `first` is one rank's work, which is like that of the others."""
+    return {
+        "seconds": round(report.seconds, 1),
+        "resumed_layers": report.resumed_layers,
+        "input_bytes": report.input_bytes,
+        "output_bytes": report.output_bytes,
+        "settings": dict(settings),
+        "layers": report.layers,
+        "formats": totals(report.layers),
+        "bits_per_weight": bits_per_weight(report.kinds),
+        "memory": memory(config, first.plain_bytes, first.checkpoint.tensor_parallel_size),
+        "not_measured": NOT_MEASURED,
+    }
 
 
 def _finish(
@@ -207,9 +205,11 @@ def _write(
         for work, folder in zip(works, folders, strict=True):
             own_config = dict(config.raw) if folder == output else None
             writer = stack.enter_context(CheckpointWriter(folder, own_config, shard_bytes))
+            plain = {expected.key for expected in expected_plain_tensors(work.checkpoint)}
             for item in plan(work.checkpoint, config):
                 if isinstance(item, str):
                     tensors, size = _copied(work.checkpoint, item)
+                    work.plain_bytes += size if item in plain else 0
                 else:
                     tensors, size = work.layer(item)
                 for key, (array, dtype) in tensors.items():
@@ -220,19 +220,22 @@ def _write(
                 work.checkpoint.release()
 
 
-def _journal(
-    output: Path, checkpoint: Checkpoint, config: ModelConfig, codes: Codes | None, ranks: int
-) -> Journal | None:
-    """Of the layers whose search takes long; None where there is none."""
-    if all(linear.kind != "ccq" for linear in model_linears(config)):
-        return None
-    settings = {
-        "model": model_digest(checkpoint),
+def _settings(config: ModelConfig, codes: Codes | None, ranks: int) -> dict[str, Any]:
+    """What the result depends on, beside the input."""
+    return {
         "codes": None if codes is None else [list(map(float, code)) for code in codes],
         "tensor_parallel_size": ranks,
         "quantization_config": config.raw["quantization_config"],
     }
-    return Journal(unfinished_folder(output), settings)
+
+
+def _journal(
+    output: Path, checkpoint: Checkpoint, config: ModelConfig, settings: Mapping[str, Any]
+) -> Journal | None:
+    """Of the layers whose search takes long; None where there is none."""
+    if all(linear.kind != "ccq" for linear in model_linears(config)):
+        return None
+    return Journal(unfinished_folder(output), {"model": model_digest(checkpoint), **settings})
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
@@ -421,6 +424,8 @@ class _Encoding:
     report: ConversionReport
     journal: Journal | None
     card: Card | None
+    plain_bytes: int = 0
+    """Of embedding, head, norms and routers, as this rank keeps them."""
 
     def layer(self, linears: Sequence[Linear]) -> tuple[dict[str, FileTensor], int]:
         """Tensors by full key for the linears of a layer, and the bytes that were read for them.
@@ -428,39 +433,31 @@ class _Encoding:
         Layers of 2-bit experts come from the journal or go there. Rounding to int4 or int8 takes
         no longer than reading what was rounded before.
         """
-        number = linears[0].layer * self.checkpoint.tensor_parallel_size + self.checkpoint.rank
+        layer = linears[0].layer
+        number = layer * self.checkpoint.tensor_parallel_size + self.checkpoint.rank
         keep = self.journal if any(linear.kind == "ccq" for linear in linears) else None
         found = None if keep is None else keep.load(number)
-        if found is None:
+        if found is None or "linears" not in found.figures:  # kept by a version without a report
             found = self._encode(linears)
             if keep is not None:
                 keep.save(number, found)
         else:
             self.report.resumed_layers += 1
-        for name, sums in found.figures["kinds"].items():
-            total = self.report.kinds.setdefault(name, KindReport())
-            total.weights += sums["weights"]
-            total.bits += sums["bits"]
-            total.energy += sums["energy"]
-            total.error += sums["error"]
+        self.report.count(layer, map(LinearFigures.of_row, found.figures["linears"]))
         return found.tensors, found.figures["input_bytes"]
 
     def _encode(self, linears: Sequence[Linear]) -> LayerResult:
-        result = LayerResult({})
-        kinds: dict[str, KindReport] = {}
-        read = 0
+        result = LayerResult({}, figures={"input_bytes": 0, "linears": []})
         for linear in linears:
-            tensors, size = self._linear(linear, kinds.setdefault(linear.kind, KindReport()))
+            tensors, size, figures = self._linear(linear)
             result.tensors.update(tensors)
-            read += size
+            result.figures["input_bytes"] += size
+            result.figures["linears"].append(figures.row())
             self.checkpoint.release()
-        result.figures = {
-            "input_bytes": read,
-            "kinds": {name: asdict(kind) for name, kind in kinds.items()},
-        }
         return result
 
-    def _linear(self, linear: Linear, kind: KindReport) -> tuple[dict[str, FileTensor], int]:
+    def _linear(self, linear: Linear) -> tuple[dict[str, FileTensor], int, LinearFigures]:
+        """Tensors by full key, the bytes that were read for them, and what was found."""
         source = read_linear(self.checkpoint, _as_dense(linear)).arrays["weight"]
         # In one order of memory whatever the file's: sums of another order differ in the last bit.
         source = np.ascontiguousarray(source)
@@ -470,12 +467,17 @@ class _Encoding:
             raise CheckpointError(
                 f"{self.checkpoint.source}: {linear.module}: {error_found}"
             ) from error_found
-        kind.weights += source.size
-        kind.bits += 8 * sum(array.nbytes for array, _ in tensors.values())
-        kind.energy += energy
-        kind.error += error
+        bits = 8 * sum(array.nbytes for array, _ in tensors.values())
+        rounding = two_bit_error(source) * energy if linear.kind == "ccq" else error
+        name = linear.module.partition(f".{linear.layer}.")[2]
+        figures = LinearFigures(
+            name if linear.expert is None else linear.role,
+            linear.expert,
+            linear.kind,
+            KindReport(source.size, bits, energy, error, rounding),
+        )
         named = {f"{linear.module}.{suffix}": tensor for suffix, tensor in tensors.items()}
-        return named, source.nbytes
+        return named, source.nbytes, figures
 
     def _quantized(
         self, kind: WeightKind, source: npt.NDArray[Any]

@@ -17,11 +17,11 @@ from fastdeploy_lite.quantization import card
 from fastdeploy_lite.quantization.budget import w4_end_layer_for_bits
 from fastdeploy_lite.quantization.convert import (
     DEFAULT_W4_END_LAYER,
-    ConversionReport,
     DenseType,
     Scheme,
     quantize_checkpoint,
 )
+from fastdeploy_lite.quantization.figures import ConversionReport
 from fastdeploy_lite.utils.errors import ConfigError, FastDeployError
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -300,17 +300,23 @@ def _calibrate(args: argparse.Namespace) -> str:
 
 
 def summary(report: ConversionReport) -> str:
-    """A line on sizes and time, and one for each format with bits per weight and error."""
+    """A line on sizes and time, one for each format with its error, and what is not known."""
     mebibyte = float(1 << 20)
     lines = [
         f"{report.input_bytes / mebibyte:.1f} MiB -> {report.output_bytes / mebibyte:.1f} MiB "
         f"in {report.seconds:.1f} s"
     ]
     for name, kind in sorted(report.kinds.items()):
+        rounded = f", {kind.relative_rounding_error:.5f} rounded to nearest"
         lines.append(
             f"{name:>5}: {kind.weights / 1e6:10.2f} M weights, {kind.bits_per_weight:.3f} bits "
-            f"each, relative squared error {kind.relative_error:.5f}"
+            f"each, relative squared error of weights {kind.relative_error:.5f}"
+            f"{rounded if name == 'ccq' else ''}"
         )
+    lines.append(
+        "see report.html in the output folder; errors of outputs and the experts' traffic are not "
+        "in it: they need --calibration"
+    )
     return "\n".join(lines)
 
 

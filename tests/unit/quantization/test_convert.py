@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from decoded_weights import decoded
 from tiny_model import (
     TOKENIZER_FILES,
     tiny_config,
@@ -20,10 +21,9 @@ from tiny_model import (
     write_tiny_model,
 )
 
-from fastdeploy_lite import formats
 from fastdeploy_lite.assets import demo_path
 from fastdeploy_lite.checkpoint import Checkpoint
-from fastdeploy_lite.checkpoint.inventory import model_linears, read_linear, verify
+from fastdeploy_lite.checkpoint.inventory import model_linears, verify
 from fastdeploy_lite.checkpoint.tensor import bfloat16_to_float32
 from fastdeploy_lite.entrypoints.cli import quantize as cli
 from fastdeploy_lite.formats.ccq import to_stored_order, to_true_order
@@ -43,23 +43,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(
         tmp_path_factory.mktemp("source") / "bf16", kind="bf16", layers=4, experts=2
     )
-
-
-def decoded(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Every linear of a checkpoint as the float32 matrix that its files mean."""
-    result = {}
-    for linear in model_linears(checkpoint.config):
-        read = read_linear(checkpoint, linear)
-        a = read.arrays
-        if read.kind == "ccq":
-            order = checkpoint.config.quantization.row_order or "natural"
-            result[linear.module] = to_true_order(formats.get("ccq").decode(a), order)
-        elif read.kind == "dense":
-            result[linear.module] = bfloat16_to_float32(a["weight"])
-        else:
-            unpack = unpack_int8 if read.kind == "int8" else unpack_int4
-            result[linear.module] = dequantize(unpack(a["quant_weight"]), a["weight_scale"])
-    return result
 
 
 @pytest.mark.parametrize(

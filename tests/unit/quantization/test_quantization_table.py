@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from tiny_model import write_tiny_model
 
-from fastdeploy_lite.calibration.encoder import round_to_nearest
 from fastdeploy_lite.checkpoint import Checkpoint
+from fastdeploy_lite.quantization.nearest import round_to_nearest
 from fastdeploy_lite.utils.arrays import bfloat16_to_float32
 
 SCRIPT = Path(__file__).resolve().parents[3] / "entrypoints" / "quantization_table.py"

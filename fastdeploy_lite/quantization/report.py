@@ -1,4 +1,4 @@
-"""What a calibrated conversion did, for programs (report.json) and for people (report.html)."""
+"""What a conversion did, for programs (report.json) and for people (report.html)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,30 @@ from typing import Any
 from fastdeploy_lite import formats
 from fastdeploy_lite.checkpoint.linears import model_linears
 from fastdeploy_lite.models.family import ModelConfig
+from fastdeploy_lite.quantization.report_plots import error_plot, layer_plot, stream_plot
 from fastdeploy_lite.utils.files import writing
 
 CONTEXTS = (4096, 32768)
 """Lengths for which memory is told, cut to what the model can do."""
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 150, 52, 22
-_BEFORE, _AFTER, _TRAFFIC = "#c9a27e", "#2f6f9f", "#6b8f71"
-Bars = Sequence[tuple[str, Sequence[float]]]
 _NUMBERS = re.compile(r"\[(\s[^][{}\"]*)\]")
 _DIGEST = "model_and_text"
 """A setting that programs compare and nobody reads."""
+NOT_MEASURED = dict.fromkeys(
+    ("tokens", "product_error", "output_error", "stream_error"), "needs --calibration"
+)
+"""Keys of layers that a conversion without a text has not, for report.json."""
 _FORMATS = ("format", "million weights", "bits each", "relative squared error of weights")
 _MEMORY = ("context", "card", "CPU")
 _LAYERS = ("layer", "formats", "stream error", "up_gate_proj", "down_proj", "fewest tokens")
+_LAYERS_OF_WEIGHTS = ("layer", "formats", "up_gate_proj", "down_proj", "largest of the others")
 _WEIGHTS_NOTE = (
     "With calibration text weights err more than without, where inputs are small, so that products "
     "err less: compare those, below."
+)
+_NO_TEXT_NOTE = (
+    "No text was run through the model (--calibration), so that errors are those of weights. Not "
+    "measured, and therefore not here: which experts the router chooses how often, errors of the "
+    "experts' outputs, and how far the residual stream is off."
 )
 _LAYERS_NOTE = (
     "Stream error: squared distance of the residual stream behind the layer from the bf16 model's, "
@@ -36,40 +44,58 @@ _LAYERS_NOTE = (
     "products of the experts with their inputs, rounded to nearest and as encoded, means over "
     "experts. Fewest tokens: of the expert that the text reaches least."
 )
+_LAYERS_OF_WEIGHTS_NOTE = (
+    "up_gate_proj and down_proj: squared error of the experts' weights over their square, means "
+    "over experts; of 2 bits also, before the arrow, of rounding to nearest (four levels for 64 "
+    "rows), estimated from two groups of 64 rows a matrix. int4 and int8 are rounded to nearest. "
+    "The others: attention, dense MLP and shared experts."
+)
 
 
 def totals(layers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Sums over layers by format: weights, bits, bits a weight, relative squared error."""
+    """Sums over layers by format: weights, bits, bits a weight, relative squared error.
+
+    Without a text also that of rounding to nearest.
+    """
     sums: dict[str, list[float]] = {}
     for layer in layers:
         for name, part in layer["kinds"].items():
-            sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * 4), part, strict=True)]
-    return {
-        name: {
-            "weights": weights,
-            "bits": bits,
-            "bits_per_weight": bits / weights,
-            "relative_error": error / max(energy, 1e-30),
-        }
-        for name, (weights, bits, energy, error) in sorted(sums.items())
+            before = sums.get(name, [0] * len(part))
+            sums[name] = [a + b for a, b in zip(before, part, strict=True)]
+    return {name: _total(*part) for name, part in sorted(sums.items())}
+
+
+def _total(
+    weights: float, bits: float, energy: float, error: float, rounding: float | None = None
+) -> dict[str, float]:
+    found = {
+        "weights": weights,
+        "bits": bits,
+        "bits_per_weight": bits / weights,
+        "relative_error": error / max(energy, 1e-30),
     }
+    if rounding is not None:
+        found["rounded_to_nearest"] = rounding / max(energy, 1e-30)
+    return found
 
 
-def memory(config: ModelConfig, plain_bytes: int) -> list[dict[str, int]]:
+def memory(config: ModelConfig, plain_bytes: int, ranks: int = 1) -> list[dict[str, int]]:
     """Expected bytes of weights and KV cache of one sequence, by context length.
 
     Args:
         config: the quantised model's.
-        plain_bytes: of embedding, head, norms and routers, as in the files.
+        plain_bytes: of embedding, head, norms and routers, as in the files of one rank.
+        ranks: that share the model; the figures are those of each.
 
     A card keeps keys and values in bfloat16, a CPU in float32; both keep weights packed. Scratch
     memory of a step is not counted.
     """
     weights = plain_bytes + sum(
         formats.get(linear.kind).nbytes(linear.in_features, linear.out_features)
-        for linear in model_linears(config)
+        for linear in model_linears(config, ranks)
     )
-    values = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    heads = max(1, config.num_key_value_heads // ranks)
+    values = 2 * heads * config.head_dim * config.num_hidden_layers
     lengths = sorted({min(length, config.max_position_embeddings) for length in CONTEXTS})
     return [
         {
@@ -91,6 +117,8 @@ def _write(folder: Path, content: Mapping[str, Any]) -> None:
     (folder / "report.json").write_text(_json(content), encoding="utf-8")
     plots = folder / "report"
     plots.mkdir(exist_ok=True)
+    for old in plots.glob("layer-*.svg"):  # of a model that had more layers
+        old.unlink()
     pages = []
     for layer in content["layers"]:
         drawing = layer_plot(layer)
@@ -107,17 +135,23 @@ def _json(content: Mapping[str, Any]) -> str:
 
 def _named(layer: Mapping[str, Any]) -> dict[str, Any]:
     """A layer's figures, which the journal keeps as bare rows."""
-    names = ("weights", "bits", "squared_weights", "squared_error")
-    kinds = {kind: dict(zip(names, sums, strict=True)) for kind, sums in layer["kinds"].items()}
+    names = ("weights", "bits", "squared_weights", "squared_error", "squared_rounding_error")
+    kinds = {kind: dict(zip(names, sums, strict=False)) for kind, sums in layer["kinds"].items()}
+    errors = ("product_error" if "stream_error" in layer else "weight_error", "rounded_to_nearest")
     experts = {
-        name: dict(zip(("expert", "product_error", "rounded_to_nearest"), columns, strict=True))
+        name: dict(zip(("expert", *errors), columns, strict=True))
         for name, columns in _columns(layer).items()
     }
-    return {**layer, "kinds": kinds, "experts": experts}
+    named = {**layer, "kinds": kinds, "experts": experts}
+    if "linears" in layer:
+        named["linears"] = {
+            name: dict(zip(errors, values, strict=True)) for name, *values in layer["linears"]
+        }
+    return named
 
 
 def _columns(layer: Mapping[str, Any]) -> dict[str, list[list[float]]]:
-    """By linear: numbers of experts, errors of their products as encoded and as rounded."""
+    """By linear: numbers of experts, their errors as encoded and as rounded."""
     found: dict[str, list[list[float]]] = {}
     for name, *figures in layer["experts"]:
         columns = found.setdefault(name, [[], [], []])
@@ -126,10 +160,11 @@ def _columns(layer: Mapping[str, Any]) -> dict[str, list[list[float]]]:
     return found
 
 
-def product_errors(layers: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """By linear of the experts: relative squared errors of products, as encoded and as rounded.
+def expert_errors(layers: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """By linear of the experts: relative squared errors as encoded and as rounded.
 
-    Means over all experts of `layers`, each counted once.
+    Of products with a text, of weights without. Means over all experts of `layers`, each counted
+    once.
     """
     rows = [row for layer in layers for row in layer["experts"]]
     names = dict.fromkeys(row[0] for row in rows)
@@ -140,77 +175,11 @@ def product_errors(layers: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float
     }  # fmt: skip
 
 
-def stream_plot(layers: Sequence[Mapping[str, Any]]) -> str:
-    """The error of the residual stream behind every layer as SVG."""
-    errors = [layer["stream_error"] for layer in layers]
-    panel = _panel(0, "error of the residual stream", (("", errors),), (_AFTER,), "layer")
-    return _svg(_HEIGHT + 4, panel)
-
-
-def layer_plot(layer: Mapping[str, Any]) -> str:
-    """One layer as SVG: errors of its experts before and after, and their share of the tokens."""
-    panels: list[tuple[str, Bars, Sequence[str]]] = []
-    for name in ("up_gate_proj", "down_proj"):
-        found = sorted(row for row in layer["experts"] if row[0] == name)
-        if found:
-            bars = (("rounded to nearest", [row[3] for row in found]),
-                    ("encoded", [row[2] for row in found]))  # fmt: skip
-            panels.append((f"{name}: relative error of products", bars, (_BEFORE, _AFTER)))
-    if layer.get("tokens"):
-        count = max(1, sum(layer["tokens"]))
-        share = [tokens / count for tokens in layer["tokens"]]
-        panels.append(("share of routed tokens", (("tokens", share),), (_TRAFFIC,)))
-    kinds = ", ".join(layer["kinds"])
-    dense = "" if panels else ", no experts"
-    title = f"Layer {layer['layer']}: {kinds}{dense}, stream error {layer['stream_error']:.4f}"
-    heading = f'<text x="8" y="15" font-size="13">{html.escape(title)}</text>'
-    body = "".join(_panel(at * _HEIGHT + 24, *panel) for at, panel in enumerate(panels))
-    return _svg(len(panels) * _HEIGHT + 24, heading + body)
-
-
-def _svg(height: int, body: str) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
-        f'font-family="sans-serif" font-size="11">{body}</svg>\n'
-    )
-
-
-def _panel(top: int, title: str, bars: Bars, colours: Sequence[str], what: str = "expert") -> str:
-    """Bars of one quantity for every expert, series side by side, the scale from zero."""
-    largest = max((value for _, values in bars for value in values), default=0.0) or 1.0
-    count = len(bars[0][1])
-    step = (_WIDTH - _LEFT - 8) / max(1, count)
-    room = _HEIGHT - _BOTTOM - 30
-    floor = top + _HEIGHT - _BOTTOM
-    parts = [f'<text x="{_LEFT}" y="{top + 14}">{html.escape(title)}</text>']
-    parts.append(f'<text x="4" y="{floor - room + 4}">{largest:.3f}</text>')
-    parts.append(f'<text x="4" y="{floor}">0</text>')
-    width = max(0.5, step * 0.8 / len(bars))
-    for series, ((name, values), colour) in enumerate(zip(bars, colours, strict=True)):
-        place = _LEFT + 230 + 140 * series
-        parts.append(f'<text x="{place}" y="{top + 14}" fill="{colour}">{html.escape(name)}</text>')
-        for index, value in enumerate(values):
-            tall = room * value / largest
-            left = _LEFT + index * step + series * width
-            parts.append(
-                f'<rect x="{left:.1f}" y="{floor - tall:.1f}" width="{width:.1f}" '
-                f'height="{tall:.1f}" fill="{colour}"><title>{what} {index}: {value:.4f}'
-                "</title></rect>"
-            )
-    parts.append(f'<text x="{_LEFT}" y="{floor + 14}">{what} 0 to {count - 1}</text>')
-    return "".join(parts)
-
-
 def page(content: Mapping[str, Any], plots: Sequence[str]) -> str:
     """The whole report as one HTML file that needs nothing else."""
-    formats_ = [
-        (name, f"{part['weights'] / 1e6:.2f}", f"{part['bits_per_weight']:.3f}",
-         f"{part['relative_error']:.5f}")
-        for name, part in content["formats"].items()
-    ]  # fmt: skip
     room = [(row["context"], _size(row["card"]), _size(row["cpu"])) for row in content["memory"]]
     settings = [(name, value) for name, value in _flat(content["settings"]) if name != _DIGEST]
-    layers = content["layers"]
+    ranks = content["settings"].get("tensor_parallel_size", 1)
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Quantisation report</title>'
         "<style>body{font:15px/1.5 sans-serif;max-width:46em;margin:2em auto;padding:0 1em}"
@@ -221,12 +190,35 @@ def page(content: Mapping[str, Any], plots: Sequence[str]) -> str:
         f"<h1>Quantisation report</h1><p>{_size(content['output_bytes'])}, "
         f"{content['bits_per_weight']:.3f} bits a weight over all linears, made in "
         f"{content['seconds']:.0f} s.</p>{_tuning(content)}"
-        f"<h2>Formats</h2>{_table(_FORMATS, formats_)}<p>{_WEIGHTS_NOTE}</p>"
-        f"<h2>Expected memory, one sequence</h2>{_table(_MEMORY, room)}"
-        f"<h2>Layers</h2><p>{_LAYERS_NOTE}</p>{stream_plot(layers)}"
-        f"{_table(_LAYERS, [_layer_row(layer) for layer in layers])}{''.join(plots)}"
+        f"<h2>Formats</h2>{_formats(content)}"
+        f"<h2>Expected memory, one sequence{f', each of {ranks} ranks' if ranks > 1 else ''}</h2>"
+        f"{_table(_MEMORY, room)}"
+        f"<h2>Layers</h2>{_layers(content['layers'])}{''.join(plots)}"
         f"<h2>Settings</h2>{_table((), settings)}</html>\n"
     )
+
+
+def _formats(content: Mapping[str, Any]) -> str:
+    """The table of formats, and what its errors mean."""
+    rows = [
+        [name, f"{part['weights'] / 1e6:.2f}", f"{part['bits_per_weight']:.3f}",
+         f"{part['relative_error']:.5f}"]
+        for name, part in content["formats"].items()
+    ]  # fmt: skip
+    if "not_measured" not in content:
+        return f"{_table(_FORMATS, rows)}<p>{_WEIGHTS_NOTE}</p>"
+    for row, part in zip(rows, content["formats"].values(), strict=True):
+        row.append(f"{part['rounded_to_nearest']:.5f}")
+    return f"{_table((*_FORMATS, 'rounded to nearest'), rows)}<p>{_NO_TEXT_NOTE}</p>"
+
+
+def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
+    """The errors of all layers: what they mean, as a plot, as a table."""
+    if all("stream_error" in layer for layer in layers):
+        table = _table(_LAYERS, [_layer_row(layer) for layer in layers])
+        return f"<p>{_LAYERS_NOTE}</p>{stream_plot(layers)}{table}"
+    table = _table(_LAYERS_OF_WEIGHTS, [_weights_row(layer) for layer in layers])
+    return f"<p>{_LAYERS_OF_WEIGHTS_NOTE}</p>{error_plot(layers)}{table}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -237,15 +229,35 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _layer_row(layer: Mapping[str, Any]) -> list[Any]:
     """What `_LAYERS` names; linears that a layer has not are left empty."""
-    errors = product_errors([layer])
-    cells = [errors.get(name) for name in ("up_gate_proj", "down_proj")]
     return [
         layer["layer"],
         ", ".join(layer["kinds"]),
         f"{layer['stream_error']:.4f}",
-        *("" if it is None else f"{it[1]:.4f} → {it[0]:.4f}" for it in cells),
+        *_expert_cells(layer),
         min(layer["tokens"]) if layer.get("tokens") else "",
     ]
+
+
+def _weights_row(layer: Mapping[str, Any]) -> list[Any]:
+    """What `_LAYERS_OF_WEIGHTS` names."""
+    others = max((error for _, error, _ in layer["linears"]), default=None)
+    return [
+        layer["layer"],
+        ", ".join(layer["kinds"]),
+        *_expert_cells(layer),
+        "" if others is None else f"{others:.5f}",
+    ]
+
+
+def _expert_cells(layer: Mapping[str, Any]) -> list[str]:
+    """Errors of gate and up, and of down: rounded to nearest, and as encoded where that differs."""
+    cells = []
+    errors = expert_errors([layer])
+    for name in ("up_gate_proj", "down_proj"):
+        encoded, rounded = errors.get(name, (None, None))
+        shown = dict.fromkeys(f"{it:.4f}" for it in (rounded, encoded) if it is not None)
+        cells.append(" → ".join(shown))
+    return cells
 
 
 def _size(nbytes: int) -> str:

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import pytest
 from tiny_model import tiny_config
 
-from fastdeploy_lite.calibration import report
 from fastdeploy_lite.config import ModelConfig
+from fastdeploy_lite.quantization import report, report_plots
 
 LAYERS = [
     {"layer": 0, "kinds": {"int8": [100, 800, 2.0, 0.02]}, "experts": [], "stream_error": 0.001},
@@ -37,12 +37,12 @@ def test_totals_add_up() -> None:
 
 
 def test_plots_are_drawings_with_a_bar_for_every_expert() -> None:
-    drawing = ElementTree.fromstring(report.layer_plot(LAYERS[1]))
+    drawing = ElementTree.fromstring(report_plots.layer_plot(LAYERS[1]))
     bars = [e for e in drawing.iter() if e.tag.endswith("rect")]
     assert len(bars) == 2 * 2 * 2 + 2
     heights = [float(bar.get("height", "nan")) for bar in bars]
     assert max(heights) == pytest.approx(heights[1])  # 0.3, the largest of its panel
-    dense = ElementTree.fromstring(report.layer_plot(LAYERS[0]))
+    dense = ElementTree.fromstring(report_plots.layer_plot(LAYERS[0]))
     assert any("no experts" in (e.text or "") for e in dense.iter())
 
 
@@ -106,13 +106,13 @@ def test_the_page_says_what_its_figures_mean() -> None:
 
 
 def test_products_are_told_beside_weights() -> None:
-    assert report.product_errors(LAYERS) == {
+    assert report.expert_errors(LAYERS) == {
         "up_gate_proj": (pytest.approx(0.055), pytest.approx(0.25)),
         "down_proj": (pytest.approx(0.075), pytest.approx(0.225)),
     }
-    assert report.product_errors(LAYERS[:1]) == {}
+    assert report.expert_errors(LAYERS[:1]) == {}
 
 
 def test_a_layer_without_experts_is_a_line() -> None:
-    drawing = ElementTree.fromstring(report.layer_plot(LAYERS[0]))
+    drawing = ElementTree.fromstring(report_plots.layer_plot(LAYERS[0]))
     assert float(drawing.get("height", "nan")) < 60
