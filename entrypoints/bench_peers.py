@@ -207,7 +207,6 @@ class Ours:
             scheduler=SchedulerConfig(1, max_num_batched_tokens=length, max_model_len=length),
             load=LoadConfig(load_choices="dummy", lm_head_quantization=head),
             activation_bits=args.activation_bits,
-            use_cudagraph=False,
         )
         self._runner = ModelRunner(config)
         self._runner.load_model()

@@ -2,6 +2,7 @@
 #include "../cpu/attention.h"
 #include "../cpu/attention_kernels.h"
 #include "bindings.h"
+#include "recording.h"
 
 namespace fd {
 namespace {
@@ -78,10 +79,10 @@ void paged_attention(const TensorView& query, const TensorView& key_cache,
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  m.def("rope_and_cache", &rope_and_cache, py::arg("qkv"), py::arg("positions"), py::arg("cos_sin"),
-        py::arg("slot_mapping"), py::arg("key_cache"), py::arg("value_cache"), py::arg("q_out"),
-        no_gil());
-  m.def("paged_attention", &paged_attention, py::arg("q"), py::arg("key_cache"),
+  m.def("rope_and_cache", recorded(&rope_and_cache), py::arg("qkv"), py::arg("positions"),
+        py::arg("cos_sin"), py::arg("slot_mapping"), py::arg("key_cache"), py::arg("value_cache"),
+        py::arg("q_out"), no_gil());
+  m.def("paged_attention", recorded(&paged_attention), py::arg("q"), py::arg("key_cache"),
         py::arg("value_cache"), py::arg("block_tables"), py::arg("cu_seqlens_q"),
         py::arg("context_lens"), py::arg("scale"), py::arg("out"), no_gil());
 }

@@ -5,6 +5,7 @@
 
 #include "../cpu/linear.h"
 #include "bindings.h"
+#include "recording.h"
 
 namespace fd {
 namespace {
@@ -54,6 +55,11 @@ class ExpertsCall {
   TensorView out_;
 };
 
+void route_with(const TensorView& x, const TensorView& gate, const std::optional<TensorView>& bias,
+                const TensorView& ids, const TensorView& weights) {
+  route(x, gate, bias.value_or(TensorView{}), ids, weights);
+}
+
 void bind_weight(py::module_& m) {
   py::class_<PackedWeight>(m, "PackedWeight", "Addresses of a packed weight's parts; owns nothing.")
       .def(py::init(&make_weight), py::arg("kind"), py::arg("in_features"), py::arg("out_features"),
@@ -87,21 +93,18 @@ void bind_weight(py::module_& m) {
 
 void bind_linear(py::module_& m) {
   bind_weight(m);
-  m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("out"), no_gil());
-  m.def("embedding", &embedding, py::arg("token_ids"), py::arg("weight"), py::arg("out"), no_gil());
+  m.def("linear", recorded(&linear), py::arg("x"), py::arg("weight"), py::arg("out"), no_gil());
+  m.def("embedding", recorded(&embedding), py::arg("token_ids"), py::arg("weight"), py::arg("out"),
+        no_gil());
   m.def("embedding_share", &embedding_share, py::arg("token_ids"), py::arg("weight"),
         py::arg("first"), py::arg("out"), no_gil());
-  m.def(
-      "route",
-      [](const TensorView& x, const TensorView& gate, const std::optional<TensorView>& bias,
-         const TensorView& ids,
-         const TensorView& weights) { route(x, gate, bias.value_or(TensorView{}), ids, weights); },
-      py::arg("x"), py::arg("gate_weight"), py::arg("bias"), py::arg("topk_ids"),
-      py::arg("topk_weights"), no_gil());
+  m.def("route", recorded(&route_with), py::arg("x"), py::arg("gate_weight"), py::arg("bias"),
+        py::arg("topk_ids"), py::arg("topk_weights"), no_gil());
   m.def("moe_workspace_bytes", &moe_workspace_bytes, py::arg("tokens"), py::arg("top_k"),
         py::arg("up_gate"), py::arg("down"));
-  m.def("fused_moe", &fused_moe, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"),
-        py::arg("up_gate"), py::arg("down"), py::arg("out"), py::arg("workspace"), no_gil());
+  m.def("fused_moe", recorded(&fused_moe), py::arg("x"), py::arg("topk_ids"),
+        py::arg("topk_weights"), py::arg("up_gate"), py::arg("down"), py::arg("out"),
+        py::arg("workspace"), no_gil());
   py::class_<ExpertsCall>(m, "ExpertsCall", "fused_moe with all but its workspace; owns nothing.")
       .def(py::init<const TensorView&, const TensorView&, const TensorView&, const PackedWeight&,
                     const PackedWeight&, const TensorView&>(),

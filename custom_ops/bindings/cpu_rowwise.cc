@@ -3,6 +3,7 @@
 #include "../cpu/rowwise.h"
 #include "../cpu/rowwise_kernels.h"
 #include "bindings.h"
+#include "recording.h"
 
 namespace fd {
 namespace {
@@ -70,13 +71,14 @@ void exponential(const TensorView& x, const TensorView& out) {
 }  // namespace
 
 void bind_rowwise(py::module_& m) {
-  m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"),
+  m.def("rms_norm", recorded(&rms_norm), py::arg("x"), py::arg("weight"), py::arg("eps"),
+        py::arg("out"), no_gil());
+  m.def("add_rms_norm", recorded(&add_rms_norm), py::arg("x"), py::arg("residual"),
+        py::arg("weight"), py::arg("eps"), py::arg("out"), no_gil());
+  m.def("silu_and_mul", recorded(&silu_and_mul), py::arg("x"), py::arg("out"), no_gil());
+  m.def("add_inplace", recorded(&add_inplace), py::arg("x"), py::arg("y"), no_gil());
+  m.def("gather_rows", recorded(&gather_rows), py::arg("x"), py::arg("rows"), py::arg("out"),
         no_gil());
-  m.def("add_rms_norm", &add_rms_norm, py::arg("x"), py::arg("residual"), py::arg("weight"),
-        py::arg("eps"), py::arg("out"), no_gil());
-  m.def("silu_and_mul", &silu_and_mul, py::arg("x"), py::arg("out"), no_gil());
-  m.def("add_inplace", &add_inplace, py::arg("x"), py::arg("y"), no_gil());
-  m.def("gather_rows", &gather_rows, py::arg("x"), py::arg("rows"), py::arg("out"), no_gil());
   m.def("widen", &widen, py::arg("x"), py::arg("out"), no_gil());
   m.def("narrow", &narrow, py::arg("x"), py::arg("out"), no_gil());
   m.def("exponential", &exponential, py::arg("x"), py::arg("out"), no_gil(),

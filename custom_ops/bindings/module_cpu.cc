@@ -12,6 +12,7 @@ void bind_speculation(py::module_& m);
 void bind_code_search(py::module_& m);
 void bind_plans(py::module_& m);
 void bind_ranks(py::module_& m);
+void bind_recording(py::module_& m);
 
 }  // namespace fd
 
@@ -27,4 +28,5 @@ PYBIND11_MODULE(_ops_cpu, m) {
   fd::bind_code_search(m);
   fd::bind_plans(m);
   fd::bind_ranks(m);
+  fd::bind_recording(m);
 }

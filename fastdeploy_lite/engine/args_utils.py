@@ -181,7 +181,9 @@ class EngineArgs:
         "row order of 2-bit experts; default: FD_LITE_WINT2_ROW_ORDER, else auto, from the files",
         choices=("auto", "natural", "permuted"),
     )
-    use_cudagraph: bool = _flag(True, "switch", "replay decode steps as CUDA graphs")
+    use_cudagraph: bool = _flag(
+        True, "switch", "replay decode steps as CUDA graphs, on a CPU as calls"
+    )
     graph_optimization_config: dict[str, Any] | None = _flag(
         None, _json, "JSON: use_cudagraph, graph_opt_level, cudagraph_capture_sizes"
     )

@@ -30,6 +30,7 @@ from fastdeploy_lite.model_executor.layers.forward_batch import ForwardBatch, KV
 from fastdeploy_lite.model_executor.layers.rotary import cos_sin_table
 from fastdeploy_lite.model_executor.ops import ExpertWeight
 from fastdeploy_lite.model_executor.prompt_logprobs import PromptScorer
+from fastdeploy_lite.model_executor.recorded_steps import RecordedSteps
 from fastdeploy_lite.model_executor.sampling_batch import SampledRow, SamplingBatch
 from fastdeploy_lite.model_executor.verification import logit_rows, sample_slices
 from fastdeploy_lite.model_executor.weights import (
@@ -53,7 +54,7 @@ MOST_SPREAD = CHECK_SIZES[-1]
 
 
 class DecodeGraphs(Protocol):
-    """Captured forward passes for steps of single tokens, one per batch size."""
+    """Forward passes for steps of single tokens that are captured, one per batch size."""
 
     def bucket(self, num_seqs: int) -> int | None:
         """Return the smallest captured size that holds `num_seqs`, None when none does."""
@@ -313,10 +314,15 @@ class ModelRunner:
         self._renew_graphs()
 
     def _renew_graphs(self) -> None:
-        """CUDA graphs over the present cache; none on the CPU or if off."""
+        """CUDA graphs over the present cache, or what stands for them on a CPU; none if off."""
         self._graphs = self._guess_graphs = None  # first: their memory is needed
         self._heads = {}
-        if not self._kv_caches or self.place.is_cpu_place() or not self.config.use_cudagraph:
+        if not self._kv_caches or not self.config.use_cudagraph:
+            return
+        if self.place.is_cpu_place():
+            # Of the class itself: one that is derived from it may do more between its ops.
+            if self.communicator is None and vars(type(self.model)).get("is_replayable"):
+                self._graphs = RecordedSteps(self.workspace)
             return
         from fastdeploy_lite.model_executor.cuda_graph import CudaDecodeGraphs  # noqa: PLC0415
 

@@ -100,9 +100,16 @@ class DecoderLayer:
 
 
 class Ernie4_5_MoeForCausalLM:  # noqa: N801 - the architecture's name in config.json
-    """The whole model of one tensor-parallel rank."""
+    """The whole model of one tensor-parallel rank.
+
+    Attributes:
+        family: how its files are read.
+        is_replayable: between its ops nothing looks at the tensors, so that on a CPU their calls
+            alone may repeat a step; a class that is derived from this one says so anew.
+    """
 
     family = FAMILY
+    is_replayable = True
 
     def __init__(
         self,
