@@ -64,6 +64,18 @@ def test_arguments_reach_the_program_and_nothing_else(
     assert found[-1] == started
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+def test_all_tests_are_run_side_by_side_where_there_are_cores_and_no_card(
+    project: Path, cores: int
+) -> None:
+    nproc = project / ".venv/bin/nproc"
+    nproc.write_text(f"#!/bin/sh\necho {cores}\n")
+    nproc.chmod(0o755)
+    side_by_side = cores > 1 and not Path("/dev/nvidiactl").exists()
+    wanted = ["tests/side_by_side.py"] if side_by_side else ["-m", "pytest"]
+    assert calls(project, "test.sh")[-1] == wanted
+
+
 @pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "entrypoints").glob("*.py")))
 def test_help_does_nothing_else(script: str, tmp_path: Path) -> None:
     """It renewed the page's libraries, in one case; in another it needed a card."""
