@@ -41,14 +41,15 @@ struct alignas(64) RowTile {
   float scales[kStretchGroups][kTileRows16];
   int groups;
 
+  template <int kDigitCount>
   void fill(const TileJob& job, int first_row, int rows, int64_t begin, int count) {
     groups = count + count % 2;
     for (int r = 0; r < rows; ++r) {
       const Row row = row_of(job, first_row + r);
       const int8_t* from = row.digits + begin * kGroupDigitBytes;
-      for (int g = 0; g < count; ++g) {
-        for (int d = 0; d < kDigits; ++d, from += kGroupRows) {
-          memcpy(digits[g][d][r], from, kGroupRows);
+      for (int g = 0; g < count; ++g, from += kGroupDigitBytes) {
+        for (int d = 0; d < kDigitCount; ++d) {
+          memcpy(digits[g][d][r], from + d * kGroupRows, kGroupRows);
         }
         scales[g][r] = row.groups[begin + g].scale;
       }
@@ -95,50 +96,42 @@ struct Joining {
   F16 local;
 };
 
-// Sixth kPart of the rows.
-template <typename Format, int kRows, int kPart>
+// Part kPart of the rows, of two for each digit.
+template <typename Format, int kDigitCount, int kPart, int kRows>
 FD_INLINE void join_part(const Joining& job, Totals<kRows>& totals) {
+  constexpr int kParts = 2 * kDigitCount;
 #pragma GCC unroll 16
-  for (int r = kRows * kPart / 6; r < kRows * (kPart + 1) / 6; ++r) {
-    const TileSums& sums = *job.sums;
-    const I16 digits[kDigits] = {load_ints(sums.of[0][r]), load_ints(sums.of[1][r]),
-                                 load_ints(sums.of[2][r])};
+  for (int r = kRows * kPart / kParts; r < kRows * (kPart + 1) / kParts; ++r) {
+    I16 digits[kDigitCount];
+    for (int d = 0; d < kDigitCount; ++d) digits[d] = load_ints(job.sums->of[d][r]);
     const F16 factor = Format::factor(job.local, splat(job.scales[r]));
     totals.row[r] = fma(join(digits), factor, totals.row[r]);
   }
 }
 
 // Three stages of a pipeline: products of one group into the registers from kNew on, the sums of
-// the group before out of those from kOld on to `sums`, and the sums before those joined.
-template <typename Format, int kNew, int kOld, int kRows>
+// the group before out of those from kOld on to `sums`, and the sums before those joined. Digit
+// kDigit and those behind it.
+template <typename Format, int kNew, int kOld, int kDigitCount, int kRows, int kDigit = 0>
 FD_INLINE void step(const uint8_t* weights, const int8_t* digits, TileSums& sums,
                     const Joining& joining, Totals<kRows>& totals) {
-  constexpr int kDigitBytes = kTileRows16 * kGroupRows;
-  tile_load<kWeightTile>(weights, 64);
-  tile_zero<kNew>();
-  tile_load<kDigitTile>(digits, kGroupRows);
-  tile_dot<kNew>();
-  join_part<Format, kRows, 0>(joining, totals);
-  tile_store<kOld>(sums.of[0], 64);
-  join_part<Format, kRows, 1>(joining, totals);
-  tile_zero<kNew + 1>();
-  tile_load<kDigitTile>(digits + kDigitBytes, kGroupRows);
-  tile_dot<kNew + 1>();
-  join_part<Format, kRows, 2>(joining, totals);
-  tile_store<kOld + 1>(sums.of[1], 64);
-  join_part<Format, kRows, 3>(joining, totals);
-  tile_zero<kNew + 2>();
-  tile_load<kDigitTile>(digits + 2 * kDigitBytes, kGroupRows);
-  tile_dot<kNew + 2>();
-  join_part<Format, kRows, 4>(joining, totals);
-  tile_store<kOld + 2>(sums.of[2], 64);
-  join_part<Format, kRows, 5>(joining, totals);
+  if constexpr (kDigit == 0) tile_load<kWeightTile>(weights, 64);
+  tile_zero<kNew + kDigit>();
+  tile_load<kDigitTile>(digits + kDigit * kTileRows16 * kGroupRows, kGroupRows);
+  tile_dot<kNew + kDigit>();
+  join_part<Format, kDigitCount, 2 * kDigit>(joining, totals);
+  tile_store<kOld + kDigit>(sums.of[kDigit], 64);
+  join_part<Format, kDigitCount, 2 * kDigit + 1>(joining, totals);
+  if constexpr (kDigit + 1 < kDigitCount) {
+    step<Format, kNew, kOld, kDigitCount, kRows, kDigit + 1>(weights, digits, sums, joining,
+                                                             totals);
+  }
 }
 
 // A stretch of kRows rows from `first_row` on, for `tiles` tiles of the panel. The products run two
 // groups ahead of the joining, on into the next tile; the last two read what lies behind the
 // weights and are dropped.
-template <typename Format, int kRows>
+template <typename Format, int kDigitCount, int kRows>
 void multiply_stretch(const RowTile& rows, int first_row, int tiles, Panel& panel) {
   TileSums even, odd;
   Totals<kRows> none;
@@ -152,9 +145,10 @@ void multiply_stretch(const RowTile& rows, int first_row, int tiles, Panel& pane
     return digits;
   };
   memset(&even, 0, sizeof(even));
-  step<Format, kEvenSums, kOddSums, kRows>(weights, next_digits(), odd, nothing, none);
+  step<Format, kEvenSums, kOddSums, kDigitCount, kRows>(weights, next_digits(), odd, nothing, none);
   weights += kWeightTileBytes;
-  step<Format, kOddSums, kEvenSums, kRows>(weights, next_digits(), even, nothing, none);
+  step<Format, kOddSums, kEvenSums, kDigitCount, kRows>(weights, next_digits(), even, nothing,
+                                                        none);
   weights += kWeightTileBytes;
   const float (*local)[kTileColumns] = panel.local;
   for (int t = 0; t < tiles; ++t) {
@@ -163,10 +157,11 @@ void multiply_stretch(const RowTile& rows, int first_row, int tiles, Panel& pane
     for (int r = 0; r < kRows; ++r) totals.row[r] = load(kept[r]);
     for (int g = 0; g < rows.groups; g += 2, local += 2, weights += 2 * kWeightTileBytes) {
       const Joining first = {&even, rows.scales[g], load(local[0])};
-      step<Format, kEvenSums, kOddSums, kRows>(weights, next_digits(), odd, first, totals);
+      step<Format, kEvenSums, kOddSums, kDigitCount, kRows>(weights, next_digits(), odd, first,
+                                                            totals);
       const Joining second = {&odd, rows.scales[g + 1], load(local[1])};
-      step<Format, kOddSums, kEvenSums, kRows>(weights + kWeightTileBytes, next_digits(), even,
-                                               second, totals);
+      step<Format, kOddSums, kEvenSums, kDigitCount, kRows>(weights + kWeightTileBytes,
+                                                            next_digits(), even, second, totals);
     }
     for (int r = 0; r < kRows; ++r) store(kept[r], totals.row[r]);
   }
@@ -175,7 +170,7 @@ void multiply_stretch(const RowTile& rows, int first_row, int tiles, Panel& pane
 // --- a job ---------------------------------------------------------------------------------------
 
 // Groups [begin, begin + count) of the tiles [first, first + tiles).
-template <typename Format>
+template <typename Format, int kDigitCount>
 void add_stretch(const TileJob& job, int first, int tiles, int64_t begin, int count, Panel& panel) {
   const int groups = count + count % 2;
   for (int t = 0; t < tiles; ++t) {
@@ -185,15 +180,15 @@ void add_stretch(const TileJob& job, int first, int tiles, int64_t begin, int co
   RowTile tile;
   for (int row = 0; row < job.num_rows; row += kTileRows16) {
     const int rows = job.num_rows - row < kTileRows16 ? job.num_rows - row : kTileRows16;
-    tile.fill(job, row, rows, begin, count);
+    tile.fill<kDigitCount>(job, row, rows, begin, count);
     if (rows <= 4) {
-      multiply_stretch<Format, 4>(tile, row, tiles, panel);
+      multiply_stretch<Format, kDigitCount, 4>(tile, row, tiles, panel);
     } else if (rows <= 8) {
-      multiply_stretch<Format, 8>(tile, row, tiles, panel);
+      multiply_stretch<Format, kDigitCount, 8>(tile, row, tiles, panel);
     } else if (rows <= 12) {
-      multiply_stretch<Format, 12>(tile, row, tiles, panel);
+      multiply_stretch<Format, kDigitCount, 12>(tile, row, tiles, panel);
     } else {
-      multiply_stretch<Format, 16>(tile, row, tiles, panel);
+      multiply_stretch<Format, kDigitCount, 16>(tile, row, tiles, panel);
     }
   }
 }
@@ -206,7 +201,7 @@ FD_INLINE Panel& thread_panel() {
 // All rows of a job, more than are worth streaming. A few rows go through vector registers also
 // where there are tiles: their weights decoded into a tile and their three digits as its rows
 // reached 0.8 of that speed.
-template <typename Format>
+template <typename Format, int kDigitCount>
 void multiply_by_tiles(const TileJob& job) {
   Panel& panel = thread_panel();
   const TileShape shape;
@@ -218,7 +213,7 @@ void multiply_by_tiles(const TileJob& job) {
     for (int64_t begin = 0; begin < groups; begin += kStretchGroups) {
       const int64_t left = groups - begin;
       const int count = (int)(left < kStretchGroups ? left : kStretchGroups);
-      add_stretch<Format>(job, first, tiles, begin, count, panel);
+      add_stretch<Format, kDigitCount>(job, first, tiles, begin, count, panel);
     }
     for (int r = 0; r < job.num_rows; ++r) {
       for (int t = 0; t < tiles; ++t) {

@@ -12,18 +12,27 @@ namespace {
 
 // --- quantised weights ---------------------------------------------------------------------------
 
+template <typename Format, int kDigitCount>
+FD_INLINE void quantized_rows(const TileJob& job) {
+  if (job.num_rows <= kRowBlock) return stream_tiles<Format, kDigitCount>(job);
+#if defined(FD_ISA_AMX)
+  multiply_by_tiles<Format, kDigitCount>(job);
+#elif defined(FD_ISA_AVX2)
+  if (kDigitCount == kDigits && job.num_rows < InWords<Format>::kFewestRows) {
+    return multiply_by_vectors<Format, kDigitCount>(job);
+  }
+  multiply_blocks<Format, kDigitCount>(job);
+#else
+  multiply_by_vectors<Format, kDigitCount>(job);
+#endif
+}
+
 template <typename Format>
 void quantized_tiles(const TileJob& job) {
-  if (job.num_rows <= kRowBlock) return stream_tiles<Format>(job);
-#if defined(FD_ISA_AMX)
-  multiply_by_tiles<Format>(job);
-#elif defined(FD_ISA_AVX2)
-  if (job.digit_count < kDigits) return multiply_blocks<Format, 2>(job);
-  if (job.num_rows < InWords<Format>::kFewestRows) return multiply_by_vectors<Format>(job);
-  multiply_blocks<Format, kDigits>(job);
-#else
-  multiply_by_vectors<Format>(job);
+#if !defined(FD_ISA_PLAIN)
+  if (job.digit_count < kDigits) return quantized_rows<Format, 2>(job);
 #endif
+  quantized_rows<Format, kDigits>(job);
 }
 
 void int8_tiles(const TileJob& job) {

@@ -9,12 +9,12 @@ namespace fd::FD_ISA {
 
 // Adds group g of kRows rows to `total`. `quad(t, q)` gives the weights of rows 4q .. 4q + 3 of
 // tile t, `factor(t, scale)` what the sum of a group is worth.
-template <int kRows, int kTiles, typename QuadAt, typename Factor>
+template <int kDigitCount, int kRows, int kTiles, typename QuadAt, typename Factor>
 FD_INLINE void add_group(const Row* rows, int64_t g, const QuadAt& quad, const Factor& factor,
                          F16 (&total)[kRows][kTiles]) {
-  I16 sums[kRows][kTiles][kDigits];
+  I16 sums[kRows][kTiles][kDigitCount];
   for (int r = 0; r < kRows; ++r) {
-    for (int d = 0; d < kDigits; ++d) {
+    for (int d = 0; d < kDigitCount; ++d) {
       for (int t = 0; t < kTiles; ++t) sums[r][t][d] = splat_int(rows[r].groups[g].start[d]);
     }
   }
@@ -26,7 +26,7 @@ FD_INLINE void add_group(const Row* rows, int64_t g, const QuadAt& quad, const F
     }
     for (int r = 0; r < kRows; ++r) {
       const int8_t* digits = rows[r].digits + g * kGroupDigitBytes + 4 * q;
-      for (int d = 0; d < kDigits; ++d) {
+      for (int d = 0; d < kDigitCount; ++d) {
         for (int t = 0; t < kTiles; ++t) {
           sums[r][t][d] = dot(sums[r][t][d], w[t], digits + d * kGroupRows);
         }
@@ -55,7 +55,7 @@ FD_INLINE Formats<Format, 2> formats_of(const TileJob& job, int first, Formats<F
 }
 
 // Few rows: the weights go from memory through the decoder straight into the dot products.
-template <typename Format, int kRows, int kTiles>
+template <typename Format, int kDigitCount, int kRows, int kTiles>
 void stream_rows(const TileJob& job, int first_tile) {
   const auto formats = formats_of(job, first_tile, (Formats<Format, kTiles>*)nullptr);
   Row rows[kRows];
@@ -71,7 +71,7 @@ void stream_rows(const TileJob& job, int first_tile) {
       weights[t] = formats.tile[t].group(g);
       fetch_ahead<Format, kTiles>(job, formats.tile[t].tile, weights[t]);
     }
-    add_group<kRows, kTiles>(
+    add_group<kDigitCount, kRows, kTiles>(
         rows, g, [&](int t, int q) { return formats.tile[t].quad(weights[t], q); },
         [&](int t, F16 scale) { return Format::factor(formats.tile[t].local(g), scale); }, total);
   }
@@ -85,7 +85,7 @@ constexpr int kTileBytesDecoded = kGroupQuads * 64;
 // Rows [first, first + kRows) of group g, whose decoded quads of tile t lie in `decoded[t]`. Not
 // inlined: inside the loop over rows the compiler takes all 32 vectors of weights for loop
 // invariants, which it then spills (half the speed).
-template <typename Format, int kRows, int kTiles>
+template <typename Format, int kDigitCount, int kRows, int kTiles>
 __attribute__((noinline)) void add_decoded(const TileJob& job,
                                            const Formats<Format, kTiles>& formats, int64_t g,
                                            int first, const uint8_t* const (&decoded)[kTiles],
@@ -97,7 +97,7 @@ __attribute__((noinline)) void add_decoded(const TileJob& job,
     rows[r] = row_of(job, first + r);
     for (int t = 0; t < kTiles; ++t) total[r][t] = load(kept + (r * kTiles + t) * kTileColumns);
   }
-  add_group<kRows, kTiles>(
+  add_group<kDigitCount, kRows, kTiles>(
       rows, g, [&](int t, int q) { return Format::load_stored(decoded[t] + q * 64); },
       [&](int t, F16 scale) { return Format::factor(formats.tile[t].local(g), scale); }, total);
   for (int r = 0; r < kRows; ++r) {
@@ -124,7 +124,7 @@ FD_INLINE const uint8_t* decode_group(const Format& format, int64_t g, uint8_t* 
 }
 
 // Many rows: a group is decoded once into the L1 cache and used for all rows. Groups [begin, end).
-template <typename Format, int kTiles>
+template <typename Format, int kDigitCount, int kTiles>
 void decode_then_rows(const TileJob& job, int first_tile, int64_t begin, int64_t end) {
   alignas(64) uint8_t memory[kTiles][kTileBytesDecoded];
   alignas(64) float totals[kVectorRows * kTiles * kTileColumns];
@@ -144,10 +144,10 @@ void decode_then_rows(const TileJob& job, int first_tile, int64_t begin, int64_t
       decoded[t] = decode_group(format, g, memory[t]);
     }
     for (int i = 0; i < whole; i += kRowBlock) {
-      add_decoded<Format, kRowBlock, kTiles>(job, formats, g, i, decoded, totals);
+      add_decoded<Format, kDigitCount, kRowBlock, kTiles>(job, formats, g, i, decoded, totals);
     }
     for (int i = whole; i < job.num_rows; ++i) {
-      add_decoded<Format, 1, kTiles>(job, formats, g, i, decoded, totals);
+      add_decoded<Format, kDigitCount, 1, kTiles>(job, formats, g, i, decoded, totals);
     }
   }
   for (int i = 0; i < job.num_rows; ++i) {
@@ -157,35 +157,36 @@ void decode_then_rows(const TileJob& job, int first_tile, int64_t begin, int64_t
   }
 }
 
-template <typename Format, int kTiles>
+template <typename Format, int kDigitCount, int kTiles>
 FD_INLINE void stream(const TileJob& job, int first_tile) {
-  if (job.num_rows == 1) return stream_rows<Format, 1, kTiles>(job, first_tile);
+  if (job.num_rows == 1) return stream_rows<Format, kDigitCount, 1, kTiles>(job, first_tile);
   if constexpr (kRowBlock >= 2) {
-    if (job.num_rows == 2) return stream_rows<Format, 2, kTiles>(job, first_tile);
+    if (job.num_rows == 2) return stream_rows<Format, kDigitCount, 2, kTiles>(job, first_tile);
   }
   if constexpr (kRowBlock == 4) {
-    if (job.num_rows == 3) return stream_rows<Format, 3, kTiles>(job, first_tile);
-    if (job.num_rows == 4) return stream_rows<Format, 4, kTiles>(job, first_tile);
+    if (job.num_rows == 3) return stream_rows<Format, kDigitCount, 3, kTiles>(job, first_tile);
+    if (job.num_rows == 4) return stream_rows<Format, kDigitCount, 4, kTiles>(job, first_tile);
   }
 }
 
-template <typename Format>
+template <typename Format, int kDigitCount>
 void stream_tiles(const TileJob& job) {
   const int tiles = (job.columns + kTileColumns - 1) / kTileColumns;
   int tile = 0;
-  for (; tile + kTileBlock <= tiles; tile += kTileBlock) stream<Format, kTileBlock>(job, tile);
-  for (; tile < tiles; ++tile) stream<Format, 1>(job, tile);
+  for (; tile + kTileBlock <= tiles; tile += kTileBlock)
+    stream<Format, kDigitCount, kTileBlock>(job, tile);
+  for (; tile < tiles; ++tile) stream<Format, kDigitCount, 1>(job, tile);
 }
 
 // Groups [begin, end) of all tiles.
-template <typename Format>
+template <typename Format, int kDigitCount>
 void multiply_groups(const TileJob& job, int64_t begin, int64_t end) {
   const int tiles = (job.columns + kTileColumns - 1) / kTileColumns;
   int tile = 0;
   for (; tile + kTileBlock <= tiles; tile += kTileBlock) {
-    decode_then_rows<Format, kTileBlock>(job, tile, begin, end);
+    decode_then_rows<Format, kDigitCount, kTileBlock>(job, tile, begin, end);
   }
-  for (; tile < tiles; ++tile) decode_then_rows<Format, 1>(job, tile, begin, end);
+  for (; tile < tiles; ++tile) decode_then_rows<Format, kDigitCount, 1>(job, tile, begin, end);
 }
 
 // As many groups as keep the digits of a block of rows in half of a small L2 cache while the tiles
@@ -196,7 +197,7 @@ FD_INLINE int64_t stretch_groups(int rows) {
   return kDigitCacheBytes / ((int64_t)rows * kGroupDigitBytes);
 }
 
-template <typename Format>
+template <typename Format, int kDigitCount>
 void multiply_by_vectors(const TileJob& job) {
   const int64_t groups = job.depth / kGroupRows;
   for (int first = 0; first < job.num_rows; first += kVectorRows) {
@@ -204,7 +205,8 @@ void multiply_by_vectors(const TileJob& job) {
     const TileJob block = rows_of(job, first, left < kVectorRows ? left : kVectorRows);
     const int64_t step = stretch_groups(block.num_rows);
     for (int64_t begin = 0; begin < groups; begin += step) {
-      multiply_groups<Format>(block, begin, begin + step < groups ? begin + step : groups);
+      multiply_groups<Format, kDigitCount>(block, begin,
+                                           begin + step < groups ? begin + step : groups);
     }
   }
 }

@@ -104,10 +104,12 @@ FD_INLINE TileJob rows_of(const TileJob& job, int first, int count) {
   return part;
 }
 
-// The exact sum of a group is 65536 h + 256 m + l; |256 h + m| < 2^29.
-FD_INLINE F16 join(const I16 (&sums)[kDigits]) {
-  const I16 upper = add(shift_left(sums[0], 8), sums[1]);
-  return fma(to_float(upper), splat(256.0f), to_float(sums[2]));
+// The exact sum of a group is 65536 h + 256 m + l; |256 h + m| < 2^29. Two digits: l is 0.
+template <int kDigitCount>
+FD_INLINE F16 join(const I16 (&sums)[kDigitCount]) {
+  const F16 upper = to_float(add(shift_left(sums[0], 8), sums[1]));
+  if constexpr (kDigitCount < kDigits) return mul(upper, splat(256.0f));
+  return fma(upper, splat(256.0f), to_float(sums[kDigitCount - 1]));
 }
 
 // Row `row` of tile `tile` of the job.
