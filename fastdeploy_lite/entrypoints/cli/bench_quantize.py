@@ -11,6 +11,7 @@ from fastdeploy_lite import _ops_cpu
 from fastdeploy_lite.benchmarks import encoding
 from fastdeploy_lite.entrypoints.cli.argument_types import output_file, positive
 from fastdeploy_lite.quantization import card
+from fastdeploy_lite.utils import blas
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import ConfigError, quote
 
@@ -31,7 +32,7 @@ def add_arguments(parser: FlexibleArgumentParser) -> None:
     add("--distribution", choices=tuple(encoding.DISTRIBUTIONS), default="gaussian",
         help="of the weights; student-t: 5 degrees of freedom")  # fmt: skip
     add("--rounds", type=positive, default=3, help="encodings of the same matrix")
-    add("--num-threads", type=positive, default=None, help="of the search; default: all CPUs")
+    add("--num-threads", type=positive, default=None, help="default: all CPUs")
     add("--json", type=output_file, default=None, metavar="FILE", help="write the result here")
 
 
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     if args.num_threads is not None:
         _ops_cpu.set_num_threads(args.num_threads)
+        blas.set_num_threads(args.num_threads)
     found_card, _ = card.find(args.device)
     place = f"{_ops_cpu.num_threads()} threads ({_ops_cpu.current_isa()})"
     print(

@@ -19,6 +19,7 @@ from types import ModuleType
 
 import fastdeploy_lite
 from fastdeploy_lite import envs
+from fastdeploy_lite.utils import blas
 from fastdeploy_lite.utils.argument_parser import FlexibleArgumentParser
 from fastdeploy_lite.utils.errors import FastDeployError, exit_status, explain
 from fastdeploy_lite.utils.logging import init_console_logging
@@ -44,6 +45,7 @@ SUBCOMMANDS = {
     "completion": "print the completion script of a shell",
 }
 ANY_ENVIRONMENT = ("collect-env", "completion")  # they help where variables are wrong
+ENCODING = ("quantize", "bench quantize")
 BENCHMARKS = {
     "latency": "seconds of one batch, offline",
     "throughput": "tokens per second of many requests, offline",
@@ -102,6 +104,8 @@ def _dispatch(arguments: list[str]) -> int | Callable[[], int]:
 
 
 def _run_module(name: str, module_name: str, arguments: list[str]) -> Callable[[], int]:
+    if name in ENCODING:
+        blas.let_idle_threads_sleep()  # its products and our threads take turns
     module = importlib.import_module(f"{_PACKAGE}.{module_name}")
     return lambda: _run_parsed(name, module, arguments)
 

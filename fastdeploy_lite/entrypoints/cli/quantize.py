@@ -22,6 +22,7 @@ from fastdeploy_lite.quantization.convert import (
     quantize_checkpoint,
 )
 from fastdeploy_lite.quantization.figures import ConversionReport
+from fastdeploy_lite.utils import blas
 from fastdeploy_lite.utils.errors import ConfigError, FastDeployError
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -278,6 +279,7 @@ def _calibrate(args: argparse.Namespace) -> str:
 
     if args.num_threads is not None:
         _ops_cpu.set_num_threads(args.num_threads)
+        blas.set_num_threads(args.num_threads)
     measured = args.int4_layers == MEASURED
     report = convert.quantize_with_calibration(
         args.model,
