@@ -13,7 +13,7 @@
 # hybrid     experts in main memory: 21B with 4 GiB of the card, 300B with 24 where the host has 100 GB
 # ranks      two cards: sums, failures, demo answers, 21B and half of 300B on one card and on two, 300B on two
 # quantize   a dense and a MoE layer of 21B, without and under a calibration text: wall time
-# storm      many clients at once, answers compared with lone runs
+# storm      many clients at once, answers compared with lone runs, without drafts and with them
 # memcheck, racecheck, initcheck  NVIDIA's compute-sanitizer over the tests of the ops
 #
 # A stage that fails does not stop the others; the exit status says whether one did.
@@ -124,7 +124,10 @@ stage() {
       bench_ranks 21b 28 || bad=1
       python -m pytest -q -s -p no:cacheprovider --durations=0 tests/gpu/test_cuda_ranks.py || bad=1
       return $bad ;;
-    storm) python tests/e2e/storm.py --clients 64 --seconds "${FD_LITE_CHECK_SECONDS:-60}" ;;
+    storm)
+      python tests/e2e/storm.py --clients 64 --seconds "${FD_LITE_CHECK_SECONDS:-60}" &&
+        python tests/e2e/storm.py --clients 64 --seconds "${FD_LITE_CHECK_SECONDS:-60}" \
+          -- --speculative-config '{"method": "suffix"}' ;;
     racecheck) FD_LITE_RACECHECK=1 sanitize "$1" ;;
     memcheck | initcheck) sanitize "$1" ;;
     *) echo "no stage of this name: $1" >&2; return 2 ;;

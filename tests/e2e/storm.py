@@ -2,7 +2,8 @@
 
 `python tests/e2e/storm.py --clients 300 --seconds 180` starts a server of the demo model, on the
 card if there is one, and checks that nothing is lost: every surviving answer equals the answer of a
-lone run, every malformed request is refused, all KV blocks return, and memory does not grow.
+lone run, every malformed request is refused, all KV blocks return, and memory does not grow. Flags
+of the server follow `--`, as `-- --speculative-config '{"method": "suffix"}'`.
 """
 
 from __future__ import annotations
@@ -173,8 +174,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--bodies", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("flags", nargs="*", help="of the server, behind --")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder), FLAGS) as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_server(Path(folder), (*FLAGS, *arguments.flags)) as server,
+    ):
         report = check(
             server,
             arguments.clients,
