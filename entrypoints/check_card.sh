@@ -85,7 +85,7 @@ stage() {
       gunzip -c fastdeploy_lite/assets/calibration.jsonl.gz >"$work/text.jsonl" &&
         cli random-model --output "$bf16" --shape 21b --layers 2 &&
         timed_quantize "$bf16" "$work/free" &&
-        timed_quantize "$bf16" "$work/calibrated" --calibration "$work/text.jsonl"
+        timed_quantize "$bf16" "$work/calibrated" --calibration "${FD_LITE_CHECK_TEXT:-$work/text.jsonl}"
       local status=$?
       rm -rf "$work"
       return $status ;;
