@@ -11,7 +11,7 @@ from dataclasses import dataclass
 # Upper ends of the classes of match lengths that share a rate of success.
 CLASS_ENDS = (1, 2, 3, 5, 8, 16)
 # Rate before anything was seen, worth so many guesses: too low for a trial, which captures graphs.
-# Guesses that are not checked are judged, too, so that it takes few steps to know better.
+# Guesses that are not checked are judged, too, so that it takes few looks to know better.
 PRIOR, PRIOR_WEIGHT = 0.15, 8.0
 # What was seen this many guesses ago weighs 1 / e: texts change.
 GUESSES_REMEMBERED = 64

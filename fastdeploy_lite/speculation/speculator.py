@@ -29,8 +29,9 @@ TRIED_GAIN = 1.4
 TRIED_SLOPE, TRIED_REACH = 0.5, 4.0
 # Guesses that come true less often than this are not thought about.
 LEAST_CHANCE = 0.05
-# Guessing may cost this share of the time of all steps, and as much at once as so many steps take.
-SHARE, RESERVE = 0.004, 4.0
+# Guessing may cost this share of the time of all steps, and as much at once as so many steps take:
+# more for a draft layer, which reads whole answers before it is known to be right.
+SHARE, RESERVE, LAYER_RESERVE = 0.01, 2.0, 4.0
 # A look costs about twice its own time: the engine's part in it, cold caches, garbage.
 LOOK_COST = 2.0
 # Other processes interrupt steps and looks alike, for long beside a look, and as often as either
@@ -109,7 +110,7 @@ class Speculator:
         if known is not None:
             self._plain.begin_with(known.plain)
             self._checking.begin_with(known.checking)
-        self._purse = Purse(SHARE, RESERVE)
+        self._purse = Purse(SHARE, LAYER_RESERVE if self.has_layer else RESERVE)
         self._own_seconds = Average()
         # Steps that nobody has to ask about, and those that went by since the accounts were kept.
         self._pause, self._paused_steps, self._paused_seconds = 0, 0, 0.0
@@ -194,6 +195,8 @@ class Speculator:
         if not self.config.adaptive:
             self.feeds_draft = self.has_layer
             return False
+        if self._open:
+            self._judge_the_rest()
         if decodes and self._steps_since_plain >= STEPS_BETWEEN_PLAIN:
             return True
         # What goes well pays for itself.
@@ -318,9 +321,9 @@ class Speculator:
             self._drafters.offer(text, drafts)
         if not checked or not tokens:
             return
-        memory = self._judge(text.request_id, tokens, checked)
+        self._judge(text.request_id, tokens, checked)
         self._checks_noted += 1
-        for counts in (memory.counts, self.totals):
+        for counts in (self._memories[text.request_id].counts, self.totals):
             counts.note(checked, len(tokens) - 1)
 
     def note_step(
@@ -339,8 +342,6 @@ class Speculator:
             return
         self.totals.steps += count - self._checks_noted
         self._checks_noted = 0
-        if self._open:
-            self._judge_the_rest()
         if decodes and count:
             self._plain.now = self._checking.now = self._plain.now + 1
             if checked or self.feeds_draft:
@@ -353,26 +354,30 @@ class Speculator:
         if decodes and self._usual:
             seconds = min(seconds, EARNED_STEPS * self._usual)
         self._purse.pass_step(seconds, decodes and count > 0)
-        if self._is_spent:
+        if self._open and not (self.has_layer or self._goes_well or self._purse.is_rich):
+            # The next look comes when all that was guessed can be judged.
+            self._pause = max(len(draft.tokens) for draft in self._open.values()) - 1
+        elif self._is_spent:
             wait = self._purse.steps_to_wait(self._usual or seconds, self._is_promising)
             self._pause, self._is_spent = min(wait, MOST_PAUSED), False
 
     def _judge_the_rest(self) -> None:
-        """Judge guesses that were not checked by their first token: the account costs nothing."""
+        """Judge guesses that were not checked by what was said since: the account costs nothing."""
         started = time.perf_counter()
         judged = hits = 0
         for text, known in self._looked_at:
             draft = self._open.get(text.request_id)
-            tokens = text.output_token_ids[known : known + 1]
+            tokens = text.output_token_ids[known : known + self._most_tokens]
             if draft is not None and tokens:
-                judged += 1
-                hits += draft.tokens[0] == tokens[0]
-                self._judge(text.request_id, tokens, 1)
+                right = self._judge(text.request_id, tokens, len(draft.tokens))
+                judged += min(right + 1, len(tokens), len(draft.tokens))
+                hits += right
         self._open = {}
         self._is_promising = 0 < judged <= 2 * hits
         self._spend(time.perf_counter() - started)
 
-    def _judge(self, request_id: str, tokens: Sequence[int], checked: int) -> _Memory:
+    def _judge(self, request_id: str, tokens: Sequence[int], checked: int) -> int:
+        """Learn from what a sequence said instead of a guess; how many of its tokens were right."""
         memory = self._memories.get(request_id)
         if memory is None:
             memory = self._memories[request_id] = _Memory(self._rates)
@@ -381,7 +386,7 @@ class Speculator:
         pairs = zip(draft.tokens[:judged], tokens, strict=False)
         hits = next((i for i, (guess, token) in enumerate(pairs) if guess != token), judged)
         memory.rates.note(draft.matched, hits, hits < judged)
-        return memory
+        return hits
 
     def _settle(self, count: int, checked: int, emitted: int, seconds: float) -> None:
         """Charge a step with guesses, or credit what they saved."""

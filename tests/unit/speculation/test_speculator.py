@@ -390,7 +390,7 @@ def test_steps_of_a_pause_are_in_the_accounts_as_if_each_had_been_noted() -> Non
     num_paused = 0
     for speculator in (noted, paused):
         speculator.note_step(2, 0, 2, 1.0)
-        speculator._purse.add(-3.0)
+        speculator._purse.add(-4.0)
         for _ in range(200):
             if speculator is paused and speculator.pauses():
                 speculator.note_pause(2, 1.0)
