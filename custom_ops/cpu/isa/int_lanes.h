@@ -2,8 +2,9 @@
 //
 // A Quads holds four unsigned bytes for each of sixteen columns: rows 4r .. 4r + 3 of a tile. `dot`
 // adds to each column the product of its four bytes with four signed digits of the activation.
-// AVX2 takes bytes up to 63, the others up to 255. All of it is integer arithmetic without
-// overflow, hence the same on every instruction set.
+// AVX2, whose products of bytes are of 16 bits, has kernels of its own instead (nibble_rows.h,
+// word_rows.h). All of it is integer arithmetic without overflow, hence the same on every
+// instruction set.
 #pragma once
 
 #include "ccq.h"
@@ -64,11 +65,7 @@ FD_INLINE Quads load_nibbles(const uint8_t* p, bool high) {
 }
 #elif defined(FD_LANES_X86)
 
-#if defined(FD_ISA_AVXVNNI)
 constexpr int kRowBlock = 2;  // 12 sums of the 16 registers
-#else
-constexpr int kRowBlock = 1;
-#endif
 constexpr int kTileBlock = 1;
 constexpr int kDenseRowBlock = 3;
 
@@ -143,17 +140,6 @@ FD_INLINE I16 dot(I16 sum, Quads w, const int8_t* four) {
   const __m256i x = splat_digits(four);
   return {_mm256_dpbusd_avx_epi32(sum.lo, w.lo, x), _mm256_dpbusd_avx_epi32(sum.hi, w.hi, x)};
 }
-#else
-// Half of the sums of two quads. The product of bytes adds pairs in 16 bits, and so do we, which is
-// exact for bytes up to 63 (63 * 128 * 4 < 2^15).
-FD_INLINE __m256i dot_half(__m256i sum, __m256i a, __m256i b, __m256i x, __m256i y) {
-  const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(a, x), _mm256_maddubs_epi16(b, y));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(both, _mm256_set1_epi16(1)));
-}
-FD_INLINE I16 dot(I16 sum, Quads a, Quads b, const int8_t* eight) {
-  const __m256i x = splat_digits(eight), y = splat_digits(eight + 4);
-  return {dot_half(sum.lo, a.lo, b.lo, x, y), dot_half(sum.hi, a.hi, b.hi, x, y)};
-}
 #endif
 
 #else
@@ -206,19 +192,6 @@ FD_INLINE Quads load_nibbles(const uint8_t* p, bool high) {
   Quads w;
   for (int i = 0; i < 64; ++i) w.v[i] = high ? p[i] >> 4 : p[i] & 15;
   return w;
-}
-#endif
-
-// Quads that a step of a product takes: their digits follow one another.
-#if defined(FD_ISA_AVX2)
-constexpr int kQuadStep = 2;
-FD_INLINE I16 dot(I16 sum, const Quads (&w)[kQuadStep], const int8_t* digits) {
-  return dot(sum, w[0], w[1], digits);
-}
-#else
-constexpr int kQuadStep = 1;
-FD_INLINE I16 dot(I16 sum, const Quads (&w)[kQuadStep], const int8_t* digits) {
-  return dot(sum, w[0], digits);
 }
 #endif
 

@@ -2,6 +2,7 @@
 #include "../linear_kernels.h"
 #include "amx_rows.h"
 #include "int8_words.h"
+#include "nibble_rows.h"
 #include "vector_rows.h"
 #include "weight_formats.h"
 #include "word_blocks.h"
@@ -14,16 +15,15 @@ namespace {
 
 template <typename Format, int kDigitCount>
 FD_INLINE void quantized_rows(const TileJob& job) {
+#if defined(FD_ISA_AVX2)
+  multiply_blocks<Format, kDigitCount>(job);
+#else
   if (job.num_rows <= kRowBlock) return stream_tiles<Format, kDigitCount>(job);
 #if defined(FD_ISA_AMX)
   multiply_by_tiles<Format, kDigitCount>(job);
-#elif defined(FD_ISA_AVX2)
-  if (kDigitCount == kDigits && job.num_rows < InWords<Format>::kFewestRows) {
-    return multiply_by_vectors<Format, kDigitCount>(job);
-  }
-  multiply_blocks<Format, kDigitCount>(job);
 #else
   multiply_by_vectors<Format, kDigitCount>(job);
+#endif
 #endif
 }
 
@@ -41,6 +41,13 @@ void int8_tiles(const TileJob& job) {
 #else
   quantized_tiles<Int8>(job);
 #endif
+}
+
+void int4_tiles(const TileJob& job) {
+#ifdef FD_ISA_AVX2
+  if (job.num_rows <= 2) return multiply_nibbles(job);
+#endif
+  quantized_tiles<Int4>(job);
 }
 
 // Tiles [first, end) of a job.
@@ -268,7 +275,7 @@ void weighted_sum(const float* rows, int64_t stride, const int32_t* positions, c
 }  // namespace
 
 const LinearKernels linear_kernels = {
-    quantize_row,          ccq_tiles,          prove_codes, int8_tiles, quantized_tiles<Int4>,
+    quantize_row,          ccq_tiles,          prove_codes, int8_tiles, int4_tiles,
     dense_tiles<uint16_t>, dense_tiles<float>, gate_logits, softmax,    weighted_sum};
 
 }  // namespace fd::FD_ISA

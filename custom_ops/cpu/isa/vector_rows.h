@@ -3,6 +3,8 @@
 
 #include "weight_formats.h"
 
+#if !defined(FD_ISA_AVX2)
+
 namespace fd::FD_ISA {
 
 // --- one group of some rows ----------------------------------------------------------------------
@@ -19,11 +21,9 @@ FD_INLINE void add_group(const Row* rows, int64_t g, const QuadAt& quad, const F
     }
   }
 #pragma GCC unroll 16
-  for (int q = 0; q < kGroupQuads; q += kQuadStep) {
-    Quads w[kTiles][kQuadStep];
-    for (int t = 0; t < kTiles; ++t) {
-      for (int i = 0; i < kQuadStep; ++i) w[t][i] = quad(t, q + i);
-    }
+  for (int q = 0; q < kGroupQuads; ++q) {
+    Quads w[kTiles];
+    for (int t = 0; t < kTiles; ++t) w[t] = quad(t, q);
     for (int r = 0; r < kRows; ++r) {
       const int8_t* digits = rows[r].digits + g * kGroupDigitBytes + 4 * q;
       for (int d = 0; d < kDigitCount; ++d) {
@@ -212,3 +212,5 @@ void multiply_by_vectors(const TileJob& job) {
 }
 
 }  // namespace fd::FD_ISA
+
+#endif

@@ -39,8 +39,6 @@ struct InWords;
 // 3 of both.
 template <>
 struct InWords<Int4> {
-  static constexpr int kFewestRows = 3;  // of three digits, for which decoding pays
-
   static void decode(const Int4&, const uint8_t* group, WordWeights& to) {
     const __m256i nibble = _mm256_set1_epi16(0x0f), nibbles = _mm256_set1_epi8(0x0f);
     for (int q = 0; q < kGroupQuads; q += 2) {
@@ -68,8 +66,6 @@ struct InWords<Int4> {
 // and 3.
 template <typename Decoder>
 struct InWords<Ccq<Decoder>> {
-  static constexpr int kFewestRows = 2;
-
   template <typename Words>
   static FD_ALWAYS_INLINE void decode_half(const Words& words, __m256i bytes, int pair, int half,
                                            WordWeights& to) {

@@ -75,7 +75,7 @@ def test_linear_equals_float64(name: str, kind: str, k: int, n: int, activation_
 
 
 @pytest.mark.parametrize(("kind", "k", "n"), SHAPES)
-@pytest.mark.parametrize("tokens", [1, 4, 7])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 7])
 def test_linear_has_the_same_bits_everywhere(
     kind: str, k: int, n: int, tokens: int, activation_bits: int
 ) -> None:
