@@ -23,7 +23,12 @@ from fastdeploy_lite.calibration.sensitivity import LayerNats, measure_layers
 from fastdeploy_lite.calibration.text import calibration_windows
 from fastdeploy_lite.calibration.tuning import Tuner, TuningSettings, check_windows, fold
 from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
-from fastdeploy_lite.checkpoint.inventory import check_plain_values, plain_nbytes, verify
+from fastdeploy_lite.checkpoint.inventory import (
+    check_dense_values,
+    check_plain_values,
+    plain_nbytes,
+    verify,
+)
 from fastdeploy_lite.checkpoint.linears import Linear, check_sizes, model_linears
 from fastdeploy_lite.input.ernie4_5_tokenizer import Ernie4_5Tokenizer
 from fastdeploy_lite.models.family import ModelConfig
@@ -173,6 +178,7 @@ def _check(
     check_output(model, output, force)
     check_folder(unfinished_folder(output))
     check_plain_values(checkpoint)
+    check_dense_values(checkpoint)
 
 
 def _choose_int4(

@@ -77,6 +77,17 @@ def check_plain_values(checkpoint: Checkpoint) -> None:
     checkpoint.release()
 
 
+def check_dense_values(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a NaN or an infinity in the linears of an unquantised model.
+
+    Reads the whole model, at 0.2 ns a value: for those who would find it after hours.
+    """
+    for linear in file_linears(checkpoint):
+        for expected in expected_linear_tensors(checkpoint, linear, "dense"):
+            _fetch(checkpoint, expected, finite=True)
+        checkpoint.release()
+
+
 def find_problems(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield one line per missing, mis-shaped, mis-typed or contradictory tensor."""
     yield from _layer_problems(checkpoint)

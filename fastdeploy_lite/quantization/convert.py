@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from fastdeploy_lite.checkpoint import Checkpoint, CheckpointWriter
 from fastdeploy_lite.checkpoint.inventory import (
+    check_dense_values,
     check_plain_values,
     expected_linear_tensors,
     expected_plain_tensors,
@@ -127,6 +128,8 @@ def quantize_checkpoint(
     ranks = _open_ranks(model_dir, tensor_parallel_size)
     config = target_config(ranks[0].config, scheme, w4_end_layer, row_order, w4_layers, dense)
     _check_input(ranks, config)
+    if card is None and _searches_codes(config):
+        check_dense_values(ranks[0])  # before hours; a card or rounding finds it in minutes
     model, output = Path(model_dir), Path(output_dir)
     check_output(model, output, force)
     report = ConversionReport()
@@ -220,6 +223,11 @@ def _write(
                 work.checkpoint.release()
 
 
+def _searches_codes(config: ModelConfig) -> bool:
+    """Whether there are 2-bit experts, which take long."""
+    return any(linear.kind == "ccq" for linear in model_linears(config))
+
+
 def _settings(config: ModelConfig, codes: Codes | None, ranks: int) -> dict[str, Any]:
     """What the result depends on, beside the input."""
     return {
@@ -233,7 +241,7 @@ def _journal(
     output: Path, checkpoint: Checkpoint, config: ModelConfig, settings: Mapping[str, Any]
 ) -> Journal | None:
     """Of the layers whose search takes long; None where there is none."""
-    if all(linear.kind != "ccq" for linear in model_linears(config)):
+    if not _searches_codes(config):
         return None
     return Journal(unfinished_folder(output), {"model": model_digest(checkpoint), **settings})
 

@@ -295,18 +295,49 @@ def test_sizes_that_the_format_cannot_hold_are_named_before_any_work(tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_a_nan_names_tensor_and_place_and_leaves_no_model(tmp_path: Path) -> None:
+def model_with_a_nan(folder: Path) -> Path:
+    """In the last layer's last expert, where a conversion comes late."""
     config = tiny_config("bf16")
     tensors = tiny_tensors(config)
-    key = "ernie.layers.2.mlp.experts.1.down_proj.weight"
+    key = "ernie.layers.2.mlp.experts.3.down_proj.weight"
     array, dtype = tensors[key]
     array = array.copy()
     array[5, 7] = 0x7FC0
-    write_tensors(tmp_path / "in", config, {**tensors, key: (array, dtype)})
-    with pytest.raises(CheckpointError, match=r"down_proj\.weight: found nan at element 647"):
-        quantize_checkpoint(tmp_path / "in", tmp_path / "out", scheme="2bits", **QUIET)
-    assert list((tmp_path / "out").iterdir()) == []
-    assert not (tmp_path / "out.unfinished").exists()  # the input will be another one
+    write_tensors(folder, config, {**tensors, key: (array, dtype)})
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(demo_path() / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--scheme", "2bits"],
+        ["--scheme", "2bits", "--tensor-parallel-size", "2"],
+        ["--scheme", "wint4", "--calibration", "sample"],
+    ],
+)
+def test_a_nan_is_named_before_any_long_work(
+    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was found after the layers before it, which were then thrown away."""
+    source = model_with_a_nan(tmp_path / "in")
+    arguments = ["--model", source, "--output", tmp_path / "out", "--device", "cpu", "--quiet"]
+    assert run_cli(*arguments, *options) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"experts\.3\.down_proj\.weight: found nan at element 647 \(1 such\)", error)
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_nan_found_on_the_way_leaves_no_model(tmp_path: Path) -> None:
+    """Rounding and a card read the input once: they are there in minutes."""
+    source = model_with_a_nan(tmp_path / "in")
+    for options in ({"scheme": "wint4"}, {"scheme": "2bits", "card": CardOfTheCpu()}):
+        with pytest.raises(CheckpointError, match=r"down_proj\.weight: found nan at element 647"):
+            quantize_checkpoint(source, tmp_path / "out", **options, **QUIET)
+        assert list((tmp_path / "out").iterdir()) == []
+        assert not (tmp_path / "out.unfinished").exists()  # the input will be another one
 
 
 @pytest.mark.parametrize("calibration", [[], ["--calibration", "sample"]])
