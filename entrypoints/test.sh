@@ -11,6 +11,8 @@ if ! command -v chromedriver >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-
       --no-install-recommends chromium chromium-driver; } >.venv/chromium.log 2>&1 ||
     echo "setup: Chromium could not be installed; the output is in .venv/chromium.log" >&2
 fi
+# Tests start hundreds of interpreters; without this each of them might compile the package anew.
+unset PYTHONDONTWRITEBYTECODE
 # A card is asked how much of its memory is free: what else uses it would change the answer.
 if [ $# = 0 ] && [ "$(nproc)" -gt 1 ] && [ ! -e /dev/nvidiactl ]; then
   exec python tests/side_by_side.py
