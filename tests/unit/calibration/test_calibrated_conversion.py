@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -28,8 +29,12 @@ from tiny_model import (
 )
 
 from fastdeploy_lite.assets import demo_path
-from fastdeploy_lite.calibration import input_moments
-from fastdeploy_lite.calibration.convert import CalibrationText, quantize_with_calibration
+from fastdeploy_lite.calibration import convert, input_moments
+from fastdeploy_lite.calibration.convert import (
+    CalibratedReport,
+    CalibrationText,
+    quantize_with_calibration,
+)
 from fastdeploy_lite.calibration.encoder import (
     METHODS,
     CalibratedEncoder,
@@ -67,6 +72,39 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n\n".join("".join(map(chr, row)) for row in words), encoding="utf-8")
     return file
+
+
+def run_quick(
+    model: Path, text: Path, output: Path, settings: CalibrationSettings = QUICK, **options: Any
+) -> CalibratedReport:
+    given = CalibrationText(str(text), 600)
+    return quantize_with_calibration(
+        model, output, given, settings, scheme="2bits", progress=False, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(
+    model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, CalibratedReport]:
+    """The output and the report of an undisturbed `run_quick`; not to be changed."""
+    output = tmp_path_factory.mktemp("whole") / "whole"
+    return output, run_quick(model, text, output)
+
+
+@pytest.fixture(scope="module")
+def unfinished(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `run_quick` has left when it ends just before the output; to be copied."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path_factory.mktemp("cut") / "cut"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "CheckpointWriter", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_quick(model, text, output, keep_every=0)
+    return output.with_name("cut.unfinished")
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -158,27 +196,21 @@ class CardOfTheCpu(HostProducts):
         return Encoded(found, 0.0, 0.0)
 
 
-def test_a_card_does_the_work_of_the_cpu(model: Path, text: Path, tmp_path: Path) -> None:
+def test_a_card_does_the_work_of_the_cpu(
+    model: Path, text: Path, tmp_path: Path, whole: tuple[Path, CalibratedReport]
+) -> None:
     """The same files and figures, and a run of one is not continued on the other."""
-    reports = []
-    for name, card in (("cpu", None), ("card", CardOfTheCpu())):
-        report = quantize_with_calibration(
-            model,
-            tmp_path / name,
-            CalibrationText(str(text), 600),
-            QUICK,
-            scheme="2bits",
-            card=card,
-            progress=False,
-        )
-        reports.append([{**layer, "seconds": 0} for layer in report.layers])
-    assert card is not None
+    card = CardOfTheCpu()
+    of_card = run_quick(model, text, tmp_path / "card", card=card)
+    reports = [
+        [{**layer, "seconds": 0} for layer in report.layers] for report in (whole[1], of_card)
+    ]
     assert card.searched == 2 * 2 * len([layer for layer in reports[1] if layer["experts"]])
     assert reports[0] == reports[1]
-    assert weights(tmp_path / "cpu") == weights(tmp_path / "card")
+    assert weights(whole[0]) == weights(tmp_path / "card")
     settings = [
-        json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8"))["settings"]
-        for name in ("cpu", "card")
+        json.loads((folder / "report.json").read_text(encoding="utf-8"))["settings"]
+        for folder in (whole[0], tmp_path / "card")
     ]
     assert settings[1] == {**settings[0], "device": "nvidia"}
 
@@ -202,16 +234,14 @@ def test_both_row_orders_are_as_good_and_run(model: Path, text: Path, tmp_path: 
     assert errors["permuted"] == pytest.approx(errors["natural"], rel=0.1)
 
 
-def test_hugging_face_input_gives_the_same_bytes(model: Path, text: Path, tmp_path: Path) -> None:
+def test_hugging_face_input_gives_the_same_bytes(
+    text: Path, tmp_path: Path, whole: tuple[Path, CalibratedReport]
+) -> None:
     config = tiny_config("bf16", experts=2)
     tensors = hugging_face_tensors(config, tiny_tensors(config))
     write_model(tmp_path / "hf", hugging_face_config(config), tensors)
-    given = CalibrationText(str(text), 500, 256)
-    for source, output in ((model, "a"), (tmp_path / "hf", "b")):
-        quantize_with_calibration(
-            source, tmp_path / output, given, QUICK, scheme="2bits", progress=False
-        )
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    run_quick(tmp_path / "hf", text, tmp_path / "output")
+    assert weights(whole[0]) == weights(tmp_path / "output")
 
 
 @pytest.mark.parametrize("scheme", ["w4w2", "wint8"])
@@ -328,33 +358,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
 
 @pytest.mark.parametrize(("damaged_layer", "resumed"), [(2, 2), (1, 0)])
 def test_a_damaged_layer_is_made_again(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    damaged_layer: int, resumed: int,
+    model: Path, text: Path, tmp_path: Path, damaged_layer: int, resumed: int,
+    whole: tuple[Path, CalibratedReport], unfinished: Path,
 ) -> None:  # fmt: skip
     """From the last streams that are kept: those behind layer 1, unless that one is damaged."""
-    from fastdeploy_lite.calibration import convert
-
-    given = CalibrationText(str(text), 600, 256)
-    quantize_with_calibration(
-        model, tmp_path / "whole", given, QUICK, scheme="2bits", progress=False
-    )
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(convert, "CheckpointWriter", stop)
-        with pytest.raises(KeyboardInterrupt):
-            quantize_with_calibration(
-                model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False, keep_every=0
-            )
+    shutil.copytree(unfinished, tmp_path / "cut.unfinished")
     damaged = tmp_path / "cut.unfinished" / f"layer-{damaged_layer:05d}.tensors.npz"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
-    report = quantize_with_calibration(
-        model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False
-    )
+    report = run_quick(model, text, tmp_path / "cut")
     assert report.resumed_layers == resumed
-    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+    assert weights(whole[0]) == weights(tmp_path / "cut")
 
 
 @pytest.mark.parametrize(("keep_every", "kept"), [(0.0, [1]), (3600.0, [])])
@@ -363,7 +376,6 @@ def test_streams_are_written_where_enough_work_would_be_lost(
     keep_every: float, kept: list[int],
 ) -> None:  # fmt: skip
     """Never behind the last of the three layers, which nothing follows; the latest alone stays."""
-    from fastdeploy_lite.calibration import convert
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -388,12 +400,9 @@ def test_streams_are_written_where_enough_work_would_be_lost(
 
 
 def test_a_run_that_kept_no_streams_begins_anew_and_ends_with_the_same_bytes(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = CalibrationText(str(text), 600, 256)
-    quantize_with_calibration(
-        model, tmp_path / "whole", given, QUICK, scheme="2bits", progress=False
-    )
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    whole: tuple[Path, CalibratedReport],
+) -> None:  # fmt: skip
     encode = CalibratedEncoder.encode_layer
 
     def killed(self: CalibratedEncoder, layer: int, linears: Any) -> LayerResult:
@@ -404,37 +413,19 @@ def test_a_run_that_kept_no_streams_begins_anew_and_ends_with_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(CalibratedEncoder, "encode_layer", killed)
         with pytest.raises(KeyboardInterrupt):
-            quantize_with_calibration(
-                model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False
-            )
-    report = quantize_with_calibration(
-        model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False
-    )
+            run_quick(model, text, tmp_path / "cut")
+    report = run_quick(model, text, tmp_path / "cut")
     assert report.resumed_layers == 0
-    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+    assert weights(whole[0]) == weights(tmp_path / "cut")
 
 
 def test_other_settings_than_the_unfinished_run_are_refused(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, text: Path, tmp_path: Path, unfinished: Path
 ) -> None:
-    from fastdeploy_lite.calibration import convert
-
-    given = CalibrationText(str(text), 600, 256)
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(convert, "CheckpointWriter", stop)
-        with pytest.raises(KeyboardInterrupt):
-            quantize_with_calibration(
-                model, tmp_path / "cut", given, QUICK, scheme="2bits", progress=False
-            )
-    other = CalibrationSettings(candidates=1, descents=2)
+    shutil.copytree(unfinished, tmp_path / "cut.unfinished")
+    other = dataclasses.replace(QUICK, descents=2)
     with pytest.raises(ConfigError, match="begun with descents 1, now 2: go on with the same"):
-        quantize_with_calibration(
-            model, tmp_path / "cut", given, other, scheme="2bits", progress=False
-        )
+        run_quick(model, text, tmp_path / "cut", other)
 
 
 def test_too_little_text_is_warned_of(
