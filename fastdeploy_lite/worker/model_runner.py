@@ -313,6 +313,14 @@ class ModelRunner:
         self.num_blocks = self._inputs.num_blocks = num_blocks
         self._renew_graphs()
 
+    @property
+    def _is_replayable(self) -> bool:
+        """Whether nothing but ops happens in a step: no sums of ranks, no experts elsewhere."""
+        if self.communicator is not None or self.config.expert_offload is not None:
+            return False
+        # Of the class itself: one that is derived from it may do more between its ops.
+        return bool(vars(type(self.model)).get("is_replayable"))
+
     def _renew_graphs(self) -> None:
         """CUDA graphs over the present cache, or what stands for them on a CPU; none if off."""
         self._graphs = self._guess_graphs = None  # first: their memory is needed
@@ -320,8 +328,7 @@ class ModelRunner:
         if not self._kv_caches or not self.config.use_cudagraph:
             return
         if self.place.is_cpu_place():
-            # Of the class itself: one that is derived from it may do more between its ops.
-            if self.communicator is None and vars(type(self.model)).get("is_replayable"):
+            if self._is_replayable:
                 self._graphs = RecordedSteps(self.workspace)
             return
         from fastdeploy_lite.model_executor.cuda_graph import CudaDecodeGraphs  # noqa: PLC0415

@@ -7,12 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from host_links import MemoryLink
 from model_driver import generate, make_runner, sequences
+from tiny_model import write_tiny_model
 
 from fastdeploy_lite import _ops_cpu
+from fastdeploy_lite.config import ExpertOffloadConfig, LoadConfig
+from fastdeploy_lite.model_executor import expert_placement
+from fastdeploy_lite.model_executor.ops import SegmentedWeight
 from fastdeploy_lite.model_executor.recorded_steps import MOST_SEQUENCES, RecordedSteps
 from fastdeploy_lite.models.ernie4_5.model import Ernie4_5_MoeForCausalLM
 from fastdeploy_lite.models.registry import ModelRegistry
+from fastdeploy_lite.quantization.convert import quantize_checkpoint
 from fastdeploy_lite.worker.model_runner import ModelRunner
 
 PROMPTS = [[int(i) for i in np.random.default_rng(3).integers(0, 8192, n)] for n in (70, 3, 41)]
@@ -47,6 +53,31 @@ def test_repeated_steps_have_the_bits_of_computed_ones(
     assert isinstance(runner._graphs, RecordedSteps)
     for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[1:], PROMPTS):
         assert run(runner, prompts, 50) == run(plain, prompts, 50)
+
+
+@pytest.mark.parametrize("scheme", ["2bits", "w4w2", "wint8"])
+def test_weights_in_parts_and_an_int8_head(scheme: Any, tmp_path: Path) -> None:
+    """Folders that ranks have quantised apart: linears gather their rows from several products."""
+    wide: Any = {"moe_intermediate_size": 512, "intermediate_size": 512, "layers": 3}
+    whole, parts = write_tiny_model(tmp_path / "bf16", kind="bf16", **wide), tmp_path / "parts"
+    quantize_checkpoint(whole, parts, scheme=scheme, tensor_parallel_size=2, progress=False)
+    more: Any = {"load": LoadConfig(lm_head_quantization="wint8")}
+    runner = make_runner(parts, **more)
+    assert any(isinstance(w, SegmentedWeight) for w in runner._all_weights())
+    assert isinstance(runner._graphs, RecordedSteps)
+    plain = make_runner(parts, use_cudagraph=False, **more)
+    for prompts in (PROMPTS, PROMPTS[:1], PROMPTS):
+        assert run(runner, prompts) == run(plain, prompts)
+
+
+def test_experts_beside_a_card_are_not_recorded(
+    tiny_2bits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python hands their inputs over, between the ops of a layer."""
+    monkeypatch.setattr(expert_placement, "open_link", lambda place: MemoryLink())
+    runner = make_runner(tiny_2bits, expert_offload=ExpertOffloadConfig())
+    assert runner._graphs is None
+    assert run(runner, PROMPTS) == run(make_runner(tiny_2bits), PROMPTS)
 
 
 def test_a_second_step_asks_no_layer(tiny_2bits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
