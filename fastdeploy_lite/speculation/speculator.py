@@ -30,8 +30,8 @@ TRIED_SLOPE, TRIED_REACH = 0.5, 4.0
 # Guesses that come true less often than this are not thought about.
 LEAST_CHANCE = 0.05
 # Guessing may cost this share of the time of all steps, and as much at once as so many steps take:
-# more for a draft layer, which reads whole answers before it is known to be right.
-SHARE, RESERVE, LAYER_RESERVE = 0.01, 2.0, 4.0
+# where the costs of checks were rehearsed, and where the first ones cost several times the later.
+REHEARSED_BUDGET, FIRST_BUDGET = (0.01, 2.0), (0.004, 4.0)
 # A look costs about twice its own time: the engine's part in it, cold caches, garbage.
 LOOK_COST = 2.0
 # Other processes interrupt steps and looks alike, for long beside a look, and as often as either
@@ -110,7 +110,7 @@ class Speculator:
         if known is not None:
             self._plain.begin_with(known.plain)
             self._checking.begin_with(known.checking)
-        self._purse = Purse(SHARE, LAYER_RESERVE if self.has_layer else RESERVE)
+        self._purse = Purse(*(FIRST_BUDGET if known is None else REHEARSED_BUDGET))
         self._own_seconds = Average()
         # Steps that nobody has to ask about, and those that went by since the accounts were kept.
         self._pause, self._paused_steps, self._paused_seconds = 0, 0, 0.0

@@ -203,7 +203,7 @@ def test_graphs_that_are_captured_hide_no_gain(
         ("two cores, 21B", 1, 2.0),
         ("busy cores", 1, 2.4),
         ("busy cores", 4, 1.5),
-        ("card, 0.5 ms", 1, 3.0),
+        ("card, 0.5 ms", 1, 2.7),
         ("card, 0.5 ms", 16, 1.9),
         ("card, 2 ms", 1, 3.0),
         ("card, 10 ms", 1, 4.0),

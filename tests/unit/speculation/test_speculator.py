@@ -14,7 +14,7 @@ from fastdeploy_lite.request.messages import DraftCounts
 from fastdeploy_lite.speculation.config import CHECK_SIZES, SpeculativeConfig
 from fastdeploy_lite.speculation.drafters import Text
 from fastdeploy_lite.speculation.rates import PRIOR, HitRates, Purse, StepCosts, StepSeconds
-from fastdeploy_lite.speculation.speculator import SHARE, Speculator
+from fastdeploy_lite.speculation.speculator import FIRST_BUDGET, Speculator
 
 NextToken = Callable[[list[int]], int]
 
@@ -409,7 +409,7 @@ def test_steps_of_a_pause_are_in_the_accounts_as_if_each_had_been_noted() -> Non
 def test_a_pause_ends_when_the_budget_can_pay_again() -> None:
     speculator = Speculator(SpeculativeConfig("ngram"))
     speculator.note_step(1, 0, 1, 1.0)
-    speculator._purse.add(-speculator._purse.seconds - 4.5 * SHARE)
+    speculator._purse.add(-speculator._purse.seconds - 4.5 * FIRST_BUDGET[0])
     steps = 0
     while True:
         if speculator.pauses():
