@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
@@ -9,8 +10,8 @@ from pathlib import Path
 
 TIMEOUT_VARIABLE = "OPENBLAS_THREAD_TIMEOUT"
 _SHORTEST = "4"
-"""Binary logarithm of processor ticks that an idle thread waits in a loop. OpenBLAS takes 28 where
-nobody says otherwise: after a product each thread takes up to 40 ms from whatever runs next."""
+"""Binary logarithm of processor ticks that an idle thread waits in a loop. Where nobody says so, each
+thread takes up to 40 ms after a product from whatever runs next (measured)."""
 _SETTERS = (
     "scipy_openblas_set_num_threads64_",
     "scipy_openblas_set_num_threads",
@@ -43,7 +44,8 @@ def _libraries() -> Iterator[ctypes.CDLL]:
         return
     paths = {line.split(maxsplit=5)[5] for line in lines if "openblas" in line.rpartition("/")[2]}
     for path in sorted(paths):
-        yield ctypes.CDLL(path)
+        with contextlib.suppress(OSError):  # its file was replaced since
+            yield ctypes.CDLL(path)
 
 
 def _setter(library: ctypes.CDLL) -> ctypes._NamedFuncPointer | None:
