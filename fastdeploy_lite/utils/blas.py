@@ -10,8 +10,8 @@ from pathlib import Path
 
 TIMEOUT_VARIABLE = "OPENBLAS_THREAD_TIMEOUT"
 _SHORTEST = "4"
-"""Binary logarithm of processor ticks that an idle thread waits in a loop. Where nobody says so, each
-thread takes up to 40 ms after a product from whatever runs next (measured)."""
+"""Binary logarithm of processor ticks that an idle thread waits in a loop. Where nobody says so, it
+takes up to 40 ms after a product from whatever runs next (measured)."""
 _SETTERS = (
     "scipy_openblas_set_num_threads64_",
     "scipy_openblas_set_num_threads",

@@ -114,6 +114,33 @@ def test_a_killed_replica_of_two_ranks_is_started_again(tmp_path: Path) -> None:
         assert server.wait() == 0
 
 
+@pytest.mark.timeout(240)
+def test_all_replicas_round_activations_as_asked(tmp_path: Path, server: ServerProcess) -> None:
+    """The bits of log-probabilities tell 16 bits from 24."""
+    body = {"prompt": "床前明月光", "max_tokens": 6, "temperature": 0, "logprobs": 1}
+
+    def log_probabilities(asked: ServerProcess) -> list[float]:
+        found = asked.post("/v1/completions", json=body).json()
+        values: list[float] = found["choices"][0]["logprobs"]["token_logprobs"]
+        return values
+
+    with running_server(
+        tmp_path / "s", (*FLAGS, "--activation-bits", "16", "--enable-logprob")
+    ) as both:
+        found: list[list[float]] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(log_probabilities(both))) for _ in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert len(found) == 6
+        assert all(per_replica(both, "replica_requests").values())
+        assert all(values == found[0] for values in found)
+    assert found[0] != log_probabilities(server)
+
+
 def test_replicas_are_not_for_the_offline_class() -> None:
     with pytest.raises(ConfigError, match="data_parallel_size 2: replicas are for a server"):
         LLM("demo", data_parallel_size=2)
