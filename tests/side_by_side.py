@@ -7,12 +7,16 @@ cores idle. Each half is a whole pytest of its own; their outputs are shown one 
 at the end what failed in either and the sum of both. Any signal that ends a program is handed on as
 an interrupt, so that fixtures take down what they have started.
 
+Products of numpy keep to a half's share of the cores: threads of OpenBLAS wait for one another in a
+loop, which lasts where the other half runs on their core.
+
 The exit status is 0 if both halves passed, 128 and the number of the signal that ended this
 program, else that of the first half that did not pass, where a signal counts as in a shell.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -30,6 +34,7 @@ HALVES = {
 }
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOOK_SECONDS = 0.2
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 SHORT_SUMMARY = "short test summary info"
 COLORS = re.compile(r"\x1b\[[\d;]*m")
 LAST_LINE = re.compile(r"^=+ (\d+ \w+.*) in [\d.]+s\b.*=+$")
@@ -50,11 +55,12 @@ class Half:
         self._log = log
         color = ["--color=yes"] if sys.stdout.isatty() else []
         command = [sys.executable, "-u", "-m", "pytest", *color, *arguments]
+        share = max(1, len(os.sched_getaffinity(0)) // len(HALVES))
         with log.open("wb") as file:
             # A session of its own: Ctrl-C reaches it once, through this program.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                start_new_session=True, env={BLAS_THREADS: str(share), **os.environ},
             )  # fmt: skip
 
     def interrupt(self) -> None:

@@ -71,6 +71,19 @@ while not (Path('unit').exists() and Path('rest').exists()): time.sleep(0.01)
     assert lines[-1].strip("=").startswith(" 6 passed, 2 skipped, 4 warnings in ")
 
 
+@pytest.mark.parametrize("said", [None, "3"])
+def test_products_of_numpy_keep_to_a_share_of_the_cores(
+    tmp_path: Path, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", said)
+    tell = "print('threads', os.environ['OPENBLAS_NUM_THREADS'])\n"
+    _, lines = run(tmp_path, tell + PASSED, tell + PASSED)
+    share = said or str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert lines.count(f"threads {share}") == 2
+
+
 @pytest.mark.parametrize("failing", ["unit", "rest"])
 def test_a_failure_of_either_is_the_result(tmp_path: Path, failing: str) -> None:
     code, lines = run(tmp_path, *((FAILED, PASSED) if failing == "unit" else (PASSED, FAILED)))
