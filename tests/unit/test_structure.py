@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,12 +90,13 @@ WITHOUT_PADDLE_AT_RUN_TIME = (
 )
 
 
-def modules() -> list[tuple[str, Path]]:
+@functools.cache
+def modules() -> tuple[tuple[str, Path], ...]:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         found.append((".".join(p for p in parts if p != "__init__"), path))
-    return found
+    return tuple(found)
 
 
 def layer_of(module: str) -> int:
@@ -115,21 +116,27 @@ def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
 
 
-def imported_names(path: Path, for_types: bool = False) -> Iterator[str]:
-    """Absolute names of all modules that a file imports, lazily or not; `for_types` adds those
-    under `TYPE_CHECKING`."""
-    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+@functools.cache
+def imports(path: Path) -> tuple[tuple[str, bool], ...]:
+    """Absolute names of all modules that a file imports, lazily or not, and whether for types."""
+    found: list[tuple[str, bool]] = []
+    pending: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text(encoding="utf-8")), False)]
     while pending:
-        node = pending.pop()
-        if is_type_checking(node) and not for_types:
-            continue
+        node, for_types = pending.pop()
+        for_types |= is_type_checking(node)
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += ((alias.name, for_types) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import at line {node.lineno}"
             # `from package import module` means the module, where there is one of that name.
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        pending.extend(ast.iter_child_nodes(node))
+            found += ((f"{node.module}.{alias.name}", for_types) for alias in node.names)
+        pending += ((child, for_types) for child in ast.iter_child_nodes(node))
+    return tuple(found)
+
+
+def imported_names(path: Path, for_types: bool = False) -> list[str]:
+    """Names of the modules that a file imports; `for_types` adds those under `TYPE_CHECKING`."""
+    return [name for name, is_for_types in imports(path) if for_types or not is_for_types]
 
 
 @pytest.mark.parametrize(("module", "path"), modules(), ids=str)
