@@ -19,6 +19,11 @@ step and the median over the steps (`benchmarks/layer_times.py` says what the wo
 "handing on" and "waiting for the card" take together beyond the card alone is the crossings. First
 of all, the same experts layer after layer without the card, with fewer and fewer threads: what the
 kernels reach where nobody waits for anything.
+
+--profile adds where a whole step goes (`benchmarks/step_times.py`), what each format's layers read
+a second and how long each of their shared loops takes (up and gate projection, SwiGLU, down
+projection, sum; small ones are not shared), the experts alone with activations of 24 and of 16
+bits, and a crossing alone.
 """
 
 from __future__ import annotations
@@ -36,14 +41,16 @@ import numpy as np
 from bench_card import GB, SHAPES, Sequences, UniformRouting, runtime_config
 
 from fastdeploy_lite import device, processor
-from fastdeploy_lite.benchmarks import host_layers, layer_times
+from fastdeploy_lite.benchmarks import host_layers, layer_times, step_times
 from fastdeploy_lite.benchmarks.host_layers import HostLayer
 from fastdeploy_lite.benchmarks.layer_times import LayerClock, LayerTimes
+from fastdeploy_lite.benchmarks.step_times import StepClock, StepTimes
 from fastdeploy_lite.config import CacheConfig, ExpertOffloadConfig, RuntimeConfig
 from fastdeploy_lite.model_executor import expert_placement
 
 GIB = 1 << 30
 READ_WEIGHTS = 4  # of the largest matrices; each is read as a whole
+CROSSINGS = 200
 
 
 def configured(args: argparse.Namespace) -> RuntimeConfig:
@@ -56,6 +63,7 @@ def configured(args: argparse.Namespace) -> RuntimeConfig:
         config,
         cache=CacheConfig(gpu_memory_utilization=share),
         expert_offload=ExpertOffloadConfig(args.cpu_moe_layers, args.moe_card_gib),
+        activation_bits=args.activation_bits,
     )
 
 
@@ -73,6 +81,13 @@ def read_bandwidth(runner: Any) -> float:
 def extent(seconds: list[float]) -> tuple[float, float]:
     """The longest, which gives the least rate, and the shortest."""
     return max(seconds), min(seconds)
+
+
+def _chosen_bytes(layer: HostLayer) -> float:
+    """Bytes of the experts that a layer reads."""
+    weights = layer.up_gate, layer.down
+    used = len(np.unique(layer.ids))
+    return sum(used * weight.nbytes / weight.num_experts for weight in weights)
 
 
 class Bench:
@@ -130,7 +145,7 @@ class Bench:
         runner._renew_graphs()
         if not use_graphs:
             runner._graphs = None
-        sequences = Sequences(runner, batch, self.args.context, 2 * self.args.steps + 16)
+        sequences = Sequences(runner, batch, self.args.context, 3 * self.args.steps + 16)
         sequences.prefill(self.args.prefill)
         whole, layer = self._timed(sequences)
         with expert_placement.muted(runner._host_links):
@@ -157,7 +172,76 @@ class Bench:
         )
         alone = row["card_alone_ms"] * 1e3 / len(runner._host_links)
         print(f"  a layer: {layer}; the card alone {alone:.0f}")
+        if self.args.profile:
+            row["profile"] = self._profile(sequences, batch)
         return row
+
+    def _profile(self, sequences: Sequences, batch: int) -> dict[str, Any]:
+        """Where a step's time goes."""
+        from fastdeploy_lite import _ops_cuda  # noqa: PLC0415
+
+        clock = LayerClock(next(iter(self.runner._host_links.values())))
+        steps = []
+        with clock.running():
+            whole = StepClock(clock, _ops_cuda)
+            for _ in range(self.args.steps):
+                steps.append(whole.step(sequences.decode))
+                clock.discard()
+        times = step_times.median(steps)
+        print(f"  profile: {times}")
+        self._print_formats(times, batch)
+        return dataclasses.asdict(times)
+
+    def _print_formats(self, times: StepTimes, batch: int) -> None:
+        """What layers of each format read a second, and their loops."""
+        layers = self._host_layers(batch)
+        for kind in sorted({layer.up_gate.kind for layer in layers}):
+            chosen = [i for i, layer in enumerate(layers) if layer.up_gate.kind == kind]
+            micros = statistics.fmean(times.layers[i] for i in chosen)
+            rate = statistics.fmean(_chosen_bytes(layers[i]) for i in chosen) / micros / 1e3
+            loops = step_times.mean_loops([times.loops[i] for i in chosen])
+            parts = ", ".join(
+                f"{wall / 1e3:.0f} (threads busy {mean / 1e3:.0f}, {fastest / 1e3:.0f} to"
+                f" {slowest / 1e3:.0f})"
+                for wall, slowest, fastest, mean in loops
+            )
+            print(f"  {len(chosen)} layers of {kind}: {micros:.0f} us, {rate:.1f} GB/s; {parts}")
+
+    def coarser(self, batch: int) -> dict[str, Any]:
+        """The experts without the card, with activations of 24 and of 16 bits."""
+        from fastdeploy_lite import _ops_cpu  # noqa: PLC0415
+        from fastdeploy_lite.model_executor import ops  # noqa: PLC0415
+
+        layers, read = self._host_layers(batch), self.experts * self.routing.used(batch)
+        workspace = next(iter(self.runner._host_links.values())).workspace
+        row: dict[str, Any] = {"alone": batch, "gb_s_by_activation_bits": {}}
+        for bits in (24, 16, self.args.activation_bits):
+            for layer in layers:
+                ops.set_activation_bits(layer.up_gate, bits)
+                ops.set_activation_bits(layer.down, bits)
+            seconds = host_layers.passes(layers, _ops_cpu.num_threads(), workspace)
+            rate = read / statistics.median(seconds) / GB
+            row["gb_s_by_activation_bits"][bits] = rate
+            print(f"experts alone, batch {batch}, activations of {bits} bits: {rate:.1f} GB/s")
+        return row
+
+    def crossing(self) -> float:
+        """Microseconds of a layer's copies to and fro when nothing else is queued."""
+        runner, model = self.runner, self.runner.config.model
+        link = next(iter(runner._host_links.values()))
+        extents = {"bfloat16": model.hidden_size, "int32": model.moe_k, "float32": model.moe_k}
+        scratch = runner._scratch
+        tensors = [scratch.get(f"crossing_{t}", [1, n], t) for t, n in extents.items()]
+        seconds = []
+        for _ in range(CROSSINGS):
+            started = time.perf_counter()
+            link.fetch(*tensors)
+            link.on_host(lambda: None)
+            link.send(link.answer(tensors[0]), tensors[0])
+            seconds.append(time.perf_counter() - started)
+        micros = statistics.median(seconds) * 1e6
+        print(f"a crossing alone: {micros:.0f} us until its copy back is queued")
+        return micros
 
     def _timed(self, sequences: Sequences) -> tuple[list[float], LayerTimes]:
         """Seconds of each step, and where a layer's go."""
@@ -220,6 +304,9 @@ def bench(args: argparse.Namespace) -> None:
         "rows": [],
     }
     result["rows"] += [work.alone(batch) for batch in args.batches]
+    if args.profile:
+        result["rows"] += [work.coarser(batch) for batch in args.batches]
+        result["crossing_us"] = work.crossing()
     cases = [(batch, graphs) for batch in args.batches for graphs in (True, False)]
     for case in [*cases, None]:
         result["rows"].append(work.prefill() if case is None else work.decode(*case))
@@ -242,6 +329,10 @@ def main() -> int:
     parser.add_argument(
         "--patience-us", type=int, help="of the CPU's idle threads, see cuda_host_link"
     )
+    parser.add_argument(
+        "--activation-bits", type=int, choices=(16, 24), default=24, help="of the CPU's products"
+    )
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes")
     parser.add_argument("--output", help="JSON file for the results")
     args = parser.parse_args()
     args.batches = [int(batch) for batch in args.batches.split(",")]

@@ -71,11 +71,14 @@ void bind_system(py::module_& m) {
   m.def(
       "loop_times",
       [] {
-        const LoopTimes found = loop_times();
-        return py::make_tuple(found.loops, found.wall, found.slowest, found.fastest, found.mean);
+        py::list found;
+        for (const LoopTimes& loop : loop_times()) {
+          found.append(py::make_tuple(loop.wall, loop.slowest, loop.fastest, loop.mean));
+        }
+        return found;
       },
-      "Shared loops since the last call, and sums of their nanoseconds: of the loops, of each "
-      "one's busiest, least busy and average thread.");
+      "Of each shared loop since the last call, nanoseconds of the loop and of its busiest, least "
+      "busy and average thread.");
   m.def(
       "current_isa", [] { return isa_name(current_isa()); }, "Name of the instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"), "Switch the instruction set for the process.");

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from fastdeploy_lite import _ops_cpu
 
 _MARKS = 3  # of a crossing: the host begins to wait, the inputs are there, the answer is written
 _ARRIVED, _DONE = 1, 2
-_LOOPS = np.array([1, 1e-3, 1e-3, 1e-3, 1e-3])
-"""Of _ops_cpu.loop_times(): a number, and nanoseconds that become microseconds."""
+Loop: TypeAlias = tuple[int, int, int, int]
+"""Of _ops_cpu.loop_times(): nanoseconds of a loop, its busiest, least busy and average thread."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,17 @@ class LayerTimes:
 
 
 class LayerClock:
-    """Looks at the clock at each crossing of a link."""
+    """Looks at the clock at each crossing of a link.
+
+    Attributes:
+        loops: since the last `step`, the shared loops of each layer's experts.
+    """
 
     def __init__(self, link: Any) -> None:
         """Args: link: a CudaHostLink that all layers of interest share."""
         self._link = link
         self._marks: list[int] = []
-        self._loops = np.zeros(len(_LOOPS), np.int64)
+        self.loops: list[list[Loop]] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -82,7 +86,13 @@ class LayerClock:
     def discard(self) -> None:
         """Forget what was seen since the last `step`."""
         self._marks.clear()
-        self._loops[:] = 0
+        self.loops.clear()
+
+    def marks(self) -> tuple[list[int], list[int], list[int]]:
+        """Return the nanoseconds since the last `step` at which layers began to wait, at which
+        their inputs had arrived, and at which they had answered."""
+        waits, arrivals, answers = (self._marks[i::_MARKS] for i in range(_MARKS))
+        return waits, arrivals, answers
 
     def step(self) -> LayerTimes:
         """Return the times of the layers since the last call.
@@ -90,15 +100,18 @@ class LayerClock:
         Raises:
             ValueError: no layer has crossed.
         """
-        waits, arrivals, answers = (self._marks[i::_MARKS] for i in range(_MARKS))
+        waits, arrivals, answers = self.marks()
         layers = len(answers)
         if not layers:
             raise ValueError("no layer has crossed")
+        loops = [loop for layer in self.loops for loop in layer]
+        sums = np.array(loops, np.int64).reshape(-1, 4).sum(axis=0)
         times = LayerTimes(
             _mean(answers[:-1], waits[1:]),
             _mean(waits, arrivals),
             _mean(arrivals, answers),
-            *(self._loops / layers * _LOOPS).tolist(),
+            len(loops) / layers,
+            *(sums / (1e3 * layers)).tolist(),
         )
         self.discard()
         return times
@@ -109,7 +122,7 @@ class LayerClock:
             _ops_cpu.loop_times()  # what was before is no expert's
         self._marks.append(time.perf_counter_ns())
         if kind == _DONE:
-            self._loops += _ops_cpu.loop_times()
+            self.loops.append(_ops_cpu.loop_times())
 
 
 def _mean(begins: Sequence[int], ends: Sequence[int]) -> float:

@@ -1,6 +1,6 @@
-"""Runs entrypoints/bench_card.py or bench_ranks.py over CPU processes; used by test_bench_cards.
+"""Runs bench_card.py, bench_ranks.py or bench_offload.py of entrypoints/ over CPU processes.
 
-    python benches_on_cpu.py bench_card ARGUMENTS
+    python benches_on_cpu.py bench_card ARGUMENTS     # used by test_bench_cards
 
 Cards, NCCL and graphs are replaced, shapes are small; what the ranks do is the benchmark's own. The
 ranks beyond the first run this very command line again, with more arguments.
@@ -26,6 +26,8 @@ from model_driver import PaddedSteps  # noqa: E402
 from fastdeploy_lite import device  # noqa: E402
 from fastdeploy_lite.benchmarks import ceilings, timing  # noqa: E402
 from fastdeploy_lite.distributed.communicator import SharedMemoryCommunicator  # noqa: E402
+from fastdeploy_lite.model_executor import expert_placement  # noqa: E402
+from fastdeploy_lite.model_executor.workspace import Workspace  # noqa: E402
 from fastdeploy_lite.worker.model_runner import ModelRunner  # noqa: E402
 
 SMALL: dict[str, Any] = {
@@ -81,11 +83,17 @@ class Cuda(FakeCuda):
     """And what the benchmarks ask of the module themselves."""
 
     def device_facts(self, index: int) -> Any:
-        return SimpleNamespace(name=f"no card {index}", multiprocessors=1)
+        memory = {"total_bytes": 64 << 30, "free_bytes": 60 << 30}
+        return SimpleNamespace(name=f"no card {index}", multiprocessors=1, **memory)
 
 
 def new_graphs(runner: Any) -> None:
     runner._graphs = Graphs() if runner._kv_caches else None
+
+
+def open_link(place: Any) -> Any:
+    link = importlib.import_module("fastdeploy_lite.model_executor.cuda_host_link")
+    return link.CudaHostLink(Workspace(place))
 
 
 def graph_seconds(work: Callable[[], Any], ready: Callable[[], Any]) -> list[float]:
@@ -106,6 +114,7 @@ def main() -> int:
     device.visible_cards = lambda: ["0", "1"]
     ceilings.copy_bandwidth = lambda: 1e9
     timing.graph_seconds = graph_seconds  # type: ignore[assignment]
+    expert_placement.open_link = open_link
     ModelRunner._renew_graphs = new_graphs  # type: ignore[method-assign]
     runtime = importlib.import_module("fastdeploy_lite.model_executor.ops.cuda_runtime")
     runtime._paddle_stream = lambda: 0

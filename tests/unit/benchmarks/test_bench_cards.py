@@ -47,3 +47,16 @@ def test_sums(tmp_path: Path) -> None:
     for way in ("shared memory", "NCCL", "gathered"):
         assert all(row[way] > 0 for row in found)
         assert printed.count(f"{way} ") == 5
+
+
+def test_experts_in_main_memory(tmp_path: Path) -> None:
+    sizes = ["--shape", "300b", "--batches", "1,4", "--steps", "3", "--prefill", "128", "--profile"]
+    printed, found = run(tmp_path, "bench_offload", *sizes, "--activation-bits", "16")
+    assert found["offloaded_layers"] == 1 and found["crossing_us"] > 0
+    steps = [row for row in found["rows"] if "batch" in row]
+    assert [row["batch"] for row in steps] == [1, 1, 4, 4]
+    for row in steps:
+        assert row["profile"]["experts"] > 0
+        assert len(row["profile"]["layers"]) == 1
+    assert printed.count("  1 layers of int4: ") == 4
+    assert printed.count("activations of 16 bits") == 4

@@ -10,8 +10,9 @@ import pytest
 from fake_cuda import Card
 from oracles.rowwise import nearest_bf16
 
-from fastdeploy_lite.benchmarks import layer_times
+from fastdeploy_lite.benchmarks import layer_times, step_times
 from fastdeploy_lite.benchmarks.layer_times import LayerClock, LayerTimes
+from fastdeploy_lite.benchmarks.step_times import StepClock, StepTimes
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.host_experts import HostExperts
 from fastdeploy_lite.model_executor.ops import HostWeight
@@ -177,13 +178,16 @@ def test_loops_of_the_host_count_inside_of_experts_alone(
     layer, clock = Layer(card, False), LayerClock(card.link)
     layer.set_inputs(1)
     layer(2)
-    # What the counters give at each look: before the first layer's experts, in them, and so on.
-    looks = [(7, 7000, 7000, 7000, 7000), (4, 100, 80, 20, 60), (9, 9, 9, 9, 9), (2, 60, 40, 0, 20)]
+    # What is seen at each look: before the first layer's experts, in them, and so on.
+    first, second = [(70, 50, 15, 40), (30, 30, 5, 20)], [(60, 40, 0, 20)]
+    looks = [[(7000, 7000, 7000, 7000)], first, [(9, 9, 9, 9)] * 2, second]
     monkeypatch.setattr(layer_times._ops_cpu, "loop_times", lambda: looks.pop(0))
     with clock.running():
         layer(2)
+        assert clock.loops == [first, second]
         found = clock.step()
-    assert (found.loops, found.in_loops, found.slowest) == (3, 0.08, 0.06)
+    assert not clock.loops
+    assert (found.loops, found.in_loops, found.slowest) == (1.5, 0.08, 0.06)
     assert (found.fastest, found.mean) == (0.01, 0.04)
 
 
@@ -201,3 +205,40 @@ def test_medians_number_by_number() -> None:
     assert layer_times.median(steps) == LayerTimes(*range(4, 12))
     line = "handing on 4, waiting for the card 5, experts 6 us (in 7.0 loops 8, threads busy 11 (10"
     assert str(layer_times.median(steps)).startswith(line)
+
+
+# -- where a whole step's time goes ----------------------------------------------------------------
+
+
+def test_a_steps_time_is_told_apart(card: Card, ticks: list[int]) -> None:
+    layer, clock = Layer(card, False), LayerClock(card.link)
+    layer.set_inputs(1)
+    card.graphs.run(2, lambda: layer(2))
+    step = StepClock(clock, card.cuda)
+    launch = card.cuda.launch_graph
+    #  begun; a launch; waits, there, done; a launch; waits, there, done; the last launch; ended
+    ticks[:] = [1000 * t for t in (0, 2, 5, 9, 10, 40, 43, 45, 50, 51, 91, 95, 97, 99)]
+    with clock.running():
+        found = step.step(lambda: card.graphs.run(2, lambda: layer(2)))
+    assert (found.before, found.waiting, found.experts) == (0.009, 0.002, 0.07)
+    assert (found.launches, found.python, found.after) == (0.002, 0.008, 0.008)
+    assert found.layers == [30, 40]
+    assert len(found.loops) == 2
+    assert card.cuda.launch_graph == launch
+    clock.discard()
+    with clock.running(), pytest.raises(ValueError, match="no layer has crossed"):
+        ticks[:] = [0, 0]
+        step.step(lambda: 0.0)
+
+
+def test_medians_of_steps_and_means_of_layers() -> None:
+    def made(n: int, *loops: list[tuple[int, int, int, int]]) -> StepTimes:
+        return StepTimes(n, n + 1, n + 2, n + 3, n + 4, n + 5, [n, 2 * n], list(loops))
+
+    a, b, c = (1, 2, 3, 4), (5, 6, 7, 8), (3, 0, 9, 4)
+    found = step_times.median([made(4, [a, b], [c]), made(1, [b, b], [a]), made(9, [c, b], [])])
+    assert found == made(4, [(3, 2, 7, 4), b], [])
+    assert str(found).startswith(
+        "before the first layer 4.00 ms, launches 5.00, other code between"
+    )
+    assert step_times.mean_loops([[a, b], [c, c], [a]]) == [(2, 1, 6, 4), (4, 3, 8, 6)]
