@@ -41,7 +41,7 @@ from fastdeploy_lite.benchmarks.turns import ratio_interval
 from fastdeploy_lite.engine.engine_core import EngineCore
 from fastdeploy_lite.engine.scheduler import Sequence
 from fastdeploy_lite.speculation.config import DEFAULT_TOKENS, SpeculativeConfig
-from fastdeploy_lite.speculation.rates import StepCosts
+from fastdeploy_lite.speculation.rates import StepCosts, StepSeconds
 from fastdeploy_lite.speculation.speculator import Speculator
 
 FORMS = (
@@ -63,6 +63,10 @@ PASSAGES = (
 )
 KINDS = ("chat", "repetition", "random")
 PLAIN, AGAIN = "none", "again"
+# What a policy is told of steps of each kind: how many, their seconds, those beside the executor,
+# those of looks in them, tokens, and seconds of plain steps that would have given as many.
+PARTS = ("n", "s", "beside_s", "look_s", "tokens", "plain_s")
+TOLD = [f"{kind}_{part}" for kind in ("plain", "check", "prompt") for part in PARTS]
 TOKENS_A_TURN = 8
 MAX_MODEL_LEN, BLOCKS_A_SEQUENCE = 1024, 16
 Prompt = str | list[int]
@@ -96,6 +100,39 @@ class Row:
     totals: dict[str, float] = field(default_factory=dict)
 
 
+class Watched(Speculator):
+    """A policy that sums up what it is told of steps.
+
+    Attributes:
+        told: Sums since the beginning.
+        lowest: What its purse held, at least; seconds.
+    """
+
+    def __init__(self, config: SpeculativeConfig, known: StepSeconds | None) -> None:
+        super().__init__(config, known)
+        self.told = dict.fromkeys(TOLD, 0.0)
+        self.lowest = 0.0
+
+    def note_step(
+        self,
+        count: int,
+        checked: int,
+        emitted: int,
+        seconds: float,
+        decodes: bool = True,
+        beside: float = 0.0,
+    ) -> None:
+        """See Speculator."""
+        looked = self._look_seconds
+        super().note_step(count, checked, emitted, seconds, decodes, beside)
+        kind = "check" if checked and decodes else "plain" if decodes else "prompt"
+        plain = self._plain_seconds(count) or seconds
+        parts = (1.0, seconds, beside, looked, emitted, emitted / max(count, 1) * plain)
+        for name, value in zip(PARTS, parts, strict=True):
+            self.told[f"{kind}_{name}"] += value
+        self.lowest = min(self.lowest, self._purse.seconds)
+
+
 class Contestant:
     """One way to decode. The engine has sequences of one contestant at a time.
 
@@ -109,7 +146,7 @@ class Contestant:
         self.core: EngineCore = llm.llm_engine._core
         plain = method in (PLAIN, AGAIN)
         known = self.core.step_seconds
-        self.speculator = None if plain else Speculator(SpeculativeConfig(method), known)
+        self.speculator = None if plain else Watched(SpeculativeConfig(method), known)
         self.row = Row()
         self._running: list[Sequence] = []
         self._chunks: Any = iter(())
@@ -141,6 +178,7 @@ class Contestant:
                 new = () if part is None else part.outputs.token_ids
                 answer.extend(new)
                 self._ended += len(new)
+        self.core.close_step(time.perf_counter())
         taken = time.perf_counter() - wall, time.process_time() - cpu
         for name, value in self.totals().items():
             self.row.totals[name] = self.row.totals.get(name, 0) + value - before[name]
@@ -161,6 +199,7 @@ class Contestant:
             "model_s": stats.model_seconds,
             "guess_s": policy.seconds if policy else 0.0,
             "looks": policy.looks if policy else 0,
+            **(policy.told if policy else dict.fromkeys(TOLD, 0.0)),
             "drafted": drafts.drafted if drafts else 0,
             "accepted": drafts.accepted if drafts else 0,
         }
@@ -226,6 +265,8 @@ class Race:
         """Begin a new row."""
         for contestant in self.contestants.values():
             contestant.row = Row()
+            if contestant.speculator is not None:
+                contestant.speculator.lowest = 0.0
 
 
 def result(kind: str, batch: int, name: str, rows: dict[str, Row]) -> dict[str, Any]:
@@ -260,7 +301,29 @@ def breakdown(spent: dict[str, float]) -> str:
     )
 
 
-def beliefs(speculator: Speculator) -> str:
+def told(row: Row) -> str:
+    """What a policy was told of the steps of a row, in microseconds a step."""
+    spent, lines = row.totals, []
+    for kind in ("plain", "check"):
+        steps = max(spent[f"{kind}_n"], 1.0)
+        micros = {name: 1e6 * spent[f"{kind}_{name}"] / steps for name in PARTS}
+        lines.append(
+            f"  told of {spent[f'{kind}_n']:.0f} {kind} steps of {micros['s']:.0f} us, beside the"
+            f" executor {micros['beside_s']:.1f}, looking on top {micros['look_s']:.1f};"
+            f" {spent[f'{kind}_tokens'] / steps:.1f} tokens, {micros['plain_s']:.0f} us in plain"
+            " steps"
+        )
+    known = sum(spent[f"{kind}_{part}"] for kind in ("plain", "check") for part in ("s", "look_s"))
+    rest = spent["steps"] - spent["plain_n"] - spent["check_n"] - spent["prompt_n"]
+    wall, others = 1e6 * sum(row.wall), max(rest, 1.0)
+    lines.append(
+        f"  wall {wall:.0f} us, of which told {1e6 * known:.0f}; {rest:.0f} steps of pauses,"
+        f" {(wall - 1e6 * known) / others:.0f} us each if nothing else took time"
+    )
+    return "\n".join(lines)
+
+
+def beliefs(speculator: Watched) -> str:
     """What a policy has measured."""
 
     def costs(steps: StepCosts) -> str:
@@ -271,7 +334,10 @@ def beliefs(speculator: Speculator) -> str:
     return (
         f"  us of a plain step by sequences: {costs(speculator._plain)}\n"
         f"  us of a step with guesses by tokens: {costs(speculator._checking)}\n"
-        f"  rates by class of match: {rates}; purse {1e6 * speculator._purse.seconds:.0f} us"
+        f"  rates by class of match: {rates}; purse {1e6 * speculator._purse.seconds:.0f} us,"
+        f" lowest {1e6 * speculator.lowest:.0f}; host's part of a guess"
+        f" {1e6 * speculator._beside_guess.value:.1f} us, a look"
+        f" {1e6 * speculator._own_seconds.value:.0f}"
     )
 
 
@@ -326,7 +392,7 @@ def main() -> int:
                 if args.profile:
                     print(breakdown(contestant.row.totals), flush=True)
                 if args.profile and contestant.speculator is not None:
-                    print(beliefs(contestant.speculator), flush=True)
+                    print(told(contestant.row), beliefs(contestant.speculator), sep="\n")
     if args.profile:
         print_functions(race, batches[-1], args.rounds)
     print(f"runs whose answers differ from those without guesses: {differing}")

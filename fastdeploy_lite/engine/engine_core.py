@@ -51,6 +51,7 @@ from fastdeploy_lite.request.step import (
     TokenLogprobs,
 )
 from fastdeploy_lite.speculation.drafters import Text
+from fastdeploy_lite.speculation.open_step import OpenStep
 from fastdeploy_lite.speculation.rates import StepSeconds
 from fastdeploy_lite.speculation.speculator import Speculator
 from fastdeploy_lite.utils.errors import ConfigError, RequestError, one_line
@@ -158,6 +159,7 @@ class EngineCore:
         if config.speculative is not None:
             self._speculator = Speculator(config.speculative, step_seconds)
         self._layer: Speculator | None = None  # whose draft layer reads this step
+        self._open_step: OpenStep | None = None  # the last one, which lasts until the next begins
 
     # Requests ------------------------------------------------------------------------------------
 
@@ -309,17 +311,31 @@ class EngineCore:
             EngineDeadError: The model runner fails whatever it is given.
         """
         started = time.perf_counter()
+        if self._open_step is not None:
+            self.close_step(started)
         self._patience = MASK_PATIENCE
         self._collect_compiled()
         plan = self._scheduler.schedule()
         outputs, self._outbox = self._outbox, []
         if plan:
-            self._run(plan, outputs)
+            self._run(plan, outputs, started)
             outputs += self._outbox
             self._outbox = []
             self._stats.steps += 1
-        self._stats.step_seconds += time.perf_counter() - started
+        ended = time.perf_counter()
+        self._stats.step_seconds += ended - started
+        if self._open_step is not None:
+            self._open_step.ended = ended
+            if not self._scheduler.has_sequences:
+                self.close_step(ended)
         return outputs
+
+    def close_step(self, now: float) -> None:
+        """Tell the policy of guesses what the last step took, at the time `now` of
+        `time.perf_counter`, unless it knows; a step does so when it begins."""
+        if self._open_step is not None:
+            self._open_step.close(now)
+            self._open_step = None
 
     def _collect_compiled(self) -> None:
         if not self._compiling:
@@ -337,13 +353,15 @@ class EngineCore:
             else:
                 self._outbox.append(self._fail(active, error))
 
-    def _run(self, plan: list[tuple[Sequence, int]], outputs: list[EngineOutput]) -> None:
+    def _run(
+        self, plan: list[tuple[Sequence, int]], outputs: list[EngineOutput], began: float
+    ) -> None:
         batch: list[tuple[_Active, SequenceSlice]] = []
         now = time.time()
         speculator, self._layer = self._speculator, None
         pauses = speculator is None or (_decodes(plan) and speculator.pauses())
+        spent = 0.0 if speculator is None else speculator.seconds
         guesses = {} if pauses or speculator is None else self._guesses(speculator, plan)
-        started = time.perf_counter()
         for sequence, count in plan:
             active = self._active[sequence.request.request_id]
             if not active.scheduled:
@@ -359,20 +377,24 @@ class EngineCore:
             time.sleep(self._patience)  # all wait for their constraints: no need to spin
         self._stats.last_batch_size = len(batch)
         if batch:
-            before = self._stats.generation_tokens
+            before, executed = self._stats.generation_tokens, self._stats.model_seconds
             slices = [part for _, part in batch]
             results = self._execute(slices)
             for (active, part), result in zip(batch, results, strict=True):
                 self._advance(active, part, result, outputs)
-            if speculator is not None:
-                seconds = time.perf_counter() - started
-                if pauses:
-                    speculator.note_pause(len(slices), seconds)
-                    return
-                emitted = self._stats.generation_tokens - before
-                checked = sum(len(p.draft_token_ids) for p in slices) if guesses else 0
-                sampled = [part.sample for part in slices].count(True)
-                speculator.note_step(sampled, checked, emitted, seconds, _decodes(plan))
+            if pauses and speculator is not None:
+                speculator.totals.steps += len(slices)
+            elif speculator is not None:
+                self._open_step = OpenStep(
+                    speculator,
+                    began,
+                    executed=self._stats.model_seconds - executed,
+                    guessed=speculator.seconds - spent,
+                    sampled=[part.sample for part in slices].count(True),
+                    checked=sum(len(p.draft_token_ids) for p in slices) if guesses else 0,
+                    emitted=self._stats.generation_tokens - before,
+                    decodes=_decodes(plan),
+                )
 
     def _guesses(
         self, speculator: Speculator, plan: list[tuple[Sequence, int]]

@@ -83,10 +83,14 @@ class HitRates:
 
 
 class Average:
-    """A mean in which old values fade; 0 before the first."""
+    """A mean in which old values fade.
 
-    def __init__(self) -> None:
-        self._weight = self._sum = 0.0
+    Args:
+        first: Value before the first one, worth `weight` of them.
+    """
+
+    def __init__(self, first: float = 0.0, weight: float = 0.0) -> None:
+        self._weight, self._sum = weight, first * weight
 
     def note(self, value: float) -> None:
         """Record one value."""
@@ -150,8 +154,9 @@ class StepCosts:
         stale_after: Steps after which a class must be measured again: costs change, too.
     """
 
-    # Interruptions make steps longer, never shorter: what two of three steps exceed is the cost.
-    EXCEEDED_BY = 3
+    # A cost is a mean, in which no step counts for more than so many times what two of three
+    # exceed: it captured a graph or was interrupted. Most of the first few may have been.
+    EXCEEDED_BY, MOST_COUNTED, FEW = 3, 3.0, 5
 
     def __init__(self, sizes: Sequence[int], least: int) -> None:
         self._sizes, self._least = tuple(sizes), least
@@ -213,10 +218,16 @@ class StepCosts:
                     continue
                 return size, steps.first * slower
             if steps.found is None:
-                ordered = sorted(steps.noted)
-                steps.found = ordered[(len(ordered) - 1) // self.EXCEEDED_BY]
+                steps.found = self._cost(sorted(steps.noted))
             return size, steps.found
         return None
+
+    def _cost(self, ordered: Sequence[float]) -> float:
+        usual = ordered[(len(ordered) - 1) // self.EXCEEDED_BY]
+        if len(ordered) < self.FEW:
+            return usual
+        most = self.MOST_COUNTED * usual
+        return sum(min(seconds, most) for seconds in ordered) / len(ordered)
 
     def first(self, tokens: int) -> float | None:
         """What a step of `tokens` took before the first of all, if that was measured."""
@@ -234,10 +245,12 @@ class Purse:
     Args:
         share: Of each step's time.
         reserve: Most that it holds, in steps of decoding; it begins with half of that.
+        debt: Most that it owes, in steps of decoding: what was lost beyond that is forgiven. So
+            what a large batch lost does not silence a small one, whose steps are shorter.
     """
 
-    def __init__(self, share: float, reserve: float) -> None:
-        self._share, self._reserve = share, reserve
+    def __init__(self, share: float, reserve: float, debt: float = math.inf) -> None:
+        self._share, self._reserve, self._debt = share, reserve, debt
         self._most = 0.0
         self.seconds = 0.0
 
@@ -262,6 +275,7 @@ class Purse:
             if not self._most:
                 self.seconds += 0.5 * self._reserve * seconds
             self._most = self._reserve * seconds
+            self.seconds = max(self.seconds, -self._debt * seconds)
         self.seconds = min(self.seconds + self._share * seconds, self._most)
 
     def add(self, seconds: float) -> None:

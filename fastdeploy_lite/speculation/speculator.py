@@ -29,9 +29,10 @@ TRIED_GAIN = 1.4
 TRIED_SLOPE, TRIED_REACH = 0.5, 4.0
 # Guesses that come true less often than this are not thought about.
 LEAST_CHANCE = 0.05
-# Guessing may cost this share of the time of all steps, and as much at once as so many steps take:
-# where the costs of checks were rehearsed, and where the first ones cost several times the later.
-REHEARSED_BUDGET, FIRST_BUDGET = (0.01, 2.0), (0.004, 4.0)
+# Guessing may cost this share of the time of all steps, as much at once as so many steps take, and
+# is forgiven what it owes beyond that many: where the costs of checks were rehearsed, and where the
+# first ones cost several times the later, or a draft layer reads for a while before it is judged.
+REHEARSED_BUDGET, FIRST_BUDGET = (0.01, 2.0, 4.0), (0.004, 4.0, 32.0)
 # A look costs about twice its own time: the engine's part in it, cold caches, garbage.
 LOOK_COST = 2.0
 # Other processes interrupt steps and looks alike, for long beside a look, and as often as either
@@ -52,6 +53,8 @@ STEPS_BETWEEN_PLAIN = 64
 # Numbers of sequences whose steps without guesses cost about the same.
 PLAIN_SIZES = (*range(1, 17), *range(20, 65, 4), 80, 96, 112, 128)
 PLAIN_STEPS, CHECKING_STEPS = 2, 3  # measured before a cost is known
+# What the host takes for a guess beside the executor, before that was measured.
+HOST_GUESS = 2e-6
 # A cost that is not known is at most that of a step so many times as large.
 CHECKING_REACH, PLAIN_REACH = 2.0, 1.25
 # While time is short, so many looks are at so many sequences before others take their turn: what
@@ -72,9 +75,9 @@ class _Memory:
 class Speculator:
     """Speculation of one engine.
 
-    A step that only decodes goes: `pauses`, and nothing but `note_pause` where it does. Any other,
-    and one that does not: `rests`, and `choose` unless it does; `note_tokens` of sequences whose
-    guesses were checked, of all when a draft layer was asked; `note_step`.
+    A step that only decodes goes: `pauses`, and nothing else where it does. Any other, and one that
+    does not: `rests`, and `choose` unless it does; `note_tokens` of sequences whose guesses were
+    checked, of all when a draft layer was asked; `note_step`, once the next step begins.
 
     Args:
         config: Method and limits.
@@ -104,8 +107,11 @@ class Speculator:
         self._looked_at: list[tuple[Text, int]] = []  # with the length of the answer
         self._memories: dict[str, _Memory] = {}
         self._rates = HitRates()
+        # What the executor takes, as it was rehearsed; what the host takes beside it comes on top.
         self._plain = StepCosts(PLAIN_SIZES, PLAIN_STEPS)
         self._checking = StepCosts(CHECK_SIZES, CHECKING_STEPS)
+        self._beside = StepCosts(PLAIN_SIZES, 1)
+        self._beside_guess = Average(HOST_GUESS, weight=1.0)
         self._is_rehearsed = known is not None  # so that no size has to be tried
         if known is not None:
             self._plain.begin_with(known.plain)
@@ -113,9 +119,10 @@ class Speculator:
         self._purse = Purse(*(FIRST_BUDGET if known is None else REHEARSED_BUDGET))
         self._own_seconds = Average()
         # Steps that nobody has to ask about, and those that went by since the accounts were kept.
-        self._pause, self._paused_steps, self._paused_seconds = 0, 0, 0.0
+        self._pause = self._paused_steps = 0
         self._is_spent = False  # the budget, before this step
         self._usual = 0.0  # seconds of a plain step, at the last look
+        self._look_seconds = 0.0  # of guessing, in this step
         self._checks_noted = 0  # in this step
         self._steps_since_plain = 0
         # The last look: whether its guesses paid, and whether most of them were right.
@@ -159,27 +166,23 @@ class Speculator:
         return self.num_drafts
 
     def pauses(self) -> bool:
-        """Whether the next step, which only decodes, needs nothing but `note_pause`; asked before
-        anything else."""
+        """Whether the next step, which only decodes, needs nothing else; asked before anything
+        else."""
         if self._pause == 0:
             return False
         self._pause -= 1
+        self._paused_steps += 1
         return True
 
-    def note_pause(self, count: int, seconds: float) -> None:
-        """Record a step of a pause: the sequences that it sampled for, and what it took."""
-        self.totals.steps += count
-        self._paused_steps += 1
-        self._paused_seconds += seconds
-
     def _end_pause(self) -> None:
-        """Enter the steps of a pause into the accounts."""
-        self._plain.now = self._checking.now = self._plain.now + self._paused_steps
-        seconds = self._paused_seconds
-        if self._usual:
-            seconds = min(seconds, EARNED_STEPS * self._usual * self._paused_steps)
-        self._purse.pass_step(seconds, False)
-        self._pause, self._paused_steps, self._paused_seconds = 0, 0, 0.0
+        """Enter the steps of a pause into the accounts: each as long as is usual."""
+        self._pass_steps(self._paused_steps)
+        self._purse.pass_step(self._usual * self._paused_steps, False)
+        self._pause = self._paused_steps = 0
+
+    def _pass_steps(self, count: int) -> None:
+        self._plain.now += count
+        self._checking.now = self._beside.now = self._plain.now
 
     def rests(self, decodes: bool = True) -> bool:
         """Whether the next step goes without guesses; asked once a step, before `choose`.
@@ -266,6 +269,7 @@ class Speculator:
     def _spend(self, seconds: float) -> float:
         """Charge time of guessing itself; how much of it counts."""
         self.seconds += seconds
+        self._look_seconds += seconds
         if self._usual:
             seconds = min(seconds, max(self._usual, CHARGED_LOOKS * self._own_seconds.value))
         self._purse.add(-LOOK_COST * seconds)
@@ -327,7 +331,13 @@ class Speculator:
             counts.note(checked, len(tokens) - 1)
 
     def note_step(
-        self, count: int, checked: int, emitted: int, seconds: float, decodes: bool = True
+        self,
+        count: int,
+        checked: int,
+        emitted: int,
+        seconds: float,
+        decodes: bool = True,
+        beside: float = 0.0,
     ) -> None:
         """Record a step, after the tokens of its sequences.
 
@@ -335,31 +345,39 @@ class Speculator:
             count: Sequences that it sampled for.
             checked: Guessed tokens that it computed.
             emitted: Tokens that it gave.
-            seconds: That it took without the time of guessing.
+            seconds: From its beginning to that of the next, without the time of guessing.
             decodes: Whether it did nothing else.
+            beside: Seconds of these that the executor did not take.
         """
         if not self._most_tokens:
             return
         self.totals.steps += count - self._checks_noted
         self._checks_noted = 0
         if decodes and count:
-            self._plain.now = self._checking.now = self._plain.now + 1
+            self._pass_steps(1)
             if checked or self.feeds_draft:
-                self._settle(count, checked, emitted, seconds)
+                self._settle(count, checked, emitted, seconds, beside)
             else:
-                self._plain.note(count, seconds)
-                self._steps_since_plain = 0
+                self._note_plain(count, seconds, beside)
         else:
             self._settle_unmeasured(count, checked, emitted, seconds)
         if decodes and self._usual:
             seconds = min(seconds, EARNED_STEPS * self._usual)
         self._purse.pass_step(seconds, decodes and count > 0)
+        self._look_seconds = 0.0
         if self._open and not (self.has_layer or self._goes_well or self._purse.is_rich):
             # The next look comes when all that was guessed can be judged.
             self._pause = max(len(draft.tokens) for draft in self._open.values()) - 1
         elif self._is_spent:
-            wait = self._purse.steps_to_wait(self._usual or seconds, self._is_promising)
+            wait = self._purse.steps_to_wait(self._usual, self._is_promising)
             self._pause, self._is_spent = min(wait, MOST_PAUSED), False
+
+    def _note_plain(self, count: int, seconds: float, beside: float) -> None:
+        """Learn from a step without guesses."""
+        self._steps_since_plain = 0
+        self._plain.note(count, seconds - beside)
+        self._beside.note(count, beside)
+        self._usual = self._plain_seconds(count) or self._usual or seconds
 
     def _judge_the_rest(self) -> None:
         """Judge guesses that were not checked by what was said since: the account costs nothing."""
@@ -388,28 +406,37 @@ class Speculator:
         memory.rates.note(draft.matched, hits, hits < judged)
         return hits
 
-    def _settle(self, count: int, checked: int, emitted: int, seconds: float) -> None:
+    def _settle(
+        self, count: int, checked: int, emitted: int, seconds: float, beside: float
+    ) -> None:
         """Charge a step with guesses, or credit what they saved."""
         self._steps_since_plain += 1
         plain = self._plain_seconds(count)
-        known = self._checking_seconds(count + checked, self._slower(count)) if checked else None
+        known = self._checking_seconds(count, checked) if checked else None
         is_first = checked > 0 and not self._checking.knew(count + checked)
         if checked:
-            self._checking.note(count + checked, seconds)
+            self._checking.note(count + checked, seconds - beside)
+            self._note_beside(count, checked, beside, plain or 0.0)
         if plain is None:
             return
-        if known is not None and seconds > INTERRUPTED * known:
-            seconds = known  # a graph was captured again, or something came between
+        if known is not None:  # a graph was captured again, or something came between
+            seconds = min(seconds, INTERRUPTED * known)
         saved = emitted / count * plain - seconds
         self._purse.add(max(saved, -(MOST_TRIED if is_first else MOST_CHARGED) * plain))
         if not checked:
             self._layer_share.note(min(max(seconds / plain - 1.0, 0.0), INTERRUPTED))
             return
-        self._goes_well = saved > 0 or (is_first and emitted > count)
+        self._goes_well = saved > self._look_seconds or (is_first and emitted > count)
         if saved > 0:
             self._checking.stale_after = STALE_AFTER
         elif not is_first:
             self._checking.stale_after = min(2 * self._checking.stale_after, MOST_STALE_AFTER)
+
+    def _note_beside(self, count: int, checked: int, beside: float, plain: float) -> None:
+        """Learn what the host takes for a guess, on top of what a sequence takes; an interruption
+        counts for no more than a plain step."""
+        more = max(beside - self._beside_seconds(count), 0.0) / checked
+        self._beside_guess.note(min(more, INTERRUPTED * self._beside_guess.value + plain / checked))
 
     def _settle_unmeasured(self, count: int, checked: int, emitted: int, seconds: float) -> None:
         """Charge a step that read prompts, too, with what its parts usually take alone."""
@@ -418,7 +445,7 @@ class Speculator:
         if not checked:
             return
         plain = self._plain_seconds(count)
-        known = self._checking_seconds(count + checked, self._slower(count))
+        known = self._checking_seconds(count, checked)
         if plain is not None and known is not None:
             self._purse.add(emitted / count * plain - known)
 
@@ -440,25 +467,39 @@ class Speculator:
         return lengths
 
     def _plain_seconds(self, count: int) -> float | None:
-        """A step of `count` sequences without guesses; a step of fewer than one that was measured
-        takes at least its share of it."""
+        """A step of `count` sequences without guesses."""
+        executed = self._executed(count)
+        return None if executed is None else executed + self._beside_seconds(count)
+
+    def _executed(self, count: int) -> float | None:
+        """What the executor takes of it; a step of fewer sequences than one that was measured takes
+        at least its share of it."""
         reach = max(PLAIN_REACH * count, self._plain.size(count))
         larger = self._plain.larger(count, reach)
         return None if larger is None else larger[1] * min(count / larger[0], 1.0)
 
-    def _checking_seconds(self, tokens: int, slower: float) -> float | None:
-        """At most what a step of `tokens` that checks guesses takes; see `_slower`."""
+    def _beside_seconds(self, count: int) -> float:
+        """What the host takes beside it; 0 before the first step of about as many sequences."""
+        larger = self._beside.larger(count, max(PLAIN_REACH * count, self._beside.size(count)))
+        return 0.0 if larger is None else larger[1] * min(count / larger[0], 1.0)
+
+    def _checking_seconds(self, count: int, checked: int, slower: float = 0.0) -> float | None:
+        """At most what a step of `count` sequences takes that checks so many guesses; see
+        `_slower`."""
+        tokens = count + checked
         reach = max(CHECKING_REACH * tokens, self._checking.size(tokens))
-        larger = self._checking.larger(tokens, reach, slower)
-        return None if larger is None else larger[1]
+        larger = self._checking.larger(tokens, reach, slower or self._slower(count))
+        if larger is None:
+            return None
+        return larger[1] + self._beside_seconds(count) + self._beside_guess.value * checked
 
     def _slower(self, count: int) -> float:
-        """How many times as long plain steps take now as before the first request: longer texts
+        """How many times as long the executor takes now as before the first request: longer texts
         make all steps longer."""
         first = self._plain.first(count)
         if first is None:
             return 1.0
-        return max((self._plain_seconds(count) or first) / first, 1.0)
+        return max((self._executed(count) or first) / first, 1.0)
 
     def _ranked(self, most: int) -> list[tuple[float, str]]:
         """The guessed tokens that are likeliest to be right, each with its chance.
@@ -494,7 +535,7 @@ class Speculator:
         slower = self._slower(count)
         while checked < most:
             checked = min(self._checking.size(count + checked + 1) - count, most)
-            seconds = self._checking_seconds(count + checked, slower)
+            seconds = self._checking_seconds(count, checked, slower)
             if seconds is not None:
                 known, slope, at = seconds, max(seconds - plain, 0.0) / checked, checked
             elif count + checked > TRIED_REACH * (count + at):

@@ -95,10 +95,10 @@ from fastdeploy_lite.engine.core_process import CoreLoop  # noqa: E402
 from fastdeploy_lite.request.messages import EngineRequest, EngineSampling  # noqa: E402
 from fastdeploy_lite.request.step import SamplerParams  # noqa: E402
 from fastdeploy_lite.speculation.config import SpeculativeConfig  # noqa: E402
+from fastdeploy_lite.speculation.rates import Purse  # noqa: E402
 
 METHODS = ("ngram", "suffix")
 PROMPT = list(range(10, 510))
-OVERDRAWN = 1e6  # seconds that guessing owes: nobody looks
 TOGETHER = 16  # steps of speculation that are timed as one: its accounts are not kept in every one
 WARM_UP = 40  # steps: prefill, the graph's capture, caches
 SAMPLING = {
@@ -106,6 +106,18 @@ SAMPLING = {
     "sampled": {"temperature": 0.8, "top_p": 0.9, "seed": 3},
     "penalties": {"temperature": 0.8, "top_p": 0.9, "seed": 3, "repetition_penalty": 1.1},
 }
+
+
+class Overdrawn(Purse):
+    """Guessing owes so much that nobody looks."""
+
+    def can_pay(self, on_credit: bool = False) -> bool:
+        """Never."""
+        return False
+
+    def steps_to_wait(self, seconds: float, on_credit: bool = False) -> int:
+        """For ever."""
+        return 1 << 30
 
 
 class Process:
@@ -129,7 +141,7 @@ class Process:
             speculative=SpeculativeConfig(method) if method else None,
         )
         if core._speculator is not None:
-            core._speculator._purse.add(-OVERDRAWN)
+            core._speculator._purse = Overdrawn(0.01, 2.0)
         context = zmq.Context.instance()
         self._folder = tempfile.TemporaryDirectory()
         inbox, outbox, self._reader = map(context.socket, (zmq.PULL, zmq.PUSH, zmq.PULL))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import pytest
 from helpers import make_core, make_request, run, runner_of
 
+from fastdeploy_lite.engine.engine_core import EngineCore
 from fastdeploy_lite.request.step import SequenceSlice, SliceResult
 from fastdeploy_lite.speculation.attendance import COMMITTED
 from fastdeploy_lite.speculation.config import SpeculativeConfig
@@ -18,11 +20,17 @@ def test_steps_that_read_prompts_are_told_apart(monkeypatch: pytest.MonkeyPatch)
 
     class Watched(Speculator):
         def note_step(
-            self, count: int, checked: int, emitted: int, seconds: float, decodes: bool = True
+            self,
+            count: int,
+            checked: int,
+            emitted: int,
+            seconds: float,
+            decodes: bool = True,
+            beside: float = 0.0,
         ) -> None:
             told.append((count, emitted, decodes))
-            assert seconds > 0
-            super().note_step(count, checked, emitted, seconds, decodes)
+            assert seconds > beside > 0
+            super().note_step(count, checked, emitted, seconds, decodes, beside)
 
     core = make_core(max_num_batched_tokens=64, speculative=SpeculativeConfig("ngram"))
     core._speculator = Watched(SpeculativeConfig("ngram"))
@@ -38,6 +46,39 @@ def test_steps_that_read_prompts_are_told_apart(monkeypatch: pytest.MonkeyPatch)
         (2, 2, True),
         (1, 1, True),
     ]
+
+
+class Clock:
+    """Seconds that pass only when the model computes or somebody waits."""
+
+    def __init__(self, core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.told = 0.0, list[tuple[float, float]]()
+        runner, speculator = runner_of(core), core._speculator
+        execute = runner.execute
+
+        def slow(slices: Sequence[SequenceSlice]) -> list[SliceResult]:
+            self.now += 10.0
+            return execute(slices)
+
+        def note_step(*numbers: float) -> None:
+            *_, seconds, _, beside = numbers
+            self.told.append((seconds, beside))
+
+        monkeypatch.setattr(runner, "execute", slow)
+        monkeypatch.setattr(speculator, "note_step", note_step)
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+
+def test_a_step_lasts_until_the_next_one_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done with its tokens is a part of it; a client that goes away for longer is not."""
+    core = make_core(speculative=SpeculativeConfig("ngram"))
+    clock = Clock(core, monkeypatch)
+    core.add(make_request("a", [5] * 4, max_tokens=4))
+    for waited in (3.0, 0.5, 1000.0, 7.0):
+        core.step()
+        clock.now += waited
+    assert not core.has_work
+    assert clock.told == [(13.0, 3.0), (10.5, 0.5), (20.0, 10.0), (10.0, 0.0)]
 
 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])

@@ -38,11 +38,14 @@ class Machine:
         fixed, per_token: of a step and of each sequence in it.
         per_guess: of each guessed token in it.
         checking: of a step with guesses on top: the host's part.
+        uneven: of every third step with guesses on top.
         prefill: of each token of a prompt.
         look, next_look: of a look that finds the caches without its code and data, and of one in
             the step after another; in between it grows with the steps, for `COOLING`.
         look_at, read: of each sequence looked at, of each token indexed.
         unseen: of a look, beside what the policy can see.
+        beside: of each sequence after the model's part: rules, text, messages.
+        beside_guess: of each guessed token on top, checked or right, before and after it.
         resting: of every step, for speculation that is configured.
         capture: of the first step of a size on top; again after each `recapture_every` steps.
         noise: steps take up to so much more or less; one in a hundred is interrupted, and takes
@@ -55,12 +58,15 @@ class Machine:
     per_token: float
     per_guess: float
     checking: float = 0.0
+    uneven: float = 0.0
     prefill: float = 0.0
     look: float = 1e-4
     next_look: float = 2e-5
     look_at: float = 1e-5
     read: float = 2e-7
     unseen: float = 3e-5
+    beside: float = 0.0
+    beside_guess: float = 0.0
     resting: float = 0.0
     capture: float = 0.0
     recapture_every: int = 0
@@ -82,9 +88,18 @@ class Machine:
         shared = (self.fixed + self.per_token * count + self.prefill * prompts) * self._luck()
         seconds = shared + (self.per_guess * guesses + self.checking if guesses else 0.0)
         self.plain += shared * emitted / count
+        if guesses and self.rng.randrange(3) == 0:
+            seconds += self.uneven
         if not prompts:
             seconds += self._capture(count, guesses)
         self.clock += seconds + self.resting
+        return seconds
+
+    def go_on(self, count: int, guesses: int, emitted: int) -> float:
+        """Seconds between the model's part of a step and the next step."""
+        seconds = self.beside * count + self.beside_guess * guesses
+        self.plain += self.beside * emitted
+        self.clock += seconds
         return seconds
 
     def rehearsed(self, guesses: int = 8) -> StepSeconds:
@@ -261,6 +276,7 @@ def serve(speculator: Speculator, machine: Machine, asked: Sequence[Asked], seat
         guesses, emitted = sum(map(len, chosen.values())), sum(map(len, said))
         count, prompts = len(alive), sum(len(text.prompt_token_ids) for text in new)
         seconds = machine.step(count, guesses, emitted, prompts)
+        beside = machine.go_on(count, guesses, emitted)
         for text, tokens in zip(alive.copy(), said, strict=True):
             text.output_token_ids += tokens
             if text.request_id in chosen:
@@ -268,7 +284,5 @@ def serve(speculator: Speculator, machine: Machine, asked: Sequence[Asked], seat
             if len(text.output_token_ids) >= text.tokens:
                 alive.remove(text)
                 speculator.finish(text)
-        if pauses:
-            speculator.note_pause(count, seconds)
-        else:
-            speculator.note_step(count, guesses, emitted, seconds, not new)
+        if not pauses:
+            speculator.note_step(count, guesses, emitted, seconds + beside, not new, beside)
