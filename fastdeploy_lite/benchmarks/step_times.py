@@ -70,16 +70,16 @@ class StepClock:
         first, last = waits[0], answers[-1]
         launches = sum(end - start for start, end in self._launches if first < start < last)
         layers = [end - start for start, end in zip(arrivals, answers, strict=True)]
-        parts = (
-            waits[0] - begun,
-            launches,
-            between - launches,
-            sum(arrivals) - sum(waits),
-            sum(layers),
-            ended - answers[-1],
+        return StepTimes(
+            before=(waits[0] - begun) / 1e6,
+            launches=launches / 1e6,
+            python=(between - launches) / 1e6,
+            waiting=(sum(arrivals) - sum(waits)) / 1e6,
+            experts=sum(layers) / 1e6,
+            after=(ended - answers[-1]) / 1e6,
+            layers=[each / 1e3 for each in layers],
+            loops=[list(layer) for layer in self._clock.loops],
         )
-        loops = [list(layer) for layer in self._clock.loops]
-        return StepTimes(*(part / 1e6 for part in parts), [each / 1e3 for each in layers], loops)
 
     @contextmanager
     def _launches_timed(self) -> Iterator[None]:
@@ -100,13 +100,17 @@ class StepClock:
 
 def median(steps: Sequence[StepTimes]) -> StepTimes:
     """Return the median of each number over some steps of the same layers and loops."""
-    numbers = [(s.before, s.launches, s.python, s.waiting, s.experts, s.after) for s in steps]
     layers = zip(*(step.layers for step in steps), strict=True)
     loops = zip(*(step.loops for step in steps), strict=True)
     return StepTimes(
-        *map(statistics.median, zip(*numbers, strict=True)),
-        [statistics.median(each) for each in layers],
-        [_median_loops(layer) for layer in loops],
+        before=statistics.median(step.before for step in steps),
+        launches=statistics.median(step.launches for step in steps),
+        python=statistics.median(step.python for step in steps),
+        waiting=statistics.median(step.waiting for step in steps),
+        experts=statistics.median(step.experts for step in steps),
+        after=statistics.median(step.after for step in steps),
+        layers=[statistics.median(each) for each in layers],
+        loops=[_median_loops(layer) for layer in loops],
     )
 
 
