@@ -96,8 +96,14 @@ FD_INLINE int key_limit(const AttentionTile& tile, int row, int block) {
   return left >= kBlockTokens ? kBlockTokens : left > 0 ? (int)left : 0;
 }
 
-void attend_block(const AttentionTile& tile, int block, const AttentionState& state,
-                  float* scratch) {
+// Of 16 keys or values, the 16 dimensions at `at`, for soon.
+FD_INLINE void fetch_ahead(const float* at, int dim) {
+  for (int i = 0; i < 16; ++i) __builtin_prefetch(at + i * dim, 0, 2);
+}
+
+// `next`: where the keys of the block after it lie, null if there are none.
+void attend_block(const AttentionTile& tile, int block, const float* next,
+                  const AttentionState& state, float* scratch) {
   const int dim = tile.head_dim;
   float* keys = scratch;                                  // [dim, 64]
   float* scores = scratch + (int64_t)dim * kBlockTokens;  // [rows, 64]
@@ -106,6 +112,10 @@ void attend_block(const AttentionTile& tile, int block, const AttentionState& st
   const int columns = (most + 15) / 16 * 16;
   for (int j = 0; j < columns; j += 16) {
     for (int d = 0; d < dim; d += 16) {
+      // A lone token's keys and values come from memory, in pieces that the processor does not look
+      // past by itself.
+      fetch_ahead(tile.value_cache + offset + (int64_t)j * dim + d, dim);
+      if (next) fetch_ahead(next + (int64_t)j * dim + d, dim);
       transpose16(tile.key_cache + offset + (int64_t)j * dim + d, dim,
                   keys + (int64_t)d * kBlockTokens + j, kBlockTokens);
     }
@@ -140,7 +150,11 @@ void attend(const AttentionTile& tile, int first_block, int last_block, const At
   memset(state.acc, 0, sizeof(float) * (size_t)tile.rows * (size_t)tile.head_dim);
   for (int block = first_block; block < last_block; ++block) {
     if (key_limit(tile, tile.rows - 1, block) == 0) return;
-    attend_block(tile, block, state, scratch);
+    const bool is_last =
+        block + 1 == last_block || key_limit(tile, tile.rows - 1, block + 1) == 0;
+    const float* next =
+        is_last ? nullptr : tile.key_cache + tile.block_table[block + 1] * tile.block_stride;
+    attend_block(tile, block, next, state, scratch);
   }
 }
 
