@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../cuda/gemm.h"
+#include "../cuda/gemm_hopper.h"
 #include "../cuda/nccl.h"
 #include "../cuda/ops.h"
 #include "../cuda/runtime.h"
@@ -50,7 +51,8 @@ Weight make_weight(int kind, Address tiles, Address local_scale, Address code_sc
                              out_features)};
 }
 
-/// `partial`: scratch for the sums of parts of K where few tiles have to fill the card.
+/// `partial`: scratch for the sums of parts of K where few tiles have to fill the card, and for
+/// Hopper's order of x.
 void linear(Address x, const Weight& weight, Address out, bool out_is_float, int tokens,
             int tile_rows, Address partial, int64_t partial_bytes, Address stream) {
   fc::GemmParams params;
@@ -151,7 +153,12 @@ void bind_weights(py::module_& m) {
   py::class_<Weight>(m, "Weight")
       .def(py::init(&make_weight), py::arg("kind"), py::arg("tiles"), py::arg("local_scale"),
            py::arg("code_scale"), py::arg("code_bias"), py::arg("column_scale"),
-           py::arg("in_features"), py::arg("out_features"));
+           py::arg("in_features"), py::arg("out_features"))
+      .def("hopper_serves", [](const Weight& weight, int64_t scratch_bytes) {
+        return fc::hopper_serves(static_cast<fc::Kind>(weight.kind), weight.tiled,
+                                 scratch_bytes / 4);
+      });
+  m.attr("hopper_tile") = fc::kHopperTile;
   m.def("tile_bytes", [](int kind) { return fc::tile_bytes(static_cast<fc::Kind>(kind)); });
   m.def("pack_tiles", [](int kind, Address source, bool source_is_float, bool transposed,
                          Address tiles, int in_features, int out_features, Address stream) {

@@ -3,6 +3,7 @@
 // Here they are launched.
 #pragma once
 
+#include "gemm_hopper.h"
 #include "gemm_skinny.cuh"
 #include "gemm_wide.cuh"
 
@@ -87,7 +88,7 @@ void launch_wide(const TiledWeight& w, const GemmParams& p, int row_tiles, cudaS
 }
 
 /// Runs the kernel whose tiles are `tile_rows` rows high: 8 or 16 stream weights, 32, 64 and (not
-/// CCQ) 128 work in tiles.
+/// CCQ) 128 work in tiles; kHopperTile is Hopper's.
 template <Kind kKind, bool kGated>
 void run_gemm(const TiledWeight& w, const GemmParams& p, int tile_rows, int row_tiles,
               cudaStream_t stream) {
@@ -102,6 +103,11 @@ void run_gemm(const TiledWeight& w, const GemmParams& p, int tile_rows, int row_
       return launch_wide<kKind, kGated, 64>(w, p, row_tiles, stream);
     case 128:
       if constexpr (!is_ccq(kKind)) return launch_wide<kKind, kGated, 128>(w, p, row_tiles, stream);
+      break;
+    case kHopperTile:
+      if (kGated || p.rows.tiles != nullptr || p.rows.expert_of_row != nullptr) break;
+      if (!hopper_serves(kKind, w, p.partial_floats)) break;
+      return gemm_hopper(kKind, w, p, canonical_parts(w, kGated, p.tiles_of_token), stream);
   }
   throw std::runtime_error("gemm: no kernel for row tiles of " + std::to_string(tile_rows));
 }

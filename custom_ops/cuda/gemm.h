@@ -10,6 +10,8 @@ namespace fd::cuda {
 
 struct TiledWeight;
 
+constexpr int kHopperTile = 256;  // stands for Hopper's kernel, which cuts rows by itself
+
 /// Which rows of x a product reads and which rows of its output it writes.
 ///
 /// Plain linear: only `count`. MoE: rows are (token, slot) pairs sorted by expert; `slot_of_row`
@@ -39,8 +41,9 @@ struct GemmParams {
 };
 
 /// `kind`: value of enum Kind. `tile_rows`: rows of x per tile, 8 or 16 for the kernel that streams
-/// weights, 32, 64 or (not CCQ) 128 for the tile kernel; `row_tiles`: number of tiles. Neither, nor
-/// the other rows, changes a bit of a row's result.
+/// weights, 32, 64 or (not CCQ) 128 for the tile kernel, kHopperTile for Hopper's, which needs
+/// params.partial; `row_tiles`: number of tiles. Neither, nor the other rows, changes a bit of a
+/// row's result.
 void gemm(int kind, bool gated, const TiledWeight& weight, const GemmParams& params, int tile_rows,
           int row_tiles, cudaStream_t stream);
 

@@ -94,7 +94,7 @@ def assert_rows_stand_alone(
     choose = cuda_ops.linear_tile
     for tokens in BATCHES:
         last = x[len(x) - tokens :]
-        for height in (0, *HEIGHTS[kind.startswith("ccq")]):
+        for height in (0, *HEIGHTS[kind.startswith("ccq")], *hopper_tiles(weight)):
             monkeypatch.setattr(
                 cuda_ops, "linear_tile", choose if height == 0 else lambda *_, h=height: h
             )
@@ -104,6 +104,42 @@ def assert_rows_stand_alone(
             )
         rounded = run(weight, last, columns, "bfloat16")
         np.testing.assert_array_equal(rounded, cards.round_bf16(alone[len(x) - tokens :]))
+
+
+def hopper_tiles(weight: object) -> list[int]:
+    """What stands for Hopper's kernel, where it serves."""
+    from fastdeploy_lite import _ops_cuda
+
+    return [_ops_cuda.hopper_tile] if weight.native.hopper_serves(1 << 20) else []
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_many_rows_in_slices_that_the_scratch_can_hold(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastdeploy_lite.model_executor.ops import cuda_ops, cuda_runtime
+
+    random = np.random.default_rng(5)
+    weight, _ = matrices.make(kind, random, 2560, 1040)
+    if not hopper_tiles(weight):
+        pytest.skip("no kernel of Hopper's")
+    x = cards.round_bf16(random.standard_normal((1000, 2560)))
+    whole = run(weight, x, 1040, "bfloat16")
+    monkeypatch.setattr(cuda_runtime, "SCRATCH_BYTES", 1 << 20)  # 128 rows of 2,560
+    np.testing.assert_array_equal(run(weight, x, 1040, "bfloat16"), whole)
+    monkeypatch.setattr(cuda_runtime, "SCRATCH_BYTES", 1 << 19)  # no room for a tile
+    assert not cuda_ops.suits_hopper(1000, weight)
+    np.testing.assert_array_equal(run(weight, x, 1040, "bfloat16"), whole)
+
+
+def test_columns_that_are_not_whole_vectors_keep_to_the_other_kernels() -> None:
+    from fastdeploy_lite.model_executor.ops import cuda_ops
+
+    random = np.random.default_rng(6)
+    weight, dense = matrices.make("int8", random, 384, 52)
+    assert not cuda_ops.suits_hopper(500, weight)
+    x = cards.round_bf16(random.standard_normal((500, 384)))
+    assert cards.error(run(weight, x, 52, "float32"), x.astype(np.float64) @ dense) < 3e-6
 
 
 def test_tied_table_serves_as_embedding_and_head() -> None:

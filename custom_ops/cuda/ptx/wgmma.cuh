@@ -11,155 +11,69 @@ namespace fd::cuda {
 #define FD_D8(i) FD_D4(i), FD_D4((i) + 4)
 #define FD_D16(i) FD_D8(i), FD_D8((i) + 8)
 
-/// float16. `b`: descriptor of [N][16] in shared memory.
+#define FD_D32(i) FD_D16(i), FD_D16((i) + 16)
+#define FD_D64(i) FD_D32(i), FD_D32((i) + 32)
+
+#define FD_R4 "%0,%1,%2,%3"
+#define FD_R8 FD_R4 ",%4,%5,%6,%7"
+#define FD_R12 FD_R8 ",%8,%9,%10,%11"
+#define FD_R16 FD_R12 ",%12,%13,%14,%15"
+#define FD_R20 FD_R16 ",%16,%17,%18,%19"
+#define FD_R32 FD_R20 ",%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define FD_R48 FD_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define FD_R64 FD_R48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define FD_R72 FD_R64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+
+/// `b`: descriptor of [N][16] in shared memory. float16 and bf16.
 template <int kN>
 struct Wgmma;
+template <int kN>
+struct WgmmaBf16;
 
-template <>
-struct Wgmma<8> {
-  __device__ static __forceinline__ void add(float (&d)[4], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {"
-        "%0,%1,%2,%3"
-        "}, {%4,%5,%6,%7}, %8, p, 1, 1, 0;\n}\n"
-        : FD_D4(0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
+/// One of them: names of the sums, of the four registers of A and of B, then the sums.
+#define FD_WGMMA(Name, type, n, sums, a_names, b_name, ...)                                        \
+  template <>                                                                                      \
+  struct Name<n> {                                                                                 \
+    __device__ static __forceinline__ void add(float (&d)[n / 2], const uint32_t (&a)[4],          \
+                                               uint64_t b) {                                       \
+      asm volatile(                                                                                \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                               \
+          "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" sums "}, {" a_names \
+          "}, " b_name ", p, 1, 1, 0;\n}\n"                                                        \
+          : __VA_ARGS__                                                                            \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                   \
+    }                                                                                              \
+  };
 
-template <>
-struct Wgmma<16> {
-  __device__ static __forceinline__ void add(float (&d)[8], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
-        "%0,%1,%2,%3,%4,%5,%6,%7"
-        "}, {%8,%9,%10,%11}, %12, p, 1, 1, 0;\n}\n"
-        : FD_D8(0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
+FD_WGMMA(Wgmma, "f16", 8, FD_R4, "%4,%5,%6,%7", "%8", FD_D4(0))
+FD_WGMMA(Wgmma, "f16", 16, FD_R8, "%8,%9,%10,%11", "%12", FD_D8(0))
+FD_WGMMA(Wgmma, "f16", 24, FD_R12, "%12,%13,%14,%15", "%16", FD_D8(0), FD_D4(8))
+FD_WGMMA(Wgmma, "f16", 32, FD_R16, "%16,%17,%18,%19", "%20", FD_D16(0))
+FD_WGMMA(Wgmma, "f16", 40, FD_R20, "%20,%21,%22,%23", "%24", FD_D16(0), FD_D4(16))
+FD_WGMMA(Wgmma, "f16", 64, FD_R32, "%32,%33,%34,%35", "%36", FD_D32(0))
+FD_WGMMA(Wgmma, "f16", 96, FD_R48, "%48,%49,%50,%51", "%52", FD_D32(0), FD_D16(32))
+FD_WGMMA(Wgmma, "f16", 128, FD_R64, "%64,%65,%66,%67", "%68", FD_D64(0))
+FD_WGMMA(Wgmma, "f16", 144, FD_R72, "%72,%73,%74,%75", "%76", FD_D64(0), FD_D8(64))
+FD_WGMMA(WgmmaBf16, "bf16", 32, FD_R16, "%16,%17,%18,%19", "%20", FD_D16(0))
+FD_WGMMA(WgmmaBf16, "bf16", 64, FD_R32, "%32,%33,%34,%35", "%36", FD_D32(0))
+FD_WGMMA(WgmmaBf16, "bf16", 96, FD_R48, "%48,%49,%50,%51", "%52", FD_D32(0), FD_D16(32))
+FD_WGMMA(WgmmaBf16, "bf16", 128, FD_R64, "%64,%65,%66,%67", "%68", FD_D64(0))
 
-template <>
-struct Wgmma<24> {
-  __device__ static __forceinline__ void add(float (&d)[12], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n24k16.f32.f16.f16 {"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11"
-        "}, {%12,%13,%14,%15}, %16, p, 1, 1, 0;\n}\n"
-        : FD_D8(0), FD_D4(8)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-
-template <>
-struct Wgmma<32> {
-  __device__ static __forceinline__ void add(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-        "}, {%16,%17,%18,%19}, %20, p, 1, 1, 0;\n}\n"
-        : FD_D16(0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-
-template <>
-struct Wgmma<40> {
-  __device__ static __forceinline__ void add(float (&d)[20], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n40k16.f32.f16.f16 {"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19"
-        "}, {%20,%21,%22,%23}, %24, p, 1, 1, 0;\n}\n"
-        : FD_D16(0), FD_D4(16)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-
-template <>
-struct Wgmma<48> {
-  __device__ static __forceinline__ void add(float (&d)[24], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 {"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23"
-        "}, {%24,%25,%26,%27}, %28, p, 1, 1, 0;\n}\n"
-        : FD_D16(0), FD_D8(16)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-
-template <>
-struct Wgmma<64> {
-  __device__ static __forceinline__ void add(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-        "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}\n"
-        : FD_D16(0), FD_D16(16)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-
-template <>
-struct Wgmma<96> {
-  __device__ static __forceinline__ void add(float (&d)[48], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 {"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
-        "}, {%48,%49,%50,%51}, %52, p, 1, 1, 0;\n}\n"
-        : FD_D16(0), FD_D16(16), FD_D16(32)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-
-template <>
-struct Wgmma<128> {
-  __device__ static __forceinline__ void add(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-        "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0;\n}\n"
-        : FD_D16(0), FD_D16(16), FD_D16(32), FD_D16(48)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-
-template <>
-struct Wgmma<144> {
-  __device__ static __forceinline__ void add(float (&d)[72], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n144k16.f32.f16.f16 {"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-        "%64,%65,%66,%67,%68,%69,%70,%71"
-        "}, {%72,%73,%74,%75}, %76, p, 1, 1, 0;\n}\n"
-        : FD_D16(0), FD_D16(16), FD_D16(32), FD_D16(48), FD_D8(64)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-
+#undef FD_WGMMA
 #undef FD_D4
 #undef FD_D8
 #undef FD_D16
+#undef FD_D32
+#undef FD_D64
+#undef FD_R4
+#undef FD_R8
+#undef FD_R12
+#undef FD_R16
+#undef FD_R20
+#undef FD_R32
+#undef FD_R48
+#undef FD_R64
+#undef FD_R72
 
 #define FD_TILE(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define FD_EIGHT_TILES(d, i)                                                                 \

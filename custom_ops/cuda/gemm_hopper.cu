@@ -1,0 +1,113 @@
+// Brings rows of x into wgmma's order and launches Hopper's product over them.
+#include <algorithm>
+
+#include "common.cuh"
+#include "gemm/experts.h"
+#include "gemm/jobs.cuh"
+#include "gemm_hopper.h"
+
+namespace fd::cuda {
+namespace {
+
+constexpr int kOrderThreads = 256;
+
+/// Rows of x, padded to whole k tiles with zeros, tile after tile of `height` rows: 64 rows of K of
+/// a tile are one piece, [row][128 bytes] in wgmma's 128-byte swizzle. Every 32 elements stand in
+/// the order in which k-steps take them, see weight_tiles.cuh. A thread moves 32 elements.
+__global__ void __launch_bounds__(kOrderThreads)
+    order_kernel(const bf16* x, int rows, int width, int padded, int height, uint8_t* out) {
+  const int of_row = padded / 32;
+  const int64_t index = int64_t{blockIdx.x} * kOrderThreads + threadIdx.x;
+  const int row = static_cast<int>(index / of_row), chunk = static_cast<int>(index % of_row);
+  if (row >= rows) return;
+  uint4 v[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const int k = chunk * 32 + c * 8;
+    v[c] = k < width ? __ldg(reinterpret_cast<const uint4*>(x + int64_t{row} * width + k))
+                     : make_uint4(0, 0, 0, 0);
+  }
+  const uint4 steps[4] = {{v[0].x, v[1].x, v[2].x, v[3].x},
+                          {v[0].y, v[1].y, v[2].y, v[3].y},
+                          {v[0].z, v[1].z, v[2].z, v[3].z},
+                          {v[0].w, v[1].w, v[2].w, v[3].w}};
+  const int first = row / height * height, here = min(height, rows - first);
+  uint8_t* const to = out + int64_t{first} * padded * 2;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int64_t at = tiled_byte(here, row - first, chunk * 64 + j * 16);
+    *reinterpret_cast<uint4*>(to + at) = steps[j];
+  }
+}
+
+void order_rows(const HopperJob& job, cudaStream_t stream) {
+  const int padded = job.w.k_tiles * kTileRows;
+  const int64_t moves = int64_t{job.rows} * (padded / 32);
+  order_kernel<<<static_cast<unsigned>(ceil_div<int64_t>(moves, kOrderThreads)), kOrderThreads, 0,
+                 stream>>>(job.p.x, job.rows, job.w.in_features, padded, job.height,
+                           const_cast<uint8_t*>(job.x));
+  check_launch("order_rows");
+}
+
+constexpr int kItemTiles = 3;    // k tiles' worth of time that an item takes beside them
+constexpr int kFinishTiles = 4;  // and that a launch to add up parts takes,
+constexpr int64_t kPartialOfTile = 4 << 20;  // beside one for so many bytes of them
+
+/// Into how many runs of equal length the parts of K are cut: where there are too few items to fill
+/// the card. The sums are the same.
+int runs_of(const HopperJob& job, int multiprocessors) {
+  if (int64_t{job.parts} * job.rows * job.p.out_columns > job.p.partial_floats) return 1;
+  const int64_t bytes = int64_t{8} * job.parts * job.rows * job.p.out_columns;  // written and read
+  auto time = [&](int runs) {
+    const int rounds = ceil_div(job.tiles * job.groups * runs, multiprocessors);
+    const int64_t own = int64_t{rounds} * (ceil_div(job.w.k_tiles, runs) + kItemTiles);
+    return runs == 1 ? own : own + kFinishTiles + bytes / kPartialOfTile;
+  };
+  int best = 1;
+  for (int runs = 2; runs <= job.parts; runs *= 2) {
+    if (job.parts % runs == 0 && time(runs) < time(best)) best = runs;
+  }
+  return best;
+}
+
+}  // namespace
+
+bool hopper_serves(Kind kind, const TiledWeight& w, int64_t scratch_floats) {
+  return (kind == Kind::kInt8 || kind == Kind::kInt4) && card_facts().major == 9 &&
+         w.in_features % 8 == 0 && w.out_features % 8 == 0 &&
+         scratch_floats * 2 / kHopperRows >= int64_t{w.k_tiles} * kTileRows;
+}
+
+void gemm_hopper(Kind kind, const TiledWeight& w, const GemmParams& p, int parts,
+                 cudaStream_t stream) {
+  const int padded = w.k_tiles * kTileRows, all = p.rows.count;
+  const int multiprocessors = card_facts().multiprocessors;
+  const int64_t room = p.partial_floats * 2 / padded / kHopperRows * kHopperRows;
+  for (int first = 0; first < all;) {
+    HopperJob job{w, p, reinterpret_cast<const uint8_t*>(p.partial)};
+    job.rows = static_cast<int>(std::min<int64_t>(room, all - first));
+    job.tiles = ceil_div(job.rows, kHopperRows);
+    job.height = ceil_div(ceil_div(job.rows, job.tiles), 8) * 8;
+    job.tiles = ceil_div(job.rows, job.height);
+    job.groups = ceil_div(p.out_columns, kHopperColumns);
+    job.parts = parts;
+    job.p.x += int64_t{first} * w.in_features;
+    if (p.out != nullptr) job.p.out += int64_t{first} * p.out_columns;
+    if (p.out_float != nullptr) job.p.out_float += int64_t{first} * p.out_columns;
+    const int64_t x_floats = int64_t{job.rows} * padded / 2;
+    job.p.partial += x_floats;
+    job.p.partial_floats -= x_floats;
+    job.p.rows.count = job.rows;
+    job.runs = runs_of(job, multiprocessors);
+    order_rows(job, stream);
+    if (kind == Kind::kInt8) {
+      launch_hopper<Kind::kInt8>(job, multiprocessors, stream);
+    } else {
+      launch_hopper<Kind::kInt4>(job, multiprocessors, stream);
+    }
+    if (job.runs > 1) finish_parts(job.p, w.column_scale, parts, stream);
+    first += job.rows;
+  }
+}
+
+}  // namespace fd::cuda
