@@ -217,6 +217,9 @@ class SuffixDrafter(Drafter):
 def propose_all(
     drafters: Sequence[Drafter], tokens: Sequence[Sequence[int]], most: int
 ) -> list[tuple[list[int], int]]: ...
+def rank_guesses(
+    rates: Sequence[float], lengths: Sequence[int], least: float, most: int
+) -> tuple[list[float], list[int]]: ...
 
 # --- the encoder: bytes of a run of blocks ------------------------------------------------------
 def code_search(

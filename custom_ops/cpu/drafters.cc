@@ -187,4 +187,27 @@ std::vector<Draft> propose_all(const std::vector<Drafter*>& drafters,
   return drafts;
 }
 
+Ranking rank_guesses(const std::vector<double>& rates, const std::vector<int32_t>& lengths,
+                     double least, int64_t most) {
+  if (rates.size() != lengths.size()) {
+    throw std::invalid_argument("rank_guesses: as many lengths as rates are needed");
+  }
+  std::vector<std::pair<double, int32_t>> ranked;
+  for (size_t owner = 0; owner < rates.size(); ++owner) {
+    double chance = rates[owner];
+    for (int32_t i = 0; i < lengths[owner] && chance >= least; ++i, chance *= rates[owner]) {
+      ranked.emplace_back(chance, static_cast<int32_t>(owner));
+    }
+  }
+  std::stable_sort(ranked.begin(), ranked.end(),
+                   [](const auto& a, const auto& b) { return a.first > b.first; });
+  ranked.resize(std::min<size_t>(ranked.size(), std::max<int64_t>(most, 0)));
+  Ranking found{{0.0}, {}};
+  for (const auto& [chance, owner] : ranked) {
+    found.first.push_back(found.first.back() + chance);
+    found.second.push_back(owner);
+  }
+  return found;
+}
+
 }  // namespace fd::cpu

@@ -5,7 +5,6 @@ Single-threaded; a process of its own for the server (core_process.py), in-proce
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
@@ -383,7 +382,7 @@ class EngineCore:
             for (active, part), result in zip(batch, results, strict=True):
                 self._advance(active, part, result, outputs)
             if pauses and speculator is not None:
-                speculator.totals.steps += len(slices)
+                speculator.tally.steps += len(slices)
             elif speculator is not None:
                 self._open_step = OpenStep(
                     speculator,
@@ -527,19 +526,12 @@ class EngineCore:
     ) -> None:
         generation = active.generation
         output = EngineOutput(active.request.request_id)
-        for token_id, logprobs in zip_longest(result.token_ids, result.logprobs or ()):
-            if output.new_token_ids:  # the guess before was right: it has been computed
-                generation.settle()
-                if generation.forced_token >= 0:
-                    active.sequence.fresh = True  # what was counted for the rest is stale
-                    break
-                self._scheduler.computed(active.sequence, 1)
-            logprob = None if logprobs is None else logprobs.logprob
-            output.new_token_ids.append(generation.accept(token_id, logprob))
-            if active.shows_logprobs and logprobs is not None:
-                output.new_logprobs = [*(output.new_logprobs or []), logprobs]
-            if generation.reason is not None:
-                break
+        tokens = result.token_ids
+        if len(tokens) > 1 and result.logprobs is None and generation.accept_all(tokens):
+            output.new_token_ids = list(tokens)
+            self._scheduler.computed(active.sequence, len(tokens) - 1)
+        else:
+            self._accept_each(active, result, output)
         output.stop_reason = generation.stop_reason  # now: the text ends here, not with the EOS
         if not active.first_token:
             self._first_token(active, output)
@@ -553,6 +545,23 @@ class EngineCore:
             self._close_early(active, outputs)
         elif generation.reason is not None:
             self._complete(active, outputs[-1])
+
+    def _accept_each(self, active: _Active, result: SliceResult, output: EngineOutput) -> None:
+        """Accept tokens as far as rules let those after the first stand."""
+        generation = active.generation
+        for token_id, logprobs in zip_longest(result.token_ids, result.logprobs or ()):
+            if output.new_token_ids:  # the guess before was right: it has been computed
+                generation.settle()
+                if generation.forced_token >= 0:
+                    active.sequence.fresh = True  # what was counted for the rest is stale
+                    break
+                self._scheduler.computed(active.sequence, 1)
+            logprob = None if logprobs is None else logprobs.logprob
+            output.new_token_ids.append(generation.accept(token_id, logprob))
+            if active.shows_logprobs and logprobs is not None:
+                output.new_logprobs = [*(output.new_logprobs or []), logprobs]
+            if generation.reason is not None:
+                break
 
     def _note_tokens(
         self, active: _Active, part: SequenceSlice, result: SliceResult, output: EngineOutput
@@ -651,7 +660,7 @@ class EngineCore:
         if not scheduler.running:
             stats.last_batch_size = 0
         if self._speculator is not None:
-            stats.drafts = copy.copy(self._speculator.totals)
+            stats.drafts = self._speculator.totals
         return EngineStats(**{name: getattr(stats, name) for name in stats.__struct_fields__})
 
     def check_integrity(self) -> None:

@@ -279,6 +279,20 @@ class Generation:
             self.reason = self._ends_as if self.ending else "length"
         return token_id
 
+    def accept_all(self, token_ids: Sequence[int]) -> bool:
+        """Append tokens at once, as `accept` would append each.
+
+        Returns:
+            Whether they could be: not where rules look at each, nor where one ends the answer.
+        """
+        output = self.output
+        if not self._is_plain or len(output) + len(token_ids) >= self._last_slot:
+            return False
+        if not self._eos_ids.isdisjoint(token_ids):
+            return False
+        output.extend(token_ids)
+        return True
+
     def _apply_rules(self, token_id: int, logprob: float | None) -> None:
         if self._forced:
             self._forced.popleft()

@@ -20,8 +20,8 @@ from fastdeploy_lite.model_executor.workspace import Workspace
 from fastdeploy_lite.request.step import (
     LOWEST,
     NOT_NUMBERS,
+    SampledPart,
     SamplerParams,
-    SequenceSlice,
     TokenLogprobs,
 )
 
@@ -65,7 +65,7 @@ class SamplingBatch:
         """Bytes of static buffers and of the occurrence table."""
         return self.table.nbytes + self._outputs.nbytes + self._all_rows.nbytes
 
-    def sample(self, logits: Any, slices: Sequence[SequenceSlice]) -> list[SampledRow]:
+    def sample(self, logits: Any, slices: Sequence[SampledPart]) -> list[SampledRow]:
         """Sample one token per slice.
 
         Args:
@@ -107,7 +107,7 @@ class SamplingBatch:
         ops.gather_rows(logits, self._all_rows.device["rows"][: logits.shape[0]], copy)
         return copy
 
-    def _run_processors(self, logits: Any, slices: Sequence[SequenceSlice]) -> dict[int, str]:
+    def _run_processors(self, logits: Any, slices: Sequence[SampledPart]) -> dict[int, str]:
         """Let custom processors edit their rows; one that fails spoils its own row only."""
         errors: dict[int, str] = {}
         for row, part in enumerate(slices):
@@ -194,7 +194,7 @@ class SamplingBatch:
         )
         self._outputs.download()
 
-    def _results(self, slices: Sequence[SequenceSlice], errors: dict[int, str]) -> list[SampledRow]:
+    def _results(self, slices: Sequence[SampledPart], errors: dict[int, str]) -> list[SampledRow]:
         tokens = self._outputs.host["tokens"][: len(slices)].tolist()
         results = [SampledRow(token) for token in tokens]
         if min(tokens) < 0:  # how a card reports a row that is not numbers
@@ -204,7 +204,7 @@ class SamplingBatch:
         return results
 
     def _attach_logprobs(
-        self, results: list[SampledRow], source: Any, slices: Sequence[SequenceSlice], width: int
+        self, results: list[SampledRow], source: Any, slices: Sequence[SampledPart], width: int
     ) -> None:
         host, count = self._outputs.host, len(slices)
         logprob = np.maximum(host["logprob"][:count], LOWEST).tolist()

@@ -14,7 +14,7 @@ import paddle
 from fastdeploy_lite.model_executor import ops
 from fastdeploy_lite.model_executor.layers.sampler import SamplingTensors
 from fastdeploy_lite.model_executor.static_buffers import PackedBuffer
-from fastdeploy_lite.request.step import SamplerParams, SequenceSlice
+from fastdeploy_lite.request.step import SampledPart, SamplerParams, SequenceSlice
 
 _STEP_FIELDS = ("steps", "forced")  # the only ones that change from step to step
 # Column of the table and the parameter in it, where their names differ.
@@ -97,7 +97,7 @@ class SamplingTable:
         if self._counts_tokens[part.slot]:
             self._rebuild_occurrences(part)
 
-    def gather(self, slices: Sequence[SequenceSlice]) -> SamplingTensors:
+    def gather(self, slices: Sequence[SampledPart]) -> SamplingTensors:
         """Fill and upload the tensors of the slices that sample in this step."""
         slots = [part.slot for part in slices]
         if slots != self._gathered:
@@ -179,7 +179,7 @@ class SamplingTable:
         self._counts_any = bool(self._counts_tokens[slots].any())
         self._gathered = slots
 
-    def _fill_edits(self, slices: Sequence[SequenceSlice]) -> None:
+    def _fill_edits(self, slices: Sequence[SampledPart]) -> None:
         offsets = self._inputs.host["edit_offsets"]
         if not self._edits and not any(part.banned_now for part in slices):
             offsets[: len(slices) + 1] = 0
@@ -201,7 +201,7 @@ class SamplingTable:
             self._edit_buffer.upload()
         self._uploaded = pieces
 
-    def _tensors_of(self, slices: Sequence[SequenceSlice]) -> SamplingTensors:
+    def _tensors_of(self, slices: Sequence[SampledPart]) -> SamplingTensors:
         """The first rows of all inputs.
 
         They are kept: to slice a tensor takes 4 to 8 us, and a step needs all of them.
@@ -228,7 +228,7 @@ class SamplingTable:
             occurrences=self._occurrences if counts_tokens else None,
         )
 
-    def _upload_bitmasks(self, slices: Sequence[SequenceSlice]) -> tuple[Any | None, Any | None]:
+    def _upload_bitmasks(self, slices: Sequence[SampledPart]) -> tuple[Any | None, Any | None]:
         masks = [part.bitmask for part in slices if part.bitmask is not None]
         if not masks:
             return None, None

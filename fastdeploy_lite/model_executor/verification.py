@@ -8,14 +8,21 @@ bit for bit, whatever was guessed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice, zip_longest
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdeploy_lite.model_executor.sampling_batch import SampledRow
-from fastdeploy_lite.request.step import SequenceSlice, SliceResult
+from fastdeploy_lite.request.step import (
+    GuessedPosition,
+    SampledPart,
+    SequenceSlice,
+    SliceResult,
+    TokenLogprobs,
+)
 
-SampleRows = Callable[[Sequence[int], Sequence[SequenceSlice]], list[SampledRow]]
+SampleRows = Callable[[Sequence[int], Sequence[SampledPart]], list[SampledRow]]
 """`sample(rows, parts)` samples rows of the step's logits, one for each part."""
 
 
@@ -49,6 +56,14 @@ def sample_slices(slices: Sequence[SequenceSlice], sample: SampleRows) -> list[S
     """
     if not any(part.draft_token_ids for part in slices):
         return [_only(row) for row in sample(range(len(slices)), slices)]
+    if any(map(_depends_on_tokens, slices)):
+        return _sample_in_turn(slices, sample)
+    parts = [each for part in slices for each in _positions(part)]
+    rows = iter(sample(range(len(parts)), parts))
+    return [_result(part, list(islice(rows, part.num_rows))) for part in slices]
+
+
+def _sample_in_turn(slices: Sequence[SequenceSlice], sample: SampleRows) -> list[SliceResult]:
     found: list[list[SampledRow]] = [[] for _ in slices]
     firsts = np.cumsum([0, *(part.num_rows for part in slices)]).tolist()
     pending = [
@@ -80,36 +95,27 @@ def _goes_on(part: SequenceSlice, row: int, rows: Sequence[SampledRow]) -> bool:
     return rows[row].token_id == part.draft_token_ids[row]
 
 
-def _row_of(part: SequenceSlice, row: int) -> SequenceSlice:
+def _positions(part: SequenceSlice) -> list[SampledPart]:
+    """The slice, and what it is behind each of its guesses."""
+    return [part, *(_row_of(part, row) for row in range(1, part.num_rows))]
+
+
+def _row_of(part: SequenceSlice, row: int) -> SampledPart:
     """The slice as it would be if the first `row` guesses were known and the rest did not exist."""
     if row == 0:
         return part
     masks, output = part.draft_bitmasks, part.output_token_ids
     if part.logits_processors:  # nobody else reads it
         output = [*output, *part.draft_token_ids[:row]]
-    # In a fifth of the time of `dataclasses.replace`: a step has many rows.
-    return SequenceSlice(
-        request_id=part.request_id,
-        slot=part.slot,
-        fresh=False,
-        token_ids=part.token_ids,
-        start=part.start,
-        block_table=part.block_table,
-        sample=part.sample,
-        prompt_token_ids=part.prompt_token_ids,
-        output_token_ids=output,
-        sampling=part.sampling,
-        step=part.step + row,
-        banned_now=part.banned_now if row < part.num_banned_now else (),
-        forced_token=part.forced_token,
-        bitmask=None if masks is None else masks[row - 1],
-        logits_processors=part.logits_processors,
-        draft_token_ids=part.draft_token_ids,
-        draft_bitmasks=masks,
-        num_banned_now=part.num_banned_now,
-        num_drafts=part.num_drafts,
-        feeds_draft=part.feeds_draft,
-        known_candidates=part.known_candidates,
+    return GuessedPosition(
+        part.slot,
+        part.sampling,
+        part.step + row,
+        output,
+        part.banned_now if row < part.num_banned_now else (),
+        part.forced_token,
+        None if masks is None else masks[row - 1],
+        part.logits_processors,
     )
 
 
@@ -122,11 +128,14 @@ def _only(row: SampledRow) -> SliceResult:
 def _result(part: SequenceSlice, rows: Sequence[SampledRow]) -> SliceResult:
     if rows[0].error is not None:
         return _only(rows[0])
-    kept = [rows[0]]
-    for row in range(1, len(rows)):
-        # A row that failed is left to a step of its own, as without guesses.
-        if not _goes_on(part, row - 1, rows) or rows[row].error is not None:
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    for row, guess in zip_longest(rows, part.draft_token_ids[: len(rows)]):
+        if row.error is not None:  # left to a step of its own, as without guesses
             break
-        kept.append(rows[row])
-    logprobs = [row.logprobs for row in kept if row.logprobs is not None]
-    return SliceResult([row.token_id for row in kept], logprobs or None)
+        tokens.append(row.token_id)
+        if row.logprobs is not None:
+            logprobs.append(row.logprobs)
+        if row.token_id != guess:
+            break
+    return SliceResult(tokens, logprobs or None)

@@ -108,19 +108,6 @@ class DraftCounts(msgspec.Struct, array_like=True):
     accepted_at: list[int] = []
     checked_at: list[int] = []
 
-    def note(self, drafted: int, accepted: int) -> None:
-        """Record one step; `drafted` is 0 where nothing was checked."""
-        self.drafted += drafted
-        self.accepted += accepted
-        self.steps += 1
-        if not drafted:
-            return
-        self.checks += 1
-        for counts, count in ((self.checked_at, drafted), (self.accepted_at, accepted)):
-            counts.extend([0] * (count - len(counts)))
-            for place in range(count):
-                counts[place] += 1
-
 
 class EngineOutput(msgspec.Struct, omit_defaults=True):
     """News of one request after one step: new tokens, or its end.

@@ -151,6 +151,29 @@ class SequenceSlice:
 
 
 @dataclass(slots=True)
+class GuessedPosition:
+    """A position of a slice, behind guesses that are taken for right; a step has many.
+
+    Attributes:
+        slot, sampling, step, output_token_ids, banned_now, forced_token, bitmask,
+            logits_processors: as of a `SequenceSlice` that ended there; sampling reads no more.
+    """
+
+    slot: int
+    sampling: SamplerParams
+    step: int
+    output_token_ids: Sequence[int]
+    banned_now: tuple[int, ...]
+    forced_token: int
+    bitmask: npt.NDArray[np.int32] | None
+    logits_processors: Sequence[LogitsProcessor] | None
+
+
+SampledPart = SequenceSlice | GuessedPosition
+"""What one row of logits is sampled for."""
+
+
+@dataclass(slots=True)
 class TokenLogprobs:
     """Natural-log probabilities of one token and of the best alternatives.
 

@@ -67,27 +67,24 @@ class Drafters(Protocol):
 class _Reader:
     """Reads one sequence for its drafter, as far as there is time."""
 
-    __slots__ = ("_text", "cost", "drafter", "read")
+    __slots__ = ("_text", "cost", "drafter", "is_behind", "read")
 
     def __init__(self, text: Text, drafter: _ops_cpu.Drafter, cost: float) -> None:
         self.drafter, self.cost = drafter, cost
         self.read = 0  # tokens
+        self.is_behind = True  # tokens of the sequence are not read yet
         self._text = text
 
-    @property
-    def num_unread(self) -> int:
-        """Tokens of the sequence that are not read yet."""
-        return len(self._text.prompt_token_ids) + len(self._text.output_token_ids) - self.read
-
-    def next_tokens(self, most: int) -> list[int]:
+    def next_tokens(self, most: int) -> Sequence[int]:
         """The next tokens to read, at most so many."""
         prompt, output = self._text.prompt_token_ids, self._text.output_token_ids
-        start = self.read
-        self.read += min(self.num_unread, most)
-        known = len(prompt)
+        start, known = self.read, len(prompt)
+        unread = known + len(output) - start
+        self.read = end = start + min(unread, most)
+        self.is_behind = unread > most
         if start >= known:
-            return list(output[start - known : self.read - known])
-        return [*prompt[start : self.read], *output[: max(self.read - known, 0)]]
+            return output[start - known : end - known]
+        return [*prompt[start:end], *output[: max(end - known, 0)]]
 
 
 class LookupDrafters:
@@ -113,7 +110,7 @@ class LookupDrafters:
             reader = self._reader(text)
             new = reader.next_tokens(max(int(left / reader.cost), ALWAYS_READ))
             left -= reader.cost * len(new)
-            if reader.num_unread:
+            if reader.is_behind:
                 reader.drafter.extend(new)
                 continue
             ready.append(index)

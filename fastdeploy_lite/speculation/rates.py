@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fastdeploy_lite.speculation.config import MOST_TOKENS
+
 # Upper ends of the classes of match lengths that share a rate of success.
 CLASS_ENDS = (1, 2, 3, 5, 8, 16)
 # Rate before anything was seen, worth so many guesses: too low for a trial, which captures graphs.
@@ -22,9 +24,16 @@ STALE_AFTER = 256
 OWN_WEIGHT = 6.0
 
 
+_CLASSES = [bisect_left(CLASS_ENDS, matched) for matched in range(CLASS_ENDS[-1] + 1)]
+
+
 def match_class(matched: int) -> int:
     """The class of a match of `matched` tokens."""
-    return next((i for i, end in enumerate(CLASS_ENDS) if matched <= end), len(CLASS_ENDS))
+    return _CLASSES[matched] if matched <= CLASS_ENDS[-1] else len(CLASS_ENDS)
+
+
+# After so many guesses.
+_FADES = [math.exp(-count / GUESSES_REMEMBERED) for count in range(MOST_TOKENS + 1)]
 
 
 class HitRate:
@@ -41,7 +50,7 @@ class HitRate:
 
     def note(self, hits: int, missed: bool) -> None:
         """Record `hits` right tokens in a row and whether a wrong one followed."""
-        fade = math.exp(-(hits + missed) / GUESSES_REMEMBERED)
+        fade = _FADES[hits + missed]
         self._hits = self._hits * fade + hits
         self._trials = self._trials * fade + hits + missed
 

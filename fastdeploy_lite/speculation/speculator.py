@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from fastdeploy_lite import _ops_cpu
 from fastdeploy_lite.request.messages import DraftCounts
 from fastdeploy_lite.speculation.attendance import Attendance
 from fastdeploy_lite.speculation.config import CHECK_SIZES, SpeculativeConfig
@@ -17,6 +18,7 @@ from fastdeploy_lite.speculation.rates import (
     StepCosts,
     StepSeconds,
 )
+from fastdeploy_lite.speculation.tally import Tally
 
 # A step with guesses must be expected to give this much more tokens a second: estimates are noisy,
 # and a guess that just breaks even only adds jitter.
@@ -65,11 +67,11 @@ LOOKS_A_TURN, LOOKED_AT = 4, 1
 class _Memory:
     """How good the guesses for one sequence have been."""
 
-    __slots__ = ("counts", "rates")
+    __slots__ = ("rates", "tally")
 
     def __init__(self, shared: HitRates) -> None:
         self.rates = HitRates(shared)
-        self.counts = DraftCounts()
+        self.tally = Tally()
 
 
 class Speculator:
@@ -88,7 +90,7 @@ class Speculator:
             this step.
         feeds_draft: Whether a draft layer reads this step.
         has_layer: Whether it is a draft layer that guesses.
-        totals: What all guesses gave.
+        tally: What all guesses gave.
         seconds: Time spent on guessing, the checks themselves excluded.
         looks: Steps that looked for guesses.
     """
@@ -100,7 +102,7 @@ class Speculator:
         self.num_drafts, self.feeds_draft = 0, False
         self._attendance = Attendance()
         self._layer_share = Average()  # of a plain step, that reading adds to it
-        self.totals = DraftCounts()
+        self.tally = Tally()
         self.seconds, self.looks = 0.0, 0
         self._drafters = create_drafters(config)
         self._open: dict[str, Draft] = {}  # guesses of this step that were not judged yet
@@ -149,9 +151,14 @@ class Speculator:
         if not self._most_tokens:
             return None
         memory = self._memories.get(request_id)
-        counts = DraftCounts() if memory is None else memory.counts
+        counts = DraftCounts() if memory is None else memory.tally.counts
         counts.steps = tokens - counts.accepted
         return counts
+
+    @property
+    def totals(self) -> DraftCounts:
+        """What all guesses gave."""
+        return self.tally.counts
 
     # A step --------------------------------------------------------------------------------------
 
@@ -327,8 +334,8 @@ class Speculator:
             return
         self._judge(text.request_id, tokens, checked)
         self._checks_noted += 1
-        for counts in (self._memories[text.request_id].counts, self.totals):
-            counts.note(checked, len(tokens) - 1)
+        for tally in (self._memories[text.request_id].tally, self.tally):
+            tally.note(checked, len(tokens) - 1)
 
     def note_step(
         self,
@@ -351,7 +358,7 @@ class Speculator:
         """
         if not self._most_tokens:
             return
-        self.totals.steps += count - self._checks_noted
+        self.tally.steps += count - self._checks_noted
         self._checks_noted = 0
         if decodes and count:
             self._pass_steps(1)
@@ -400,9 +407,9 @@ class Speculator:
         if memory is None:
             memory = self._memories[request_id] = _Memory(self._rates)
         draft = self._open.pop(request_id)
-        judged = min(checked, len(tokens))
-        pairs = zip(draft.tokens[:judged], tokens, strict=False)
-        hits = next((i for i, (guess, token) in enumerate(pairs) if guess != token), judged)
+        guess, judged, hits = draft.tokens, min(checked, len(tokens)), 0
+        while hits < judged and guess[hits] == tokens[hits]:
+            hits += 1
         memory.rates.note(draft.matched, hits, hits < judged)
         return hits
 
@@ -454,16 +461,18 @@ class Speculator:
     def _lengths(self, count: int, budget: int) -> dict[str, int]:
         """Guessed tokens of each sequence that a step of `count` sequences is to check."""
         plain = self._plain_seconds(count)
-        ranked = self._ranked(budget)
-        if plain is None or not ranked:
+        if plain is None:
             return {}
-        won = [0.0]
-        for chance, _ in ranked:
-            won.append(won[-1] + chance)
-        taken = self._best_number(count, plain, won)
+        names, rates = list(self._open), []
+        for request_id, draft in self._open.items():
+            memory = self._memories.get(request_id)
+            known = self._rates if memory is None else memory.rates
+            rates.append(known.value(draft.matched))
+        sizes = [len(draft.tokens) for draft in self._open.values()]
+        won, owners = _ops_cpu.rank_guesses(rates, sizes, LEAST_CHANCE, budget)
         lengths: dict[str, int] = {}
-        for _, request_id in ranked[:taken]:
-            lengths[request_id] = lengths.get(request_id, 0) + 1
+        for owner in owners[: self._best_number(count, plain, won)]:
+            lengths[names[owner]] = lengths.get(names[owner], 0) + 1
         return lengths
 
     def _plain_seconds(self, count: int) -> float | None:
@@ -483,15 +492,18 @@ class Speculator:
         larger = self._beside.larger(count, max(PLAIN_REACH * count, self._beside.size(count)))
         return 0.0 if larger is None else larger[1] * min(count / larger[0], 1.0)
 
-    def _checking_seconds(self, count: int, checked: int, slower: float = 0.0) -> float | None:
-        """At most what a step of `count` sequences takes that checks so many guesses; see
-        `_slower`."""
-        tokens = count + checked
-        reach = max(CHECKING_REACH * tokens, self._checking.size(tokens))
-        larger = self._checking.larger(tokens, reach, slower or self._slower(count))
-        if larger is None:
+    def _checking_seconds(self, count: int, checked: int) -> float | None:
+        """At most what a step of `count` sequences takes that checks so many guesses."""
+        executed = self._executed_checking(count + checked, self._slower(count))
+        if executed is None:
             return None
-        return larger[1] + self._beside_seconds(count) + self._beside_guess.value * checked
+        return executed + self._beside_seconds(count) + self._beside_guess.value * checked
+
+    def _executed_checking(self, tokens: int, slower: float) -> float | None:
+        """At most what the executor takes of it; see `_slower`."""
+        reach = max(CHECKING_REACH * tokens, self._checking.size(tokens))
+        larger = self._checking.larger(tokens, reach, slower)
+        return None if larger is None else larger[1]
 
     def _slower(self, count: int) -> float:
         """How many times as long the executor takes now as before the first request: longer texts
@@ -500,25 +512,6 @@ class Speculator:
         if first is None:
             return 1.0
         return max((self._executed(count) or first) / first, 1.0)
-
-    def _ranked(self, most: int) -> list[tuple[float, str]]:
-        """The guessed tokens that are likeliest to be right, each with its chance.
-
-        The i-th token of a guess is right with the i-th power of its rate, so those of one sequence
-        come in their order.
-        """
-        ranked = []
-        for request_id, draft in self._open.items():
-            memory = self._memories.get(request_id)
-            rates = self._rates if memory is None else memory.rates
-            chance = rate = rates.value(draft.matched)
-            for _ in draft.tokens:
-                if chance < LEAST_CHANCE:
-                    break
-                ranked.append((chance, request_id))
-                chance *= rate
-        ranked.sort(key=_chance, reverse=True)
-        return ranked[:most]
 
     def _best_number(self, count: int, plain: float, won: Sequence[float]) -> int:
         """How many of the ranked tokens give most tokens a second; 0 if a plain step does.
@@ -532,11 +525,12 @@ class Speculator:
         """
         most, taken, best = len(won) - 1, 0, MARGIN * count / plain
         checked, at, known, slope = 0, 0, plain, 0.0
-        slower = self._slower(count)
+        slower, beside = self._slower(count), self._beside_seconds(count)
         while checked < most:
             checked = min(self._checking.size(count + checked + 1) - count, most)
-            seconds = self._checking_seconds(count, checked, slower)
+            seconds = self._executed_checking(count + checked, slower)
             if seconds is not None:
+                seconds += beside + self._beside_guess.value * checked
                 known, slope, at = seconds, max(seconds - plain, 0.0) / checked, checked
             elif count + checked > TRIED_REACH * (count + at):
                 break
@@ -548,7 +542,3 @@ class Speculator:
             if speed > best:
                 best, taken = speed, checked
         return taken
-
-
-def _chance(ranked: tuple[float, str]) -> float:
-    return ranked[0]

@@ -40,7 +40,7 @@ from fastdeploy_lite.model_executor.weights import (
 )
 from fastdeploy_lite.model_executor.workspace import Workspace
 from fastdeploy_lite.models.registry import ModelRegistry
-from fastdeploy_lite.request.step import SequenceSlice, SliceResult
+from fastdeploy_lite.request.step import SampledPart, SequenceSlice, SliceResult
 from fastdeploy_lite.speculation.config import CHECK_SIZES
 from fastdeploy_lite.utils.errors import ConfigError
 from fastdeploy_lite.worker import kv_budget
@@ -432,7 +432,7 @@ class ModelRunner:
         self._drafting.follow(batch, hidden, slices, results)
 
     def _sample(self, logits: Any, slices: Sequence[SequenceSlice]) -> list[SliceResult]:
-        def rows_of(numbers: Sequence[int], parts: Sequence[SequenceSlice]) -> list[SampledRow]:
+        def rows_of(numbers: Sequence[int], parts: Sequence[SampledPart]) -> list[SampledRow]:
             # All rows in their order, but for what depends on the tokens before.
             is_whole = len(numbers) == logits.shape[0]
             return self._sampling.sample(logits if is_whole else self._pick(logits, numbers), parts)

@@ -116,21 +116,13 @@ def test_cache_configuration_is_a_labelled_gauge(metrics: ServerMetrics) -> None
 def test_speculation_has_metrics_only_when_it_is_on(metrics: ServerMetrics) -> None:
     metrics.update(EngineStats())
     assert not any("spec_decode" in name for name in families(metrics))
-    drafts = DraftCounts()
-    drafts.note(4, 2)
-    drafts.note(0, 0)
-    metrics.update(EngineStats(drafts=drafts))
+    metrics.update(EngineStats(drafts=DraftCounts(drafted=4, accepted=2, steps=2)))
     assert sample(metrics, "spec_decode_draft_acceptance_rate") == 0.5
     assert sample(metrics, "spec_decode_efficiency") == 2.0
-    later = DraftCounts()
-    for _ in range(3):
-        later.note(4, 4)
-    metrics.update(EngineStats(drafts=later))
+    metrics.update(EngineStats(drafts=DraftCounts(drafted=12, accepted=12, steps=3)))
     assert sample(metrics, "spec_decode_num_draft_tokens_total") == 12
     assert sample(metrics, "spec_decode_num_accepted_tokens_total") == 12
     assert sample(metrics, "spec_decode_num_emitted_tokens_total") == 15
-    restarted = DraftCounts()
-    restarted.note(3, 1)
-    metrics.update(EngineStats(drafts=restarted))
+    metrics.update(EngineStats(drafts=DraftCounts(drafted=3, accepted=1, steps=1)))
     assert sample(metrics, "spec_decode_num_draft_tokens_total") == 15
     assert sample(metrics, "spec_decode_num_accepted_tokens_total") == 13
