@@ -22,18 +22,20 @@ kernels reach where nobody waits for anything.
 
 --profile adds where a whole step goes (`benchmarks/step_times.py`), what each format's layers read
 a second and how long each of their shared loops takes (up and gate projection, SwiGLU, down
-projection, sum; small ones are not shared), the experts alone with activations of 24 and of 16
-bits, and a crossing alone.
+projection, sum; small ones are not shared), the experts alone by two instruction sets and with
+activations of 24 and of 16 bits, and a crossing alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,14 @@ def _chosen_bytes(layer: HostLayer) -> float:
     weights = layer.up_gate, layer.down
     used = len(np.unique(layer.ids))
     return sum(used * weight.nbytes / weight.num_experts for weight in weights)
+
+
+def _set_activation_bits(layers: Sequence[HostLayer], bits: int) -> None:
+    from fastdeploy_lite.model_executor import ops  # noqa: PLC0415
+
+    for layer in layers:
+        ops.set_activation_bits(layer.up_gate, bits)
+        ops.set_activation_bits(layer.down, bits)
 
 
 class Bench:
@@ -207,22 +217,26 @@ class Bench:
             )
             print(f"  {len(chosen)} layers of {kind}: {micros:.0f} us, {rate:.1f} GB/s; {parts}")
 
-    def coarser(self, batch: int) -> dict[str, Any]:
-        """The experts without the card, with activations of 24 and of 16 bits."""
+    def kernels(self, batch: int) -> dict[str, Any]:
+        """The experts without the card, by the two richest instruction sets, with activations of 24
+        and of 16 bits."""
         from fastdeploy_lite import _ops_cpu  # noqa: PLC0415
-        from fastdeploy_lite.model_executor import ops  # noqa: PLC0415
 
-        layers, read = self._host_layers(batch), self.experts * self.routing.used(batch)
+        read, isa = self.experts * self.routing.used(batch), _ops_cpu.current_isa()
         workspace = next(iter(self.runner._host_links.values())).workspace
-        row: dict[str, Any] = {"alone": batch, "gb_s_by_activation_bits": {}}
-        for bits in (24, 16, self.args.activation_bits):
-            for layer in layers:
-                ops.set_activation_bits(layer.up_gate, bits)
-                ops.set_activation_bits(layer.down, bits)
-            seconds = host_layers.passes(layers, _ops_cpu.num_threads(), workspace)
-            rate = read / statistics.median(seconds) / GB
-            row["gb_s_by_activation_bits"][bits] = rate
-            print(f"experts alone, batch {batch}, activations of {bits} bits: {rate:.1f} GB/s")
+        row: dict[str, Any] = {"alone": batch, "gb_s_by_kernel": {}}
+        try:
+            for name, bits in itertools.product(_ops_cpu.available_isas()[:-3:-1], (24, 16)):
+                _ops_cpu.set_isa(name)
+                layers = self._host_layers(batch)
+                _set_activation_bits(layers, bits)
+                seconds = host_layers.passes(layers, _ops_cpu.num_threads(), workspace)
+                rate = read / statistics.median(seconds) / GB
+                row["gb_s_by_kernel"][f"{name}, {bits} bits"] = rate
+                print(f"experts alone, batch {batch}, {name}, {bits} bits: {rate:.1f} GB/s")
+        finally:
+            _ops_cpu.set_isa(isa)
+            _set_activation_bits(self._host_layers(batch), self.args.activation_bits)
         return row
 
     def crossing(self) -> float:
@@ -305,7 +319,7 @@ def bench(args: argparse.Namespace) -> None:
     }
     result["rows"] += [work.alone(batch) for batch in args.batches]
     if args.profile:
-        result["rows"] += [work.coarser(batch) for batch in args.batches]
+        result["rows"] += [work.kernels(batch) for batch in args.batches]
         result["crossing_us"] = work.crossing()
     cases = [(batch, graphs) for batch in args.batches for graphs in (True, False)]
     for case in [*cases, None]:

@@ -198,9 +198,8 @@ FD_INLINE Panel& thread_panel() {
   return panel;
 }
 
-// All rows of a job, more than are worth streaming. A few rows go through vector registers also
-// where there are tiles: their weights decoded into a tile and their three digits as its rows
-// reached 0.8 of that speed.
+// All rows of a job, more than are worth streaming. Two to four rows go through vector registers
+// also where there are tiles; for one row of 2 bits see amx_one_row.h.
 template <typename Format, int kDigitCount>
 void multiply_by_tiles(const TileJob& job) {
   Panel& panel = thread_panel();
