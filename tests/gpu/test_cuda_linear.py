@@ -109,8 +109,10 @@ def assert_rows_stand_alone(
 def hopper_tiles(weight: object) -> list[int]:
     """What stands for Hopper's kernel, where it serves."""
     from fastdeploy_lite import _ops_cuda
+    from fastdeploy_lite.model_executor.ops.cuda_runtime import SCRATCH_BYTES
 
-    return [_ops_cuda.hopper_tile] if weight.native.hopper_serves(1 << 20) else []
+    native = weight.handle.native
+    return [_ops_cuda.hopper_tile] if native is not None and native.hopper_serves(SCRATCH_BYTES) else []
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -128,7 +130,7 @@ def test_many_rows_in_slices_that_the_scratch_can_hold(
     monkeypatch.setattr(cuda_runtime, "SCRATCH_BYTES", 1 << 20)  # 128 rows of 2,560
     np.testing.assert_array_equal(run(weight, x, 1040, "bfloat16"), whole)
     monkeypatch.setattr(cuda_runtime, "SCRATCH_BYTES", 1 << 19)  # no room for a tile
-    assert not cuda_ops.suits_hopper(1000, weight)
+    assert not cuda_ops.suits_hopper(1000, weight.handle)
     np.testing.assert_array_equal(run(weight, x, 1040, "bfloat16"), whole)
 
 
@@ -137,7 +139,7 @@ def test_columns_that_are_not_whole_vectors_keep_to_the_other_kernels() -> None:
 
     random = np.random.default_rng(6)
     weight, dense = matrices.make("int8", random, 384, 52)
-    assert not cuda_ops.suits_hopper(500, weight)
+    assert not cuda_ops.suits_hopper(500, weight.handle)
     x = cards.round_bf16(random.standard_normal((500, 384)))
     assert cards.error(run(weight, x, 52, "float32"), x.astype(np.float64) @ dense) < 3e-6
 
