@@ -112,7 +112,8 @@ def hopper_tiles(weight: object) -> list[int]:
     from fastdeploy_lite.model_executor.ops.cuda_runtime import SCRATCH_BYTES
 
     native = weight.handle.native
-    return [_ops_cuda.hopper_tile] if native is not None and native.hopper_serves(SCRATCH_BYTES) else []
+    serves = native is not None and native.hopper_serves(SCRATCH_BYTES)
+    return [_ops_cuda.hopper_tile] if serves else []
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
