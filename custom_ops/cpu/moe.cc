@@ -109,16 +109,6 @@ Buffers lay_out(uint8_t* base, int64_t tokens, int64_t top_k, const PackedWeight
   return b;
 }
 
-// The columns [first, end) of a row as digits; both are multiples of a group.
-void quantize_stretch(const LinearKernels& kernels, const PackedWeight& weight, const float* row,
-                      int64_t number, int64_t first, int64_t end, int8_t* digits,
-                      GroupNumbers* groups) {
-  const int64_t group = first / kGroupRows;
-  kernels.quantize_row(row + first, end - first, weight.offset(), weight.activation_digits,
-                       digits + digit_bytes(number, weight.in_features) + group * kGroupDigitBytes,
-                       groups + number * weight.groups() + group);
-}
-
 // The tokens' rows as the up and gate projection takes them: float32, or digits of it.
 Rows take_tokens(const TensorView& x, int64_t first_token, int64_t tokens,
                  const PackedWeight& up_gate, const Buffers& b) {
@@ -131,15 +121,14 @@ Rows take_tokens(const TensorView& x, int64_t first_token, int64_t tokens,
     rows.x_stride = x.strides[0];
     if (!up_gate.quantized()) return rows;
   }
-  const LinearKernels& kernels = pick(linear_kernels_tables);
-  parallel_stretches(tokens, depth, 8192, [&](int64_t token, int64_t first, int64_t end) {
+  parallel_stretches(tokens, depth, 2048, [&](int64_t token, int64_t first, int64_t end) {
     if (is_narrow) {
       const uint16_t* from = bits + token * x.strides[0];
       cpu::widen_row(from + first, end - first, b.token_x + token * depth + first);
     }
     if (up_gate.quantized()) {
-      quantize_stretch(kernels, up_gate, rows.x + token * rows.x_stride, token, first, end,
-                       b.token_digits, b.token_groups);
+      quantize_stretch(up_gate, rows.x + token * rows.x_stride, token, first, end, b.token_digits,
+                       b.token_groups);
     }
   });
   return rows;
@@ -217,13 +206,12 @@ void multiply_experts(const PackedWeight& weight, const Assignment& assignment, 
 void activate(const PackedWeight& up_gate, const PackedWeight& down, int64_t pairs,
               const Buffers& b) {
   const RowwiseKernels& rowwise = pick(rowwise_kernels_tables);
-  const LinearKernels& kernels = pick(linear_kernels_tables);
   const int64_t row = up_gate.out_features, width = row / 2;
   parallel_stretches(pairs, width, 2048, [&](int64_t pair, int64_t first, int64_t end) {
     float* gate = b.hidden + pair * row;
     rowwise.silu_and_mul(gate + first, gate + width + first, end - first, gate + first);
     if (!down.quantized()) return;
-    quantize_stretch(kernels, down, gate, pair, first, end, b.hidden_digits, b.hidden_groups);
+    quantize_stretch(down, gate, pair, first, end, b.hidden_digits, b.hidden_groups);
   });
 }
 

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "parallel.h"
+#include "stretches.h"
 
 namespace fd {
 
@@ -62,14 +63,18 @@ void PackedWeight::check() const {
 
 void quantize_rows(const float* x, int64_t stride, int64_t rows, const PackedWeight& weight,
                    int8_t* digits, GroupNumbers* groups) {
-  const LinearKernels& kernels = pick(linear_kernels_tables);
-  const int64_t depth = weight.in_features;
-  parallel_for(rows, std::max<int64_t>(1, 16384 / depth), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      kernels.quantize_row(x + i * stride, depth, weight.offset(), weight.activation_digits,
-                           digits + digit_bytes(i, depth), groups + i * weight.groups());
-    }
+  parallel_stretches(rows, weight.in_features, 4096, [&](int64_t row, int64_t first, int64_t end) {
+    quantize_stretch(weight, x + row * stride, row, first, end, digits, groups);
   });
+}
+
+void quantize_stretch(const PackedWeight& weight, const float* x, int64_t row, int64_t first,
+                      int64_t end, int8_t* digits, GroupNumbers* groups) {
+  const int64_t group = first / kGroupRows;
+  pick(linear_kernels_tables)
+      .quantize_row(x + first, end - first, weight.offset(), weight.activation_digits,
+                    digits + digit_bytes(row, weight.in_features) + group * kGroupDigitBytes,
+                    groups + row * weight.groups() + group);
 }
 
 Rows skip_rows(const PackedWeight& weight, const Rows& input, int64_t count) {

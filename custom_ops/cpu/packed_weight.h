@@ -78,6 +78,9 @@ inline int64_t group_bytes(int64_t rows, int64_t depth) {
 // Rows as `weight` multiplies them; it is quantised.
 void quantize_rows(const float* x, int64_t stride, int64_t rows, const PackedWeight& weight,
                    int8_t* digits, GroupNumbers* groups);
+// The columns [first, end) of row `row`, which is `x`, alone; both are multiples of a group.
+void quantize_stretch(const PackedWeight& weight, const float* x, int64_t row, int64_t first,
+                      int64_t end, int8_t* digits, GroupNumbers* groups);
 
 // Rows 0 .. count of `input` times the tiles [begin, end); the result's row i goes to
 // out + i * out_stride, where `out` is column 0 of the whole result.
