@@ -91,6 +91,7 @@ void gemm_hopper(Kind kind, const TiledWeight& w, const GemmParams& p, int parts
     job.tiles = ceil_div(job.rows, job.height);
     job.groups = ceil_div(p.out_columns, kHopperColumns);
     job.parts = parts;
+    job.arrivals = warp_arrivals();
     job.p.x += int64_t{first} * w.in_features;
     if (p.out != nullptr) job.p.out += int64_t{first} * p.out_columns;
     if (p.out_float != nullptr) job.p.out_float += int64_t{first} * p.out_columns;

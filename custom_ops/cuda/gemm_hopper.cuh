@@ -109,7 +109,7 @@ struct Multiplier {
   int group, warp, lane;
   RingPlace ring;
   uint4 v[kVectors];
-  uint32_t a[2][2][4];  // operands of the part at work and of the next
+  uint32_t a[2][2][4];  // operands of the chunk at work and of the next
   float acc[kN / 2], totals[kN / 2];
 
   __device__ explicit Multiplier(Shared<kKind>& memory)
@@ -126,22 +126,22 @@ struct Multiplier {
     for (int i = 0; i < kVectors; ++i) v[i] = load_shared(at + i * 512);
   }
 
-  template <int kPart>
+  template <int kChunk>
   __device__ __forceinline__ void decode() {
     const LaneColumns none{};
-    decode_fragment<kKind, kPart, 0>(v, none, a[kPart % 2][0]);
-    decode_fragment<kKind, kPart, 1>(v, none, a[kPart % 2][1]);
+    decode_fragment<kKind, kChunk, 0>(v, none, a[kChunk % 2][0]);
+    decode_fragment<kKind, kChunk, 1>(v, none, a[kChunk % 2][1]);
   }
 
-  /// Part `kPart` of the k tile, 32 rows, while the next is decoded. `more`: a k tile follows.
-  template <int kPart>
-  __device__ __forceinline__ void add_part(uint64_t x, bool more) {
-    constexpr int kNext = (kPart + 1) % 4;
+  /// Chunk `kChunk` of the k tile, 32 rows, while the next is decoded. `more`: a k tile follows.
+  template <int kChunk>
+  __device__ __forceinline__ void add_chunk(uint64_t x, bool more) {
+    constexpr int kNext = (kChunk + 1) % 4;
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
-      WgmmaBf16<kN>::add(acc, a[kPart % 2][step],
-                         x + kPart / 2 * (kPieceBytes / 16) + kPart % 2 * 4 + 2 * step);
+      WgmmaBf16<kN>::add(acc, a[kChunk % 2][step],
+                         x + kChunk / 2 * (kPieceBytes / 16) + kChunk % 2 * 4 + 2 * step);
     }
     wgmma_commit();
     wgmma_wait<1>();
@@ -152,20 +152,20 @@ struct Multiplier {
     decode<kNext>();
   }
 
-  __device__ __forceinline__ void free_stage(int slot) const {
-    if (lane == 0) barrier_arrive(shared_address(&shared.free[slot]));
+  __device__ __forceinline__ void free_stage(const HopperJob& job, int slot) const {
+    warp_arrive(shared_address(&shared.free[slot]), job.arrivals);
   }
 
-  /// One k tile. Its stage is free once its last part is finished, one part later.
-  __device__ __forceinline__ void add_tile(bool first, bool more) {
+  /// One k tile. Its stage is free once its last chunk is finished, one chunk later.
+  __device__ __forceinline__ void add_tile(const HopperJob& job, bool first, bool more) {
     const uint64_t x = descriptor_of(shared.x[ring.slot]);
     const int before = ring.slot == 0 ? kStages - 1 : ring.slot - 1;
     ring.next(kStages);
-    add_part<0>(x, true);
-    if (!first) free_stage(before);
-    add_part<1>(x, true);
-    add_part<2>(x, true);
-    add_part<3>(x, more);
+    add_chunk<0>(x, true);
+    if (!first) free_stage(job, before);
+    add_chunk<1>(x, true);
+    add_chunk<2>(x, true);
+    add_chunk<3>(x, more);
   }
 
   __device__ __forceinline__ void add_up(bool first) {
@@ -186,14 +186,14 @@ struct Multiplier {
     int k = place.k_tile;
     for (int part = place.part; part < place.end_part; ++part) {
       for (const int end = part_begin(job.w, part + 1, job.parts); k < end; ++k) {
-        add_tile(k == place.k_tile, k + 1 < place.end_k_tile);
+        add_tile(job, k == place.k_tile, k + 1 < place.end_k_tile);
       }
       add_up(part == place.part || job.runs > 1);
       if (job.runs > 1) {
         store_floats(job, place, job.p.partial + int64_t{part} * job.rows * job.p.out_columns);
       }
     }
-    free_stage(ring.slot == 0 ? kStages - 1 : ring.slot - 1);
+    free_stage(job, ring.slot == 0 ? kStages - 1 : ring.slot - 1);
   }
 
   /// The warpgroup's columns in float32: eight columns of a row are 32 bytes.
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(shared_address(&shared.full[i]), 1);
-      barrier_init(shared_address(&shared.free[i]), 4 * kGroups);
+      barrier_init(shared_address(&shared.free[i]), 4 * kGroups * job.arrivals);
     }
     barrier_publish();
   }

@@ -18,6 +18,7 @@ struct HopperJob {
   GemmParams p;
   const uint8_t* x;
   int rows, height, tiles, groups, parts, runs;
+  int arrivals;  // of a warp at a barrier: see warp_arrive()
 
   __host__ __device__ int items() const { return tiles * groups * runs; }
 };

@@ -15,13 +15,6 @@
 namespace fd::cuda {
 namespace {
 
-/// Of a warp at a barrier: 32 where racecheck is to understand the kernels.
-int warp_arrivals() {
-  const char* const set = std::getenv("FD_LITE_RACECHECK");
-  // Blanks may stand around it; envs.py refuses all but 0 and 1.
-  return set != nullptr && std::strchr(set, '1') != nullptr ? kWarp : 1;
-}
-
 int padded(int k) { return ceil_div(k, kChunkK) * kChunkK; }
 
 struct SortedMemory {
@@ -108,6 +101,12 @@ void run_sorted(const ExpertsPlan& plan, const ExpertsCall& call, void* memory,
 }
 
 }  // namespace
+
+int warp_arrivals() {
+  const char* const set = std::getenv("FD_LITE_RACECHECK");
+  // Blanks may stand around it; envs.py refuses all but 0 and 1.
+  return set != nullptr && std::strchr(set, '1') != nullptr ? kWarp : 1;
+}
 
 const CardFacts& card_facts() {
   constexpr int kMostCards = 64;

@@ -32,6 +32,9 @@ struct ExpertsScratch {
   void* state;   // experts_state_bytes()
 };
 
+/// Of a warp at a barrier of rings: 32 where racecheck is to understand the kernels.
+int warp_arrivals();
+
 /// Of the current card; asked for once.
 const CardFacts& card_facts();
 
