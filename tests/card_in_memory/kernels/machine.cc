@@ -351,13 +351,18 @@ void poll(const void* from, void* value, int size) {
     leave("a word of global memory");
   }
   thread.polled = from;
+  thread.seen_bytes = size;
   std::memcpy(thread.seen, from, size);
   std::memcpy(value, thread.seen, size);
 }
 
 void signal() {
-  for (Thread* thread : machine.pollers) wake(*thread);
-  machine.pollers.clear();
+  std::vector<Thread*>& pollers = machine.pollers;
+  const auto changed = std::partition(pollers.begin(), pollers.end(), [](const Thread* thread) {
+    return std::memcmp(thread->seen, thread->polled, thread->seen_bytes) == 0;
+  });
+  std::for_each(changed, pollers.end(), [](Thread* thread) { wake(*thread); });
+  pollers.erase(changed, pollers.end());
   ++machine.progress;
 }
 

@@ -67,6 +67,7 @@ struct Thread {
   const char* waits_for = nullptr;
   const void* polled = nullptr;  // the last word that it looked at, and what it saw
   uint32_t seen[4];
+  int seen_bytes = 0;
   std::vector<SmallCopy> copies;
   int copy_group = 0;
 };
@@ -150,9 +151,9 @@ int elected_lane();
 /// A moment at which others may go on.
 void maybe_give_way();
 /// Looks at `size` bytes that another block may write; whoever looks twice and sees the same waits
-/// until something happens.
+/// until they change.
 void poll(const void* from, void* value, int size);
-/// Something happened that pollers may be waiting for.
+/// Something happened: whoever polls a word that it changed may look again.
 void signal();
 
 void* static_shared(const void* variable, int64_t bytes, int alignment);
