@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set-up and all tests: linters, types, unit, end-to-end and fuzz tests.
 #   bash entrypoints/test.sh [pytest arguments]      e.g. bash entrypoints/test.sh tests/unit -k scheduler
-# Without arguments and with two cores or more, tests/unit and the rest run side by side.
+# Without arguments and with two cores or more, two halves of them run side by side.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" test
 # The page is tested in a real browser; where it cannot be installed those tests say so and skip.

@@ -12,7 +12,7 @@ import pytest
 from waiting import until
 
 PROGRAM = Path(__file__).resolve().parents[1] / "side_by_side.py"
-# `tests/unit` is in what the first half is asked for, `tests` in what the second is.
+# `tests/unit` is what the first half is asked for, `tests` what the second is.
 FAKE_PYTEST = """\
 import os, signal, sys, time
 from pathlib import Path
@@ -64,11 +64,23 @@ while not (Path('unit').exists() and Path('rest').exists()): time.sleep(0.01)
 """
     code, lines = run(tmp_path, meet + PASSED, meet + PASSED)
     assert code == 0
-    assert lines[0] == "unit tests/unit"
-    assert lines[2] == "rest tests --ignore=tests/unit"
+    assert lines[0].startswith("unit tests/unit --ignore=tests/unit/")
+    assert lines[2].startswith("rest tests --ignore=tests/unit/")
     assert lines[5:7] == [f"{name}: 3 passed, 1 skipped, 2 warnings"
-                          for name in ("tests/unit", "everything else")]  # fmt: skip
+                          for name in ("most of tests/unit", "everything else")]  # fmt: skip
     assert lines[-1].strip("=").startswith(" 6 passed, 2 skipped, 4 warnings in ")
+
+
+def test_each_unit_test_is_in_one_half(tmp_path: Path) -> None:
+    _, lines = run(tmp_path, PASSED, PASSED)
+    ignored = [
+        {word.removeprefix("--ignore=") for word in line.split() if word.startswith("--ignore=")}
+        for line in lines
+        if line.startswith(("unit ", "rest "))
+    ]
+    assert set.intersection(*ignored) == set()
+    unit = PROGRAM.with_name("unit")
+    assert set.union(*ignored) == {f"tests/unit/{path.name}" for path in unit.iterdir()}
 
 
 @pytest.mark.parametrize("said", [None, "3"])
@@ -102,14 +114,14 @@ def test_a_crash_of_one_hides_nothing_of_the_other(tmp_path: Path, crashing: str
     code, lines = run(tmp_path, *((crash, FAILED) if crashing == "unit" else (FAILED, crash)))
     assert code == (137 if crashing == "unit" else 1)  # that of the first
     assert {"too much memory", "FAILED tests/a.py::test_a - assert 1 == 2"} <= set(lines)
-    name = "tests/unit" if crashing == "unit" else "everything else"
+    name = "most of tests/unit" if crashing == "unit" else "everything else"
     assert f" no result of {name} (status 137), 1 failed, 1 error, 5 passed in " in lines[-1]
 
 
 def test_a_test_that_says_what_pytest_says_is_no_result(tmp_path: Path) -> None:
     code, lines = run(tmp_path, PASSED + "; print('and more'); sys.exit(3)", PASSED)
     assert code == 3
-    assert " no result of tests/unit (status 3), 3 passed, " in lines[-1]
+    assert " no result of most of tests/unit (status 3), 3 passed, " in lines[-1]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
