@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from fastdeploy_lite.quantization.convert import quantize_checkpoint
 from fastdeploy_lite.request.step import SamplerParams
 from fastdeploy_lite.speculation.config import SpeculativeConfig
 from fastdeploy_lite.utils.errors import ConfigError, FastDeployError
+from fastdeploy_lite.worker.model_runner import ModelRunner
 
 RNG = np.random.default_rng(5)
 PROMPTS = [[int(i) for i in RNG.integers(0, 8192, n)] for n in (1, 70, 33)]
@@ -75,6 +76,33 @@ def ranks(folder: Path, size: int, **runtime: Any) -> Iterator[ProcessesExecutor
         executor.close()
 
 
+@dataclass
+class Shared:
+    """A model in one process and over several, which each test leaves as it was."""
+
+    folder: Path
+    load: LoadConfig
+    executor: ProcessesExecutor
+
+    def alone(self, **more: Any) -> ModelRunner:
+        return make_runner(self.folder, length=LENGTH, load=self.load, **more)
+
+
+@pytest.fixture(scope="module")
+def shared(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Shared]:
+    """Of a kind, a number of ranks, and a row order: a rank starts for seconds."""
+    kind, size, order = request.param
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny_model(folder, kind=kind, tied=size == 2, seed=3)
+    load = LoadConfig(row_order=order)
+    with ranks(folder, size, load=load) as executor:
+        yield Shared(folder, load, executor)
+
+
+def sharing(*ways: tuple[str, int, str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("shared", ways, indirect=True, ids=str)
+
+
 def run(executor: Any, chunk: int = 40) -> list[Running]:
     running = sequences(PROMPTS, LENGTH)
     generate(executor, running, COUNT, chunk)
@@ -92,28 +120,21 @@ def assert_alike(found: list[Running], wanted: list[Running]) -> None:
                 break
 
 
-@pytest.mark.parametrize(
-    ("kind", "size", "order"),
-    [
-        ("bf16", 2, "natural"),
-        ("bf16", 4, "natural"),
-        ("wint8", 2, "natural"),
-        ("wint4", 2, "natural"),
-        ("w4w2", 2, "natural"),
-        ("w4w2", 4, "permuted"),
-        ("2bits", 2, "permuted"),
-        ("2bits", 4, "natural"),
-    ],
+@sharing(
+    ("bf16", 2, "natural"),
+    ("bf16", 4, "natural"),
+    ("wint8", 2, "natural"),
+    ("wint4", 2, "natural"),
+    ("w4w2", 2, "natural"),
+    ("w4w2", 4, "permuted"),
+    ("2bits", 2, "permuted"),
+    ("2bits", 4, "natural"),
 )
-def test_any_size_gives_the_same_answers(tmp_path: Path, kind: Any, size: int, order: Any) -> None:
+def test_any_size_gives_the_same_answers(shared: Shared) -> None:
     """Four ranks share two KV heads, and two steps of 128 rows of 2-bit experts."""
-    folder = write_tiny_model(tmp_path, kind=kind, tied=size == 2, seed=3)
-    load = LoadConfig(row_order=order)
-    wanted = run(make_runner(folder, length=LENGTH, load=load))
-    with ranks(folder, size, load=load) as executor:
-        found = run(executor)
-        again = run(executor, chunk=7)
-    assert_alike(found, wanted)
+    found = run(shared.executor)
+    again = run(shared.executor, chunk=7)
+    assert_alike(found, run(shared.alone()))
     for one, other in zip(found, again, strict=True):  # any batch, any chunks: the same bits
         assert one.output == other.output
         np.testing.assert_array_equal(one.rows, other.rows)
@@ -198,28 +219,26 @@ def test_weights_quantised_while_loading(tmp_path: Path) -> None:
         assert np.abs(one.rows[0] - other.rows[0]).max() < 0.05 * np.abs(other.rows[0]).max()
 
 
-def test_prompt_logprobs_and_guesses(tmp_path: Path) -> None:
-    folder = write_tiny_model(tmp_path, kind="w4w2")
-    alone = make_runner(folder, length=LENGTH)
+@sharing(("w4w2", 2, "natural"))
+def test_prompt_logprobs_and_guesses(shared: Shared) -> None:
     params = SamplerParams(temperature=0.0, prompt_logprobs=2, logprobs=1)
-    with ranks(folder, 2) as executor:
-        results = []
-        for one in (alone, executor):
-            (running,) = sequences([PROMPTS[1]], LENGTH, sampling=params)
-            (result,) = one.execute([running.slice(100)])
-            running.take(result)
-            results.append(result)
-            plain = list(running.output)
-            part = running.slice(1)  # a right guess and a wrong one
-            (first,) = one.execute([part])
-            running.take(first)
-            again = sequences([PROMPTS[1] + plain], LENGTH)[0]
-            guessed = again.slice(100)
-            guessed.token_ids = [*guessed.token_ids, running.output[1], 5, 6]
-            guessed.draft_token_ids = [running.output[1], 5, 6]
-            (checked,) = one.execute([guessed])
-            assert checked.token_ids[0] == running.output[1]
-            assert len(checked.token_ids) == 2
+    results = []
+    for one in (shared.alone(), shared.executor):
+        (running,) = sequences([PROMPTS[1]], LENGTH, sampling=params)
+        (result,) = one.execute([running.slice(100)])
+        running.take(result)
+        results.append(result)
+        plain = list(running.output)
+        part = running.slice(1)  # a right guess and a wrong one
+        (first,) = one.execute([part])
+        running.take(first)
+        again = sequences([PROMPTS[1] + plain], LENGTH)[0]
+        guessed = again.slice(100)
+        guessed.token_ids = [*guessed.token_ids, running.output[1], 5, 6]
+        guessed.draft_token_ids = [running.output[1], 5, 6]
+        (checked,) = one.execute([guessed])
+        assert checked.token_ids[0] == running.output[1]
+        assert len(checked.token_ids) == 2
     assert results[0].token_ids == results[1].token_ids
     found, wanted = (
         [entry.logprob for entry in result.prompt_logprobs or ()] for result in results
@@ -241,43 +260,48 @@ def test_memory_is_shared_among_the_ranks(tmp_path: Path) -> None:
             assert report.memory[f"weights.{role}"] == pytest.approx(size, rel=0.05)
 
 
-def test_a_step_that_fails_fails_for_all_and_the_next_one_is_sound(tmp_path: Path) -> None:
+@sharing(("2bits", 2, "permuted"))
+def test_a_step_that_fails_fails_for_all_and_the_next_one_is_sound(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What only one rank meets is the verdict of all, and costs only the request to blame."""
-    folder = write_tiny_model(tmp_path, kind="2bits")
-    wanted = run(make_runner(folder, length=LENGTH))
-    with ranks(folder, 2) as executor:
-        good, bad = sequences(PROMPTS[:2], LENGTH)
-        parts = [good.slice(100), bad.slice(100)]
-        parts[1].token_ids = [*list(parts[1].token_ids)[:-1], 8192]  # outside the vocabulary
-        verdict = run_step(executor, parts)
-        assert verdict.results[0].token_ids == wanted[0].output[:1]
-        assert "token id 8192" in (verdict.results[1].error or "")
-        assert not verdict.is_broken
-        run(executor)
-        executor.runner.model.layers[1].mlp = None  # this rank only
+    executor, wanted = shared.executor, run(shared.alone())
+    good, bad = sequences(PROMPTS[:2], LENGTH)
+    parts = [good.slice(100), bad.slice(100)]
+    parts[1].token_ids = [*list(parts[1].token_ids)[:-1], 8192]  # outside the vocabulary
+    verdict = run_step(executor, parts)
+    assert verdict.results[0].token_ids == wanted[0].output[:1]
+    assert "token id 8192" in (verdict.results[1].error or "")
+    assert not verdict.is_broken
+    run(executor)
+    with monkeypatch.context() as damaged:
+        damaged.setattr(executor.runner.model.layers[1], "mlp", None)  # this rank only
         with pytest.raises(TypeError):
             executor.execute([sequences(PROMPTS[1:2], LENGTH)[0].slice(100)])
+    assert_alike(run(executor), wanted)
 
 
-def test_every_rank_rounds_activations_as_asked(tmp_path: Path) -> None:
+@sharing(("w4w2", 2, "natural"))
+def test_every_rank_rounds_activations_as_asked(shared: Shared) -> None:
     """Where rounding is coarse, sums in another order may round to the next integer."""
-    folder = write_tiny_model(tmp_path, kind="w4w2", seed=3)
-    alone = make_runner(folder, length=LENGTH, activation_bits=16).logits(PROMPTS[1])
+    alone = shared.alone(activation_bits=16).logits(PROMPTS[1])
     found = []
-    for bits in (24, 16):
-        with ranks(folder, 2, activation_bits=bits) as executor:
+    with ranks(shared.folder, 2, load=shared.load, activation_bits=16) as rounding:
+        for executor in (shared.executor, rounding):
             running = sequences([PROMPTS[1]], LENGTH)
             generate(executor, running, 1)
             found.append(running[0].rows[0])
     fine, coarse = found
+    assert shared.executor.config.activation_bits == 24
     assert (fine != coarse).any()
     np.testing.assert_allclose(coarse, alone[-1], atol=10 * ROUNDING)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_candidates_of_each_rank_give_the_tokens_of_all_logits(tmp_path: Path, size: int) -> None:
+@sharing(("w4w2", 2, "natural"), ("w4w2", 4, "permuted"))
+def test_candidates_of_each_rank_give_the_tokens_of_all_logits(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Mixed batches, chunks of prompts and single tokens; a processor asks for all logits."""
-    folder = write_tiny_model(tmp_path, kind="w4w2", seed=3)
     ways = [
         SamplerParams(temperature=0.0),
         SamplerParams(temperature=0.8, top_k=20, top_p=0.9, seed=3),
@@ -297,33 +321,34 @@ def test_candidates_of_each_rank_give_the_tokens_of_all_logits(tmp_path: Path, s
         generate(executor, running, COUNT, 40)
         return [one.output for one in running]
 
-    with ranks(folder, size) as executor:
-        rows = executor.runner._candidates
-        assert rows is not None
-        counted: list[int] = []
-        real = rows.gather
-        rows.gather = lambda own, parts, count: (  # type: ignore[method-assign]
-            counted.append(count) or real(own, parts, count)
-        )
-        wanted = answers(executor, False)
-        assert not counted
-        assert answers(executor, True) == wanted
-        assert len(counted) >= COUNT
-        assert len({token for one in wanted for token in one}) > 10
+    rows = shared.executor.runner._candidates
+    assert rows is not None
+    counted: list[int] = []
+    real = rows.gather
+    monkeypatch.setattr(
+        rows, "gather", lambda own, parts, count: counted.append(count) or real(own, parts, count)
+    )
+    wanted = answers(shared.executor, False)
+    assert not counted
+    assert answers(shared.executor, True) == wanted
+    assert len(counted) >= COUNT
+    assert len({token for one in wanted for token in one}) > 10
 
 
-def test_a_failure_of_another_rank_is_told_with_its_reason(tmp_path: Path) -> None:
-    folder = write_tiny_model(tmp_path, kind="2bits")
-    with ranks(folder, 2) as executor:
-        (one,) = sequences(PROMPTS[1:2], LENGTH)
-        part = one.slice(100)
-        message = executor._writer.step([part])
-        message.slices[0].new_blocks[0] = 10**6
-        executor._writer.step = lambda _: message  # type: ignore[method-assign]
+@sharing(("2bits", 2, "permuted"))
+def test_a_failure_of_another_rank_is_told_with_its_reason(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = shared.executor
+    (one,) = sequences(PROMPTS[1:2], LENGTH)
+    part = one.slice(100)
+    message = executor._writer.step([part])
+    message.slices[0].new_blocks[0] = 10**6
+    with monkeypatch.context() as wrong:
+        wrong.setattr(executor._writer, "step", lambda _: message)
         with pytest.raises(RankError, match=r"^rank 1: ValueError: .*block table"):
             executor.execute([part])
-        del executor._writer.step  # type: ignore[method-assign]
-        run(executor)
+    run(executor)
 
 
 def gone(pids: list[int]) -> bool:
