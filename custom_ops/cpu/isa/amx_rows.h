@@ -198,8 +198,8 @@ FD_INLINE Panel& thread_panel() {
   return panel;
 }
 
-// All rows of a job, more than are worth streaming. Two to four rows go through vector registers
-// also where there are tiles; for one row of 2 bits see amx_one_row.h.
+// All rows of a job, more than are worth streaming. Up to four rows of int4 and int8 go through
+// vector registers also where there are tiles; for those of 2 bits see amx_few_rows.h.
 template <typename Format, int kDigitCount>
 void multiply_by_tiles(const TileJob& job) {
   Panel& panel = thread_panel();

@@ -141,7 +141,7 @@ def test_one_row_of_2_bits_has_the_same_bits_everywhere(k: int, activation_bits:
 
 
 @pytest.mark.parametrize("steepest", [120, 140])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 6, 67])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 6, 67])
 def test_rows_of_2_bits_have_the_same_bits_everywhere(
     steepest: float, tokens: int, activation_bits: int
 ) -> None:

@@ -1,9 +1,9 @@
-// One row times 2-bit tiles through the tile unit (AMX), whose products leave the vector unit to
-// the decoding.
+// Up to four rows times 2-bit tiles through the tile unit (AMX), whose products leave the vector
+// unit to the decoding.
 //
 // One instruction multiplies a group's weights, decoded into a tile of 16 quads and 16 columns, by
-// the digits of an activation, the rows of the other tile. The vector unit, which bounds the speed,
-// so has 5 instructions for 64 weights instead of 8 (7 with two digits).
+// the digits of all activations, the rows of the other tile. The vector unit, which bounds the
+// speed, so has 5 instructions for 64 weights, whose products would be another 2 or 3 a row.
 //
 // What makes it fast or slow is the order. A tile is read once its stores have left the processor's
 // pipeline, a product takes 52 cycles, and nothing behind either leaves before it: group by group,
@@ -46,17 +46,31 @@ struct GroupPlace {
   }
 };
 
-template <int kDigitCount>
-class OneRow {
+constexpr int kMostFewRows = 4;
+// Groups of K whose digits are laid side by side.
+constexpr int64_t kMostGathered = 256;
+
+FD_INLINE int8_t* gathered_digits() {
+  alignas(64) static thread_local int8_t memory[kMostGathered * kMostFewRows * kGroupDigitBytes];
+  return memory;
+}
+
+template <int kDigitCount, int kRows>
+class FewRows {
  public:
-  explicit OneRow(const TileJob& job)
+  explicit FewRows(const TileJob& job)
       : job_(job),
-        row_(row_of(job, 0)),
         groups_(job.depth / kGroupRows),
-        units_(groups_ * ((job.columns + kTileColumns - 1) / kTileColumns)) {}
+        units_(groups_ * ((job.columns + kTileColumns - 1) / kTileColumns)),
+        digits_(gather(job)) {
+    for (int r = 0; r < kRows; ++r) {
+      numbers_[r] = row_of(job, r).groups;
+      total_[r] = splat(0.0f);
+    }
+  }
 
   void run() {
-    const TileShape shape(kDigitCount, kShortTiles);
+    const TileShape shape(kSums, kShortTiles);
     int64_t unit = 0;  // groups of all tiles, counted
     for (int tile = 0; unit < units_; ++tile) {
       const Ccq<IntegerDecoder> format(job_, tile);
@@ -74,6 +88,24 @@ class OneRow {
   }
 
  private:
+  static constexpr int kSums = kRows * kDigitCount;  // rows of the tiles of digits and of sums
+  // One row's digits lie as a tile wants them, but for those left out, which follow the others.
+  static constexpr int64_t kDigitStep =
+      (kRows == 1 ? kDigits : kSums) * static_cast<int64_t>(kGroupRows);
+
+  // The digits of the rows, group by group.
+  static const int8_t* gather(const TileJob& job) {
+    if constexpr (kRows == 1) return row_of(job, 0).digits;
+    int8_t* const memory = gathered_digits();
+    int8_t* to = memory;
+    for (int64_t g = 0; g < job.depth / kGroupRows; ++g) {
+      for (int r = 0; r < kRows; ++r, to += kDigitCount * kGroupRows) {
+        memcpy(to, row_of(job, r).digits + g * kGroupDigitBytes, kDigitCount * kGroupRows);
+      }
+    }
+    return memory;
+  }
+
   void decode(const Ccq<IntegerDecoder>& format, int64_t g, uint8_t* to) const {
     const uint8_t* stored = format.group(g);
     fetch_ahead<Ccq<IntegerDecoder>, 1>(job_, format.tile, stored);
@@ -104,39 +136,56 @@ class OneRow {
   void multiply(int64_t unit) {
     tile_zero<Tiles::kSums>();
     tile_load<Tiles::kWeights>(weights_[unit % kRing], 64);
-    tile_load<Tiles::kDigits>(row_.digits + multiplied_.g * kGroupDigitBytes, kGroupRows);
+    tile_load<Tiles::kDigits>(digits_ + multiplied_.g * kDigitStep, kGroupRows);
     tile_dot<Tiles::kSums, Tiles::kDigits, Tiles::kWeights>();
     multiplied_.advance(groups_);
   }
 
-  void join_next(const int32_t (&sums)[kDigits][kTileColumns]) {
-    const GroupNumbers& numbers = row_.groups[joined_.g];
-    I16 digits[kDigitCount];
-    for (int d = 0; d < kDigitCount; ++d) {
-      digits[d] = add(load_ints(sums[d]), splat_int(numbers.start[d]));
-    }
+  void join_next(const int32_t (&sums)[kSums][kTileColumns]) {
     const uint8_t* tile = job_.tile + joined_.tile * job_.tile_bytes;
     const F16 local = Ccq<IntegerDecoder>::local_of(tile, joined_.g);
-    const F16 factor = Ccq<IntegerDecoder>::factor(local, splat(numbers.scale));
-    total_ = fma(join(digits), factor, total_);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const GroupNumbers& numbers = numbers_[r][joined_.g];
+      I16 digits[kDigitCount];
+      for (int d = 0; d < kDigitCount; ++d) {
+        digits[d] = add(load_ints(sums[r * kDigitCount + d]), splat_int(numbers.start[d]));
+      }
+      const F16 factor = Ccq<IntegerDecoder>::factor(local, splat(numbers.scale));
+      total_[r] = fma(join(digits), factor, total_[r]);
+    }
     const int whole = joined_.tile;
     joined_.advance(groups_);
     if (joined_.tile == whole) return;
-    store_total(job_, 0, whole, groups_, total_);
-    total_ = splat(0.0f);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      store_total(job_, r, whole, groups_, total_[r]);
+      total_[r] = splat(0.0f);
+    }
   }
 
   const TileJob& job_;
-  const Row row_;
   const int64_t groups_, units_;
+  const int8_t* const digits_;
+  const GroupNumbers* numbers_[kRows];
   GroupPlace multiplied_, joined_;
-  F16 total_ = splat(0.0f);
+  F16 total_[kRows];
   alignas(64) uint8_t weights_[kRing][kWeightTileBytes];
-  alignas(64) int32_t sums_[kRing][kDigits][kTileColumns];
+  alignas(64) int32_t sums_[kRing][kSums][kTileColumns];
 };
 
-FD_INLINE void multiply_one_row(const TileJob& job) {
-  job.digit_count == kDigits ? OneRow<kDigits>(job).run() : OneRow<2>(job).run();
+template <int kRows>
+void multiply_few_rows(const TileJob& job) {
+  job.digit_count == kDigits ? FewRows<kDigits, kRows>(job).run() : FewRows<2, kRows>(job).run();
+}
+
+// Whether there were so few rows that this has multiplied them.
+FD_INLINE bool multiplied_few_rows(const TileJob& job) {
+  if (job.num_rows == 1) return multiply_few_rows<1>(job), true;
+  if (job.num_rows > kMostFewRows || job.depth / kGroupRows > kMostGathered) return false;
+  if (job.num_rows == 2) return multiply_few_rows<2>(job), true;
+  if (job.num_rows == 3) return multiply_few_rows<3>(job), true;
+  return multiply_few_rows<4>(job), true;
 }
 
 }  // namespace fd::FD_ISA
