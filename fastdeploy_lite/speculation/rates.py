@@ -41,23 +41,22 @@ class HitRate:
 
     Args:
         prior: Rate before anything was seen, worth `weight` guesses.
+
+    Attributes:
+        value: In (0, 1).
     """
 
-    __slots__ = ("_hits", "_trials")
+    __slots__ = ("_hits", "_trials", "value")
 
     def __init__(self, prior: float, weight: float) -> None:
-        self._hits, self._trials = prior * weight, weight
+        self._hits, self._trials, self.value = prior * weight, weight, prior
 
     def note(self, hits: int, missed: bool) -> None:
         """Record `hits` right tokens in a row and whether a wrong one followed."""
         fade = _FADES[hits + missed]
         self._hits = self._hits * fade + hits
         self._trials = self._trials * fade + hits + missed
-
-    @property
-    def value(self) -> float:
-        """In (0, 1)."""
-        return self._hits / self._trials
+        self.value = self._hits / self._trials
 
 
 class HitRates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from fastdeploy_lite import _ops_cpu
@@ -463,17 +464,19 @@ class Speculator:
         plain = self._plain_seconds(count)
         if plain is None:
             return {}
-        names, rates = list(self._open), []
-        for request_id, draft in self._open.items():
-            memory = self._memories.get(request_id)
-            known = self._rates if memory is None else memory.rates
-            rates.append(known.value(draft.matched))
+        rates = [self._rate(*guess) for guess in self._open.items()]
         sizes = [len(draft.tokens) for draft in self._open.values()]
         won, owners = _ops_cpu.rank_guesses(rates, sizes, LEAST_CHANCE, budget)
-        lengths: dict[str, int] = {}
-        for owner in owners[: self._best_number(count, plain, won)]:
-            lengths[names[owner]] = lengths.get(names[owner], 0) + 1
-        return lengths
+        taken = self._best_number(count, plain, won)
+        if not taken:
+            return {}
+        names = list(self._open)
+        return {names[owner]: length for owner, length in Counter(owners[:taken]).items()}
+
+    def _rate(self, request_id: str, draft: Draft) -> float:
+        """How likely a token of a guess is right if those before it are."""
+        memory = self._memories.get(request_id)
+        return (self._rates if memory is None else memory.rates).value(draft.matched)
 
     def _plain_seconds(self, count: int) -> float | None:
         """A step of `count` sequences without guesses."""
