@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
 import io
 import json
 import pstats
@@ -100,17 +101,39 @@ class Row:
     totals: dict[str, float] = field(default_factory=dict)
 
 
+class Garbage:
+    """Measures what Python's collector of garbage takes.
+
+    Attributes:
+        seconds: so far.
+        runs: collections.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.runs, self._began = 0.0, 0, 0.0
+        gc.callbacks.append(self._note)
+
+    def _note(self, phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            self._began = time.perf_counter()
+            return
+        self.seconds += time.perf_counter() - self._began
+        self.runs += 1
+
+
+GARBAGE = Garbage()
+
+
 class Watched(Speculator):
     """A policy that sums up what it is told of steps.
 
     Attributes:
-        told: Sums since the beginning.
         lowest: What its purse held, at least; seconds.
     """
 
     def __init__(self, config: SpeculativeConfig, known: StepSeconds | None) -> None:
         super().__init__(config, known)
-        self.told = dict.fromkeys(TOLD, 0.0)
+        self._told: list[tuple[int, int, int, float, bool, float, float]] = []
         self.lowest = 0.0
 
     def note_step(
@@ -123,14 +146,21 @@ class Watched(Speculator):
         beside: float = 0.0,
     ) -> None:
         """See Speculator."""
-        looked = self._look_seconds
+        self._told.append((count, checked, emitted, seconds, decodes, beside, self._look_seconds))
         super().note_step(count, checked, emitted, seconds, decodes, beside)
-        kind = "check" if checked and decodes else "plain" if decodes else "prompt"
-        plain = self._plain_seconds(count) or seconds
-        parts = (1.0, seconds, beside, looked, emitted, emitted / max(count, 1) * plain)
-        for name, value in zip(PARTS, parts, strict=True):
-            self.told[f"{kind}_{name}"] += value
         self.lowest = min(self.lowest, self._purse.seconds)
+
+    def take_told(self) -> dict[str, float]:
+        """Sums of what was told since they were taken last."""
+        sums = dict.fromkeys(TOLD, 0.0)
+        for count, checked, emitted, seconds, decodes, beside, looked in self._told:
+            kind = "check" if checked and decodes else "plain" if decodes else "prompt"
+            plain = self._plain_seconds(count) or seconds
+            parts = (1.0, seconds, beside, looked, emitted, emitted / max(count, 1) * plain)
+            for name, value in zip(PARTS, parts, strict=True):
+                sums[f"{kind}_{name}"] += value
+        self._told = []
+        return sums
 
 
 class Contestant:
@@ -180,9 +210,14 @@ class Contestant:
                 self._ended += len(new)
         self.core.close_step(time.perf_counter())
         taken = time.perf_counter() - wall, time.process_time() - cpu
-        for name, value in self.totals().items():
-            self.row.totals[name] = self.row.totals.get(name, 0) + value - before[name]
+        spent = {name: value - before[name] for name, value in self.totals().items()}
+        for name, value in (spent | self._told()).items():
+            self.row.totals[name] = self.row.totals.get(name, 0) + value
         return taken
+
+    def _told(self) -> dict[str, float]:
+        policy = self.speculator
+        return dict.fromkeys(TOLD, 0.0) if policy is None else policy.take_told()
 
     def answers(self) -> list[list[int]]:
         """What was answered, whole once every turn was taken."""
@@ -196,10 +231,11 @@ class Contestant:
             "steps": stats.steps,
             "tokens": stats.generation_tokens,
             "step_s": stats.step_seconds,
+            "garbage_s": GARBAGE.seconds,
+            "garbage_runs": GARBAGE.runs,
             "model_s": stats.model_seconds,
             "guess_s": policy.seconds if policy else 0.0,
             "looks": policy.looks if policy else 0,
-            **(policy.told if policy else dict.fromkeys(TOLD, 0.0)),
             "drafted": drafts.drafted if drafts else 0,
             "accepted": drafts.accepted if drafts else 0,
         }
@@ -297,7 +333,8 @@ def breakdown(spent: dict[str, float]) -> str:
     return (
         f"  {steps:.0f} steps of {micros['step_s']:.0f} us: model {micros['model_s']:.0f}, looking"
         f" {micros['guess_s']:.1f}, engine {rest:.0f}; tokens a step {spent['tokens'] / steps:.2f};"
-        f" looks {spent['looks']:.0f}, guesses checked {spent['drafted']:.0f}"
+        f" looks {spent['looks']:.0f}, guesses checked {spent['drafted']:.0f}; garbage collected"
+        f" {spent['garbage_runs']:.0f} times, {1e3 * spent['garbage_s']:.1f} ms"
     )
 
 

@@ -218,7 +218,11 @@ def propose_all(
     drafters: Sequence[Drafter], tokens: Sequence[Sequence[int]], most: int
 ) -> list[tuple[list[int], int]]: ...
 def rank_guesses(
-    rates: Sequence[float], lengths: Sequence[int], least: float, most: int
+    rates: Sequence[float],
+    lengths: Sequence[int],
+    leads: Sequence[float],
+    least: float,
+    most: int,
 ) -> tuple[list[float], list[int]]: ...
 
 # --- the encoder: bytes of a run of blocks ------------------------------------------------------

@@ -55,9 +55,9 @@ void bind_speculation(py::module_& m) {
            py::arg("least_share"), py::arg("most_indexed"));
   m.def("propose_all", &cpu::propose_all, py::arg("drafters"), py::arg("tokens"), py::arg("most"),
         no_gil(), "Let each drafter read its new tokens and guess.");
-  m.def("rank_guesses", &cpu::rank_guesses, py::arg("rates"), py::arg("lengths"), py::arg("least"),
-        py::arg("most"),
-        "Order the tokens of guesses, one a sequence, by their chances; the tokens that the first "
+  m.def("rank_guesses", &cpu::rank_guesses, py::arg("rates"), py::arg("lengths"), py::arg("leads"),
+        py::arg("least"), py::arg("most"),
+        "Order the tokens of guesses, one a sequence, by their use; the tokens that the first "
         "0, 1, ... of them are expected to give, and the sequence of each.");
 }
 

@@ -1,6 +1,7 @@
 #include "drafters.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <stdexcept>
 
@@ -188,24 +189,30 @@ std::vector<Draft> propose_all(const std::vector<Drafter*>& drafters,
 }
 
 Ranking rank_guesses(const std::vector<double>& rates, const std::vector<int32_t>& lengths,
-                     double least, int64_t most) {
-  if (rates.size() != lengths.size()) {
-    throw std::invalid_argument("rank_guesses: as many lengths as rates are needed");
+                     const std::vector<double>& leads, double least, int64_t most) {
+  if (rates.size() != lengths.size() || rates.size() != leads.size()) {
+    throw std::invalid_argument("rank_guesses: as many lengths and leads as rates are needed");
   }
-  std::vector<std::pair<double, int32_t>> ranked;
+  constexpr double kHalved = 8.0;
+  struct Guess {
+    double use, chance;
+    int32_t owner;
+  };
+  std::vector<Guess> ranked;
   for (size_t owner = 0; owner < rates.size(); ++owner) {
-    double chance = rates[owner];
+    double chance = rates[owner], lead = leads[owner];
     for (int32_t i = 0; i < lengths[owner] && chance >= least; ++i, chance *= rates[owner]) {
-      ranked.emplace_back(chance, static_cast<int32_t>(owner));
+      ranked.push_back({chance * std::exp2(-lead / kHalved), chance, static_cast<int32_t>(owner)});
+      lead += chance;
     }
   }
   std::stable_sort(ranked.begin(), ranked.end(),
-                   [](const auto& a, const auto& b) { return a.first > b.first; });
+                   [](const Guess& a, const Guess& b) { return a.use > b.use; });
   ranked.resize(std::min<size_t>(ranked.size(), std::max<int64_t>(most, 0)));
   Ranking found{{0.0}, {}};
-  for (const auto& [chance, owner] : ranked) {
-    found.first.push_back(found.first.back() + chance);
-    found.second.push_back(owner);
+  for (const Guess& guess : ranked) {
+    found.first.push_back(found.first.back() + guess.chance);
+    found.second.push_back(guess.owner);
   }
   return found;
 }

@@ -132,16 +132,17 @@ class SuffixDrafter : public Drafter {
 std::vector<Draft> propose_all(const std::vector<Drafter*>& drafters,
                                const std::vector<std::vector<int32_t>>& tokens, int32_t most);
 
-// Guessed tokens of several sequences in the order of their chances: the tokens that the first
-// 0, 1, ... of them are expected to give, and the sequence of each.
+// Guessed tokens of several sequences, the most useful first: the tokens that the first 0, 1, ...
+// of them are expected to give, and the sequence of each.
 using Ranking = std::pair<std::vector<double>, std::vector<int32_t>>;
 
-// The i-th token of a guess is right with the i-th power of its sequence's rate, so those of one
-// sequence come in their order. Equal chances stay in the order of the sequences.
+// The i-th token of a guess is right with the i-th power of its sequence's rate. It is of the more
+// use the less its sequence has run ahead of others: of half for every
+// eight tokens. So those of one sequence come in their order.
 //
-// `lengths` are those of the guesses; what is less likely than `least` is left out, and all but the
-// first `most`.
+// `lengths` are those of the guesses, `leads` say how many tokens each sequence is ahead; what is
+// less likely than `least` is left out, and all but the first `most`.
 Ranking rank_guesses(const std::vector<double>& rates, const std::vector<int32_t>& lengths,
-                     double least, int64_t most);
+                     const std::vector<double>& leads, double least, int64_t most);
 
 }  // namespace fd::cpu

@@ -381,7 +381,7 @@ class EngineCore:
             results = self._execute(slices)
             for (active, part), result in zip(batch, results, strict=True):
                 self._advance(active, part, result, outputs)
-            if pauses and speculator is not None:
+            if speculator is not None and (pauses or speculator.is_pausing):
                 speculator.tally.steps += len(slices)
             elif speculator is not None:
                 self._open_step = OpenStep(

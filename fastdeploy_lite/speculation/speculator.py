@@ -11,6 +11,7 @@ from fastdeploy_lite.request.messages import DraftCounts
 from fastdeploy_lite.speculation.attendance import Attendance
 from fastdeploy_lite.speculation.config import CHECK_SIZES, SpeculativeConfig
 from fastdeploy_lite.speculation.drafters import Draft, Text, create_drafters
+from fastdeploy_lite.speculation.leads import Leads
 from fastdeploy_lite.speculation.rates import (
     STALE_AFTER,
     Average,
@@ -35,7 +36,7 @@ LEAST_CHANCE = 0.05
 # Guessing may cost this share of the time of all steps, as much at once as so many steps take, and
 # is forgiven what it owes beyond that many: where the costs of checks were rehearsed, and where the
 # first ones cost several times the later, or a draft layer reads for a while before it is judged.
-REHEARSED_BUDGET, FIRST_BUDGET = (0.01, 2.0, 4.0), (0.004, 4.0, 32.0)
+REHEARSED_BUDGET, FIRST_BUDGET = (0.01, 2.0, 4.0), (0.004, 4.0, 64.0)
 # A look costs about twice its own time: the engine's part in it, cold caches, garbage.
 LOOK_COST = 2.0
 # Other processes interrupt steps and looks alike, for long beside a look, and as often as either
@@ -49,8 +50,8 @@ MOST_CHARGED, MOST_TRIED, INTERRUPTED = 4.0, 2.0, 3.0
 # Costs of steps with guesses are measured anew after `StepCosts.stale_after` steps without any, and
 # after each time in vain the wait is twice as long.
 MOST_STALE_AFTER = 16_384
-# While the budget is spent, accounts are kept at least once in so many steps and one.
-MOST_PAUSED = 15
+# While the budget is spent, a step is noted at least once in about so many.
+MOST_PAUSED = 63
 # So often a step goes without guesses, to know what that takes.
 STEPS_BETWEEN_PLAIN = 64
 # Numbers of sequences whose steps without guesses cost about the same.
@@ -79,8 +80,9 @@ class Speculator:
     """Speculation of one engine.
 
     A step that only decodes goes: `pauses`, and nothing else where it does. Any other, and one that
-    does not: `rests`, and `choose` unless it does; `note_tokens` of sequences whose guesses were
-    checked, of all when a draft layer was asked; `note_step`, once the next step begins.
+    does not: `rests`, and nothing else where a pause begins, see `is_pausing`; `choose` unless it
+    rests; `note_tokens` of sequences whose guesses were checked, of all when a draft layer was
+    asked; `note_step`, once the next step begins.
 
     Args:
         config: Method and limits.
@@ -94,6 +96,7 @@ class Speculator:
         tally: What all guesses gave.
         seconds: Time spent on guessing, the checks themselves excluded.
         looks: Steps that looked for guesses.
+        is_pausing: Whether the step for which `rests` was asked last is the first of a pause.
     """
 
     def __init__(self, config: SpeculativeConfig, known: StepSeconds | None = None) -> None:
@@ -106,6 +109,7 @@ class Speculator:
         self.tally = Tally()
         self.seconds, self.looks = 0.0, 0
         self._drafters = create_drafters(config)
+        self._leads = Leads()
         self._open: dict[str, Draft] = {}  # guesses of this step that were not judged yet
         self._looked_at: list[tuple[Text, int]] = []  # with the length of the answer
         self._memories: dict[str, _Memory] = {}
@@ -122,7 +126,8 @@ class Speculator:
         self._purse = Purse(*(FIRST_BUDGET if known is None else REHEARSED_BUDGET))
         self._own_seconds = Average()
         # Steps that nobody has to ask about, and those that went by since the accounts were kept.
-        self._pause = self._paused_steps = 0
+        self._pause = self._paused_steps = self._steps_since_noted = 0
+        self.is_pausing = False
         self._is_spent = False  # the budget, before this step
         self._usual = 0.0  # seconds of a plain step, at the last look
         self._look_seconds = 0.0  # of guessing, in this step
@@ -186,6 +191,7 @@ class Speculator:
         """Enter the steps of a pause into the accounts: each as long as is usual."""
         self._pass_steps(self._paused_steps)
         self._purse.pass_step(self._usual * self._paused_steps, False)
+        self._steps_since_noted += self._paused_steps
         self._pause = self._paused_steps = 0
 
     def _pass_steps(self, count: int) -> None:
@@ -198,7 +204,7 @@ class Speculator:
         Args:
             decodes: Whether the step does nothing else.
         """
-        self.num_drafts, self.feeds_draft = 0, False
+        self.num_drafts, self.feeds_draft, self.is_pausing = 0, False, False
         if not self._most_tokens:
             return True
         if self._paused_steps:
@@ -210,10 +216,23 @@ class Speculator:
             self._judge_the_rest()
         if decodes and self._steps_since_plain >= STEPS_BETWEEN_PLAIN:
             return True
-        # What goes well pays for itself.
-        can_go_on = self._goes_well or self._purse.can_pay(self._is_promising)
-        self._is_spent = not can_go_on and not self.has_layer
-        return not (self._attends(can_go_on) if self.has_layer else can_go_on)
+        can_go_on = self._purse.can_pay(self._has_credit)
+        if self.has_layer:
+            return not self._attends(can_go_on)
+        if not can_go_on and decodes and self._steps_since_noted < MOST_PAUSED:
+            self._pause = self._steps_to_wait()
+            self.is_pausing = self.pauses()
+        self._is_spent = not can_go_on and not self.is_pausing
+        return not can_go_on
+
+    def _steps_to_wait(self) -> int:
+        wait = self._purse.steps_to_wait(self._usual, self._has_credit)
+        return min(wait, MOST_PAUSED)
+
+    @property
+    def _has_credit(self) -> bool:
+        """Whether the last look or check says that the next ones will pay."""
+        return self._goes_well or self._is_promising
 
     def _attends(self, can_go_on: bool) -> bool:
         """Let the draft layer read the next step, unless it has to stop."""
@@ -253,6 +272,8 @@ class Speculator:
         started = time.perf_counter()
         self._may_try = decodes and not self._is_rehearsed
         chosen = self._choose(self._taking_turns(texts), len(texts), room, budget)
+        if chosen:
+            self._leads.begin([text.request_id for text in texts])
         if self._open or not self.has_layer:  # a layer that was not asked says nothing
             self._goes_well = self._is_promising = False
         seconds = time.perf_counter() - started
@@ -335,6 +356,7 @@ class Speculator:
             return
         self._judge(text.request_id, tokens, checked)
         self._checks_noted += 1
+        self._leads.gain(text.request_id, len(tokens) - 1)
         for tally in (self._memories[text.request_id].tally, self.tally):
             tally.note(checked, len(tokens) - 1)
 
@@ -372,13 +394,12 @@ class Speculator:
         if decodes and self._usual:
             seconds = min(seconds, EARNED_STEPS * self._usual)
         self._purse.pass_step(seconds, decodes and count > 0)
-        self._look_seconds = 0.0
+        self._look_seconds, self._steps_since_noted = 0.0, 0
         if self._open and not (self.has_layer or self._goes_well or self._purse.is_rich):
             # The next look comes when all that was guessed can be judged.
             self._pause = max(len(draft.tokens) for draft in self._open.values()) - 1
         elif self._is_spent:
-            wait = self._purse.steps_to_wait(self._usual, self._is_promising)
-            self._pause, self._is_spent = min(wait, MOST_PAUSED), False
+            self._pause, self._is_spent = self._steps_to_wait(), False
 
     def _note_plain(self, count: int, seconds: float, beside: float) -> None:
         """Learn from a step without guesses."""
@@ -430,7 +451,8 @@ class Speculator:
         if known is not None:  # a graph was captured again, or something came between
             seconds = min(seconds, INTERRUPTED * known)
         saved = emitted / count * plain - seconds
-        self._purse.add(max(saved, -(MOST_TRIED if is_first else MOST_CHARGED) * plain))
+        sure = self._worth(count, plain) - seconds
+        self._purse.add(max(sure, -(MOST_TRIED if is_first else MOST_CHARGED) * plain))
         if not checked:
             self._layer_share.note(min(max(seconds / plain - 1.0, 0.0), INTERRUPTED))
             return
@@ -455,7 +477,17 @@ class Speculator:
         plain = self._plain_seconds(count)
         known = self._checking_seconds(count, checked)
         if plain is not None and known is not None:
-            self._purse.add(emitted / count * plain - known)
+            self._purse.add(self._worth(count, plain) - known)
+
+    def _worth(self, count: int, plain: float) -> float:
+        """Seconds that a step with guesses saved those who wait for the last of its sequences,
+        itself included."""
+        ahead, gained = self._leads.end()
+        alone = plain if count == 1 else self._plain_seconds(1)
+        if alone is None:  # all sequences are taken to add as much
+            alone = plain / count
+        more = max(plain - alone, 0.0) / max(count - 1, 1)
+        return plain + ahead * (plain - count * more) + gained * more
 
     # Decisions -----------------------------------------------------------------------------------
 
@@ -466,7 +498,8 @@ class Speculator:
             return {}
         rates = [self._rate(*guess) for guess in self._open.items()]
         sizes = [len(draft.tokens) for draft in self._open.values()]
-        won, owners = _ops_cpu.rank_guesses(rates, sizes, LEAST_CHANCE, budget)
+        leads = [self._leads.of(request_id) for request_id in self._open]
+        won, owners = _ops_cpu.rank_guesses(rates, sizes, leads, LEAST_CHANCE, budget)
         taken = self._best_number(count, plain, won)
         if not taken:
             return {}

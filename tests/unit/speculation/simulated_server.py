@@ -284,5 +284,5 @@ def serve(speculator: Speculator, machine: Machine, asked: Sequence[Asked], seat
             if len(text.output_token_ids) >= text.tokens:
                 alive.remove(text)
                 speculator.finish(text)
-        if not pauses:
+        if not (pauses or speculator.is_pausing):
             speculator.note_step(count, guesses, emitted, seconds + beside, not new, beside)

@@ -14,19 +14,21 @@ from fastdeploy_lite.speculation.tally import Tally
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_guesses_are_ranked_by_their_chances(seed: int) -> None:
+def test_guesses_are_ranked_by_their_chances_and_leads(seed: int) -> None:
     rng = random.Random(seed)
     rates = [rng.choice((0.02, 0.5, 0.9, rng.random())) for _ in range(rng.randrange(9))]
     lengths = [rng.randrange(6) for _ in rates]
+    leads = [rng.choice((0.0, 20.0 * rng.random())) for _ in rates]
     most, least = rng.randrange(20), 0.05
-    ranked = [
-        (rate ** (i + 1), owner)
-        for owner, (rate, length) in enumerate(zip(rates, lengths, strict=True))
-        for i in range(length)
-        if rate ** (i + 1) >= least
-    ]
-    ranked = sorted(ranked, key=lambda pair: -pair[0])[:most]
-    won, owners = _ops_cpu.rank_guesses(rates, lengths, least, most)
+    ranked = []
+    for owner, (rate, length, lead) in enumerate(zip(rates, lengths, leads, strict=True)):
+        chances = [rate ** (i + 1) for i in range(length)]
+        ahead = [lead + sum(chances[:i]) for i in range(length)]
+        uses = [chance * 2 ** (-a / 8) for chance, a in zip(chances, ahead, strict=True)]
+        pairs = zip(uses, chances, strict=True)
+        ranked += [(use, chance, owner) for use, chance in pairs if chance >= least]
+    ranked = [pair[1:] for pair in sorted(ranked, key=lambda found: -found[0])[:most]]
+    won, owners = _ops_cpu.rank_guesses(rates, lengths, leads, least, most)
     assert won == pytest.approx([sum(c for c, _ in ranked[:i]) for i in range(len(ranked) + 1)])
     chances = [won[i + 1] - won[i] for i in range(len(owners))]
     assert chances == pytest.approx([chance for chance, _ in ranked])
@@ -34,8 +36,10 @@ def test_guesses_are_ranked_by_their_chances(seed: int) -> None:
 
 
 def test_every_guess_has_a_rate() -> None:
-    with pytest.raises(ValueError, match="as many lengths as rates"):
-        _ops_cpu.rank_guesses([0.5], [1, 2], 0.05, 9)
+    with pytest.raises(ValueError, match="as many lengths and leads as rates"):
+        _ops_cpu.rank_guesses([0.5], [1, 2], [0.0], 0.05, 9)
+    with pytest.raises(ValueError, match="as many lengths and leads as rates"):
+        _ops_cpu.rank_guesses([0.5], [1], [], 0.05, 9)
 
 
 def test_a_tally_counts_by_place() -> None:

@@ -385,37 +385,37 @@ def test_costs_are_found_through_captures_and_interruptions() -> None:
     assert costs.larger(3, 8) == (8, 7.0)
 
 
-def test_steps_of_a_pause_are_in_the_accounts_as_if_each_had_been_noted() -> None:
-    noted, paused = (Speculator(SpeculativeConfig("ngram")) for _ in range(2))
-    num_paused = 0
-    for speculator in (noted, paused):
-        speculator.note_step(2, 0, 2, 1.0)
-        speculator._purse.add(-4.0)
-        for _ in range(200):
-            if speculator is paused and speculator.pauses():
-                num_paused += 1
-            else:
-                assert speculator.rests()
-                speculator.note_step(2, 0, 2, 1.0)
-        assert speculator._pause < 100
-        speculator._end_pause()
-    assert 180 <= num_paused < 200  # now and then the accounts are kept
-    assert paused._plain.now == noted._plain.now
-    assert paused._purse.seconds == pytest.approx(noted._purse.seconds)
+def rest(speculator: Speculator) -> bool:
+    """Take a plain step of a second, unless guesses are wanted; whether it was taken."""
+    if speculator.pauses():
+        return True
+    if not speculator.rests():
+        return False
+    if not speculator.is_pausing:
+        speculator.note_step(1, 0, 1, 1.0)
+    return True
+
+
+def test_steps_of_a_pause_are_in_the_accounts(monkeypatch: pytest.MonkeyPatch) -> None:
+    speculator, noted = Speculator(SpeculativeConfig("ngram")), list[int]()
+    note = speculator._plain.note
+    monkeypatch.setattr(speculator._plain, "note", lambda *_: noted.append(1) or note(*_))
+    speculator.note_step(1, 0, 1, 1.0)
+    speculator._purse.add(-4.0)
+    before = speculator._purse.seconds
+    assert all(rest(speculator) for _ in range(400))
+    assert speculator._pause < 100
+    speculator._end_pause()
+    assert 400 / 100 < len(noted) < 400 / 30  # now and then a step is
+    assert speculator._plain.now == 401
+    assert speculator._purse.seconds == pytest.approx(before + 400 * FIRST_BUDGET[0])
 
 
 def test_a_pause_ends_when_the_budget_can_pay_again() -> None:
     speculator = Speculator(SpeculativeConfig("ngram"))
     speculator.note_step(1, 0, 1, 1.0)
     speculator._purse.add(-speculator._purse.seconds - 4.5 * FIRST_BUDGET[0])
-    steps = 0
-    while True:
-        if not speculator.pauses():
-            if not speculator.rests():
-                break
-            speculator.note_step(1, 0, 1, 1.0)
-        steps += 1
-    assert steps == 5
+    assert [rest(speculator) for _ in range(7)].index(False) == 5
 
 
 def test_a_purse_bounds_what_guessing_costs() -> None:
