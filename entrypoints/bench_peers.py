@@ -49,6 +49,7 @@ from fastdeploy_lite.config import (
     RuntimeConfig,
     SchedulerConfig,
 )
+from fastdeploy_lite.utils.host_memory import keep_what_is_loaded
 
 SHAPE = SHAPES["21b"]
 ARCHITECTURE = "ernie4_5-moe"
@@ -215,6 +216,7 @@ class Ours:
         if "ccq" not in {weight.kind for weight in self._runner.model.weights()["experts"]}:
             raise SystemExit("the routed experts are not in 2 bits")
         self._routing = UniformRouting(self._runner)
+        keep_what_is_loaded()  # as the engine's process does
 
     def round(self) -> Speed:
         """One prompt and what follows it."""
