@@ -20,7 +20,6 @@ constexpr int kWeightTile = 0;
 constexpr int kDigitTile = 1;
 constexpr int kEvenSums = 2;
 constexpr int kOddSums = kEvenSums + kDigits;
-constexpr int kTileRegisters = 8;
 
 template <int kTile>
 FD_INLINE void tile_zero() {
@@ -35,10 +34,10 @@ FD_INLINE void tile_store(void* p, int64_t stride) {
   __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "n"(kTile) : "memory");
 }
 // sums += digits * weights: both signed bytes
-template <int kSums, int kDigitsIn = kDigitTile, int kWeightsIn = kWeightTile>
+template <int kSums>
 FD_INLINE void tile_dot() {
-  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"n"(kSums), "n"(kDigitsIn),
-                   "n"(kWeightsIn)
+  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"n"(kSums), "n"(kDigitTile),
+                   "n"(kWeightTile)
                    : "memory");
 }
 
@@ -46,16 +45,15 @@ FD_INLINE void tile_dot() {
 // switched to, without the burden of their state.
 class TileShape {
  public:
-  // The registers in the mask `few` have so many rows, the others all.
-  explicit TileShape(int rows = kTileRows16, unsigned few = 0) {
+  TileShape() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
-    for (int i = 0; i < kTileRegisters; ++i) {
+    for (int i = 0; i < kOddSums + kDigits; ++i) {
       config.row_bytes[i] = 64;
-      config.rows[i] = (uint8_t)(few >> i & 1 ? rows : kTileRows16);
+      config.rows[i] = kTileRows16;
     }
     __asm__ volatile("ldtilecfg (%0)" ::"r"(&config) : "memory");
   }

@@ -123,15 +123,6 @@ struct IntegerDecoder {
   Quads quad(const uint8_t* p, int quad) const {
     return fields_at(codes(_mm512_loadu_si512(p), quad % 2), quad / 2 * 16);
   }
-  // All four quads. (The compiler decodes again what it reads again behind a store.)
-  void quads(const uint8_t* p, Quads (&to)[kQuadsPerVector]) const {
-    const __m512i bytes = _mm512_loadu_si512(p);
-    const __m512i even = codes(bytes, false), odd = codes(bytes, true);
-    to[0] = fields_at(even, 0);
-    to[1] = fields_at(odd, 0);
-    to[2] = fields_at(even, 16);
-    to[3] = fields_at(odd, 16);
-  }
 
  private:
   static __m512i twice(const uint16_t* columns) {

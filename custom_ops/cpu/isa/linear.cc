@@ -1,6 +1,5 @@
 // Linear maps over packed weights: tiles of 16 columns times a block of rows.
 #include "../linear_kernels.h"
-#include "amx_few_rows.h"
 #include "amx_rows.h"
 #include "int8_words.h"
 #include "nibble_rows.h"
@@ -69,9 +68,6 @@ void ccq_tiles(const TileJob& job) {
     const int32_t is_integer = job.codes[first].is_integer;
     for (end = first + 1; end < tiles && job.codes[end].is_integer == is_integer;) ++end;
     const TileJob alike = part_of(job, first, end);
-#ifdef FD_ISA_AMX
-    if (is_integer && multiplied_few_rows(alike)) continue;
-#endif
 #ifdef FD_WORD_ROWS
     if (job.num_rows == 1) {
       is_integer ? multiply_words<Ccq<IntegerDecoder>>(alike)

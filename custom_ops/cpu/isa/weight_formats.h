@@ -36,8 +36,7 @@ struct Ccq {
   Quads quad(const uint8_t* group, int q) const {
     return decoder.quad(group + q / kQuadsPerVector * 64, q % kQuadsPerVector);
   }
-  F16 local(int64_t g) const { return local_of(tile, g); }
-  static F16 local_of(const uint8_t* tile, int64_t g) {
+  F16 local(int64_t g) const {
     const I16 both = load_bytes(tile + (g >> 1) * kCcqBlockBytes + 2 * kCcqGroupBytes);
     return to_float((g & 1) ? bit_and(both, 15) : shift_right(both, 4));
   }
