@@ -74,7 +74,6 @@ int runs_of(const HopperJob& job, int multiprocessors) {
 
 bool hopper_serves(Kind kind, const TiledWeight& w, int64_t scratch_floats) {
   return (kind == Kind::kInt8 || kind == Kind::kInt4) && card_facts().major == 9 &&
-         w.in_features % 8 == 0 && w.out_features % 8 == 0 &&
          scratch_floats * 2 / kHopperRows >= int64_t{w.k_tiles} * kTileRows;
 }
 

@@ -135,16 +135,6 @@ def test_many_rows_in_slices_that_the_scratch_can_hold(
     np.testing.assert_array_equal(run(weight, x, 1040, "bfloat16"), whole)
 
 
-def test_columns_that_are_not_whole_vectors_keep_to_the_other_kernels() -> None:
-    from fastdeploy_lite.model_executor.ops import cuda_ops
-
-    random = np.random.default_rng(6)
-    weight, dense = matrices.make("int8", random, 384, 52)
-    assert not cuda_ops.suits_hopper(500, weight.handle)
-    x = cards.round_bf16(random.standard_normal((500, 384)))
-    assert cards.error(run(weight, x, 52, "float32"), x.astype(np.float64) @ dense) < 3e-6
-
-
 def test_tied_table_serves_as_embedding_and_head() -> None:
     from fastdeploy_lite.model_executor import ops
 
