@@ -49,27 +49,6 @@ void order_rows(const HopperJob& job, cudaStream_t stream) {
   check_launch("order_rows");
 }
 
-constexpr int kItemTiles = 3;    // k tiles' worth of time that an item takes beside them
-constexpr int kFinishTiles = 4;  // and that a launch to add up parts takes,
-constexpr int64_t kPartialOfTile = 4 << 20;  // beside one for so many bytes of them
-
-/// Into how many runs of equal length the parts of K are cut: where there are too few items to fill
-/// the card. The sums are the same.
-int runs_of(const HopperJob& job, int multiprocessors) {
-  if (int64_t{job.parts} * job.rows * job.p.out_columns > job.p.partial_floats) return 1;
-  const int64_t bytes = int64_t{8} * job.parts * job.rows * job.p.out_columns;  // written and read
-  auto time = [&](int runs) {
-    const int rounds = ceil_div(job.tiles * job.groups * runs, multiprocessors);
-    const int64_t own = int64_t{rounds} * (ceil_div(job.w.k_tiles, runs) + kItemTiles);
-    return runs == 1 ? own : own + kFinishTiles + bytes / kPartialOfTile;
-  };
-  int best = 1;
-  for (int runs = 2; runs <= job.parts; runs *= 2) {
-    if (job.parts % runs == 0 && time(runs) < time(best)) best = runs;
-  }
-  return best;
-}
-
 }  // namespace
 
 bool hopper_serves(Kind kind, const TiledWeight& w, int64_t scratch_floats) {
@@ -81,13 +60,11 @@ void gemm_hopper(Kind kind, const TiledWeight& w, const GemmParams& p, int parts
                  cudaStream_t stream) {
   const int padded = w.k_tiles * kTileRows, all = p.rows.count;
   const int multiprocessors = card_facts().multiprocessors;
-  const int64_t room = p.partial_floats * 2 / padded / kHopperRows * kHopperRows;
+  int64_t room = p.partial_floats * 2 / padded;  // rows
+  if (room < all) room = room / kHopperRows * kHopperRows;
   for (int first = 0; first < all;) {
     HopperJob job{w, p, reinterpret_cast<const uint8_t*>(p.partial)};
     job.rows = static_cast<int>(std::min<int64_t>(room, all - first));
-    job.tiles = ceil_div(job.rows, kHopperRows);
-    job.height = ceil_div(ceil_div(job.rows, job.tiles), 8) * 8;
-    job.tiles = ceil_div(job.rows, job.height);
     job.groups = ceil_div(p.out_columns, kHopperColumns);
     job.parts = parts;
     job.arrivals = warp_arrivals();
@@ -98,7 +75,11 @@ void gemm_hopper(Kind kind, const TiledWeight& w, const GemmParams& p, int parts
     job.p.partial += x_floats;
     job.p.partial_floats -= x_floats;
     job.p.rows.count = job.rows;
-    job.runs = runs_of(job, multiprocessors);
+    const LinearPlan plan = plan_linear({job.rows, p.out_columns, w.k_tiles, parts},
+                                        job.p.partial_floats, multiprocessors);
+    job.height = plan.height;
+    job.tiles = plan.tiles;
+    job.runs = plan.runs;
     order_rows(job, stream);
     if (kind == Kind::kInt8) {
       launch_hopper<Kind::kInt8>(job, multiprocessors, stream);

@@ -3,12 +3,10 @@
 #pragma once
 
 #include "gemm.h"
+#include "gemm/plan.h"
 #include "weight_tiles.cuh"
 
 namespace fd::cuda {
-
-constexpr int kHopperRows = 128;     // most rows of a tile
-constexpr int kHopperColumns = 128;  // of an item
 
 /// Rows of x as order_rows() left them, in `tiles` tiles of `height` rows, the last one lower; 128
 /// columns are one of `groups`. K has `parts`, in `runs` of equal number: more than one if blocks
@@ -23,7 +21,8 @@ struct HopperJob {
   __host__ __device__ int items() const { return tiles * groups * runs; }
 };
 
-/// Whether this card and this build have it for a plain linear, and the scratch can hold 128 rows.
+/// Whether this card and this build have it for a plain linear, and the scratch has room for a
+/// tile.
 bool hopper_serves(Kind kind, const TiledWeight& weight, int64_t scratch_floats);
 
 /// See gemm(); in slices of rows where the scratch has no room for all.

@@ -23,6 +23,7 @@ namespace fd::cuda {
 #define FD_R48 FD_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define FD_R64 FD_R48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define FD_R72 FD_R64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define FD_R80 FD_R72 ",%72,%73,%74,%75,%76,%77,%78,%79"
 
 /// `b`: descriptor of [N][16] in shared memory. float16 and bf16.
 template <int kN>
@@ -58,6 +59,7 @@ FD_WGMMA(WgmmaBf16, "bf16", 32, FD_R16, "%16,%17,%18,%19", "%20", FD_D16(0))
 FD_WGMMA(WgmmaBf16, "bf16", 64, FD_R32, "%32,%33,%34,%35", "%36", FD_D32(0))
 FD_WGMMA(WgmmaBf16, "bf16", 96, FD_R48, "%48,%49,%50,%51", "%52", FD_D32(0), FD_D16(32))
 FD_WGMMA(WgmmaBf16, "bf16", 128, FD_R64, "%64,%65,%66,%67", "%68", FD_D64(0))
+FD_WGMMA(WgmmaBf16, "bf16", 160, FD_R80, "%80,%81,%82,%83", "%84", FD_D64(0), FD_D16(64))
 
 #undef FD_WGMMA
 #undef FD_D4
@@ -74,6 +76,7 @@ FD_WGMMA(WgmmaBf16, "bf16", 128, FD_R64, "%64,%65,%66,%67", "%68", FD_D64(0))
 #undef FD_R48
 #undef FD_R64
 #undef FD_R72
+#undef FD_R80
 
 #define FD_TILE(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define FD_EIGHT_TILES(d, i)                                                                 \

@@ -114,3 +114,42 @@ def test_a_forced_path_that_cannot_serve_is_refused() -> None:
         plan(1, AMPERE, forced=TILES)
     with pytest.raises(ValueError, match="path 3"):
         plan(1, HOPPER, forced=3)
+
+
+# -- Hopper's linear kernel ------------------------------------------------------------------------
+
+
+def linear(rows: int, columns: int, **changes: int) -> tuple[int, int, int]:
+    sizes = {"k_tiles": 64, "parts": 8, "partial_floats": 1 << 24, "multiprocessors": 132}
+    found: tuple[int, int, int] = _ops_cpu.plan_linear(
+        rows=rows, columns=columns, **{**sizes, **changes}
+    )
+    return found
+
+
+@pytest.mark.parametrize("columns", [16, 144, 2560, 8192, 10240])
+@pytest.mark.parametrize("rows", [1, 7, 33, 65, 128, 129, 160, 161, 300, 1000, 4096])
+def test_tiles_of_whole_eights_hold_all_rows(rows: int, columns: int) -> None:
+    height, tiles, runs = linear(rows, columns)
+    assert height % 8 == 0
+    assert 8 <= height <= 160
+    assert height * (tiles - 1) < rows <= height * tiles
+    assert 8 % runs == 0
+
+
+def test_high_tiles_where_they_save_a_round_of_blocks() -> None:
+    assert linear(300, 8192)[:2] == (152, 2)  # 128 items, where three tiles would be 192
+    assert linear(300, 10240)[:2] == (104, 3)  # two rounds in any case
+    assert linear(4096, 8192)[:2] == (160, 26)
+
+
+def test_few_items_share_the_parts_of_k() -> None:
+    assert linear(64, 2560, k_tiles=20)[2] > 1
+    assert linear(64, 2560, k_tiles=20, parts=1)[2] == 1
+    assert linear(4096, 10240)[2] == 1
+
+
+def test_parts_are_not_shared_without_room_for_their_sums() -> None:
+    needed = 8 * 64 * 2560
+    assert linear(64, 2560, k_tiles=20, partial_floats=needed)[2] > 1
+    assert linear(64, 2560, k_tiles=20, partial_floats=needed - 1)[2] == 1
