@@ -309,15 +309,16 @@ class EngineCore:
         Raises:
             EngineDeadError: The model runner fails whatever it is given.
         """
-        started = time.perf_counter()
+        started = began = time.perf_counter()
         if self._open_step is not None:
             self.close_step(started)
+            began = time.perf_counter()  # what the policy makes of it is no part of the next one
         self._patience = MASK_PATIENCE
         self._collect_compiled()
         plan = self._scheduler.schedule()
         outputs, self._outbox = self._outbox, []
         if plan:
-            self._run(plan, outputs, started)
+            self._run(plan, outputs, began)
             outputs += self._outbox
             self._outbox = []
             self._stats.steps += 1

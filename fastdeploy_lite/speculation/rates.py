@@ -255,12 +255,15 @@ class Purse:
         reserve: Most that it holds, in steps of decoding; it begins with half of that.
         debt: Most that it owes, in steps of decoding: what was lost beyond that is forgiven. So
             what a large batch lost does not silence a small one, whose steps are shorter.
+
+    Attributes:
+        once: What guessing may cost in one step, in seconds; as much is never forgiven.
     """
 
     def __init__(self, share: float, reserve: float, debt: float = math.inf) -> None:
         self._share, self._reserve, self._debt = share, reserve, debt
         self._most = 0.0
-        self.seconds = 0.0
+        self.seconds = self.once = 0.0
 
     @property
     def is_rich(self) -> bool:
@@ -283,7 +286,7 @@ class Purse:
             if not self._most:
                 self.seconds += 0.5 * self._reserve * seconds
             self._most = self._reserve * seconds
-            self.seconds = max(self.seconds, -self._debt * seconds)
+            self.seconds = max(self.seconds, -self._debt * seconds - self.once)
         self.seconds = min(self.seconds + self._share * seconds, self._most)
 
     def add(self, seconds: float) -> None:

@@ -34,10 +34,13 @@ TRIED_SLOPE, TRIED_REACH = 0.5, 4.0
 # Guesses that come true less often than this are not thought about.
 LEAST_CHANCE = 0.05
 # Guessing may cost this share of the time of all steps, as much at once as so many steps take, and
-# is forgiven what it owes beyond that many: where the costs of checks were rehearsed, and where the
-# first ones cost several times the later, or a draft layer reads for a while before it is judged.
-REHEARSED_BUDGET, FIRST_BUDGET = (0.01, 2.0, 4.0), (0.004, 4.0, 64.0)
-# A look costs about twice its own time: the engine's part in it, cold caches, garbage.
+# is forgiven what it owes beyond that many: where the costs of checks were rehearsed, where the
+# first ones cost several times the later, and where a draft layer reads for a while before it is
+# judged.
+REHEARSED_BUDGET, FIRST_BUDGET = (0.01, 2.0, 4.0), (0.004, 4.0, 8.0)
+LAYER_BUDGET = (0.004, 4.0, 64.0)
+# A look, or keeping accounts, costs about twice its own time: the engine's part in it, cold caches,
+# garbage.
 LOOK_COST = 2.0
 # Other processes interrupt steps and looks alike, for long beside a look, and as often as either
 # takes. So neither counts for more than usual: a step as so many plain ones, a look as one plain
@@ -123,7 +126,8 @@ class Speculator:
         if known is not None:
             self._plain.begin_with(known.plain)
             self._checking.begin_with(known.checking)
-        self._purse = Purse(*(FIRST_BUDGET if known is None else REHEARSED_BUDGET))
+        budget = LAYER_BUDGET if self.has_layer else FIRST_BUDGET
+        self._purse = Purse(*(budget if known is None else REHEARSED_BUDGET))
         self._own_seconds = Average()
         # Steps that nobody has to ask about, and those that went by since the accounts were kept.
         self._pause = self._paused_steps = self._steps_since_noted = 0
@@ -278,6 +282,7 @@ class Speculator:
             self._goes_well = self._is_promising = False
         seconds = time.perf_counter() - started
         self.looks += 1
+        self._purse.once = LOOK_COST * seconds
         self._own_seconds.note(self._spend(seconds))
         return chosen
 
@@ -381,6 +386,7 @@ class Speculator:
         """
         if not self._most_tokens:
             return
+        started = time.perf_counter()
         self.tally.steps += count - self._checks_noted
         self._checks_noted = 0
         if decodes and count:
@@ -394,19 +400,22 @@ class Speculator:
         if decodes and self._usual:
             seconds = min(seconds, EARNED_STEPS * self._usual)
         self._purse.pass_step(seconds, decodes and count > 0)
-        self._look_seconds, self._steps_since_noted = 0.0, 0
+        self._steps_since_noted = 0
         if self._open and not (self.has_layer or self._goes_well or self._purse.is_rich):
             # The next look comes when all that was guessed can be judged.
             self._pause = max(len(draft.tokens) for draft in self._open.values()) - 1
         elif self._is_spent:
             self._pause, self._is_spent = self._steps_to_wait(), False
+        if not self.has_layer:  # which is asked in every step
+            self._spend(time.perf_counter() - started)
+        self._look_seconds = 0.0
 
     def _note_plain(self, count: int, seconds: float, beside: float) -> None:
         """Learn from a step without guesses."""
         self._steps_since_plain = 0
         self._plain.note(count, seconds - beside)
         self._beside.note(count, beside)
-        self._usual = self._plain_seconds(count) or self._usual or seconds
+        self._usual = min(seconds, EARNED_STEPS * (self._usual or seconds))
 
     def _judge_the_rest(self) -> None:
         """Judge guesses that were not checked by what was said since: the account costs nothing."""

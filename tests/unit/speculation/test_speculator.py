@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from fastdeploy_lite.request.messages import DraftCounts
 from fastdeploy_lite.speculation.config import CHECK_SIZES, SpeculativeConfig
 from fastdeploy_lite.speculation.drafters import Text
 from fastdeploy_lite.speculation.rates import PRIOR, HitRates, Purse, StepCosts, StepSeconds
-from fastdeploy_lite.speculation.speculator import FIRST_BUDGET, Speculator
+from fastdeploy_lite.speculation.speculator import FIRST_BUDGET, LOOK_COST, Speculator
 
 NextToken = Callable[[list[int]], int]
 
@@ -54,6 +55,7 @@ class Device:
     noise: float = 0.1
     spent: float = 0.0
     is_looking: bool = False
+    is_noting: bool = False
     rng: random.Random = field(default_factory=lambda: random.Random(3))
     captured: set[int] = field(default_factory=set)
 
@@ -75,7 +77,10 @@ class Device:
         return seconds
 
     def clock(self) -> float:
-        """For `time.perf_counter`, which is read before and after looking and judging."""
+        """For `time.perf_counter`, which is read before and after looking and judging, and while
+        accounts are kept, which takes no time here."""
+        if self.is_noting:
+            return self.spent
         self.spent += self.look / 2 if self.is_looking else 0.0
         self.is_looking = not self.is_looking
         return self.spent
@@ -134,7 +139,10 @@ def run(speculator: Speculator, device: Device, texts: list[Answer], tokens: int
             if len(text.output_token_ids) >= tokens:
                 alive.remove(text)
                 speculator.finish(text)
-        speculator.note_step(count, guesses, emitted, seconds)
+        if not speculator.is_pausing:
+            device.is_noting = True
+            speculator.note_step(count, guesses, emitted, seconds)
+            device.is_noting = False
     assert speculator.totals.drafted >= speculator.totals.accepted
 
 
@@ -397,6 +405,7 @@ def rest(speculator: Speculator) -> bool:
 
 
 def test_steps_of_a_pause_are_in_the_accounts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
     speculator, noted = Speculator(SpeculativeConfig("ngram")), list[int]()
     note = speculator._plain.note
     monkeypatch.setattr(speculator._plain, "note", lambda *_: noted.append(1) or note(*_))
@@ -411,7 +420,18 @@ def test_steps_of_a_pause_are_in_the_accounts(monkeypatch: pytest.MonkeyPatch) -
     assert speculator._purse.seconds == pytest.approx(before + 400 * FIRST_BUDGET[0])
 
 
-def test_a_pause_ends_when_the_budget_can_pay_again() -> None:
+def test_keeping_accounts_is_charged(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(0.0, 0.01)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    speculator = Speculator(SpeculativeConfig("ngram"))
+    speculator.note_step(1, 0, 1, 1.0)
+    before = speculator._purse.seconds
+    speculator.note_step(1, 0, 1, 1.0)
+    assert speculator._purse.seconds == pytest.approx(before + FIRST_BUDGET[0] - LOOK_COST * 0.01)
+
+
+def test_a_pause_ends_when_the_budget_can_pay_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
     speculator = Speculator(SpeculativeConfig("ngram"))
     speculator.note_step(1, 0, 1, 1.0)
     speculator._purse.add(-speculator._purse.seconds - 4.5 * FIRST_BUDGET[0])
