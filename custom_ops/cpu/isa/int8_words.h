@@ -35,6 +35,12 @@ struct alignas(32) Int8Group {
   }
 };
 
+// Up to so many rows use weights as fast as memory gives them, for which the L1 cache has not
+// enough fetches under way: into the L2 cache, and further ahead, one row takes 0.7 to 0.9 of the
+// time, and eight rows 1.03.
+constexpr int kFetchedFar = 2;
+constexpr int64_t kInt8FetchAhead = 8192;
+
 // Rows and groups of them whose numbers are made at a time: 128 KiB, half of a small L2 cache.
 constexpr int kInt8Rows = 32;
 constexpr int kInt8Groups = 512;
@@ -83,7 +89,11 @@ FD_INLINE void int8_tile(const TileJob& job, int tile, int64_t begin, int64_t en
   }
   for (int64_t g = begin; g < end; ++g) {
     const uint8_t* weights = format.group(g);
-    fetch_ahead<Int8, 1>(job, format.tile, weights);
+    if (rows <= kFetchedFar) {
+      fetch_ahead<Int8, 1, 2, kInt8FetchAhead>(job, format.tile, weights);
+    } else {
+      fetch_ahead<Int8, 1>(job, format.tile, weights);
+    }
     const Int8Group<kCount>* of_group = x + (g - begin);
     const GroupNumbers* numbers = job.groups + g;
     int i = 0;

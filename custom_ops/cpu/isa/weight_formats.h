@@ -73,11 +73,11 @@ struct Int4 {
   static F16 factor(F16, F16 scale) { return scale; }
 };
 
-// Fetches one group's worth of tile `tile` kFetchAhead bytes beyond `at`; past the tile's end that
-// is the tile which this place of the block takes next. kLocality: 3 to the L1 cache, 2 to the L2.
-template <typename Format, int kTiles, int kLocality = 3>
+// Fetches one group's worth of tile `tile` kAhead bytes beyond `at`; past the tile's end that is
+// the tile which this place of the block takes next. kLocality: 3 to the L1 cache, 2 to the L2.
+template <typename Format, int kTiles, int kLocality = 3, int64_t kAhead = kFetchAhead>
 FD_INLINE void fetch_ahead(const TileJob& job, const uint8_t* tile, const uint8_t* at) {
-  const uint8_t* ahead = at + kFetchAhead;
+  const uint8_t* ahead = at + kAhead;
   if (ahead >= tile + job.tile_bytes) ahead += (kTiles - 1) * job.tile_bytes;
   for (int i = 0; i < Format::kGroupBytes; i += 64) __builtin_prefetch(ahead + i, 0, kLocality);
 }
