@@ -223,8 +223,9 @@ class Speculator:
         can_go_on = self._purse.can_pay(self._has_credit)
         if self.has_layer:
             return not self._attends(can_go_on)
-        if not can_go_on and decodes and self._steps_since_noted < MOST_PAUSED:
-            self._pause = self._steps_to_wait()
+        is_known = self._usual > 0 and self._steps_since_noted < MOST_PAUSED
+        if not can_go_on and decodes and is_known:
+            self._pause = max(self._steps_to_wait(), 1)  # to note a step would cost again
             self.is_pausing = self.pauses()
         self._is_spent = not can_go_on and not self.is_pausing
         return not can_go_on

@@ -58,7 +58,6 @@ class Machine:
     per_token: float
     per_guess: float
     checking: float = 0.0
-    uneven: float = 0.0
     prefill: float = 0.0
     look: float = 1e-4
     next_look: float = 2e-5
@@ -74,6 +73,7 @@ class Machine:
     held_up: int = 0
     slow: float = 1.0
     slow_every: int = 1 << 60
+    uneven: float = 0.0
     clock: float = 0.0
     steps: int = 0
     last_look: int = -1000

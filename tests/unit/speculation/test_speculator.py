@@ -430,6 +430,16 @@ def test_keeping_accounts_is_charged(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speculator._purse.seconds == pytest.approx(before + FIRST_BUDGET[0] - LOOK_COST * 0.01)
 
 
+def test_accounts_do_not_eat_the_budget_of_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeping them costs as much as 10 steps earn."""
+    ticks = itertools.count(0.0, 5 * FIRST_BUDGET[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    speculator = Speculator(SpeculativeConfig("ngram"))
+    speculator.note_step(1, 0, 1, 1.0)
+    speculator._purse.add(-speculator._purse.seconds - 0.5 * FIRST_BUDGET[0])
+    assert [rest(speculator) for _ in range(3)] == [True, False, False]
+
+
 def test_a_pause_ends_when_the_budget_can_pay_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
     speculator = Speculator(SpeculativeConfig("ngram"))
