@@ -41,11 +41,20 @@ def prometheus(folder: Path, target: int) -> Iterator[str]:
         f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address=127.0.0.1:{port}",
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=folder, stderr=(folder / "log.txt").open("wb"))
+    url = f"http://127.0.0.1:{port}"
     try:
-        yield f"http://127.0.0.1:{port}"
+        until(lambda: is_ready(url), told=(folder / "log.txt").read_text)
+        yield url
     finally:
         process.terminate()
         process.wait(PATIENCE)
+
+
+def is_ready(url: str) -> bool:
+    """Whether Prometheus answers questions: it listens before, and says 503."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/-/ready", **PLAIN).status_code == httpx.codes.OK
+    return False
 
 
 def ask(url: str, expression: str) -> list[dict[str, Any]]:
@@ -101,10 +110,7 @@ def test_every_panel_shows_something(tmp_path: Path) -> None:
 
 def is_growing(url: str) -> bool:
     """Whether Prometheus has seen tokens being made."""
-    with contextlib.suppress(httpx.TransportError):  # it is starting
-        found = ask(url, "increase(fastdeploy:generation_tokens_total[1m]) > 0")
-        return bool(found)
-    return False
+    return bool(ask(url, "increase(fastdeploy:generation_tokens_total[1m]) > 0"))
 
 
 def rules(url: str) -> list[dict[str, Any]]:

@@ -150,8 +150,7 @@ void attend(const AttentionTile& tile, int first_block, int last_block, const At
   memset(state.acc, 0, sizeof(float) * (size_t)tile.rows * (size_t)tile.head_dim);
   for (int block = first_block; block < last_block; ++block) {
     if (key_limit(tile, tile.rows - 1, block) == 0) return;
-    const bool is_last =
-        block + 1 == last_block || key_limit(tile, tile.rows - 1, block + 1) == 0;
+    const bool is_last = block + 1 == last_block || key_limit(tile, tile.rows - 1, block + 1) == 0;
     const float* next =
         is_last ? nullptr : tile.key_cache + tile.block_table[block + 1] * tile.block_stride;
     attend_block(tile, block, next, state, scratch);
