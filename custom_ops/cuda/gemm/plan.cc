@@ -52,8 +52,7 @@ int hopper_tile(const ExpertsShape& s) {
   return kMostTallRows;
 }
 
-// -- Hopper's linear kernel
-// -------------------------------------------------------------------------
+// -- Hopper's linear kernel --------------------------------------------------------------------
 
 constexpr int kUsualRows = 128;  // of a tile, where higher ones leave more blocks idle
 constexpr int kRowsBeside = 64;  // rows' worth of time that a k tile of an item takes beside
