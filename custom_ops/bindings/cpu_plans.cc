@@ -1,5 +1,6 @@
 // Plans of the card's kernels: host code that any machine can check.
 #include "../cuda/gemm/plan.h"
+#include "../cuda/gemm/plan_linear.h"
 #include "../cuda/gemm/stream_shape.h"
 #include "bindings.h"
 
@@ -36,7 +37,7 @@ void bind_plans(py::module_& m) {
       py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("k_tiles"), py::arg("parts"),
       py::arg("partial_floats"), py::arg("multiprocessors"),
       "Height and number of tiles of rows and runs of parts of K of Hopper's linear kernel; see "
-      "custom_ops/cuda/gemm/plan.h.");
+      "custom_ops/cuda/gemm/plan_linear.h.");
   m.def(
       "stream_room",
       [](int bytes, int chunk_bytes, int wanted) {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "gemm.h"
-#include "gemm/plan.h"
+#include "gemm/plan_linear.h"
 #include "weight_tiles.cuh"
 
 namespace fd::cuda {

@@ -1,5 +1,6 @@
-// Which kernel serves a call of the experts, and how, and how Hopper's linear kernel cuts its work:
-// decided here and nowhere else. Host code without CUDA, so that it can be tested on any machine.
+// Which kernel serves a call of the experts, and how: decided here and nowhere else, as the files
+// plan_*.h beside this one decide for the other products. Host code without CUDA, so that it can be
+// tested on any machine.
 #pragma once
 
 #include <cstdint>
@@ -39,25 +40,5 @@ struct ExpertsPlan {
 ///
 /// Throws std::invalid_argument where the forced path cannot serve the call.
 ExpertsPlan plan_experts(const ExpertsShape& shape, const CardFacts& card, int forced);
-
-constexpr int kHopperRows = 160;     // most rows of a tile of Hopper's linear kernel
-constexpr int kHopperColumns = 128;  // of an item of it
-
-/// Sizes of a product: of x, of the output, and of K in k tiles and in parts, a power of two.
-struct LinearShape {
-  int rows;
-  int columns;
-  int k_tiles;
-  int parts;
-};
-
-struct LinearPlan {
-  int height;  // of a tile of rows, whole eights
-  int tiles;   // of rows; the last one may be lower
-  int runs;    // of equal numbers of parts of K: blocks share them where there are more than one
-};
-
-/// `partial_floats`: room for the sums of parts. Speed alone depends on the plan.
-LinearPlan plan_linear(const LinearShape& shape, int64_t partial_floats, int multiprocessors);
 
 }  // namespace fd::cuda
