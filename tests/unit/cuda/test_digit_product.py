@@ -130,6 +130,18 @@ def test_the_largest_value_is_cut_by_one_where_two_bytes_end(sign: int) -> None:
     check(x, 1)
 
 
+def test_a_group_of_one_sign_has_a_sum_past_24_bits_which_is_rounded() -> None:
+    x = bf16(np.random.default_rng(4).uniform(0, 2, (4, 200)))
+    fields = np.full((200, 1), 63, np.uint8)
+    local_scale, one = np.full((4, 1), 15, np.uint8), np.ones(1, np.float32)
+    integers = oracle.activation_digits(x)[0]
+    sums = ((integers * (4 / oracle.STEPS)).sum(axis=2) * 31).astype(np.int64)
+    assert (sums.astype(np.float32).astype(np.int64) != sums).any()
+    found = oracle.digit_product(x, fields, local_scale, one)
+    for t, row in enumerate(x):
+        assert found[t, 0] == exact_product(row, fields[:, 0], local_scale[:, 0], one[0])
+
+
 def test_sums_that_leave_float32_are_infinite() -> None:
     x, fields = np.full((1, 512), 2.0**120, np.float32), np.full((512, 2), 63, np.uint8)
     scale = np.full((8, 2), 15, np.uint8)
