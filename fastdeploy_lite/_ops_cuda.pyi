@@ -182,27 +182,26 @@ def linear(
     out: int,
     out_is_float: bool,
     tokens: int,
-    tile_rows: int,
+    forced_tile: int,
     partial: int,
     partial_bytes: int,
     stream: int,
 ) -> None: ...
+def dense_experts_bytes(
+    down: Weight, experts: int, tokens: int, top_k: int, forced_tile: int
+) -> int: ...
 def dense_experts(
     x: int,
     ids: int,
     weights: int,
     up_gate: Weight,
     down: Weight,
-    experts: int,
-    hidden: int,
-    y: int,
-    slot_of_row: int,
-    tiles: int,
     out: int,
+    experts: int,
     tokens: int,
     top_k: int,
-    tile_rows: int,
-    max_tiles: int,
+    forced_tile: int,
+    memory: int,
     stream: int,
 ) -> None: ...
 def experts_bytes(

@@ -1,6 +1,5 @@
-// Plans of the card's kernels: host code that any machine can check.
+// Plans of the card's kernels for quantised experts: host code that any machine can check.
 #include "../cuda/gemm/plan.h"
-#include "../cuda/gemm/plan_linear.h"
 #include "../cuda/gemm/stream_shape.h"
 #include "bindings.h"
 
@@ -26,18 +25,6 @@ void bind_plans(py::module_& m) {
       py::arg("inner"), py::arg("chunk_bytes"), py::arg("major"), py::arg("multiprocessors"),
       py::arg("shared_bytes"), py::arg("forced") = -1,
       "Which kernels serve a call of quantised experts; see custom_ops/cuda/gemm/plan.h.");
-  m.def(
-      "plan_linear",
-      [](int rows, int columns, int k_tiles, int parts, int64_t partial_floats,
-         int multiprocessors) {
-        const cuda::LinearPlan plan =
-            cuda::plan_linear({rows, columns, k_tiles, parts}, partial_floats, multiprocessors);
-        return py::make_tuple(plan.height, plan.tiles, plan.runs);
-      },
-      py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("k_tiles"), py::arg("parts"),
-      py::arg("partial_floats"), py::arg("multiprocessors"),
-      "Height and number of tiles of rows and runs of parts of K of Hopper's linear kernel; see "
-      "custom_ops/cuda/gemm/plan_linear.h.");
   m.def(
       "stream_room",
       [](int bytes, int chunk_bytes, int wanted) {

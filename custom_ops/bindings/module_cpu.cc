@@ -11,6 +11,7 @@ void bind_rowwise(py::module_& m);
 void bind_speculation(py::module_& m);
 void bind_code_search(py::module_& m);
 void bind_plans(py::module_& m);
+void bind_kernel_plans(py::module_& m);
 void bind_ranks(py::module_& m);
 void bind_recording(py::module_& m);
 
@@ -27,6 +28,7 @@ PYBIND11_MODULE(_ops_cpu, m) {
   fd::bind_speculation(m);
   fd::bind_code_search(m);
   fd::bind_plans(m);
+  fd::bind_kernel_plans(m);
   fd::bind_ranks(m);
   fd::bind_recording(m);
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../cuda/gemm.h"
+#include "../cuda/gemm/experts.h"
 #include "../cuda/gemm_hopper.h"
 #include "../cuda/nccl.h"
 #include "../cuda/ops.h"
@@ -52,9 +53,9 @@ Weight make_weight(int kind, Address tiles, Address local_scale, Address code_sc
 }
 
 /// `partial`: scratch for the sums of parts of K where few tiles have to fill the card, and for
-/// Hopper's order of x.
-void linear(Address x, const Weight& weight, Address out, bool out_is_float, int tokens,
-            int tile_rows, Address partial, int64_t partial_bytes, Address stream) {
+/// Hopper's order of x. `forced`: see linear_tile().
+void linear(Address x, const Weight& weight, Address out, bool out_is_float, int tokens, int forced,
+            Address partial, int64_t partial_bytes, Address stream) {
   fc::GemmParams params;
   params.x = at<const fc::bf16>(x);
   if (out_is_float) {
@@ -66,19 +67,30 @@ void linear(Address x, const Weight& weight, Address out, bool out_is_float, int
   params.rows.count = tokens;
   params.partial = at<float>(partial);
   params.partial_floats = partial_bytes / 4;
+  const fc::LinearCall call{tokens, static_cast<fc::Kind>(weight.kind), weight.tiled.in_features,
+                            weight.tiled.out_features, params.partial_floats};
+  const int tile_rows = fc::linear_tile(call, fc::card_facts(), forced);
   const int row_tiles = fc::ceil_div(tokens, tile_rows);
   fc::gemm(weight.kind, false, weight.tiled, params, tile_rows, row_tiles, stream_of(stream));
 }
 
+/// `forced`: see plan_dense_experts().
+fc::DenseExpertsPlan dense_plan(int experts, int tokens, int top_k, int forced) {
+  return fc::plan_dense_experts({tokens, top_k, experts}, fc::card_facts().major, forced);
+}
+
+int64_t dense_experts_bytes(const Weight& down, int experts, int tokens, int top_k, int forced) {
+  return fc::dense_experts_bytes(dense_plan(experts, tokens, top_k, forced), tokens * top_k,
+                                 down.tiled.out_features, down.tiled.in_features);
+}
+
 void dense_experts(Address x, Address ids, Address weights, const Weight& up_gate,
-                   const Weight& down, int experts, Address hidden, Address y, Address slot_of_row,
-                   Address tiles, Address out, int tokens, int top_k, int tile_rows, int max_tiles,
-                   Address stream) {
-  fc::dense_experts(
-      {at<const fc::bf16>(x), at<const int>(ids), at<const float>(weights), up_gate.tiled,
-       down.tiled, experts, at<fc::bf16>(hidden), at<fc::bf16>(y), at<int>(slot_of_row),
-       at<int4>(tiles), at<fc::bf16>(out), tokens, top_k, tile_rows, max_tiles},
-      stream_of(stream));
+                   const Weight& down, Address out, int experts, int tokens, int top_k, int forced,
+                   Address memory, Address stream) {
+  fc::dense_experts(dense_plan(experts, tokens, top_k, forced),
+                    {at<const fc::bf16>(x), at<const int>(ids), at<const float>(weights),
+                     up_gate.tiled, down.tiled, experts, at<fc::bf16>(out), tokens, top_k},
+                    at<void>(memory), stream_of(stream));
 }
 
 fc::AttentionShape attention_shape(const py::tuple& sizes) {
@@ -220,6 +232,7 @@ void bind_rows(py::module_& m) {
 
 void bind_products(py::module_& m) {
   m.def("linear", &linear);
+  m.def("dense_experts_bytes", &dense_experts_bytes);
   m.def("dense_experts", &dense_experts);
   m.def("dense_linear",
         [](Address x, Address rows, Address out, bool out_is_float, int tokens, int in_features,

@@ -5,15 +5,10 @@
 #include <algorithm>
 
 #include "attention.cuh"
+#include "gemm/experts.h"
 
 namespace fd::cuda {
 namespace {
-
-/// Segments that a context of a table of `width` blocks can have.
-int most_segments(int width) {
-  const int context = std::max(width, 1) * kBlockTokens;
-  return std::min(ceil_div(context, 1 << kSegmentBits), 1 << kMaxSegmentsBits);
-}
 
 /// The sequences from `first` on.
 AttentionParams slice(AttentionParams p, int first, int count) {
@@ -25,22 +20,24 @@ AttentionParams slice(AttentionParams p, int first, int count) {
 }
 
 template <int kDim>
-void launch_chunks(const AttentionParams& p, int num_blocks, int tokens, cudaStream_t stream) {
-  if (kDim == 128 && launch_prefill_sm90(p, num_blocks, tokens, stream)) return;
-  launch_prefill<kDim>(p, tokens, stream);
+void launch_chunks(const AttentionParams& p, const AttentionShape& shape, cudaStream_t stream) {
+  if (chunks_on_wgmma(shape, card_facts())) {
+    launch_prefill_sm90(p, shape.num_blocks, shape.tokens, stream);
+  } else {
+    launch_prefill<kDim>(p, shape.tokens, stream);
+  }
 }
 
 template <int kDim>
 void launch_attention(const AttentionParams& p, const AttentionPlan& plan,
                       const AttentionShape& shape, cudaStream_t stream) {
   const int sequences = p.sequences;
-  if (shape.tokens > sequences || p.group > kRows) {
+  if (takes_chunks(shape)) {
     for (int b = 0; b < sequences; b += kMaxListed) {
-      launch_chunks<kDim>(slice(p, b, std::min(kMaxListed, sequences - b)), shape.num_blocks,
-                          shape.tokens, stream);
+      launch_chunks<kDim>(slice(p, b, std::min(kMaxListed, sequences - b)), shape, stream);
     }
   }
-  if (p.group > kRows) return;
+  if (!decodes(shape)) return;
   for (int b = 0; b < sequences; b += plan.sequences) {
     launch_decode<kDim>(slice(p, b, std::min(plan.sequences, sequences - b)), plan.blocks, stream);
   }
@@ -49,27 +46,6 @@ void launch_attention(const AttentionParams& p, const AttentionPlan& plan,
 }  // namespace
 
 int64_t attention_counter_bytes() { return sizeof(AttentionCounters); }
-
-AttentionPlan plan_attention(const AttentionShape& shape, int multiprocessors,
-                             int64_t partial_capacity) {
-  const int segments = most_segments(shape.table_width);
-  const int group = shape.query_heads / shape.kv_heads;
-  const int64_t floats =
-      segments == 1 ? 0 : int64_t{shape.kv_heads} * segments * group * (shape.head_dim + 2);
-  int64_t fit = kMaxListed;
-  if (floats > 0) fit = std::min(fit, partial_capacity / floats);
-  if (fit < 1) {
-    throw std::runtime_error("paged_attention: one sequence needs " + std::to_string(4 * floats) +
-                             " bytes of scratch memory, there are " +
-                             std::to_string(4 * partial_capacity));
-  }
-  const int sequences = std::max(shape.sequences, 1);
-  const int launches = ceil_div(sequences, static_cast<int>(fit));
-  const int each = ceil_div(sequences, launches);
-  const int blocks = static_cast<int>(
-      std::min(int64_t{each} * shape.kv_heads * segments, int64_t{multiprocessors}));
-  return {each, blocks, each * floats};
-}
 
 namespace {
 
@@ -94,7 +70,7 @@ void attend(const bf16* q, const NewTokens& fresh, const bf16* key_cache, const 
                           scale * kLog2e,
                           shape.query_heads,
                           shape.kv_heads,
-                          shape.query_heads / shape.kv_heads,
+                          shape.group(),
                           shape.table_width,
                           most_segments(shape.table_width),
                           shape.sequences,
@@ -122,19 +98,6 @@ void paged_attention(const bf16* q, const bf16* key_cache, const bf16* value_cac
   attend(q, {}, key_cache, value_cache, block_tables, cu_seqlens_q, context_lens, scale, plan,
          scratch, out, shape, stream);
 }
-
-namespace {
-
-/// Whether one kernel does it all: where each block has one segment at most. With more, turning the
-/// new keys holds up the copies of the next segment, which costs more than a launch saves.
-bool decodes_in_one(const AttentionShape& shape, const AttentionPlan& plan) {
-  const int64_t segments =
-      int64_t{shape.sequences} * shape.kv_heads * most_segments(shape.table_width);
-  return shape.tokens == shape.sequences && shape.query_heads / shape.kv_heads <= kRows &&
-         segments <= plan.blocks;
-}
-
-}  // namespace
 
 void decode_new_tokens(const bf16* qkv, const int* positions, const float* cos_sin,
                        const int* slot_mapping, bf16* key_cache, bf16* value_cache,

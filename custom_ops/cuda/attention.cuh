@@ -12,19 +12,16 @@
 #pragma once
 
 #include "common.cuh"
+#include "gemm/attention_shape.h"
 #include "ops.h"
 
 namespace fd::cuda {
 
-constexpr int kBlockTokens = 64;  // a cache block, and a step of the running softmax
-constexpr int kHalfTokens = 32;   // tokens that one tile of scores spans
+constexpr int kHalfTokens = 32;  // tokens that one tile of scores spans
 constexpr int kHalves = kBlockTokens / kHalfTokens;
-constexpr int kRows = 16;  // rows of one warp's tile: (token, query head of one KV group) pairs
 constexpr int kAttentionWarps = 8;
 constexpr int kAttentionThreads = kAttentionWarps * kWarp;
-constexpr int kSegmentBits = 8;                // the shortest segment: 256 tokens
-constexpr int kMaxSegmentsBits = 5;            // a context has at most 32 segments
-constexpr int kMaxListed = kAttentionThreads;  // sequences of one launch: a thread lists each
+static_assert(kMaxListed <= kAttentionThreads, "a thread lists each sequence");
 
 /// Tokens whose queries, keys and values are still as the projection left them.
 struct NewTokens {
@@ -37,8 +34,6 @@ struct NewTokens {
   int max_positions;
   int num_blocks;
 };
-
-constexpr int kMostTickets = 1024;
 
 /// What the blocks of a launch of decode_attention count together. Zero before it, and again when
 /// it has ended; so launches that may overlap need counters each.
@@ -75,8 +70,8 @@ template <int kDim>
 void launch_decode(const AttentionParams& p, int blocks, cudaStream_t stream);
 template <int kDim>
 void launch_prefill(const AttentionParams& p, int tokens, cudaStream_t stream);
-/// The same for heads of 128 on Hopper; false: this card, or this build, does without.
-bool launch_prefill_sm90(const AttentionParams& p, int num_blocks, int tokens, cudaStream_t stream);
+/// The same for heads of 128 on Hopper, see chunks_on_wgmma().
+void launch_prefill_sm90(const AttentionParams& p, int num_blocks, int tokens, cudaStream_t stream);
 
 #ifdef __CUDACC__
 /// log2 of the segment length of a token that sees `context` > 0 tokens.

@@ -612,8 +612,7 @@ void launch_segments(const AttentionParams& p, int blocks, cudaStream_t stream) 
 template <int kDim>
 void launch_decode(const AttentionParams& params, int blocks, cudaStream_t stream) {
   AttentionParams p = params;
-  const int64_t heads = int64_t{p.sequences} * p.kv_heads;
-  p.merge_apart = heads * p.segments > blocks || heads > kMostTickets;
+  p.merge_apart = merges_apart(p.sequences, p.kv_heads, p.segments, blocks);
   if (p.fresh.qkv != nullptr) {
     launch_segments<kDim, true>(p, blocks, stream);
   } else {

@@ -444,22 +444,13 @@ CUtensorMap tensor_map(const bf16* data, int width, int64_t rows, int box_rows) 
   return map;
 }
 
-bool is_hopper() {
-  int device = 0, major = 0, minor = 0;
-  check(cudaGetDevice(&device), "prefill_attention: device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device");
-  return major == 9 && minor == 0;
-}
 #endif  // FD_SM90A
 
 }  // namespace
 
-bool launch_prefill_sm90(const AttentionParams& p, int num_blocks, int tokens,
+void launch_prefill_sm90(const AttentionParams& p, int num_blocks, int tokens,
                          cudaStream_t stream) {
 #ifdef FD_SM90A
-  static const bool hopper = is_hopper();
-  if (!hopper) return false;
   constexpr int kBytes = sizeof(Shared) + 1024;
   static const cudaError_t ready = cudaFuncSetAttribute(
       prefill_attention_sm90, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
@@ -469,10 +460,9 @@ bool launch_prefill_sm90(const AttentionParams& p, int num_blocks, int tokens,
                   tensor_map(p.value_cache, kBlockTokens, heads * kDim, kDim)};
   const dim3 grid(p.kv_heads, tokens * p.group / kTileRows + p.sequences);
   launch("prefill_attention", prefill_attention_sm90, grid, kThreads, kBytes, stream, p, maps);
-  return true;
 #else
   (void)p, (void)num_blocks, (void)tokens, (void)stream;
-  return false;
+  throw std::runtime_error("prefill_attention: this build has no code for Hopper");
 #endif
 }
 

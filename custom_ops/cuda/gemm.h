@@ -6,11 +6,12 @@
 
 #include <cstdint>
 
+#include "gemm/linear_shape.h"
+#include "gemm/plan_moe.h"
+
 namespace fd::cuda {
 
 struct TiledWeight;
-
-constexpr int kHopperTile = 256;  // stands for Hopper's kernel, which cuts rows by itself
 
 /// Which rows of x a product reads and which rows of its output it writes.
 ///
@@ -51,9 +52,7 @@ void gemm(int kind, bool gated, const TiledWeight& weight, const GemmParams& par
 void finish_parts(const GemmParams& params, const float* column_scale, int parts,
                   cudaStream_t stream);
 
-/// One call of bf16 experts, see ops.fused_moe. `inner` [slots, I] and `outputs` [slots, H] are
-/// scratch; `slot_of_row` [slots] and `tiles` [max_tiles] too, not used when `tile_rows` is 0: then
-/// every slot is a tile of its own.
+/// One call of bf16 experts, see ops.fused_moe.
 struct DenseExperts {
   const __nv_bfloat16* x;
   const int* ids;
@@ -61,16 +60,14 @@ struct DenseExperts {
   const TiledWeight& up_gate;
   const TiledWeight& down;
   int experts;
-  __nv_bfloat16* inner;
-  __nv_bfloat16* outputs;
-  int* slot_of_row;
-  int4* tiles;
   __nv_bfloat16* out;
   int tokens;
   int top_k;
-  int tile_rows;
-  int max_tiles;
 };
-void dense_experts(const DenseExperts& call, cudaStream_t stream);
+
+/// Bytes of scratch on the card that a call with so many slots, tokens times top_k, takes.
+int64_t dense_experts_bytes(const DenseExpertsPlan& plan, int slots, int hidden, int inner);
+void dense_experts(const DenseExpertsPlan& plan, const DenseExperts& call, void* memory,
+                   cudaStream_t stream);
 
 }  // namespace fd::cuda

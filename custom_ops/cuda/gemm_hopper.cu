@@ -52,8 +52,7 @@ void order_rows(const HopperJob& job, cudaStream_t stream) {
 }  // namespace
 
 bool hopper_serves(Kind kind, const TiledWeight& w, int64_t scratch_floats) {
-  return (kind == Kind::kInt8 || kind == Kind::kInt4) && card_facts().major == 9 &&
-         scratch_floats * 2 / kHopperRows >= int64_t{w.k_tiles} * kTileRows;
+  return hopper_serves({0, kind, w.in_features, w.out_features, scratch_floats}, card_facts());
 }
 
 void gemm_hopper(Kind kind, const TiledWeight& w, const GemmParams& p, int parts,
@@ -75,11 +74,11 @@ void gemm_hopper(Kind kind, const TiledWeight& w, const GemmParams& p, int parts
     job.p.partial += x_floats;
     job.p.partial_floats -= x_floats;
     job.p.rows.count = job.rows;
-    const LinearPlan plan = plan_linear({job.rows, p.out_columns, w.k_tiles, parts},
-                                        job.p.partial_floats, multiprocessors);
-    job.height = plan.height;
-    job.tiles = plan.tiles;
-    job.runs = plan.runs;
+    const HopperCut cut = hopper_cut({job.rows, p.out_columns, w.k_tiles, parts},
+                                     job.p.partial_floats, multiprocessors);
+    job.height = cut.height;
+    job.tiles = cut.tiles;
+    job.runs = cut.runs;
     order_rows(job, stream);
     if (kind == Kind::kInt8) {
       launch_hopper<Kind::kInt8>(job, multiprocessors, stream);

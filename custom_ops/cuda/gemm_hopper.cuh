@@ -298,7 +298,7 @@ void launch_height(const HopperJob& job, int multiprocessors, cudaStream_t strea
 
 }  // namespace hopper
 
-/// Of few heights: plan_linear() reckons with them.
+/// Of few heights: hopper_cut() reckons with them.
 template <Kind kKind>
 void launch_hopper(const HopperJob& job, int multiprocessors, cudaStream_t stream) {
   if (job.height <= 32) return hopper::launch_height<kKind, 32>(job, multiprocessors, stream);

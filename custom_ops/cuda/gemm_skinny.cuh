@@ -6,13 +6,6 @@
 
 namespace fd::cuda {
 
-constexpr int kSkinnyWarps = 8;
-
-/// Blocks of the streaming kernel that fit on an SM, as its launch bounds ask for.
-constexpr int resident_blocks(bool gated, int token_tiles) {
-  return token_tiles == 1 && !gated ? 3 : 2;
-}
-
 /// Vectors of one or two (GATED) column blocks for one k tile.
 template <Kind kKind, int kStreams>
 struct Stage {

@@ -9,7 +9,7 @@ namespace fd::cuda {
 constexpr int kWideWarps = 4;
 constexpr int kWideThreads = kWideWarps * kWarp;
 constexpr int kWideBlocks = 2;  // column blocks of a warp: halves the reads of x for each product
-constexpr int kWideColumns = kWideWarps * kWideBlocks * kTileColumns;
+static_assert(kWideColumns == kWideWarps * kWideBlocks * kTileColumns);
 constexpr int kWideStages = 3;
 constexpr int kPair = 2;  // token tiles worked on together
 constexpr int kStagingStride = kWideColumns + 4;

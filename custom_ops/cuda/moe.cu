@@ -1,18 +1,13 @@
 // Routing, sorting by expert and weighted recombination of a mixture of experts.
 #include "common.cuh"
+#include "gemm/route_shape.h"
 #include "ops.h"
 
 namespace fd::cuda {
 namespace {
 
-constexpr int kRouteTokens = 16;
-constexpr int kRouteExperts = 64;
-constexpr int kRouteDepth = 32;
 constexpr int kRouteThreads = 256;
 constexpr int kMaxExperts = 1024;
-constexpr int kPieceSteps = 2;   // route depths in one piece of k
-constexpr int kGroupPieces = 8;  // pieces in one group
-constexpr int kPieceRows = kPieceSteps * kRouteDepth;
 constexpr int kSelectSums = 4096;  // group sums that route_select holds at once
 
 /// A logit is the sum of its groups in order, a group the sum of its pieces in order, a piece the
@@ -218,20 +213,6 @@ __global__ void combine_kernel(const bf16* y, const float* weights, bf16* out, i
 }
 
 }  // namespace
-
-RoutePlan route_plan(int tokens, int hidden, int experts, int multiprocessors) {
-  const int pieces = ceil_div(hidden, kPieceRows);
-  const int64_t blocks = int64_t{ceil_div(tokens, kRouteTokens)} * ceil_div(experts, kRouteExperts);
-  RoutePlan plan{pieces, 1};
-  for (const int run : {1, kGroupPieces}) {
-    // four blocks an SM hide each other's latencies; more would only add partial sums
-    if (blocks * ceil_div(pieces, run) <= 4 * multiprocessors) {
-      plan = {run, ceil_div(pieces, run)};
-      break;
-    }
-  }
-  return plan;
-}
 
 void route(const bf16* x, const float* gate, const float* bias, float* partial,
            const RoutePlan& plan, int* ids, float* weights, int tokens, int hidden, int experts,

@@ -10,6 +10,9 @@
 #include <cstdint>
 #include <string>
 
+#include "gemm/plan_attention.h"
+#include "gemm/plan_moe.h"
+
 namespace fd::cuda {
 
 using bf16 = __nv_bfloat16;
@@ -52,13 +55,6 @@ void randomize(int kind, void* data, int64_t bytes, uint64_t seed, float size, c
 
 // --- mixture of experts (moe.cu)
 // -----------------------------------------------------------------------------
-/// How the router's products are spread: blocks sum `run` pieces of 64 rows each and leave `count`
-/// partial sums. Chosen for speed alone, results are the same bits for every plan.
-struct RoutePlan {
-  int run;
-  int count;
-};
-RoutePlan route_plan(int tokens, int hidden, int experts, int multiprocessors);
 /// `partial`: float32 scratch [plan.count, tokens, experts].
 void route(const bf16* x, const float* gate, const float* bias, float* partial,
            const RoutePlan& plan, int* ids, float* weights, int tokens, int hidden, int experts,
@@ -73,29 +69,9 @@ void combine(const bf16* y, const float* weights, bf16* out, int tokens, int top
 
 // --- attention (rope.cu, attention.cu)
 // --------------------------------------------------------------------------------
-struct AttentionShape {
-  int tokens;
-  int sequences;
-  int query_heads;
-  int kv_heads;
-  int head_dim;
-  int num_blocks;
-  int table_width;
-};
 void rope_and_cache(const bf16* qkv, const int* positions, const float* cos_sin,
                     const int* slot_mapping, bf16* key_cache, bf16* value_cache, bf16* q_out,
                     const AttentionShape& shape, int max_positions, cudaStream_t stream);
-/// How decoding sequences are spread: `sequences` in one launch, so that their segments' results
-/// fit `partial_floats` of scratch, on `blocks` blocks. Chosen for speed alone, results are the
-/// same bits for every plan.
-struct AttentionPlan {
-  int sequences;
-  int blocks;
-  int64_t partial_floats;
-};
-/// partial_capacity: the most floats of scratch that the plan may ask for.
-AttentionPlan plan_attention(const AttentionShape& shape, int multiprocessors,
-                             int64_t partial_capacity);
 /// Memory on the card that one launch at a time may use: a runner's own.
 struct AttentionScratch {
   float* partial;  // of the plan's size

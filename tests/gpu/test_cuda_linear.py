@@ -91,13 +91,10 @@ def assert_rows_stand_alone(
 
     x = cards.round_bf16(random.standard_normal((BATCHES[-1], rows)))
     alone = np.concatenate([run(weight, x[i : i + 1], columns, "float32") for i in range(len(x))])
-    choose = cuda_ops.linear_tile
     for tokens in BATCHES:
         last = x[len(x) - tokens :]
         for height in (0, *HEIGHTS[kind.startswith("ccq")], *hopper_tiles(weight)):
-            monkeypatch.setattr(
-                cuda_ops, "linear_tile", choose if height == 0 else lambda *_, h=height: h
-            )
+            monkeypatch.setattr(cuda_ops, "CHOSEN_TILE", height)  # 0: the plan's
             found = run(weight, last, columns, "float32")
             np.testing.assert_array_equal(
                 found, alone[len(x) - tokens :], err_msg=f"{tokens} tokens, tiles of {height}"
@@ -109,10 +106,10 @@ def assert_rows_stand_alone(
 def hopper_tiles(weight: object) -> list[int]:
     """What stands for Hopper's kernel, where it serves."""
     from fastdeploy_lite import _ops_cuda
-    from fastdeploy_lite.model_executor.ops.cuda_runtime import SCRATCH_BYTES
+    from fastdeploy_lite.model_executor.ops import cuda_runtime
 
     native = weight.handle.native
-    serves = native is not None and native.hopper_serves(SCRATCH_BYTES)
+    serves = native is not None and native.hopper_serves(cuda_runtime.SCRATCH_BYTES)
     return [_ops_cuda.hopper_tile] if serves else []
 
 
@@ -120,7 +117,7 @@ def hopper_tiles(weight: object) -> list[int]:
 def test_many_rows_in_slices_that_the_scratch_can_hold(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastdeploy_lite.model_executor.ops import cuda_ops, cuda_runtime
+    from fastdeploy_lite.model_executor.ops import cuda_runtime
 
     random = np.random.default_rng(5)
     weight, _ = matrices.make(kind, random, 2560, 1040)
@@ -131,7 +128,7 @@ def test_many_rows_in_slices_that_the_scratch_can_hold(
     monkeypatch.setattr(cuda_runtime, "SCRATCH_BYTES", 1 << 20)  # 160 rows of 2,560 at once
     np.testing.assert_array_equal(run(weight, x, 1040, "bfloat16"), whole)
     monkeypatch.setattr(cuda_runtime, "SCRATCH_BYTES", 1 << 19)  # no room for a tile
-    assert not cuda_ops.suits_hopper(1000, weight.handle)
+    assert not hopper_tiles(weight)
     np.testing.assert_array_equal(run(weight, x, 1040, "bfloat16"), whole)
 
 

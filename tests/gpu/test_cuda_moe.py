@@ -88,14 +88,11 @@ def test_a_token_has_the_same_bits_in_any_batch_and_tile(
         return cards.get(out)
 
     alone = np.concatenate([run(slice(i, i + 1)) for i in range(count)])
-    choose = cuda_moe.tile_rows
     for tokens in (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 100, 128, 129, count):
         rows = slice(count - tokens, count)
-        for forced in (None, 0, 8, 16, 32, 64) if kind == "dense" else (-1, 0, 1, 2):
+        for forced in (-1, 0, 8, 16, 32, 64) if kind == "dense" else (-1, 0, 1, 2):
             if kind == "dense":  # heights of tiles; 0: a tile for each slot
-                monkeypatch.setattr(
-                    cuda_moe, "tile_rows", choose if forced is None else lambda *_, h=forced: h
-                )
+                monkeypatch.setattr(cuda_moe, "CHOSEN_TILE", forced)
             elif forced == 0 and (
                 tokens * top_k > 256 or (kind == "int8" and hidden == 8192 and tokens > 5)
             ):

@@ -10,26 +10,10 @@ from fastdeploy_lite.model_executor.ops._view import Arguments, ScratchSource, T
 from fastdeploy_lite.model_executor.ops.cuda_experts import CudaExperts
 from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight
 
-DIRECT_TOKENS = 2
-"""Up to this batch experts hardly ever coincide: every slot is read as its own tile, unsorted."""
 CHOSEN_PATH = -1
 """Which kernels serve quantised experts: the plan decides (custom_ops/cuda/gemm/plan.h)."""
-
-
-def tile_rows(tokens: int, top_k: int, experts: int) -> int:
-    """Rows of one tile of sorted slots; 0 for a tile of its own for every slot, unsorted.
-
-    For bf16 experts, and for speed only: a row's result is the same in any tile. An expert has at
-    most `tokens` rows, on average tokens * top_k / experts: the tile should hold those of most
-    experts, so that their weights are read once.
-    """
-    if tokens <= DIRECT_TOKENS:
-        return 0
-    mean = tokens * top_k / experts
-    for rows, most in ((8, 6), (16, 12), (32, 32)):
-        if tokens <= rows or mean <= most:
-            return rows
-    return 64
+CHOSEN_TILE = -1
+"""Rows of a tile of bf16 experts: the plan decides (custom_ops/cuda/gemm/plan_moe.h)."""
 
 
 def fused_moe(
@@ -104,26 +88,15 @@ def _dense(
     sizes: tuple[int, int],
     workspace: ScratchSource,
 ) -> None:
-    tokens, top_k = sizes
-    slots = tokens * top_k
-    rows = tile_rows(tokens, top_k, up.num_experts)
-    tiles = slots if rows == 0 else slots // rows + min(up.num_experts, slots)
-    order = workspace.get("moe_slots", [slots], "int32")
-    plan = workspace.get("moe_tiles", [tiles * 4], "int32")
-    inside = workspace.get("moe_inner", [slots, down.in_features], "bfloat16")
-    outputs = workspace.get("moe_outputs", [slots, down.out_features], "bfloat16")
+    shape = (up.num_experts, *sizes, CHOSEN_TILE)
+    # held until the call: a workspace may hand out memory that goes with its tensor
+    memory = workspace.get("experts", [_ops_cuda.dense_experts_bytes(down.native, *shape)], "uint8")
     _ops_cuda.dense_experts(
         *addresses,
         up.native,
         down.native,
-        up.num_experts,
-        inside.data_ptr(),
-        outputs.data_ptr(),
-        order.data_ptr(),
-        plan.data_ptr(),
         out,
-        *sizes,
-        rows,
-        tiles,
+        *shape,
+        memory.data_ptr(),
         runtime.stream(),
     )

@@ -23,10 +23,8 @@ from fastdeploy_lite.model_executor.ops.cuda_runtime import address, scratch, st
 from fastdeploy_lite.model_executor.ops.cuda_weights import CudaWeight
 from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight
 
-SMALL_WEIGHT = 8 << 20
-"""A weight of so many elements is not enough work for tall tiles to fill a card."""
-LARGE_WEIGHT = 64 << 20
-"""One of int8 that has so many is worth Hopper's kernel from 33 rows on, others from 65."""
+CHOSEN_TILE = 0
+"""Rows of a linear's tile: the plan decides (custom_ops/cuda/gemm/plan_linear.h)."""
 _HOST_DTYPES = {"bfloat16": "uint16"}
 
 
@@ -193,38 +191,11 @@ def linear(x: View, weight: CudaWeight, out: View) -> None:
         address(out),
         out_is_float,
         tokens,
-        linear_tile(tokens, weight),
+        CHOSEN_TILE,
         scratch(runtime.SCRATCH_BYTES),
         runtime.SCRATCH_BYTES,
         stream(),
     )
-
-
-def linear_tile(tokens: int, weight: CudaWeight) -> int:
-    """Rows of one tile of x; for speed only, a row's result is the same in any.
-
-    The whole batch while it is small, but half of it for small weights, which take more blocks to
-    fill the card. Then Hopper's kernel where there is one, which stands for tiles of its own, else
-    64, or 128 where that leaves three blocks for two multiprocessors.
-    """
-    if suits_hopper(tokens, weight):
-        return int(_ops_cuda.hopper_tile)
-    small = weight.in_features * weight.out_features <= SMALL_WEIGHT
-    for rows in (8, 16, 32, 64):
-        if tokens <= rows:
-            return rows // 2 if small and rows > 16 else rows
-    blocks = -(-tokens // 128) * -(-weight.out_features // 128)
-    is_ccq = weight.kind in (cuda_weights.KIND_CODES["ccq"], cuda_weights.CCQ_WIDE)
-    return 128 if 2 * blocks >= 3 * runtime.multiprocessors() and not is_ccq else 64
-
-
-def suits_hopper(tokens: int, weight: CudaWeight) -> bool:
-    """Whether Hopper's kernel can serve a linear and is the faster one, see docs/performance.md."""
-    size = weight.in_features * weight.out_features
-    large = size >= LARGE_WEIGHT and weight.kind == cuda_weights.KIND_CODES["int8"]
-    if tokens <= (32 if large else 64):
-        return False
-    return bool(weight.native.hopper_serves(runtime.SCRATCH_BYTES))
 
 
 def route(

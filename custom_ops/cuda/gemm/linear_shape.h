@@ -1,0 +1,18 @@
+// Sizes of the kernels of linear maps that their plan has to know.
+#pragma once
+
+namespace fd::cuda {
+
+constexpr int kSkinnyWarps = 8;
+
+/// Blocks of the streaming kernel that fit on an SM, as its launch bounds ask for.
+constexpr int resident_blocks(bool gated, int token_tiles) {
+  return token_tiles == 1 && !gated ? 3 : 2;
+}
+
+constexpr int kWideColumns = 128;    // of a block of the tile kernel
+constexpr int kHopperRows = 160;     // most rows of a tile of Hopper's kernel
+constexpr int kHopperColumns = 128;  // of an item of it
+constexpr int kHopperTile = 256;     // stands for Hopper's kernel, which cuts rows by itself
+
+}  // namespace fd::cuda

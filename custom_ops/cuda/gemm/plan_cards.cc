@@ -1,0 +1,26 @@
+#include "plan_cards.h"
+
+namespace fd::cuda {
+namespace {
+
+// clang-format off
+constexpr CardTable kTables[] = {
+    // from  measured  small    large    mma   of large  direct
+    // cc              weight   weight   rows  weights   tokens
+    {8,      false,    8 << 20, 64 << 20, 64,  32,       2},
+    {9,      true,     8 << 20, 64 << 20, 64,  32,       2},
+    {10,     false,    8 << 20, 64 << 20, 64,  32,       2},
+};
+// clang-format on
+
+}  // namespace
+
+const CardTable& card_table(int major) {
+  const CardTable* found = kTables;
+  for (const CardTable& row : kTables) {
+    if (row.major <= major) found = &row;
+  }
+  return *found;
+}
+
+}  // namespace fd::cuda

@@ -1,0 +1,26 @@
+// Where one kernel becomes faster than another, on each architecture: the numbers that the plans
+// beside this file read. A further architecture is a further row in plan_cards.cc.
+#pragma once
+
+#include <cstdint>
+
+namespace fd::cuda {
+
+/// Thresholds of one architecture. Speed alone depends on them: every kernel that a plan may choose
+/// for a row gives it the same bits.
+struct CardTable {
+  int major;  // compute capability from which on this row counts
+  /// Chosen by timing cards of this architecture, see docs/performance.md; otherwise taken over
+  /// from the row that was.
+  bool measured;
+  int64_t small_weight;  // elements of one that takes more blocks than tall tiles give
+  int64_t large_weight;  // elements of one of int8 that is worth wgmma sooner
+  int mma_rows;          // most rows of a linear map that mma.sync serves where there is wgmma
+  int large_mma_rows;    // of one with a large weight
+  int direct_tokens;     // most tokens whose slots read bf16 experts one by one, unsorted
+};
+
+/// The row of a card: the last one that counts.
+const CardTable& card_table(int major);
+
+}  // namespace fd::cuda
