@@ -46,6 +46,8 @@ void bind_linear_plans(py::module_& m) {
       py::kw_only(), py::arg("n_tiles"), py::arg("k_tiles"), py::arg("gated"),
       py::arg("tiles_of_token"), py::arg("multiprocessors"),
       "Parts of K of a product with a tiled weight; see custom_ops/cuda/gemm/plan_linear.h.");
+  m.def("part_begin", &cuda::part_begin, py::kw_only(), py::arg("k_tiles"), py::arg("part"),
+        py::arg("parts"), "First k tile of a part of K; see custom_ops/cuda/gemm/linear_shape.h.");
   m.def(
       "splits_parts",
       [](int rows, int columns, int k_tiles, int parts, int blocks, int64_t partial_floats,

@@ -53,9 +53,8 @@ __device__ __forceinline__ float finished(float sum, float up_sum, float scale, 
   return kGated ? __fmul_rn(silu(value), __fmul_rn(up_sum, up_scale)) : value;
 }
 
-/// First k tile of canonical part `part`; that of part `parts` is the end.
 __host__ __device__ __forceinline__ int part_begin(const TiledWeight& w, int part, int parts) {
-  return w.k_tiles * part / parts;
+  return part_begin(w.k_tiles, part, parts);
 }
 
 template <Kind kKind>

@@ -10,6 +10,10 @@ constexpr int resident_blocks(bool gated, int token_tiles) {
   return token_tiles == 1 && !gated ? 3 : 2;
 }
 
+/// First k tile of part `part` of K; that of part `parts` is the end. Every kernel of a product
+/// with a tiled weight cuts K here, so that all add the same products in the same order.
+constexpr int part_begin(int k_tiles, int part, int parts) { return k_tiles * part / parts; }
+
 constexpr int kWideColumns = 128;    // of a block of the tile kernel
 constexpr int kHopperRows = 160;     // most rows of a tile of Hopper's kernel
 constexpr int kHopperColumns = 128;  // of an item of it

@@ -6,6 +6,7 @@ Python and beside the kernels.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -126,6 +127,29 @@ def test_parts_of_k_depend_on_the_card() -> None:
     product = {"n_tiles": 512, "k_tiles": 64, "gated": False, "tiles_of_token": 1}
     assert _ops_cpu.canonical_parts(**product, multiprocessors=108) == 8
     assert _ops_cpu.canonical_parts(**product, multiprocessors=132) == 4
+
+
+@pytest.mark.parametrize("multiprocessors", [46, 108, 132, 170])
+@pytest.mark.parametrize("k_tiles", [1, 2, 3, 5, 20, 28, 64])
+@pytest.mark.parametrize("n_tiles", [1, 9, 160, 512])
+def test_parts_are_whole_k_tiles_and_none_is_empty(
+    n_tiles: int, k_tiles: int, multiprocessors: int
+) -> None:
+    parts = _ops_cpu.canonical_parts(
+        n_tiles=n_tiles, k_tiles=k_tiles, gated=False, tiles_of_token=1,
+        multiprocessors=multiprocessors,
+    )  # fmt: skip
+    begins = [
+        _ops_cpu.part_begin(k_tiles=k_tiles, part=part, parts=parts) for part in range(parts + 1)
+    ]
+    assert begins[0] == 0
+    assert begins[-1] == k_tiles
+    assert all(before < after for before, after in itertools.pairwise(begins))
+    assert max(_lengths(begins)) - min(_lengths(begins)) <= 1
+
+
+def _lengths(begins: list[int]) -> list[int]:
+    return [after - before for before, after in itertools.pairwise(begins)]
 
 
 def splits(rows: int, columns: int, k_tiles: int, parts: int, blocks: int, **changes: int) -> bool:
