@@ -1,13 +1,18 @@
-"""CUDA ops over plain device addresses; 0 stands for an absent tensor, the stream comes last.
+"""CUDA ops over tensors on a card; the stream comes last.
 
 Only `fastdeploy_lite.model_executor.ops.cuda_*` and, for the encoders, `quantization.card` call
-these: they check shapes and dtypes first.
+these. A tensor is a view, whose dtype, shape and contiguity are checked here (ValueError), or where
+the argument is an int a plain address, 0 for an absent one: the caller has checked it.
 Failures raise RuntimeError naming the op. Every op only queues work on the stream and may be
 captured into a graph, but for upload, download, synchronize, time_copy and the functions of pinned
 memory, events and graphs.
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
+
+View: TypeAlias = tuple[int, str, Sequence[int], Sequence[int]]
+"""Address, dtype name, shape, strides in elements."""
 
 max_top_logprobs: int
 
@@ -156,32 +161,23 @@ def pack_rows(
 ) -> None: ...
 def unpack_tiles(weight: Weight, expert: int, scaled: bool, out: int, stream: int) -> None: ...
 def randomize(kind: int, data: int, nbytes: int, seed: int, size: float, stream: int) -> None: ...
-def embedding(
-    ids: int, table: int, out: int, tokens: int, hidden: int, first: int, vocab: int, stream: int
-) -> None: ...
+def embedding(ids: View, table: int, first: int, vocab: int, out: View, stream: int) -> None: ...
 def rms_norm(
-    x: int,
-    y: int,
-    residual: int,
-    weight: int,
-    weight_is_float: bool,
+    x: View,
+    also: View | None,
+    residual: View | None,
+    weight: View,
     eps: float,
-    out: int,
-    tokens: int,
-    hidden: int,
+    out: View,
     stream: int,
 ) -> None: ...
-def silu_and_mul(x: int, out: int, tokens: int, width: int, stream: int) -> None: ...
-def add_inplace(x: int, y: int, count: int, stream: int) -> None: ...
-def gather_rows(
-    x: int, rows: int, out: int, count: int, row_bytes: int, source_rows: int, stream: int
-) -> None: ...
+def silu_and_mul(x: View, out: View, stream: int) -> None: ...
+def add_inplace(x: View, y: View, stream: int) -> None: ...
+def gather_rows(x: View, rows: View, out: View, stream: int) -> None: ...
 def linear(
-    x: int,
+    x: View,
     weight: Weight,
-    out: int,
-    out_is_float: bool,
-    tokens: int,
+    out: View,
     forced_tile: int,
     partial: int,
     partial_bytes: int,
@@ -222,31 +218,16 @@ def experts(
     stream: int,
 ) -> None: ...
 def dense_linear(
-    x: int,
-    rows: int,
-    out: int,
-    out_is_float: bool,
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    workspace: int,
-    workspace_bytes: int,
-    stream: int,
+    x: View, rows: int, out: View, workspace: int, workspace_bytes: int, stream: int
 ) -> None: ...
-def route_plan(tokens: int, hidden: int, experts: int, multiprocessors: int) -> tuple[int, int]: ...
+def route_bytes(tokens: int, hidden: int, experts: int) -> int: ...
 def route(
-    x: int,
-    gate: int,
-    bias: int,
+    x: View,
+    gate: View,
+    bias: View | None,
+    ids: View,
+    weights: View,
     partial: int,
-    run: int,
-    count: int,
-    ids: int,
-    weights: int,
-    tokens: int,
-    hidden: int,
-    experts: int,
-    top_k: int,
     stream: int,
 ) -> None: ...
 def attention_plan(
@@ -301,58 +282,43 @@ def decode_new_tokens(
     max_positions: int,
     stream: int,
 ) -> None: ...
-def mask_logits(
-    logits: int, bitmask: int, rows: int, count: int, vocab: int, words: int, stream: int
-) -> None: ...
+def mask_logits(logits: View, bitmask: View, rows: View, stream: int) -> None: ...
 def process_logits(
-    logits: int,
-    slots: int,
-    occurrences: int,
-    repetition: int,
-    frequency: int,
-    presence: int,
-    temperature: int,
-    edit_offsets: int,
-    edit_ids: int,
-    edit_values: int,
-    rows: int,
-    vocab: int,
+    logits: View,
+    slots: View,
+    occurrences: View | None,
+    repetition: View,
+    frequency: View,
+    presence: View,
+    temperature: View,
+    edit_offsets: View,
+    edit_ids: View,
+    edit_values: View,
     stream: int,
 ) -> None: ...
 def update_occurrences(
-    occurrences: int,
-    slots: int,
-    ids: int,
-    count: int,
-    prompt: bool,
-    slot_count: int,
-    vocab: int,
-    stream: int,
+    occurrences: View, slots: View, ids: View, prompt: bool, stream: int
 ) -> None: ...
 def sample(
-    logits: int,
-    temperature: int,
-    top_k: int,
-    top_p: int,
-    min_p: int,
-    seeds: int,
-    steps: int,
-    forced: int,
-    out: int,
-    rows: int,
-    vocab: int,
+    logits: View,
+    temperature: View,
+    top_k: View,
+    top_p: View,
+    min_p: View,
+    seeds: View,
+    steps: View,
+    forced: View,
+    out: View,
     stream: int,
 ) -> None: ...
 def token_logprobs(
-    logits: int,
-    tokens: int,
+    logits: View,
+    tokens: View,
     k: int,
-    out_logprob: int,
-    out_rank: int,
-    out_ids: int,
-    out_logprobs: int,
-    rows: int,
-    vocab: int,
+    out_logprob: View,
+    out_rank: View,
+    out_ids: View,
+    out_logprobs: View,
     stream: int,
 ) -> None: ...
 

@@ -1,22 +1,21 @@
-// fastdeploy_lite._ops_cuda: the CUDA ops over plain addresses. Shapes and dtypes were checked by
-// the caller, fastdeploy_lite/model_executor/ops; the stream is the last argument everywhere.
+// fastdeploy_lite._ops_cuda. What stands here takes plain addresses: shapes and dtypes were checked
+// by the caller, fastdeploy_lite/model_executor/ops. The stream is the last argument everywhere.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 
-#include "../cuda/gemm.h"
-#include "../cuda/gemm/experts.h"
 #include "../cuda/gemm_hopper.h"
 #include "../cuda/nccl.h"
 #include "../cuda/ops.h"
 #include "../cuda/runtime.h"
-#include "../cuda/weight_tiles.cuh"
 #include "cuda_bindings.h"
+#include "cuda_weight.h"
 
 namespace py = pybind11;
 
-void bind_encode(py::module_& m);   // cuda_encode.cc
-void bind_experts(py::module_& m);  // cuda_experts.cc
+void bind_encode(py::module_& m);      // cuda_encode.cc
+void bind_experts(py::module_& m);     // cuda_experts.cc
+void bind_tensor_ops(py::module_& m);  // cuda_tensor_ops.cc
 
 namespace {
 
@@ -40,57 +39,10 @@ fc::TiledWeight tiled_weight(Address tiles, Address local_scale, Address code_sc
           fc::ceil_div(in_features, fc::kTileRows)};
 }
 
-/// A weight as Python holds it: addresses and sizes, made once per weight.
-struct Weight {
-  int kind;
-  fc::TiledWeight tiled;
-};
-
-Weight make_weight(int kind, Address tiles, Address local_scale, Address code_scale,
-                   Address code_bias, Address column_scale, int in_features, int out_features) {
-  return {kind, tiled_weight(tiles, local_scale, code_scale, code_bias, column_scale, in_features,
-                             out_features)};
-}
-
-/// `partial`: scratch for the sums of parts of K where few tiles have to fill the card, and for
-/// Hopper's order of x. `forced`: see linear_tile().
-void linear(Address x, const Weight& weight, Address out, bool out_is_float, int tokens, int forced,
-            Address partial, int64_t partial_bytes, Address stream) {
-  fc::GemmParams params;
-  params.x = at<const fc::bf16>(x);
-  if (out_is_float) {
-    params.out_float = at<float>(out);
-  } else {
-    params.out = at<fc::bf16>(out);
-  }
-  params.out_columns = weight.tiled.out_features;
-  params.rows.count = tokens;
-  params.partial = at<float>(partial);
-  params.partial_floats = partial_bytes / 4;
-  const fc::LinearCall call{tokens, static_cast<fc::Kind>(weight.kind), weight.tiled.in_features,
-                            weight.tiled.out_features, params.partial_floats};
-  const int tile_rows = fc::linear_tile(call, fc::card_facts(), forced);
-  const int row_tiles = fc::ceil_div(tokens, tile_rows);
-  fc::gemm(weight.kind, false, weight.tiled, params, tile_rows, row_tiles, stream_of(stream));
-}
-
-/// `forced`: see plan_dense_experts().
-fc::DenseExpertsPlan dense_plan(int experts, int tokens, int top_k, int forced) {
-  return fc::plan_dense_experts({tokens, top_k, experts}, fc::card_facts().major, forced);
-}
-
-int64_t dense_experts_bytes(const Weight& down, int experts, int tokens, int top_k, int forced) {
-  return fc::dense_experts_bytes(dense_plan(experts, tokens, top_k, forced), tokens * top_k,
-                                 down.tiled.out_features, down.tiled.in_features);
-}
-
-void dense_experts(Address x, Address ids, Address weights, const Weight& up_gate,
-                   const Weight& down, Address out, int experts, int tokens, int top_k, int forced,
-                   Address memory, Address stream) {
-  fc::dense_experts(dense_plan(experts, tokens, top_k, forced),
-                    {at<const fc::bf16>(x), at<const int>(ids), at<const float>(weights),
-                     up_gate.tiled, down.tiled, experts, at<fc::bf16>(out), tokens, top_k},
-                    at<void>(memory), stream_of(stream));
+fc::Weight make_weight(int kind, Address tiles, Address local_scale, Address code_scale,
+                       Address code_bias, Address column_scale, int in_features, int out_features) {
+  return {static_cast<fc::Kind>(kind), tiled_weight(tiles, local_scale, code_scale, code_bias,
+                                                    column_scale, in_features, out_features)};
 }
 
 fc::AttentionShape attention_shape(const py::tuple& sizes) {
@@ -162,13 +114,12 @@ void bind_runtime(py::module_& m) {
 }
 
 void bind_weights(py::module_& m) {
-  py::class_<Weight>(m, "Weight")
+  py::class_<fc::Weight>(m, "Weight")
       .def(py::init(&make_weight), py::arg("kind"), py::arg("tiles"), py::arg("local_scale"),
            py::arg("code_scale"), py::arg("code_bias"), py::arg("column_scale"),
            py::arg("in_features"), py::arg("out_features"))
-      .def("hopper_serves", [](const Weight& weight, int64_t scratch_bytes) {
-        return fc::hopper_serves(static_cast<fc::Kind>(weight.kind), weight.tiled,
-                                 scratch_bytes / 4);
+      .def("hopper_serves", [](const fc::Weight& weight, int64_t scratch_bytes) {
+        return fc::hopper_serves(weight.kind, weight.tiled, scratch_bytes / 4);
       });
   m.attr("hopper_tile") = fc::kHopperTile;
   m.def("tile_bytes", [](int kind) { return fc::tile_bytes(static_cast<fc::Kind>(kind)); });
@@ -187,70 +138,22 @@ void bind_weights(py::module_& m) {
     fc::pack_rows(at<const void>(source), source_is_float, transposed, at<fc::bf16>(out),
                   in_features, out_features, stream_of(stream));
   });
-  m.def("unpack_tiles", [](const Weight& w, int expert, bool scaled, Address out, Address stream) {
-    const fc::TiledWeight& t = w.tiled;
-    const int64_t blocks = int64_t{expert} * t.n_tiles;
-    const int64_t tile = blocks * t.k_tiles, column = blocks * fc::kTileColumns;
-    const int64_t vectors = fc::tile_bytes(static_cast<fc::Kind>(w.kind)) / 16;
-    auto offset = [](const float* p, int64_t by) { return p == nullptr ? p : p + by; };
-    fc::unpack_tiles(w.kind, t.tiles + tile * vectors,
-                     t.local_scale == nullptr ? nullptr : t.local_scale + tile * 8,
-                     offset(t.code_scale, column), offset(t.code_bias, column),
-                     offset(t.column_scale, column), scaled, at<float>(out), t.in_features,
-                     t.out_features, stream_of(stream));
-  });
+  m.def("unpack_tiles",
+        [](const fc::Weight& w, int expert, bool scaled, Address out, Address stream) {
+          const fc::TiledWeight& t = w.tiled;
+          const int64_t blocks = int64_t{expert} * t.n_tiles;
+          const int64_t tile = blocks * t.k_tiles, column = blocks * fc::kTileColumns;
+          const int64_t vectors = fc::tile_bytes(w.kind) / 16;
+          auto offset = [](const float* p, int64_t by) { return p == nullptr ? p : p + by; };
+          fc::unpack_tiles(static_cast<int>(w.kind), t.tiles + tile * vectors,
+                           t.local_scale == nullptr ? nullptr : t.local_scale + tile * 8,
+                           offset(t.code_scale, column), offset(t.code_bias, column),
+                           offset(t.column_scale, column), scaled, at<float>(out), t.in_features,
+                           t.out_features, stream_of(stream));
+        });
   m.def("randomize",
         [](int kind, Address data, int64_t bytes, uint64_t seed, float size, Address stream) {
           fc::randomize(kind, at<void>(data), bytes, seed, size, stream_of(stream));
-        });
-}
-
-void bind_rows(py::module_& m) {
-  m.def("embedding", [](Address ids, Address table, Address out, int tokens, int hidden, int first,
-                        int vocab, Address stream) {
-    fc::embedding(at<const int>(ids), at<const fc::bf16>(table), at<fc::bf16>(out), tokens, hidden,
-                  first, vocab, stream_of(stream));
-  });
-  m.def("rms_norm", [](Address x, Address y, Address residual, Address weight, bool weight_is_float,
-                       float eps, Address out, int tokens, int hidden, Address stream) {
-    fc::rms_norm(at<const fc::bf16>(x), at<const fc::bf16>(y), at<fc::bf16>(residual),
-                 at<const void>(weight), weight_is_float, eps, at<fc::bf16>(out), tokens, hidden,
-                 stream_of(stream));
-  });
-  m.def("silu_and_mul", [](Address x, Address out, int tokens, int width, Address stream) {
-    fc::silu_and_mul(at<const fc::bf16>(x), at<fc::bf16>(out), tokens, width, stream_of(stream));
-  });
-  m.def("add_inplace", [](Address x, Address y, int64_t count, Address stream) {
-    fc::add_inplace(at<fc::bf16>(x), at<const fc::bf16>(y), count, stream_of(stream));
-  });
-  m.def("gather_rows", [](Address x, Address rows, Address out, int count, int64_t row_bytes,
-                          int source_rows, Address stream) {
-    fc::gather_rows(at<const void>(x), at<const int>(rows), at<void>(out), count, row_bytes,
-                    source_rows, stream_of(stream));
-  });
-}
-
-void bind_products(py::module_& m) {
-  m.def("linear", &linear);
-  m.def("dense_experts_bytes", &dense_experts_bytes);
-  m.def("dense_experts", &dense_experts);
-  m.def("dense_linear",
-        [](Address x, Address rows, Address out, bool out_is_float, int tokens, int in_features,
-           int out_features, Address workspace, int64_t workspace_bytes, Address stream) {
-          fc::dense_linear(at<const fc::bf16>(x), at<const fc::bf16>(rows), at<void>(out),
-                           out_is_float, tokens, in_features, out_features, at<void>(workspace),
-                           workspace_bytes, stream_of(stream));
-        });
-  m.def("route_plan", [](int tokens, int hidden, int experts, int multiprocessors) {
-    const fc::RoutePlan plan = fc::route_plan(tokens, hidden, experts, multiprocessors);
-    return py::make_tuple(plan.run, plan.count);
-  });
-  m.def("route",
-        [](Address x, Address gate, Address bias, Address partial, int run, int count, Address ids,
-           Address weights, int tokens, int hidden, int experts, int top_k, Address stream) {
-          fc::route(at<const fc::bf16>(x), at<const float>(gate), at<const float>(bias),
-                    at<float>(partial), {run, count}, at<int>(ids), at<float>(weights), tokens,
-                    hidden, experts, top_k, stream_of(stream));
         });
 }
 
@@ -292,45 +195,6 @@ void bind_attention(py::module_& m) {
               scale, {plan[0].cast<int>(), plan[1].cast<int>(), plan[2].cast<int64_t>()},
               {at<float>(partial), at<void>(counters)}, at<fc::bf16>(out), attention_shape(sizes),
               max_positions, stream_of(stream));
-        });
-}
-
-void bind_sampling(py::module_& m) {
-  m.attr("max_top_logprobs") = fc::kMaxTopLogprobs;
-  m.def("mask_logits", [](Address logits, Address bitmask, Address rows, int count, int vocab,
-                          int words, Address stream) {
-    fc::mask_logits(at<float>(logits), at<const int>(bitmask), at<const int>(rows), count, vocab,
-                    words, stream_of(stream));
-  });
-  m.def("process_logits",
-        [](Address logits, Address slots, Address occurrences, Address repetition,
-           Address frequency, Address presence, Address temperature, Address edit_offsets,
-           Address edit_ids, Address edit_values, int rows, int vocab, Address stream) {
-          fc::process_logits(at<float>(logits), at<const int>(slots), at<const int>(occurrences),
-                             at<const float>(repetition), at<const float>(frequency),
-                             at<const float>(presence), at<const float>(temperature),
-                             at<const int>(edit_offsets), at<const int>(edit_ids),
-                             at<const float>(edit_values), rows, vocab, stream_of(stream));
-        });
-  m.def("update_occurrences", [](Address occurrences, Address slots, Address ids, int count,
-                                 bool prompt, int slot_count, int vocab, Address stream) {
-    fc::update_occurrences(at<int>(occurrences), at<const int>(slots), at<const int>(ids), count,
-                           prompt, slot_count, vocab, stream_of(stream));
-  });
-  m.def("sample", [](Address logits, Address temperature, Address top_k, Address top_p,
-                     Address min_p, Address seeds, Address steps, Address forced, Address out,
-                     int rows, int vocab, Address stream) {
-    fc::sample(at<const float>(logits), at<const float>(temperature), at<const int>(top_k),
-               at<const float>(top_p), at<const float>(min_p), at<const int64_t>(seeds),
-               at<const int64_t>(steps), at<const int>(forced), at<int>(out), rows, vocab,
-               stream_of(stream));
-  });
-  m.def("token_logprobs",
-        [](Address logits, Address tokens, int k, Address out_logprob, Address out_rank,
-           Address out_ids, Address out_logprobs, int rows, int vocab, Address stream) {
-          fc::token_logprobs(at<const float>(logits), at<const int>(tokens), k,
-                             at<float>(out_logprob), at<int>(out_rank), at<int>(out_ids),
-                             at<float>(out_logprobs), rows, vocab, stream_of(stream));
         });
 }
 
@@ -384,14 +248,12 @@ void bind_ranks(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_ops_cuda, m) {
-  m.doc() = "CUDA ops over plain device addresses; see fastdeploy_lite.model_executor.ops.";
+  m.doc() = "CUDA ops over views and device addresses; see fastdeploy_lite.model_executor.ops.";
   bind_runtime(m);
   bind_weights(m);
   bind_experts(m);
-  bind_rows(m);
-  bind_products(m);
+  bind_tensor_ops(m);
   bind_attention(m);
-  bind_sampling(m);
   bind_ranks(m);
   bind_encode(m);
 }

@@ -110,7 +110,8 @@ struct TensorView {
     int64_t expected = 1;
     for (int i = rank - 1; i >= 0; --i) {
       if (shape[i] > 1 && strides[i] != expected) {
-        throw std::invalid_argument(std::string(name) + " is not contiguous");
+        throw std::invalid_argument(std::string(name) +
+                                    " is not contiguous: call contiguous() on it");
       }
       expected *= shape[i];
     }

@@ -93,53 +93,29 @@ def _dtype_name(tensor: Tensor) -> str:
 
 def rms_norm(x: View, weight: View, eps: float, out: View) -> None:
     """See ops.rms_norm."""
-    _norm(x, None, None, weight, eps, out)
+    _ops_cuda.rms_norm(x, None, None, weight, eps, out, stream())
 
 
 def add_rms_norm(
     x: View, residual: View, weight: View, eps: float, out: View, also: View | None = None
 ) -> None:
     """See ops.add_rms_norm."""
-    _norm(x, also, residual, weight, eps, out)
-
-
-def _norm(
-    x: View, also: View | None, residual: View | None, weight: View, eps: float, out: View
-) -> None:
-    tokens, hidden = x[2]
-    _ops_cuda.rms_norm(
-        address(x),
-        address(also),
-        address(residual),
-        address(weight),
-        weight[1] == "float32",
-        eps,
-        address(out),
-        tokens,
-        hidden,
-        stream(),
-    )
+    _ops_cuda.rms_norm(x, also, residual, weight, eps, out, stream())
 
 
 def silu_and_mul(x: View, out: View) -> None:
     """See ops.silu_and_mul."""
-    tokens, width = out[2]
-    _ops_cuda.silu_and_mul(address(x), address(out), tokens, width, stream())
+    _ops_cuda.silu_and_mul(x, out, stream())
 
 
 def add_inplace(x: View, y: View) -> None:
     """See ops.add_inplace."""
-    tokens, hidden = x[2]
-    _ops_cuda.add_inplace(address(x), address(y), tokens * hidden, stream())
+    _ops_cuda.add_inplace(x, y, stream())
 
 
 def gather_rows(x: View, rows: View, out: View) -> None:
     """See ops.gather_rows."""
-    source_rows, width = x[2]
-    row_bytes = width * (4 if x[1] == "float32" else 2)
-    _ops_cuda.gather_rows(
-        address(x), address(rows), address(out), out[2][0], row_bytes, source_rows, stream()
-    )
+    _ops_cuda.gather_rows(x, rows, out, stream())
 
 
 # -- products -------------------------------------------------------------------------------------
@@ -154,71 +130,26 @@ def embedding_share(token_ids: View, weight: CudaWeight, first: int, out: View) 
     """See ops.embedding_share."""
     if not weight.rows:
         raise ValueError("embedding: the table must be a dense weight")
-    tokens, hidden = out[2]
-    _ops_cuda.embedding(
-        address(token_ids),
-        weight.rows,
-        address(out),
-        tokens,
-        hidden,
-        first,
-        weight.out_features,
-        stream(),
-    )
+    _ops_cuda.embedding(token_ids, weight.rows, first, weight.out_features, out, stream())
 
 
 def linear(x: View, weight: CudaWeight, out: View) -> None:
     """See ops.linear."""
-    tokens, out_is_float = x[2][0], out[1] == "float32"
+    room = (scratch(runtime.SCRATCH_BYTES), runtime.SCRATCH_BYTES)
     if weight.native is None:
         runtime.open_blas()
-        _ops_cuda.dense_linear(
-            address(x),
-            weight.rows,
-            address(out),
-            out_is_float,
-            tokens,
-            weight.in_features,
-            weight.out_features,
-            scratch(runtime.SCRATCH_BYTES),
-            runtime.SCRATCH_BYTES,
-            stream(),
-        )
-        return
-    _ops_cuda.linear(
-        address(x),
-        weight.native,
-        address(out),
-        out_is_float,
-        tokens,
-        CHOSEN_TILE,
-        scratch(runtime.SCRATCH_BYTES),
-        runtime.SCRATCH_BYTES,
-        stream(),
-    )
+        _ops_cuda.dense_linear(x, weight.rows, out, *room, stream())
+    else:
+        _ops_cuda.linear(x, weight.native, out, CHOSEN_TILE, *room, stream())
 
 
 def route(
     x: View, gate_weight: View, bias: View | None, topk_ids: View, topk_weights: View
 ) -> None:
     """See ops.route."""
-    (tokens, hidden), experts, top_k = x[2], gate_weight[2][1], topk_ids[2][1]
-    run, count = _ops_cuda.route_plan(tokens, hidden, experts, runtime.multiprocessors())
-    _ops_cuda.route(
-        address(x),
-        address(gate_weight),
-        address(bias),
-        scratch(count * tokens * experts * 4),
-        run,
-        count,
-        address(topk_ids),
-        address(topk_weights),
-        tokens,
-        hidden,
-        experts,
-        top_k,
-        stream(),
-    )
+    tokens, hidden = x[2]
+    partial = scratch(_ops_cuda.route_bytes(tokens, hidden, gate_weight[2][1]))
+    _ops_cuda.route(x, gate_weight, bias, topk_ids, topk_weights, partial, stream())
 
 
 # -- attention ------------------------------------------------------------------------------------
@@ -325,16 +256,7 @@ def _attention_plan(
 
 def mask_logits(logits: View, bitmask: View, bitmask_rows: View) -> None:
     """See ops.mask_logits."""
-    rows, vocab = logits[2]
-    _ops_cuda.mask_logits(
-        address(logits),
-        address(bitmask),
-        address(bitmask_rows),
-        rows,
-        vocab,
-        bitmask[2][1],
-        stream(),
-    )
+    _ops_cuda.mask_logits(logits, bitmask, bitmask_rows, stream())
 
 
 def process_logits(
@@ -351,31 +273,17 @@ def process_logits(
 ) -> None:
     """See ops.process_logits."""
     vectors = (slots, occurrences, repetition, frequency, presence, temperature)
-    edits = (edit_offsets, edit_ids, edit_values)
-    arguments: list[Any] = [address(view) for view in (logits, *vectors, *edits)]
-    arguments += [*logits[2], stream()]
-    _ops_cuda.process_logits(*arguments)
+    _ops_cuda.process_logits(logits, *vectors, edit_offsets, edit_ids, edit_values, stream())
 
 
 def update_occurrences(occurrences: View, slots: View, token_ids: View, prompt: bool) -> None:
     """See ops.update_occurrences."""
-    slot_count, vocab = occurrences[2]
-    _ops_cuda.update_occurrences(
-        address(occurrences),
-        address(slots),
-        address(token_ids),
-        slots[2][0],
-        prompt,
-        slot_count,
-        vocab,
-        stream(),
-    )
+    _ops_cuda.update_occurrences(occurrences, slots, token_ids, prompt, stream())
 
 
 def sample(logits: View, *parameters: View) -> None:
     """See ops.sample. A row of NaN, or of nothing but -inf, gets -1: nothing is read back."""
-    arguments: list[Any] = [address(view) for view in (logits, *parameters)]
-    arguments += [*logits[2], stream()]
+    arguments: list[Any] = [logits, *parameters, stream()]
     _ops_cuda.sample(*arguments)
 
 
@@ -391,9 +299,7 @@ def token_logprobs(
     """See ops.token_logprobs."""
     outputs = (out_logprob, out_rank, out_ids, out_logprobs)
     if k <= _ops_cuda.max_top_logprobs:
-        arguments: list[Any] = [address(logits), address(tokens), k]
-        arguments += [*map(address, outputs), *logits[2], stream()]
-        _ops_cuda.token_logprobs(*arguments)
+        _ops_cuda.token_logprobs(logits, tokens, k, *outputs, stream())
         return
     # a request for (nearly) all tokens is a diagnosis: the host sorts
     results = _host_logprobs(_fetch(logits), _fetch(tokens), k)
