@@ -312,11 +312,12 @@ inline float rsqrtf(float a) { return 1.0f / std::sqrt(a); }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dsub_rn(double a, double b) { return a - b; }
-inline int __float2int_rd(float a) {
-  if (std::isnan(a)) return 0;
-  return static_cast<int>(
-      std::clamp(std::floor(static_cast<double>(a)), -2147483648.0, 2147483647.0));
+inline float __int2float_rn(int a) { return static_cast<float>(a); }
+inline int card_whole(double a) {
+  return std::isnan(a) ? 0 : static_cast<int>(std::clamp(a, -2147483648.0, 2147483647.0));
 }
+inline int __float2int_rd(float a) { return card_whole(std::floor(a)); }
+inline int __float2int_rn(float a) { return card_whole(std::nearbyint(a)); }
 inline unsigned long long __float2ull_rn(float a) {
   return static_cast<unsigned long long>(std::nearbyint(a));
 }

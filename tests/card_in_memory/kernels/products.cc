@@ -96,6 +96,31 @@ void multiply_parts(Warp& warp) {
   }
 }
 
+void multiply_byte_parts(Warp& warp) {
+  if (warp.present != ~0u) fail("a product needs all lanes of the warp");
+  constexpr int kBytes = 2 * kDepth;
+  uint8_t rows[kRows][kBytes];
+  int8_t columns[kTile][kBytes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const ByteMmaPart& part = *static_cast<const ByteMmaPart*>(warp.brought[lane]);
+    for (int i = 0; i < 4; ++i) {
+      std::memcpy(&rows[lane / 4 + i % 2 * 8][lane % 4 * 4 + i / 2 * 16], &part.a[i], 4);
+    }
+    for (int i = 0; i < 2; ++i) {
+      std::memcpy(&columns[lane / 4][lane % 4 * 4 + 16 * i], &part.b[i], 4);
+    }
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const ByteMmaPart& part = *static_cast<const ByteMmaPart*>(warp.brought[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const Place place(lane, i);
+      for (int k = 0; k < kBytes; ++k) {
+        part.d[i] += int{rows[place.row][k]} * columns[place.column][k];
+      }
+    }
+  }
+}
+
 void multiply(const Product& product, const uint8_t* shared, float* sums) {
   const Rows rows(product.a, product.bf16);
   const int each = product.columns / 2;

@@ -23,6 +23,16 @@ struct MmaPart {
 /// The product whose parts a warp's lanes have brought.
 void multiply_parts(Warp& warp);
 
+/// One lane's part of mma.m16n8k32, of unsigned bytes times signed ones onto `d`.
+struct ByteMmaPart {
+  int* d;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+/// The same for such parts.
+void multiply_byte_parts(Warp& warp);
+
 /// Onto `sums`, [lane][columns / 2] as lanes hold them.
 void multiply(const Product& product, const uint8_t* shared, float* sums);
 

@@ -19,14 +19,22 @@ T load_shared_as(uint32_t address) {
   return value;
 }
 inline uint4 load_shared(uint32_t address) { return load_shared_as<uint4>(address); }
+inline void load_shared_if(bool wanted, uint32_t address, uint4& v) {
+  if (wanted) v = load_shared(address);
+}
 inline uint32_t load_shared_word(uint32_t address) { return load_shared_as<uint32_t>(address); }
 inline void load_shared(uint32_t address, float (&v)[4]) {
   const uint4 bits = load_shared(address);
   std::memcpy(v, &bits, sizeof(bits));
 }
-inline void store_shared(uint32_t address, const uint4& v) {
-  if (address % sizeof(v) != 0) card::fail("a store to shared memory is not aligned");
-  std::memcpy(card::shared_at(address, sizeof(v)), &v, sizeof(v));
+template <typename T>
+void store_shared_as(uint32_t address, const T& value) {
+  if (address % sizeof(T) != 0) card::fail("a store to shared memory is not aligned");
+  std::memcpy(card::shared_at(address, sizeof(T)), &value, sizeof(T));
+}
+inline void store_shared(uint32_t address, const uint4& v) { store_shared_as(address, v); }
+inline void store_shared(uint32_t address, uint32_t first, uint32_t second) {
+  store_shared_as(address, make_uint2(first, second));
 }
 
 inline void copy_async(void* shared, const void* global, bool valid) {

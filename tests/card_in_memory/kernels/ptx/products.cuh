@@ -24,6 +24,11 @@ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   multiply_lanes({d, a, {b0, b1}, d, false});
 }
 
+inline void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  card::ByteMmaPart part{d, a, {b0, b1}};
+  card::meet(card::Meeting::kProduct, card::multiply_byte_parts, &part);
+}
+
 /// A lane's part of ldmatrix and stmatrix: the row that it names, and what it gets or has.
 struct MatrixPart {
   uint8_t* row;
