@@ -17,12 +17,13 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -30,6 +31,8 @@ try:
     from fastdeploy_lite import _ops_cuda
 except ImportError:  # --help needs none
     _ops_cuda = None  # type: ignore[assignment]
+
+View: TypeAlias = tuple[int, str, list[int], list[int]]
 
 GB = 1e9
 BLOCK_TOKENS = 64
@@ -103,6 +106,15 @@ class Memory:
         _ops_cuda.synchronize(0)
         return address
 
+    def put_view(self, values: np.ndarray) -> View:
+        """View of a copy of an array."""
+        return view(self.put(values), values.dtype.name, list(values.shape))
+
+
+def view(address: int, dtype: str, shape: list[int]) -> View:
+    """What an op takes for contiguous memory."""
+    return address, dtype, shape, [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+
 
 def replay_seconds(launch: Callable[[], None], repeats: int = 7) -> float:
     """Median seconds of one run of `launch`, which replays a graph."""
@@ -122,7 +134,6 @@ class Ours:
     def __init__(self, most_blocks: dict[int, int]) -> None:
         """Args: most_blocks: blocks that some case needs, by KV heads."""
         memory = self._memory = Memory()
-        self._multiprocessors = _ops_cuda.device_facts(0).multiprocessors
         self._capture = int(_ops_cuda.create_stream())
         nbytes = max(n * heads for heads, n in most_blocks.items()) * BLOCK_TOKENS * HEAD_DIM * 2
         self._pool_bytes = nbytes
@@ -135,33 +146,24 @@ class Ours:
         """Seconds of one launch."""
         memory = Memory()
         tokens = case.sequences * case.length
-        q_bytes = tokens * case.heads * HEAD_DIM * 2
-        q, out = memory.random(q_bytes, 3), memory.allocate(q_bytes)
+        rows = [tokens, case.heads * HEAD_DIM]
+        q_bytes = math.prod(rows) * 2
+        q = view(memory.random(q_bytes, 3), "bfloat16", rows)
+        out = view(memory.allocate(q_bytes), "bfloat16", rows)
         ends = np.arange(case.sequences + 1, dtype=np.int32) * case.length
-        cu_seqlens = memory.put(ends)
-        contexts = memory.put(np.full(case.sequences, case.context, np.int32))
-        tables = [memory.put(table) for table in self._tables(case)]
+        lengths = np.full(case.sequences, case.context, np.int32)
+        cu_seqlens, contexts = (memory.put_view(array) for array in (ends, lengths))
+        tables = [memory.put_view(table) for table in self._tables(case)]
         pool = self._pool_bytes // (BLOCK_TOKENS * HEAD_DIM * 2 * case.kv_heads)
-        width = -(-case.context // BLOCK_TOKENS)
-        sizes = (tokens, case.sequences, case.heads, case.kv_heads, HEAD_DIM, pool, width)
-        plan = _ops_cuda.attention_plan(sizes, self._multiprocessors, SCRATCH_BYTES // 4)
+        blocks = [pool, case.kv_heads, BLOCK_TOKENS, HEAD_DIM]
+        keys, values = (view(a, "bfloat16", blocks) for a in (self._keys, self._values))
+        room = (self._scratch, SCRATCH_BYTES, self._counters)
 
         def work(stream: int) -> None:
             for table in tables:
+                batch = (table, cu_seqlens, contexts)
                 _ops_cuda.paged_attention(
-                    q,
-                    self._keys,
-                    self._values,
-                    table,
-                    cu_seqlens,
-                    contexts,
-                    HEAD_DIM**-0.5,
-                    plan,
-                    self._scratch,
-                    self._counters,
-                    out,
-                    sizes,
-                    stream,
+                    q, keys, values, *batch, HEAD_DIM**-0.5, *room, out, stream
                 )
 
         work(0)

@@ -230,56 +230,48 @@ def route(
     partial: int,
     stream: int,
 ) -> None: ...
-def attention_plan(
-    sizes: tuple[int, ...], multiprocessors: int, capacity: int
-) -> tuple[int, int, int]: ...
-def rope_and_cache(
-    qkv: int,
-    positions: int,
-    cos_sin: int,
-    slot_mapping: int,
-    key_cache: int,
-    value_cache: int,
-    q_out: int,
-    sizes: tuple[int, ...],
-    max_positions: int,
-    stream: int,
-) -> None: ...
 
 attention_counter_bytes: int
 
+def rope_and_cache(
+    qkv: View,
+    positions: View,
+    cos_sin: View,
+    slot_mapping: View,
+    key_cache: View,
+    value_cache: View,
+    q_out: View,
+    stream: int,
+) -> None: ...
 def paged_attention(
-    q: int,
-    key_cache: int,
-    value_cache: int,
-    block_tables: int,
-    cu_seqlens_q: int,
-    context_lens: int,
+    q: View,
+    key_cache: View,
+    value_cache: View,
+    block_tables: View,
+    cu_seqlens_q: View,
+    context_lens: View,
     scale: float,
-    plan: tuple[int, int, int],
     partial: int,
+    partial_bytes: int,
     counters: int,
-    out: int,
-    sizes: tuple[int, ...],
+    out: View,
     stream: int,
 ) -> None: ...
 def decode_new_tokens(
-    qkv: int,
-    positions: int,
-    cos_sin: int,
-    slot_mapping: int,
-    key_cache: int,
-    value_cache: int,
-    block_tables: int,
-    cu_seqlens_q: int,
-    context_lens: int,
+    qkv: View,
+    positions: View,
+    cos_sin: View,
+    slot_mapping: View,
+    key_cache: View,
+    value_cache: View,
+    block_tables: View,
+    cu_seqlens_q: View,
+    context_lens: View,
     scale: float,
-    plan: tuple[int, int, int],
     partial: int,
+    partial_bytes: int,
     counters: int,
-    out: int,
-    sizes: tuple[int, ...],
-    max_positions: int,
+    out: View,
     stream: int,
 ) -> None: ...
 def mask_logits(logits: View, bitmask: View, rows: View, stream: int) -> None: ...

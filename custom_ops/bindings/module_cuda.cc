@@ -13,6 +13,7 @@
 
 namespace py = pybind11;
 
+void bind_attention(py::module_& m);   // cuda_attention.cc
 void bind_encode(py::module_& m);      // cuda_encode.cc
 void bind_experts(py::module_& m);     // cuda_experts.cc
 void bind_tensor_ops(py::module_& m);  // cuda_tensor_ops.cc
@@ -43,11 +44,6 @@ fc::Weight make_weight(int kind, Address tiles, Address local_scale, Address cod
                        Address code_bias, Address column_scale, int in_features, int out_features) {
   return {static_cast<fc::Kind>(kind), tiled_weight(tiles, local_scale, code_scale, code_bias,
                                                     column_scale, in_features, out_features)};
-}
-
-fc::AttentionShape attention_shape(const py::tuple& sizes) {
-  return {sizes[0].cast<int>(), sizes[1].cast<int>(), sizes[2].cast<int>(), sizes[3].cast<int>(),
-          sizes[4].cast<int>(), sizes[5].cast<int>(), sizes[6].cast<int>()};
 }
 
 void bind_runtime(py::module_& m) {
@@ -154,47 +150,6 @@ void bind_weights(py::module_& m) {
   m.def("randomize",
         [](int kind, Address data, int64_t bytes, uint64_t seed, float size, Address stream) {
           fc::randomize(kind, at<void>(data), bytes, seed, size, stream_of(stream));
-        });
-}
-
-void bind_attention(py::module_& m) {
-  m.attr("attention_counter_bytes") = fc::attention_counter_bytes();
-  m.def("attention_plan", [](const py::tuple& sizes, int multiprocessors, int64_t capacity) {
-    const fc::AttentionPlan plan =
-        fc::plan_attention(attention_shape(sizes), multiprocessors, capacity);
-    return py::make_tuple(plan.sequences, plan.blocks, plan.partial_floats);
-  });
-  m.def("rope_and_cache", [](Address qkv, Address positions, Address cos_sin, Address slot_mapping,
-                             Address key_cache, Address value_cache, Address q_out,
-                             const py::tuple& sizes, int max_positions, Address stream) {
-    fc::rope_and_cache(at<const fc::bf16>(qkv), at<const int>(positions), at<const float>(cos_sin),
-                       at<const int>(slot_mapping), at<fc::bf16>(key_cache),
-                       at<fc::bf16>(value_cache), at<fc::bf16>(q_out), attention_shape(sizes),
-                       max_positions, stream_of(stream));
-  });
-  m.def("paged_attention",
-        [](Address q, Address key_cache, Address value_cache, Address block_tables,
-           Address cu_seqlens_q, Address context_lens, float scale, const py::tuple& plan,
-           Address partial, Address counters, Address out, const py::tuple& sizes, Address stream) {
-          fc::paged_attention(at<const fc::bf16>(q), at<const fc::bf16>(key_cache),
-                              at<const fc::bf16>(value_cache), at<const int>(block_tables),
-                              at<const int>(cu_seqlens_q), at<const int>(context_lens), scale,
-                              {plan[0].cast<int>(), plan[1].cast<int>(), plan[2].cast<int64_t>()},
-                              {at<float>(partial), at<void>(counters)}, at<fc::bf16>(out),
-                              attention_shape(sizes), stream_of(stream));
-        });
-  m.def("decode_new_tokens",
-        [](Address qkv, Address positions, Address cos_sin, Address slot_mapping, Address key_cache,
-           Address value_cache, Address block_tables, Address cu_seqlens_q, Address context_lens,
-           float scale, const py::tuple& plan, Address partial, Address counters, Address out,
-           const py::tuple& sizes, int max_positions, Address stream) {
-          fc::decode_new_tokens(
-              at<const fc::bf16>(qkv), at<const int>(positions), at<const float>(cos_sin),
-              at<const int>(slot_mapping), at<fc::bf16>(key_cache), at<fc::bf16>(value_cache),
-              at<const int>(block_tables), at<const int>(cu_seqlens_q), at<const int>(context_lens),
-              scale, {plan[0].cast<int>(), plan[1].cast<int>(), plan[2].cast<int64_t>()},
-              {at<float>(partial), at<void>(counters)}, at<fc::bf16>(out), attention_shape(sizes),
-              max_positions, stream_of(stream));
         });
 }
 

@@ -55,3 +55,28 @@ def test_rows_are_gathered_into_their_own_dtype() -> None:
     rows = view([2], "int32")
     with pytest.raises(ValueError, match="gather_rows: x and out differ in dtype"):
         _ops_cuda.gather_rows(view([4, 128]), rows, view([2, 128], "float32"), 0)
+
+
+def test_attention_looks_at_heads_tables_and_cache() -> None:
+    from fastdeploy_lite import _ops_cuda
+
+    def attend(**changes: Any) -> None:
+        views = {
+            "q": view([3, 8 * 64]),
+            "keys": view([9, 2, 64, 64]),
+            "values": view([9, 2, 64, 64]),
+            "tables": view([3, 5], "int32"),
+            "cu_seqlens": view([4], "int32"),
+            "contexts": view([3], "int32"),
+        }
+        views.update(changes)
+        _ops_cuda.paged_attention(*views.values(), 0.125, 0, 0, 0, view([3, 8 * 64]), 0)
+
+    with pytest.raises(ValueError, match="q is 448 wide, expected a multiple of 2 KV heads of 64"):
+        attend(q=view([3, 7 * 64]))
+    with pytest.raises(ValueError, match="attention: cu_seqlens_q has size 3 along axis 0"):
+        attend(cu_seqlens=view([3], "int32"))
+    with pytest.raises(ValueError, match="attention: block_tables is not contiguous"):
+        attend(tables=view([3, 5], "int32", [8, 1]))
+    with pytest.raises(ValueError, match="attention: value_cache has size 8 along axis 0"):
+        attend(values=view([8, 2, 64, 64]))

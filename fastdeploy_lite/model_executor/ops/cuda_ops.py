@@ -165,20 +165,8 @@ def rope_and_cache(
     q_out: View,
 ) -> None:
     """See ops.rope_and_cache."""
-    blocks, kv_heads, _, head_dim = key_cache[2]
-    tokens, width = q_out[2]
-    sizes = (tokens, 0, width // head_dim, kv_heads, head_dim, blocks, 0)
     _ops_cuda.rope_and_cache(
-        address(qkv),
-        address(positions),
-        address(cos_sin),
-        address(slot_mapping),
-        address(key_cache),
-        address(value_cache),
-        address(q_out),
-        sizes,
-        cos_sin[2][0],
-        stream(),
+        qkv, positions, cos_sin, slot_mapping, key_cache, value_cache, q_out, stream()
     )
 
 
@@ -193,22 +181,8 @@ def paged_attention(
     out: View,
 ) -> None:
     """See ops.paged_attention."""
-    sizes, plan = _attention_plan(q, key_cache, block_tables)
-    _ops_cuda.paged_attention(
-        address(q),
-        address(key_cache),
-        address(value_cache),
-        address(block_tables),
-        address(cu_seqlens_q),
-        address(context_lens),
-        scale,
-        plan,
-        scratch(plan[2] * 4),
-        runtime.attention_counters(),
-        address(out),
-        sizes,
-        stream(),
-    )
+    caches, batch = (key_cache, value_cache), (block_tables, cu_seqlens_q, context_lens)
+    _ops_cuda.paged_attention(q, *caches, *batch, scale, *_attention_room(), out, stream())
 
 
 def decode_attention(
@@ -225,30 +199,15 @@ def decode_attention(
     out: View,
 ) -> None:
     """See ops.decode_attention."""
-    sizes, plan = _attention_plan(out, key_cache, block_tables)
-    inputs = (qkv, positions, cos_sin, slot_mapping, key_cache, value_cache)
+    fresh = (qkv, positions, cos_sin, slot_mapping, key_cache, value_cache)
     batch = (block_tables, cu_seqlens_q, context_lens)
-    arguments: list[Any] = [address(view) for view in (*inputs, *batch)]
-    arguments += [scale, plan, scratch(plan[2] * 4), runtime.attention_counters()]
-    arguments += [address(out), sizes, cos_sin[2][0], stream()]
-    _ops_cuda.decode_new_tokens(*arguments)
+    _ops_cuda.decode_new_tokens(*fresh, *batch, scale, *_attention_room(), out, stream())
 
 
-def _attention_plan(
-    q: View, key_cache: View, block_tables: View
-) -> tuple[tuple[int, ...], tuple[int, int, int]]:
-    """Sizes of a step as the bindings take them, and how its decodes are spread."""
-    blocks, kv_heads, _, head_dim = key_cache[2]
-    (tokens, width), (sequences, table_width) = q[2], block_tables[2]
-    heads = width // head_dim
-    if width % head_dim or heads % kv_heads:
-        raise ValueError(
-            f"paged_attention: q is {width} wide, expected a multiple of {kv_heads} KV heads of "
-            f"{head_dim}"
-        )
-    sizes = (tokens, sequences, heads, kv_heads, head_dim, blocks, table_width)
-    capacity = runtime.SCRATCH_BYTES // 4
-    return sizes, _ops_cuda.attention_plan(sizes, runtime.multiprocessors(), capacity)
+def _attention_room() -> tuple[int, int, int]:
+    """Address and bytes of scratch, and what the kernels count with."""
+    room = runtime.SCRATCH_BYTES
+    return scratch(room), room, runtime.attention_counters()
 
 
 # -- sampling -------------------------------------------------------------------------------------

@@ -201,12 +201,6 @@ def device_index() -> int:
     return int(place.gpu_device_id() if place.is_gpu_place() else place.custom_device_id())
 
 
-@functools.cache
-def multiprocessors() -> int:
-    """Streaming multiprocessors of the card."""
-    return int(_ops_cuda.device_facts(device_index()).multiprocessors)
-
-
 def address(view: View | None) -> int:
     """Address of a checked tensor, 0 for None.
 
