@@ -18,7 +18,7 @@ from typing import Any
 import place  # noqa: F401 - first of all: it makes the place
 from queued_card import QueuedCard
 
-CUDA = sys.modules["fastdeploy_lite._ops_cuda"] = QueuedCard(8)
+CUDA = sys.modules["fastdeploy_lite._ops_cuda"] = QueuedCard()
 
 import numpy as np  # noqa: E402
 from engine import VOCAB, create  # noqa: E402

@@ -10,15 +10,9 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from place import FakeCuda, when_synchronized
 
 View = tuple[int, str, list[int], list[int]]
-
-
-def view(address: int, dtype: str, *shape: int) -> View:
-    strides = [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]
-    return address, dtype, list(shape), strides
 
 
 class QueuedCard(FakeCuda):
@@ -26,85 +20,56 @@ class QueuedCard(FakeCuda):
 
     max_top_logprobs = 20
 
-    def __init__(self, slots: int) -> None:
-        """Args: slots: rows of the table of occurrences."""
+    def __init__(self) -> None:
         super().__init__()
-        self.slots = slots
         when_synchronized(self.synchronize)
 
     def allow_early_start(self, allowed: bool) -> None:
         pass
 
-    def gather_rows(
-        self, x: int, rows: int, out: int, count: int, row_bytes: int, source_rows: int, stream: int
-    ) -> None:
+    def gather_rows(self, x: View, rows: View, out: View, stream: int) -> None:
+        (source_rows, width), count = x[2], rows[2][0]
+        row_bytes = width * (4 if x[1] == "float32" else 2)
+
         def work() -> None:
-            for to, row in enumerate((ctypes.c_int32 * count).from_address(rows)):
+            for to, row in enumerate((ctypes.c_int32 * count).from_address(rows[0])):
                 assert 0 <= row < source_rows
-                ctypes.memmove(out + to * row_bytes, x + row * row_bytes, row_bytes)
+                ctypes.memmove(out[0] + to * row_bytes, x[0] + row * row_bytes, row_bytes)
 
         self.put(work)
 
-    def mask_logits(
-        self, logits: int, bits: int, owners: int, rows: int, vocab: int, words: int, stream: int
-    ) -> None:
-        masks = view(bits, "int32", rows, words), view(owners, "int32", rows)
-        self._put("mask_logits", view(logits, "float32", rows, vocab), *masks)
+    def mask_logits(self, logits: View, bitmask: View, owners: View, stream: int) -> None:
+        self._put("mask_logits", logits, bitmask, owners)
 
-    def process_logits(self, logits: int, *rest: int) -> None:
-        slots, occurrences, *factors, offsets, ids, values, rows, vocab, _ = rest
+    def process_logits(self, logits: View, *rest: Any) -> None:
+        *vectors, offsets, ids, values, _ = rest
 
         def work() -> None:
-            edits = (ctypes.c_int32 * (rows + 1)).from_address(offsets)[rows]
-            seen = view(occurrences, "int32", self.slots, vocab) if occurrences else None
-            _native("process_logits")(
-                view(logits, "float32", rows, vocab),
-                view(slots, "int32", rows),
-                seen,
-                *(view(factor, "float32", rows) for factor in factors),
-                view(offsets, "int32", rows + 1),
-                view(ids, "int32", edits),
-                view(values, "float32", edits),
-            )
+            edits = (ctypes.c_int32 * offsets[2][0]).from_address(offsets[0])[-1]
+            named = (head(ids, edits), head(values, edits))
+            _native("process_logits")(logits, *vectors, offsets, *named)
 
         self.put(work)
 
     def update_occurrences(
-        self,
-        occurrences: int,
-        slots: int,
-        ids: int,
-        count: int,
-        prompt: bool,
-        slot_count: int,
-        vocab: int,
-        stream: int,
+        self, occurrences: View, slots: View, ids: View, prompt: bool, stream: int
     ) -> None:
-        table = view(occurrences, "int32", slot_count, vocab)
-        pairs = view(slots, "int32", count), view(ids, "int32", count)
-        self._put("update_occurrences", table, *pairs, prompt)
+        self._put("update_occurrences", occurrences, slots, ids, prompt)
 
-    def sample(self, logits: int, *rest: int) -> None:
-        *inputs, out, rows, vocab, _ = rest
-        dtypes = ("float32", "int32", "float32", "float32", "int64", "int64", "int32")
-        named = [view(each, dtype, rows) for each, dtype in zip(inputs, dtypes, strict=True)]
-        self._put("sample", view(logits, "float32", rows, vocab), *named, view(out, "int32", rows))
+    def sample(self, *arguments: Any) -> None:
+        self._put("sample", *arguments[:-1])
 
-    def token_logprobs(self, logits: int, tokens: int, k: int, *rest: int) -> None:
-        logprob, rank, ids, logprobs, rows, vocab, _ = rest
-        self._put(
-            "token_logprobs",
-            view(logits, "float32", rows, vocab),
-            view(tokens, "int32", rows),
-            k,
-            view(logprob, "float32", rows),
-            view(rank, "int32", rows),
-            view(ids, "int32", rows, k),
-            view(logprobs, "float32", rows, k),
-        )
+    def token_logprobs(self, *arguments: Any) -> None:
+        self._put("token_logprobs", *arguments[:-1])
 
     def _put(self, op: str, *arguments: Any) -> None:
         self.put(lambda: _native(op)(*arguments))
+
+
+def head(vector: View, count: int) -> View:
+    """Its first elements."""
+    address, dtype, _, strides = vector
+    return address, dtype, [count], strides
 
 
 def _native(op: str) -> Callable[..., None]:

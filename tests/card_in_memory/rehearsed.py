@@ -22,7 +22,7 @@ class CountingCard(QueuedCard):
         return super().end_capture(stream, discard)
 
 
-CUDA = sys.modules["fastdeploy_lite._ops_cuda"] = CountingCard(8)
+CUDA = sys.modules["fastdeploy_lite._ops_cuda"] = CountingCard()
 
 from engine import create  # noqa: E402
 
