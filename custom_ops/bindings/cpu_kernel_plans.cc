@@ -20,6 +20,8 @@ py::dict card_table(int major) {
   found["mma_rows"] = table.mma_rows;
   found["large_mma_rows"] = table.large_mma_rows;
   found["direct_tokens"] = table.direct_tokens;
+  found["tile_means"] =
+      py::make_tuple(table.tile_means[0], table.tile_means[1], table.tile_means[2]);
   return found;
 }
 
@@ -58,6 +60,10 @@ void bind_linear_plans(py::module_& m) {
       py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("k_tiles"), py::arg("parts"),
       py::arg("blocks"), py::arg("partial_floats"), py::arg("multiprocessors"),
       "Whether parts of K go to blocks of their own; see custom_ops/cuda/gemm/plan_linear.h.");
+  m.def("hopper_rows", &cuda::hopper_rows, py::kw_only(), py::arg("rows"), py::arg("k_tiles"),
+        py::arg("scratch_floats"),
+        "Rows of x that scratch holds at once for Hopper's linear kernel; see "
+        "custom_ops/cuda/gemm/plan_linear.h.");
   m.def(
       "hopper_cut",
       [](int rows, int columns, int k_tiles, int parts, int64_t partial_floats,

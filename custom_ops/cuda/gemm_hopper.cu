@@ -59,11 +59,10 @@ void gemm_hopper(Kind kind, const TiledWeight& w, const GemmParams& p, int parts
                  cudaStream_t stream) {
   const int padded = w.k_tiles * kTileRows, all = p.rows.count;
   const int multiprocessors = card_facts().multiprocessors;
-  int64_t room = p.partial_floats * 2 / padded;  // rows
-  if (room < all) room = room / kHopperRows * kHopperRows;
+  const int room = hopper_rows(all, w.k_tiles, p.partial_floats);
   for (int first = 0; first < all;) {
     HopperJob job{w, p, reinterpret_cast<const uint8_t*>(p.partial)};
-    job.rows = static_cast<int>(std::min<int64_t>(room, all - first));
+    job.rows = std::min(room, all - first);
     job.groups = ceil_div(p.out_columns, kHopperColumns);
     job.parts = parts;
     job.arrivals = warp_arrivals();

@@ -298,14 +298,20 @@ void launch_height(const HopperJob& job, int multiprocessors, cudaStream_t strea
 
 }  // namespace hopper
 
-/// Of few heights: hopper_cut() reckons with them.
 template <Kind kKind>
 void launch_hopper(const HopperJob& job, int multiprocessors, cudaStream_t stream) {
-  if (job.height <= 32) return hopper::launch_height<kKind, 32>(job, multiprocessors, stream);
-  if (job.height <= 64) return hopper::launch_height<kKind, 64>(job, multiprocessors, stream);
-  if (job.height <= 96) return hopper::launch_height<kKind, 96>(job, multiprocessors, stream);
-  if (job.height <= 128) return hopper::launch_height<kKind, 128>(job, multiprocessors, stream);
-  return hopper::launch_height<kKind, kHopperRows>(job, multiprocessors, stream);
+  switch (hopper_kernel_rows(job.height)) {
+    case 32:
+      return hopper::launch_height<kKind, 32>(job, multiprocessors, stream);
+    case 64:
+      return hopper::launch_height<kKind, 64>(job, multiprocessors, stream);
+    case 96:
+      return hopper::launch_height<kKind, 96>(job, multiprocessors, stream);
+    case 128:
+      return hopper::launch_height<kKind, 128>(job, multiprocessors, stream);
+    default:
+      return hopper::launch_height<kKind, kHopperRows>(job, multiprocessors, stream);
+  }
 }
 
 }  // namespace fd::cuda

@@ -17,6 +17,12 @@ constexpr int part_begin(int k_tiles, int part, int parts) { return k_tiles * pa
 constexpr int kWideColumns = 128;    // of a block of the tile kernel
 constexpr int kHopperRows = 160;     // most rows of a tile of Hopper's kernel
 constexpr int kHopperColumns = 128;  // of an item of it
-constexpr int kHopperTile = 256;     // stands for Hopper's kernel, which cuts rows by itself
+
+/// Rows that the kernel for tiles of this height computes: there is one for each of few heights.
+constexpr int hopper_kernel_rows(int height) {
+  return height > 128 ? kHopperRows : (height + 31) / 32 * 32;
+}
+
+constexpr int kHopperTile = 256;  // stands for Hopper's kernel, which cuts rows by itself
 
 }  // namespace fd::cuda

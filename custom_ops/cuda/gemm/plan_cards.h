@@ -18,6 +18,7 @@ struct CardTable {
   int mma_rows;          // most rows of a linear map that mma.sync serves where there is wgmma
   int large_mma_rows;    // of one with a large weight
   int direct_tokens;     // most tokens whose slots read bf16 experts one by one, unsorted
+  int tile_means[3];     // most rows of a bf16 expert on average for tiles of 8, 16 and 32
 };
 
 /// The row of a card: the last one that counts.

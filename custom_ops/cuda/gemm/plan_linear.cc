@@ -55,11 +55,10 @@ HopperCut cut_rows(const LinearShape& s, int most) {
   return {height, ceil_div(s.rows, height), 1};
 }
 
-/// Time for the rows of K, up to a factor: a tile takes that of its kernel's height, see
-/// launch_hopper().
+/// Time for the rows of K, up to a factor.
 int64_t rows_time(const LinearShape& s, const HopperCut& cut, int multiprocessors) {
-  const int computed = cut.height > kUsualRows ? kHopperRows : ceil_div(cut.height, 32) * 32;
-  return int64_t{ceil_div(cut.tiles * groups_of(s), multiprocessors)} * (computed + kRowsBeside);
+  return int64_t{ceil_div(cut.tiles * groups_of(s), multiprocessors)} *
+         (hopper_kernel_rows(cut.height) + kRowsBeside);
 }
 
 /// Time in k tiles, where the parts of K are cut into so many runs.
@@ -113,6 +112,12 @@ bool splits_parts(const LinearShape& s, int blocks, int64_t partial_floats, int 
            (ceil_div(s.k_tiles, split) + kSkinnyOverhead);
   };
   return time(s.parts) + kAddingTiles < time(1);
+}
+
+int hopper_rows(int rows, int k_tiles, int64_t scratch_floats) {
+  const int64_t room = scratch_floats * 2 / (int64_t{k_tiles} * kTileRows);
+  if (room >= rows) return rows;
+  return static_cast<int>(room / kHopperRows * kHopperRows);
 }
 
 HopperCut hopper_cut(const LinearShape& s, int64_t partial_floats, int multiprocessors) {

@@ -55,6 +55,9 @@ struct LinearShape {
 bool splits_parts(const LinearShape& shape, int blocks, int64_t partial_floats,
                   int multiprocessors);
 
+/// Rows, of so many, that scratch holds in Hopper's order at once: all, or whole tiles.
+int hopper_rows(int rows, int k_tiles, int64_t scratch_floats);
+
 /// How Hopper's kernel cuts a product.
 struct HopperCut {
   int height;  // of a tile of rows, whole eights

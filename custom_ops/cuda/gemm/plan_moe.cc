@@ -11,20 +11,16 @@ namespace {
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-/// Tiles of so many rows serve experts that have at most so many on average.
-struct TileOfMean {
-  int rows;
-  int most_mean;
-};
-constexpr TileOfMean kTileOfMean[] = {{8, 6}, {16, 12}, {32, 32}};
 constexpr int kTallRows = 64;
 
 int tile_rows(const DenseExpertsShape& s, int major) {
-  // up to so few tokens experts hardly ever coincide
-  if (s.tokens <= card_table(major).direct_tokens) return 0;
+  const CardTable& table = card_table(major);
+  if (s.tokens <= table.direct_tokens) return 0;  // experts hardly ever coincide
   const int64_t slots = int64_t{s.tokens} * s.top_k;
-  for (const TileOfMean& tile : kTileOfMean) {
-    if (s.tokens <= tile.rows || slots <= int64_t{tile.most_mean} * s.experts) return tile.rows;
+  int rows = 8;
+  for (const int mean : table.tile_means) {
+    if (s.tokens <= rows || slots <= int64_t{mean} * s.experts) return rows;
+    rows *= 2;
   }
   return kTallRows;
 }

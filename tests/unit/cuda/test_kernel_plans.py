@@ -32,8 +32,8 @@ def test_only_what_was_timed_is_said_to_be_measured() -> None:
 
 
 def test_what_was_not_measured_is_as_on_the_architecture_that_was() -> None:
-    def thresholds(major: int) -> dict[str, int]:
-        row: dict[str, int] = _ops_cpu.card_table(major)
+    def thresholds(major: int) -> dict[str, Any]:
+        row: dict[str, Any] = _ops_cpu.card_table(major)
         return {name: row[name] for name in row if name not in ("major", "measured")}
 
     assert thresholds(8) == thresholds(9) == thresholds(10)
@@ -180,6 +180,23 @@ def cut(rows: int, columns: int, **changes: int) -> tuple[int, int, int]:
         rows=rows, columns=columns, **{**sizes, **changes}
     )
     return found
+
+
+def test_rows_at_once_are_all_or_whole_tiles() -> None:
+    floats_of_row = 20 * 128 // 2
+
+    def at_once(rows: int, room: int) -> int:
+        found = _ops_cpu.hopper_rows(rows=rows, k_tiles=20, scratch_floats=room * floats_of_row)
+        return int(found)
+
+    assert [at_once(1000, room) for room in (1000, 999, 320, 319, 160)] == [
+        1000,
+        960,
+        320,
+        160,
+        160,
+    ]
+    assert at_once(100, 160) == 100
 
 
 @pytest.mark.parametrize("columns", [16, 144, 2560, 8192, 10240])
