@@ -44,7 +44,7 @@ Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 """x float32 [T, H], ids int32 [T, k] and weights float32 [T, k] of a call of a layer's experts."""
 Answer = Callable[[Rows], np.ndarray | None]
 """What such a call gives, float32 [T, H]; None leaves it to the product."""
-TAILS = ((0.0, 1), (0.01, 100), (0.001, 1000), (0.01, 1000))
+TAILS = ((0.0, 1), (0.01, 100), (0.01, 1000), (0.001, 100), (0.001, 1000))
 """Shares of the elements that are so many times as large as the others."""
 TAIL_ROWS, TAIL_DEPTH, TAIL_COLUMNS = 256, 2560, 256
 
