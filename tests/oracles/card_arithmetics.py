@@ -53,10 +53,10 @@ def half_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def float16_chain(x: np.ndarray, weight: Weight) -> np.ndarray:
     """float16 rows times exact float16 weights, in one chain of float32 sums along K.
 
-    A step adds the exact sum of 16 products to what there is and cuts the result to float32: that
-    tensor cores cut instead of rounding is known of all of them; they may cut the products too, at
-    a few bits below the largest, which is not modelled. Of 32 rows, two steps take those of the
-    later and of the earlier half of each byte.
+    A step adds the exact sum of 16 products to what there is and cuts the result to float32, as
+    tensor cores do instead of rounding (Fasi et al., "Numerical behavior of NVIDIA tensor cores",
+    2021); that they cut the products too, some bits below the largest, is not modelled. Of 32
+    rows, two steps take those of the later and of the earlier half of each byte.
     """
     halves, scale = half_rows(x)
     order = np.arange(x.shape[1]).reshape(-1, 8, 2, 2)[:, :, ::-1].transpose(0, 2, 1, 3)
