@@ -9,9 +9,9 @@ void bind_plans(py::module_& m) {
   m.def(
       "plan_experts",
       [](int tokens, int top_k, int experts, int hidden, int inner, int chunk_bytes, int major,
-         int multiprocessors, int shared_bytes, int forced) {
+         int multiprocessors, int shared_bytes, int forced, bool ccq, bool same_bits) {
         const cuda::ExpertsPlan plan =
-            cuda::plan_experts({tokens, top_k, experts, hidden, inner, chunk_bytes},
+            cuda::plan_experts({tokens, top_k, experts, hidden, inner, chunk_bytes, ccq, same_bits},
                                {major, multiprocessors, shared_bytes}, forced);
         py::dict found;
         found["path"] = static_cast<int>(plan.path);
@@ -23,7 +23,8 @@ void bind_plans(py::module_& m) {
       },
       py::kw_only(), py::arg("tokens"), py::arg("top_k"), py::arg("experts"), py::arg("hidden"),
       py::arg("inner"), py::arg("chunk_bytes"), py::arg("major"), py::arg("multiprocessors"),
-      py::arg("shared_bytes"), py::arg("forced") = -1,
+      py::arg("shared_bytes"), py::arg("forced") = -1, py::arg("ccq") = false,
+      py::arg("same_bits") = true,
       "Which kernels serve a call of quantised experts; see custom_ops/cuda/gemm/plan.h.");
   m.def(
       "stream_room",

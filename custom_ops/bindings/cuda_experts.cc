@@ -32,28 +32,30 @@ fc::ExpertWeight expert_weight(int coding, Address chunks, Address codes, Addres
           proven};
 }
 
-fc::ExpertsShape experts_shape(const fc::ExpertWeight& up, const fc::ExpertWeight& down, int tokens,
-                               int top_k) {
-  const bool alike = up.coding == down.coding;
-  return {tokens,           top_k,
-          up.experts,       up.in_features,
-          down.in_features, alike ? fc::chunk_bytes(up.coding) : 0};
+fc::ExpertsShape shape_of(const fc::ExpertWeight& up, const fc::ExpertWeight& down, int tokens,
+                          int top_k, bool same_bits) {
+  fc::ExpertsShape shape = fc::experts_shape(up, down);
+  shape.tokens = tokens;
+  shape.top_k = top_k;
+  shape.same_bits = same_bits;
+  return shape;
 }
 
 /// Bytes of scratch of a call and of state of the card.
 py::tuple experts_bytes(const fc::ExpertWeight& up, const fc::ExpertWeight& down, int tokens,
-                        int top_k, int path) {
+                        int top_k, int path, bool same_bits) {
   const fc::CardFacts& card = fc::card_facts();
-  const fc::ExpertsShape shape = experts_shape(up, down, tokens, top_k);
+  const fc::ExpertsShape shape = shape_of(up, down, tokens, top_k, same_bits);
   const fc::ExpertsPlan plan = fc::plan_experts(shape, card, path);
   return py::make_tuple(fc::experts_memory_bytes(plan, shape, card), fc::experts_state_bytes(card));
 }
 
 void experts(Address x, Address ids, Address weights, const fc::ExpertWeight& up,
              const fc::ExpertWeight& down, Address out, int tokens, int top_k, int path,
-             Address memory, Address state, Address stream) {
+             bool same_bits, Address memory, Address state, Address stream) {
   const fc::CardFacts& card = fc::card_facts();
-  const fc::ExpertsPlan plan = fc::plan_experts(experts_shape(up, down, tokens, top_k), card, path);
+  const fc::ExpertsPlan plan =
+      fc::plan_experts(shape_of(up, down, tokens, top_k, same_bits), card, path);
   const fc::ExpertsCall call{at<const __nv_bfloat16>(x),
                              at<const int>(ids),
                              at<const float>(weights),

@@ -58,7 +58,8 @@ StreamState stream_state(void* memory, void* state, const ExpertsShape& s, const
   result.passed = kept.take<unsigned>(1);
   result.ready = kept.take<unsigned>(kStreamSlots);
   result.columns = kept.take<unsigned>(kStreamBlocks);
-  result.sums = kept.take<uint4>(int64_t{2} * card.multiprocessors * kWarp);
+  result.sums =
+      kept.take<uint4>(int64_t{2} * card.multiprocessors * kStreamWarps * kStreamHanded * kWarp);
   result.inner = pieces.take<__nv_bfloat16>(slots * s.inner);
   result.outputs = pieces.take<__nv_bfloat16>(slots * s.hidden);
   *bytes = {pieces.used(), kept.used()};
@@ -66,9 +67,10 @@ StreamState stream_state(void* memory, void* state, const ExpertsShape& s, const
 }
 
 ExpertsShape shape_of(const ExpertsCall& call) {
-  return {call.tokens,           call.top_k,
-          call.up_gate.experts,  call.up_gate.in_features,
-          call.down.in_features, chunk_bytes(call.up_gate.coding)};
+  ExpertsShape shape = experts_shape(call.up_gate, call.down);
+  shape.tokens = call.tokens;
+  shape.top_k = call.top_k;
+  return shape;
 }
 
 void run_sorted(const ExpertsPlan& plan, const ExpertsCall& call, void* memory,
@@ -101,6 +103,17 @@ void run_sorted(const ExpertsPlan& plan, const ExpertsCall& call, void* memory,
 }
 
 }  // namespace
+
+ExpertsShape experts_shape(const ExpertWeight& up_gate, const ExpertWeight& down) {
+  const bool alike = up_gate.coding == down.coding;
+  ExpertsShape shape{};
+  shape.experts = up_gate.experts;
+  shape.hidden = up_gate.in_features;
+  shape.inner = down.in_features;
+  shape.chunk_bytes = alike ? chunk_bytes(up_gate.coding) : 0;
+  shape.ccq = alike && up_gate.coding == Coding::kCcq;
+  return shape;
+}
 
 int warp_arrivals() {
   const char* const set = std::getenv("FD_LITE_RACECHECK");
@@ -139,7 +152,7 @@ int64_t experts_state_bytes(const CardFacts& card) {
 
 int64_t experts_memory_bytes(const ExpertsPlan& plan, const ExpertsShape& shape,
                              const CardFacts& card) {
-  if (plan.path != ExpertsPath::kStream) return SortedMemory(nullptr, plan, shape).bytes;
+  if (!streams(plan.path)) return SortedMemory(nullptr, plan, shape).bytes;
   StreamBytes bytes{};
   stream_state(nullptr, nullptr, shape, card, &bytes);
   return bytes.memory;
@@ -148,7 +161,7 @@ int64_t experts_memory_bytes(const ExpertsPlan& plan, const ExpertsShape& shape,
 void run_experts(const ExpertsPlan& plan, const ExpertsCall& call, const ExpertsScratch& scratch,
                  const CardFacts& card, cudaStream_t stream) {
   if (call.tokens == 0) return;
-  if (plan.path != ExpertsPath::kStream) {
+  if (!streams(plan.path)) {
     return run_sorted(plan, call, scratch.memory, card, stream);
   }
   StreamJob job{};
@@ -156,6 +169,7 @@ void run_experts(const ExpertsPlan& plan, const ExpertsCall& call, const Experts
   job.call = call;
   job.state = stream_state(scratch.memory, scratch.state, shape_of(call), card, &bytes);
   job.room_bytes = plan.room_bytes;
+  job.digits = plan.path == ExpertsPath::kDigits;
   launch_stream(job, card.multiprocessors, stream);
 }
 

@@ -32,6 +32,9 @@ struct ExpertsScratch {
   void* state;   // experts_state_bytes()
 };
 
+/// What a plan takes of a layer; tokens, top_k and same_bits are the call's.
+ExpertsShape experts_shape(const ExpertWeight& up_gate, const ExpertWeight& down);
+
 /// Of a warp at a barrier of rings: 32 where racecheck is to understand the kernels.
 int warp_arrivals();
 

@@ -1,6 +1,7 @@
 // Experts from the checkpoint's layouts to chunks and back, and the constants of the fast decoder.
 #include "../pack_source.cuh"
 #include "canonical.cuh"
+#include "decode_digits.cuh"
 #include "pack_experts.h"
 
 namespace fd::cuda {
@@ -134,6 +135,25 @@ __device__ bool decodes(const ColumnCode& code, int byte, int expected) {
   return right;
 }
 
+/// Whether the integer products' decoder gives byte's four fields, too, whatever stands beside it.
+__device__ bool gives_fields(const ColumnCode& code, int byte, int expected) {
+  DigitCode<false> lane;
+  lane.set(0, code);
+  const Registers held(0);
+  const uint32_t d = expected & 0x7fff, fields = (d << 18 | d >> 1) & kFieldBytes;
+  bool right = true;
+  for (const uint32_t other : {0u, 255u}) {
+    right = right && lane.fields<0>(other << 8 | byte, held) == fields &&
+            lane.fields<1>(static_cast<uint32_t>(byte) << 8 | other, held) == fields;
+  }
+  return right;
+}
+
+/// Whether a float holds the number.
+__device__ bool is_float(double number) {
+  return static_cast<double>(static_cast<float>(number)) == number;
+}
+
 /// One block of 256 threads a column, a thread a byte. The decoder computes X * scale + base for
 /// X = 2^15 + 256 m + byte + l / 256 and rounds down to an integer. `base` has to be an integer, so
 /// m and l are chosen such that the rest of X times scale has the fraction of the column's bias,
@@ -175,9 +195,10 @@ __global__ void fit_kernel(const float2* exact, ColumnCode* codes, int* unproven
     const ColumnCode code{
         0x47000000u | static_cast<uint32_t>(which / 256) << 16 | static_cast<uint32_t>(which % 256),
         tried, static_cast<float>(base), 1u};
-    const bool whole = static_cast<double>(code.base) == base &&
-                       static_cast<double>(code.base + kCarry) == base + kCarry;
-    done = __syncthreads_and(whole && decodes(code, byte, expected)) != 0;
+    const bool whole = is_float(base) && is_float(base + kCarry) && is_float(base + kDigitLow) &&
+                       is_float(base + kDigitHigh);
+    done = __syncthreads_and(whole && decodes(code, byte, expected) &&
+                             gives_fields(code, byte, expected)) != 0;
     if (done && byte == 0) codes[blockIdx.x] = code;
     if (done) return;
   }

@@ -17,13 +17,15 @@ constexpr int kPlainTile = 32;
 constexpr int kStreamTokens = 16;
 
 /// Fills the sizes; false where the call does not fit.
-bool plan_stream(const ExpertsShape& s, const CardFacts& card, ExpertsPlan& plan) {
+bool plan_stream(const ExpertsShape& s, const CardFacts& card, bool digits, ExpertsPlan& plan) {
+  if (digits && !s.ccq) return false;
   const int slots = s.tokens * s.top_k, group = std::min(s.tokens, kStreamGroup);
   if (card.major < 9 || s.chunk_bytes == 0 || slots > kStreamSlots ||
       slots > card.multiprocessors * kStreamWarps || std::max(s.hidden, s.inner) > kStreamWidest) {
     return false;
   }
-  const int row = stream_row_bytes(std::max(s.hidden, s.inner));
+  const int widest = std::max(s.hidden, s.inner);
+  const int row = digits ? digit_row_bytes(widest) : stream_row_bytes(widest);
   // a block has a part of one group or of two, unless there are more groups than blocks
   const int rows = slots <= card.multiprocessors ? std::min(slots, 2 * group) : kStreamRows;
   plan.row_bytes = group * row;
@@ -52,18 +54,27 @@ int hopper_tile(const ExpertsShape& s) {
   return kMostTallRows;
 }
 
+/// Whether a path can serve the call; fills the sizes of a persistent launch.
+bool fits(ExpertsPath path, const ExpertsShape& s, const CardFacts& card, ExpertsPlan& plan) {
+  if (streams(path)) return plan_stream(s, card, path == ExpertsPath::kDigits, plan);
+  return path == ExpertsPath::kPlain || (path == ExpertsPath::kTiles && card.major == 9);
+}
+
+/// The fastest one, as measured.
+ExpertsPath best_path(const ExpertsShape& s, const CardFacts& card, ExpertsPlan& plan) {
+  for (const ExpertsPath path : {ExpertsPath::kDigits, ExpertsPath::kStream}) {
+    if (path == ExpertsPath::kDigits && s.same_bits) continue;
+    if (fits(path, s, card, plan) && streams_best(s, plan)) return path;
+  }
+  return card.major == 9 ? ExpertsPath::kTiles : ExpertsPath::kPlain;
+}
+
 }  // namespace
 
 ExpertsPlan plan_experts(const ExpertsShape& shape, const CardFacts& card, int forced) {
   ExpertsPlan plan{};
-  const bool streams = plan_stream(shape, card, plan);
-  const bool wgmma = card.major == 9;
-  plan.path = streams && streams_best(shape, plan) ? ExpertsPath::kStream
-              : wgmma                              ? ExpertsPath::kTiles
-                                                   : ExpertsPath::kPlain;
-  if (forced >= 0) plan.path = static_cast<ExpertsPath>(forced);
-  if ((plan.path == ExpertsPath::kStream && !streams) ||
-      (plan.path == ExpertsPath::kTiles && !wgmma) || forced > 2) {
+  plan.path = forced < 0 ? best_path(shape, card, plan) : static_cast<ExpertsPath>(forced);
+  if (!fits(plan.path, shape, card, plan)) {
     throw std::invalid_argument("experts: path " + std::to_string(forced) + " cannot serve " +
                                 std::to_string(shape.tokens) + " tokens on this card");
   }

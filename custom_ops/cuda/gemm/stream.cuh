@@ -10,14 +10,15 @@
 // Nothing waits for the whole grid: the second product of an expert starts when the first one's
 // blocks of columns have been counted, and the warp that completes a block of columns of the output
 // sums it over the experts.
+//
+// What is computed of a chunk, and from what form of the rows, is an arithmetic's: Halves
+// (stream_halves.cuh) or Digits (stream_digits.cuh).
 #pragma once
 
-#include <type_traits>
-
-#include "canonical.cuh"
 #include "ring.cuh"
 #include "stream.h"
-#include "stream_rows.cuh"
+#include "stream_digits.cuh"
+#include "stream_halves.cuh"
 #include "stream_work.cuh"
 
 namespace fd::cuda {
@@ -93,8 +94,9 @@ struct Feeder {
   }
 };
 
-template <Coding kCoding>
+template <typename Arithmetic>
 struct Stream {
+  static constexpr Coding kCoding = Arithmetic::kCoding;
   static constexpr int kChunk = chunk_bytes(kCoding);
   const StreamJob& job;
   Head& head;
@@ -105,9 +107,8 @@ struct Stream {
   uint64_t policy;
   Feeder<kCoding> feeder;
   RingPlace place;
-  uint32_t chunk = 0;  // where the next chunk lies in the ring's slot
-  int slot_left = 0;   // chunks of the slot from there on
-  float sums[4];
+  uint32_t chunk = 0;     // where the next chunk lies in the ring's slot
+  int slot_left = 0;      // chunks of the slot from there on
   int first_row = 0;      // sorted slot of the first row in shared memory
   bool by_token = false;  // rows are those of all tokens
   bool filled = false;    // the ring
@@ -127,70 +128,11 @@ struct Stream {
     return product == 0 ? job.call.up_gate : job.call.down;
   }
 
-  // -- one chunk: 512 rows onto the sums ----------------------------------------------------------
-
-  /// `x`: this lane's row of x at the chunk.
-  template <typename Code>
-  __device__ __forceinline__ void add_chunk(uint32_t x, const Code& code) {
-    const uint32_t tiles = chunk + scale_bytes(kCoding) + lane * 16;
-    if constexpr (std::is_same_v<Code, LaneCode<false>>) {
-      add_half(chunk + g * 8, tiles, x, code);
-      add_half(chunk + g * 8 + 4, tiles + 2 * tile_size(kCoding), x + 512, code);
-    } else {
-      // seldom run: half the code to fetch
-#pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        add_half(chunk + g * 8 + 4 * half, tiles + half * 2 * tile_size(kCoding), x + half * 512,
-                 code);
-      }
-    }
-  }
-
-  /// Two tiles; `scales`: of this lane's columns.
-  template <typename Code>
-  __device__ __forceinline__ void add_half(uint32_t scales, uint32_t tiles, uint32_t x,
-                                           const Code& code) {
-    uint32_t pairs = 0;
-    if constexpr (kCoding == Coding::kCcq) pairs = load_shared_word(scales);
-    add_tile<0>(tiles, x, pairs, code);
-    add_tile<1>(tiles, x, pairs, code);
-  }
-
-  template <int kTile, typename Code>
-  __device__ __forceinline__ void add_tile(uint32_t tiles, uint32_t x, uint32_t pairs,
-                                           const Code& code) {
-    LaneTileOf<kCoding, Code> tile;
-#pragma unroll
-    for (int i = 0; i < lane_vectors(kCoding); ++i) {
-      tile.v[i] = load_shared(tiles + kTile * tile_size(kCoding) + i * 512);
-    }
-    GroupScale scale[2];
-    if constexpr (kCoding == Coding::kCcq) {
-      scale[0] = GroupScale::of<kTile % 2 * 2>(pairs, held);
-      scale[1] = GroupScale::of<kTile % 2 * 2 + 1>(pairs, held);
-    }
-    add_part<kTile, 0>(tile, x, scale[0], code);
-    add_part<kTile, 1>(tile, x, scale[0], code);
-    add_part<kTile, 2>(tile, x, scale[1], code);
-    add_part<kTile, 3>(tile, x, scale[1], code);
-  }
-
-  template <int kTile, int kPart, typename Code>
-  __device__ __forceinline__ void add_part(LaneTileOf<kCoding, Code>& tile, uint32_t x,
-                                           const GroupScale& scale, const Code& code) {
-    const uint4 b = load_shared(x + kTile * 256 + kPart * 64);
-    uint32_t a[2][4];
-    tile.template decode<kPart, 0>(code, scale, held, a[0]);
-    tile.template decode<kPart, 1>(code, scale, held, a[1]);
-    mma_f16(sums, a[0], b.x, b.y);
-    mma_f16(sums, a[1], b.z, b.w);
-  }
-
   // -- runs of chunks -----------------------------------------------------------------------------
 
-  /// The next `count` chunks, of one block of columns; `left`: of the stretch.
-  template <typename Code>
-  __device__ __forceinline__ void add_chunks(int count, int left, uint32_t x, const Code& code) {
+  /// The next `count` chunks, of one block of columns, onto the sums; `left`: of the stretch.
+  template <typename Sums, typename Code>
+  __device__ __forceinline__ void add_chunks(Sums& sums, int count, int left, const Code& code) {
     while (count > 0) {
       if (slot_left == 0) {
         slot_left = min(ring.copy_chunks, left);
@@ -203,8 +145,7 @@ struct Stream {
       left -= now;
 #pragma unroll 1
       for (int i = 0; i < now; ++i) {
-        add_chunk(x, code);
-        x += kChunkK * 2;
+        sums.add_chunk(chunk, code, held);
         chunk += kChunk;
       }
       if (slot_left == 0) {
@@ -222,53 +163,41 @@ struct Stream {
   }
 
   __device__ void multiply_stretch(int product, const Stretch& stretch) {
+    const Groups& groups = head.groups;
+    Arithmetic::with_sums(groups.rows(stretch.group),
+                          [&](auto& sums) { multiply_stretch(product, stretch, sums); });
+  }
+
+  template <typename Sums>
+  __device__ __forceinline__ void multiply_stretch(int product, const Stretch& stretch,
+                                                   Sums& sums) {
     const ExpertWeight& w = weight(product);
-    const int of_block = w.chunks_of_k(), blocks = w.blocks();
-    const int group = stretch.group, row_stride = stream_row_bytes(w.in_features);
-    const uint32_t x = rows + row_of(product, group, g) * row_stride + c * 16;
+    const int of_block = w.chunks_of_k(), blocks = w.blocks(), group = stretch.group;
+    const int stride = Arithmetic::row_bytes(w.in_features);
+    const auto row = [&](int token) { return rows + row_of(product, group, token) * stride; };
     const int first = stretch.begin - group * of_block * blocks;
     int block = first / of_block, at = first - block * of_block;
     int left = stretch.end - stretch.begin, finished = 0;
-    clear();
-    if (at > 0) take_sums(product, stretch.begin);
+    sums.clear();
+    if (at > 0) take_sums(product, stretch.begin, sums);
     while (left > 0) {
       const int count = min(left, of_block - at);
-      add_block(w, (int64_t{head.groups.expert[group]} * blocks + block) * kBlockColumns + g, count,
-                left, x + at * kChunkK * 2);
+      const int64_t column = (int64_t{head.groups.expert[group]} * blocks + block) * kBlockColumns;
+      sums.look_at(at, w.padded_k(), row);
+      Arithmetic::with_code(w, column + g,
+                            [&](const auto& code) { add_chunks(sums, count, left, code); });
       left -= count;
       at += count;
       if (at < of_block) break;
-      finish_block(product, w, group, block);
-      clear();
+      sums.finish();
+      finish_block(product, w, group, block, sums);
+      sums.clear();
       at = 0;
       ++block;
       ++finished;
     }
     if (product == 0 && finished > 0) count_blocks(group, finished);
-    if (at > 0) hand_sums(product, stretch.end);
-  }
-
-  /// Chunks of one block; `column`: the first of this lane's two.
-  __device__ __forceinline__ void add_block(const ExpertWeight& w, int64_t column, int count,
-                                            int left, uint32_t x) {
-    if constexpr (kCoding != Coding::kCcq) {
-      add_chunks(count, left, x, LaneCode<false>());
-    } else {
-      const bool proven =
-          __ldg(&w.codes[column].proven) != 0 && __ldg(&w.codes[column + 8].proven) != 0;
-      if (__all_sync(kFullMask, proven)) {
-        LaneCode<false> code;
-        code.load(w.codes, w.exact, column);
-        return add_chunks(count, left, x, code);
-      }
-      BoundedCode bounded;
-      if (__all_sync(kFullMask, bounded.load(w.exact, column))) {
-        return add_chunks(count, left, x, bounded);
-      }
-      LaneCode<true> code;
-      code.load(w.codes, w.exact, column);
-      add_chunks(count, left, x, code);
-    }
+    if (at > 0) hand_sums(product, stretch.end, sums);
   }
 
   /// Asks for the columns' numbers of all blocks that this warp will work on, so that the start of
@@ -287,11 +216,6 @@ struct Stream {
     }
   }
 
-  __device__ void clear() {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] = 0.0f;
-  }
-
   /// Row in shared memory of the group's token `column`; of some token past the last.
   __device__ int row_of(int product, int group, int column) const {
     const Groups& groups = head.groups;
@@ -301,63 +225,91 @@ struct Stream {
 
   // -- sums from warp to warp ---------------------------------------------------------------------
 
-  __device__ uint4* global_sums(int product, int block) const {
-    return job.state.sums + (product * gridDim.x + block) * kWarp + lane;
+  /// Whether a warp hands its sums to the next one of its block in shared memory.
+  template <typename Sums>
+  static constexpr bool kHandsInside = Sums::kFloats == 4;
+
+  /// What a warp of the grid hands on.
+  __device__ uint4* global_sums(int product, int owner) const {
+    const int warps = gridDim.x * kStreamWarps;
+    return job.state.sums + int64_t{product * warps + owner} * kStreamHanded * kWarp + lane;
   }
 
-  /// To the block's next warp in shared memory, to the next block in global memory. There bits are
-  /// inverted: zero means that nothing has come yet, so that no flag and no fence is needed, and
-  /// stands for a NaN that sums never are.
-  __device__ void hand_sums(int product, int end) {
-    if (end == head.bounds[product][kStreamWarps]) {
-      uint32_t v[4];
+  /// To the block's next warp in shared memory, if they are few, else in global memory. There bits
+  /// are inverted: zero means that nothing has come yet, so that no flag and no fence is needed,
+  /// and stands for a NaN that sums never are.
+  template <typename Sums>
+  __device__ void hand_sums(int product, int end, const Sums& sums) {
+    if (!kHandsInside<Sums> || end == head.bounds[product][kStreamWarps]) {
+      uint4* const to = global_sums(product, blockIdx.x * kStreamWarps + warp);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = ~min(__float_as_uint(sums[i]), 0xfffffffeu);
-      store_relaxed(global_sums(product, blockIdx.x), v);
+      for (int part = 0; part < Sums::kFloats / 4; ++part) {
+        uint32_t v[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          v[i] = ~min(__float_as_uint(sums.v[4 * part + i]), 0xfffffffeu);
+        }
+        store_relaxed(to + part * kWarp, v);
+      }
     } else {
-      head.handed[warp][lane] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+      head.handed[warp][lane] = make_float4(sums.v[0], sums.v[1], sums.v[2], sums.v[3]);
       barrier_arrive(shared_address(&head.handed_full[product][warp]));
     }
   }
 
-  /// From the warp whose run ends where this range begins.
-  __device__ void take_sums(int product, int begin) {
+  /// The warp whose run ends where this range begins.
+  __device__ int owner_before(int product, int begin) const {
     if (begin == head.bounds[product][0]) {
-      const Shape shape(weight(product), head.groups.count);
-      uint4* const from = global_sums(product, shape.owner(begin - 1) / kStreamWarps);
-      uint32_t v[4];
-      do {
-        load_relaxed(from, v);
-      } while (v[0] == 0 || v[1] == 0 || v[2] == 0 || v[3] == 0);
-      *from = make_uint4(0, 0, 0, 0);
+      const Shape shape(weight(product), head.groups);
+      return shape.owner(begin - 1);
+    }
+    int owner = warp - 1;
+    while (head.bounds[product][owner] == begin) --owner;
+    return blockIdx.x * kStreamWarps + owner;
+  }
+
+  template <typename Sums>
+  __device__ void take_sums(int product, int begin, Sums& sums) {
+    const int owner = owner_before(product, begin);
+    if (!kHandsInside<Sums> || begin == head.bounds[product][0]) {
+      uint4* const from = global_sums(product, owner);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[i] = __uint_as_float(~v[i]);
+      for (int part = 0; part < Sums::kFloats / 4; ++part) {
+        uint32_t v[4];
+        do {
+          load_relaxed(from + part * kWarp, v);
+        } while (v[0] == 0 || v[1] == 0 || v[2] == 0 || v[3] == 0);
+        from[part * kWarp] = make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums.v[4 * part + i] = __uint_as_float(~v[i]);
+      }
     } else {
-      int owner = warp - 1;
-      while (head.bounds[product][owner] == begin) --owner;
-      barrier_wait(shared_address(&head.handed_full[product][owner]), 0);
-      const float4 v = head.handed[owner][lane];
-      sums[0] = v.x, sums[1] = v.y, sums[2] = v.z, sums[3] = v.w;
+      const int inside = owner - blockIdx.x * kStreamWarps;
+      barrier_wait(shared_address(&head.handed_full[product][inside]), 0);
+      const float4 v = head.handed[inside][lane];
+      sums.v[0] = v.x, sums.v[1] = v.y, sums.v[2] = v.z, sums.v[3] = v.w;
     }
     __syncwarp();
   }
 
   // -- finished blocks ----------------------------------------------------------------------------
 
-  /// The block's values for the tokens of columns 2c and 2c + 1.
-  __device__ void finish_block(int product, const ExpertWeight& w, int group, int block) {
+  /// The block's values for this lane's tokens.
+  template <typename Sums>
+  __device__ __forceinline__ void finish_block(int product, const ExpertWeight& w, int group,
+                                               int block, const Sums& sums) {
     const Groups& groups = head.groups;
     const int64_t column = (int64_t{groups.expert[group]} * w.blocks() + block) * kBlockColumns + g;
     const float low = __ldg(w.column_scale + column), high = __ldg(w.column_scale + column + 8);
     const int slots = job.call.tokens * job.call.top_k;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int token = 2 * c + i, index = groups.first[group] + token;
+    for (int i = 0; i < Sums::kTokens; ++i) {
+      const int token = Sums::token(i), index = groups.first[group] + token;
       if (index >= groups.first[group + 1]) continue;
       const int slot = groups.slots[index];
       const float inverse = head.row_inverse[row_of(product, group, token)];
-      const float first = scaled(sums[i], low, inverse),
-                  second = scaled(sums[2 + i], high, inverse);
+      const float first = scaled(sums.value(i, 0), low, inverse),
+                  second = scaled(sums.value(i, 1), high, inverse);
       if (product == 0) {
         store(job.state.inner + int64_t{slot} * (w.out_features / 2) + block * 8 + g,
               swiglu(first, second));
@@ -409,27 +361,6 @@ struct Stream {
 
   // -- the two products ---------------------------------------------------------------------------
 
-  /// Rows to shared memory as float16. All warps. A ring that has not been filled yet is filled as
-  /// soon as the first loads are on their way: they would have to wait behind its copies.
-  template <typename Source>
-  __device__ __forceinline__ void convert_rows(int count, const ExpertWeight& w, Source source) {
-    const int width = w.in_features, padded = w.padded_k();
-    Rows part(padded);
-    for (int first = 0; first < count || !filled; first += part.at_once) {
-      part.load(first, count, width, source);
-      if (!filled) fill();
-      part.find_tops(first, count, width, head.tops);
-      __syncthreads();
-      part.store(first, count, padded, head.tops, rows, stream_row_bytes(width));
-    }
-    if (threadIdx.x < count) {
-      head.row_inverse[threadIdx.x] =
-          inverse_scale(row_scale(__uint_as_float(head.tops[threadIdx.x])));
-    }
-    __syncthreads();
-    if (threadIdx.x < kStreamRows) head.tops[threadIdx.x] = 0;
-  }
-
   /// The rows of a round's groups; those of the second product once they are complete.
   __device__ void take_rows(int product, const Round& round) {
     const ExpertWeight& w = weight(product);
@@ -444,11 +375,17 @@ struct Stream {
     const bool tokens = product == 0 && by_token;
     const int count = tokens ? job.call.tokens : groups.first[round.last + 1] - first_row;
     const bf16* const from = product == 0 ? job.call.x : job.state.inner;
-    convert_rows(count, w, [&](int row) {
-      const int source = tokens         ? row
-                         : product == 0 ? groups.tokens[first_row + row]
-                                        : groups.slots[first_row + row];
-      return reinterpret_cast<const uint4*>(from + int64_t{source} * w.in_features);
+    const auto source = [&](int row) {
+      const int at = tokens         ? row
+                     : product == 0 ? groups.tokens[first_row + row]
+                                    : groups.slots[first_row + row];
+      return reinterpret_cast<const uint4*>(from + int64_t{at} * w.in_features);
+    };
+    // a ring that has not been filled yet is filled as soon as the first loads are on their way:
+    // they would have to wait behind its copies
+    const typename Arithmetic::Converter converter{head.tops, head.row_inverse};
+    converter.convert(count, w.in_features, rows, source, [&] {
+      if (!filled) fill();
     });
   }
 
@@ -496,16 +433,18 @@ struct Stream {
   /// the reading.
   __device__ void plan_work() {
     const Groups& groups = head.groups;
+    if (warp == 0) add_costs(head.groups, Arithmetic::cost);
+    __syncthreads();
     if (threadIdx.x < 2 * (kStreamWarps + 1)) {
       const int product = threadIdx.x / (kStreamWarps + 1), i = threadIdx.x % (kStreamWarps + 1);
-      const Shape shape(weight(product), groups.count);
+      const Shape shape(weight(product), groups);
       head.bounds[product][i] = shape.bound(blockIdx.x * kStreamWarps + i);
     }
     __syncthreads();
     if (threadIdx.x == 0) divide_room();
     __syncthreads();
     if (lane < 2) {
-      const Shape shape(weight(lane), groups.count);
+      const Shape shape(weight(lane), groups);
       Round round;
       int count = 0;
       while (round.next(head.shares[lane], groups, head.most_rows[lane])) {
@@ -540,7 +479,7 @@ struct Stream {
           share.first > share.last
               ? 0
               : min(kStreamRows, groups.first[share.last + 1] - groups.first[share.first]);
-      bytes[product] = stream_row_bytes(w.in_features);
+      bytes[product] = Arithmetic::row_bytes(w.in_features);
     }
     by_token = job.call.tokens <= wanted[0];
     if (by_token) wanted[0] = job.call.tokens;
@@ -571,20 +510,20 @@ struct Stream {
 
 #endif
 
-template <Coding kCoding>
+template <typename Arithmetic>
 __global__ void __launch_bounds__(kThreads, 1)
     stream_kernel(const __grid_constant__ StreamJob job) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t memory[];
-  Stream<kCoding>(job, *reinterpret_cast<Head*>(memory)).run();
+  Stream<Arithmetic>(job, *reinterpret_cast<Head*>(memory)).run();
 #endif
 }
 
 }  // namespace stream
 
-template <Coding kCoding>
+template <typename Arithmetic>
 void launch_stream_of(const StreamJob& job, int multiprocessors, cudaStream_t queue) {
-  auto kernel = stream::stream_kernel<kCoding>;
+  auto kernel = stream::stream_kernel<Arithmetic>;
   const int bytes = stream::kHeadBytes + job.room_bytes + 128;
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),

@@ -1,8 +1,8 @@
-// One coding's instance; a file each, so that they compile in parallel.
+// One instance; a file each, so that they compile in parallel.
 #include "stream.cuh"
 
 namespace fd::cuda {
 
-template void launch_stream_of<Coding::kCcq>(const StreamJob&, int, cudaStream_t);
+template void launch_stream_of<stream::Halves<Coding::kCcq>>(const StreamJob&, int, cudaStream_t);
 
 }  // namespace fd::cuda

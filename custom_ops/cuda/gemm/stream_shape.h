@@ -17,12 +17,20 @@ constexpr int kStreamWidest = 32768;  // most elements of a row, which the threa
 constexpr int kStreamBlocks = kStreamWidest / 16;  // most blocks of columns of the output
 constexpr int kStreamRowGap = 64;  // bytes between rows, so that reads of two do not collide
 constexpr int kStreamChunkK = 512;
-constexpr int kStreamFixedBytes = 15744;  // lists, sums, barriers and what alignment takes
+constexpr int kStreamFixedBytes = 16896;  // lists, sums, barriers and what alignment takes
 constexpr int kStreamCopyBytes = 4096;    // 2 KB at once miss the bandwidth of 4 KB by a sixth
+constexpr int kStreamHanded = 4;          // most 16-byte vectors that a lane hands on
 constexpr int kStreamMostStages = 2;      // more in flight only hold up the loads of rows
 
 FD_HOST_DEVICE constexpr int stream_row_bytes(int k) {
   return (k + kStreamChunkK - 1) / kStreamChunkK * kStreamChunkK * 2 + kStreamRowGap;
+}
+
+/// The same for digits: two bytes an element and eight for every 64, and rows that begin in banks
+/// of their own.
+FD_HOST_DEVICE constexpr int digit_row_bytes(int k) {
+  const int padded = (k + kStreamChunkK - 1) / kStreamChunkK * kStreamChunkK;
+  return padded * 2 + padded / 8 + 16;
 }
 
 FD_HOST_DEVICE constexpr int stream_copy_chunks(int chunk_bytes) {

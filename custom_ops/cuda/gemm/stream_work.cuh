@@ -15,6 +15,10 @@ struct Groups {
   int first[kStreamSlots + 1];  // into slots and tokens
   int slots[kStreamSlots];
   int tokens[kStreamSlots];
+  int cost[kStreamSlots + 1];  // of a chunk of all groups before; the last one: of all
+
+  __device__ int rows(int group) const { return first[group + 1] - first[group]; }
+  __device__ int cost_of(int group) const { return cost[group + 1] - cost[group]; }
 };
 
 /// Sorts the slots by expert and cuts runs of an expert into groups. All threads. A group has no
@@ -57,28 +61,61 @@ __device__ inline void find_groups(const ExpertsCall& call, Groups& groups, int*
   __syncthreads();
 }
 
-struct Shape {
-  int of_block, blocks, of_group, total;  // in chunks, but for `blocks`
-  int warps, each, rest;                  // of the grid; chunks of a warp
+/// What a chunk of each group costs, `cost(rows)`, added up. The first warp.
+template <typename Cost>
+__device__ inline void add_costs(Groups& groups, Cost cost) {
+  const int lane = threadIdx.x % kWarp;
+  int before = 0;
+  for (int first = 0; first < groups.count; first += kWarp) {
+    const int group = first + lane;
+    int sum = group < groups.count ? cost(groups.rows(group)) : 0;
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const int other = __shfl_up_sync(kFullMask, sum, offset);
+      if (lane >= offset) sum += other;
+    }
+    if (group < groups.count) groups.cost[group + 1] = before + sum;
+    before += __shfl_sync(kFullMask, sum, kWarp - 1);
+  }
+  if (lane == 0) groups.cost[0] = 0;
+}
 
-  __device__ Shape(const ExpertWeight& w, int groups)
-      : of_block(w.chunks_of_k()),
+/// How one product's chunks, in order of group, block and K, are divided: every warp of the grid
+/// gets a run that costs as much as any other.
+struct Shape {
+  const Groups& groups;
+  int of_block, blocks, of_group;  // in chunks, but for `blocks`
+  int warps, total, each, rest;    // of the grid; costs of all and of a warp
+
+  __device__ Shape(const ExpertWeight& w, const Groups& all)
+      : groups(all),
+        of_block(w.chunks_of_k()),
         blocks(w.blocks()),
         of_group(of_block * blocks),
-        total(of_group * groups),
         warps(gridDim.x * kStreamWarps),
+        total(of_group * all.cost[all.count]),
         each(total / warps),
         rest(total - each * warps) {}
 
   /// The first chunk of a warp of the grid.
   __device__ int bound(int warp) const {
-    return each * warp +
-           static_cast<int>(static_cast<unsigned>(rest * warp) / static_cast<unsigned>(warps));
+    const int cost = each * warp + static_cast<int>(static_cast<unsigned>(rest * warp) /
+                                                    static_cast<unsigned>(warps));
+    if (cost >= total) return groups.count * of_group;
+    int group = 0;  // the last one that begins at this cost or before
+    for (int above = groups.count; above - group > 1;) {
+      const int middle = (group + above) / 2;
+      (groups.cost[middle] * of_group <= cost ? group : above) = middle;
+    }
+    return group * of_group + (cost - groups.cost[group] * of_group) / groups.cost_of(group);
   }
 
   /// The warp that has a chunk.
   __device__ int owner(int chunk) const {
-    int warp = static_cast<int>(__fdividef(chunk, total) * warps);
+    const int group = chunk / of_group;
+    const int cost =
+        groups.cost[group] * of_group + (chunk - group * of_group) * groups.cost_of(group);
+    int warp = min(static_cast<int>(__fdividef(cost, total) * warps), warps - 1);
     while (bound(warp) > chunk) --warp;
     while (bound(warp + 1) <= chunk) ++warp;
     return warp;
@@ -121,8 +158,8 @@ struct Walk {
   }
 };
 
-/// A warp's chunks that lie behind each other in memory: of one round, range and group. There are
-/// more warps than groups, so that a run crosses into another group once at most: one range is cut.
+/// A warp's chunks that lie behind each other in memory: of one round, range and group. A run is
+/// cheaper than any group, so that it crosses into another one once at most: one range is cut.
 struct Stretch {
   int begin, end, group;
 };

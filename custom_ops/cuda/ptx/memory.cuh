@@ -37,6 +37,15 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return v;
 }
 
+/// Leaves `v` as it is where `wanted` is false.
+__device__ __forceinline__ void load_shared_if(bool wanted, uint32_t address, uint4& v) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
+      "@p ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n}\n"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "r"(address), "r"(static_cast<uint32_t>(wanted)));
+}
+
 __device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
@@ -47,6 +56,11 @@ __device__ __forceinline__ void load_shared(uint32_t address, float (&v)[4]) {
   asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
                : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
                : "r"(address));
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t first, uint32_t second) {
+  asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(address), "r"(first), "r"(second)
+               : "memory");
 }
 
 __device__ __forceinline__ void store_shared(uint32_t address, const uint4& v) {

@@ -8,13 +8,13 @@ import pytest
 
 from fastdeploy_lite import _ops_cpu
 
-STREAM, TILES, PLAIN = 0, 1, 2
+STREAM, TILES, PLAIN, DIGITS = 0, 1, 2, 3
 HOPPER = {"major": 9, "multiprocessors": 132, "shared_bytes": 232448}
 AMPERE = {"major": 8, "multiprocessors": 108, "shared_bytes": 166912}
 SMALL_BLACKWELL = {"major": 12, "multiprocessors": 170, "shared_bytes": 101376}
 LARGE = {"top_k": 8, "experts": 64, "hidden": 8192, "inner": 3584, "chunk_bytes": 2112}
 SMALL = {"top_k": 6, "experts": 64, "hidden": 2560, "inner": 1536, "chunk_bytes": 2112}
-WARPS, FIXED_BYTES = 16, 15744
+WARPS, FIXED_BYTES = 16, 16896
 
 
 def plan(tokens: int, card: dict[str, int], **changes: int) -> dict[str, Any]:
@@ -112,5 +112,50 @@ def test_a_forced_path_that_cannot_serve_is_refused() -> None:
         plan(300, HOPPER, forced=STREAM)
     with pytest.raises(ValueError, match="path 1 cannot serve 1 tokens"):
         plan(1, AMPERE, forced=TILES)
-    with pytest.raises(ValueError, match="path 3"):
-        plan(1, HOPPER, forced=3)
+    with pytest.raises(ValueError, match="path 4"):
+        plan(1, HOPPER, forced=4)
+
+
+FAST = {"ccq": True, "same_bits": False}
+
+
+@pytest.mark.parametrize("shape", [LARGE, SMALL])
+def test_few_tokens_of_two_bits_take_digits_unless_bits_have_to_be_the_same(
+    shape: dict[str, int],
+) -> None:
+    for tokens in range(1, 17):
+        assert plan(tokens, HOPPER, **shape, **FAST)["path"] == DIGITS
+        assert plan(tokens, HOPPER, **shape, ccq=True)["path"] == STREAM
+        assert plan(tokens, HOPPER, **shape, same_bits=False)["path"] == STREAM
+    assert plan(17, HOPPER, **shape, **FAST)["path"] == TILES
+    assert plan(1, AMPERE, **shape, **FAST)["path"] == PLAIN
+
+
+def test_halves_serve_where_rows_of_digits_do_not_fit() -> None:
+    wide = {"hidden": 12800, "inner": 6400}
+    paths = [plan(tokens, HOPPER, **wide, **FAST)["path"] for tokens in (6, 7, 8)]
+    assert paths == [DIGITS, STREAM, TILES]
+
+
+def test_digits_are_for_two_bits_on_cards_that_have_them() -> None:
+    for card, changes in (
+        (HOPPER, {}),
+        (AMPERE, {"ccq": True}),
+        (HOPPER, {"ccq": True, "top_k": 257}),
+    ):
+        with pytest.raises(ValueError, match="path 3 cannot serve 1 tokens"):
+            plan(1, card, forced=DIGITS, **changes)
+
+
+@pytest.mark.parametrize("hidden", [128, 2560, 8192, 16384])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 32])
+def test_rows_of_digits_are_larger_and_fit(tokens: int, hidden: int) -> None:
+    sizes = {"hidden": hidden, "inner": hidden // 2, "ccq": True, "forced": DIGITS}
+    try:
+        found = plan(tokens, HOPPER, **{**SMALL, **sizes})
+    except ValueError:
+        assert hidden == 16384
+        return
+    padded = -(-hidden // 512) * 512
+    assert found["row_bytes"] == min(tokens, 8) * (2 * padded + padded // 8 + 16)
+    assert found["room_bytes"] + FIXED_BYTES <= HOPPER["shared_bytes"]

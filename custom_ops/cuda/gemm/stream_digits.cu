@@ -1,0 +1,8 @@
+// One instance; a file each, so that they compile in parallel.
+#include "stream.cuh"
+
+namespace fd::cuda {
+
+template void launch_stream_of<stream::Digits>(const StreamJob&, int, cudaStream_t);
+
+}  // namespace fd::cuda
