@@ -12,7 +12,7 @@ from matrices import arrays, matrix
 Array = np.ndarray[Any, Any]
 
 CODINGS = {"ccq": 0, "int4": 1, "int8": 2}
-STREAM, TILES, PLAIN = 0, 1, 2
+STREAM, TILES, PLAIN, DIGITS = 0, 1, 2, 3
 """Values of the kernels' enum ExpertsPath."""
 
 
@@ -125,6 +125,43 @@ class Weight:
         return out
 
 
+class CheckpointWeight:
+    """2-bit experts as a checkpoint has them: the arrays of each, with columns of its own.
+
+    Attributes:
+        native: What the kernels take.
+        unproven: Columns that the fast decoder does not serve.
+    """
+
+    def __init__(self, card: ModuleType, experts: list[dict[str, Array]]) -> None:
+        k, n = 4 * experts[0]["quant_weight"].shape[0], experts[0]["super_scales"].size
+        each = -(-k // card.chunk_rows) * n // 16 * card.chunk_bytes(CODINGS["ccq"])
+        order, unproven = block_order(n), np.zeros(1, np.int32)
+        self._chunks = memory(len(experts) * each)
+        self._scale = np.stack([found["super_scales"][order] for found in experts])
+        self._exact = np.empty((len(experts), n, 2), np.float32)
+        self._codes = np.empty((len(experts), n, 4), np.uint32)
+        for i, found in enumerate(experts):
+            self._exact[i, :, 0] = found["code_scale"][order]
+            self._exact[i, :, 1] = (found["code_zp"] + np.float32(0.5))[order]
+            codes, scales = map(
+                np.ascontiguousarray, (found["quant_weight"], found["weight_scale"])
+            )
+            card.fit_columns(
+                address(self._exact[i]), address(self._codes[i]), n, address(unproven), 0
+            )
+            card.pack_expert(
+                CODINGS["ccq"], address(codes), address(scales),
+                address(self._chunks) + i * each, k, n, 0,
+            )  # fmt: skip
+        self.unproven = int(unproven[0])
+        self.native = card.ExpertWeight(
+            coding=CODINGS["ccq"], chunks=address(self._chunks), codes=address(self._codes),
+            exact=address(self._exact), column_scale=address(self._scale), experts=len(experts),
+            in_features=k, out_features=n, proven=self.unproven == 0,
+        )  # fmt: skip
+
+
 class Batch:
     """Rows of x (bf16 bits), their experts and shares."""
 
@@ -159,17 +196,21 @@ class Batch:
 class Experts:
     """One layer's experts, with the state that its calls leave at zero."""
 
-    def __init__(self, card: ModuleType, kind: str, experts: int, hidden: int, inner: int) -> None:
-        random = np.random.default_rng(experts + hidden)
-        self.card = card
-        self.up = Weight(card, kind, random, hidden, 2 * inner, experts)
-        self.down = Weight(card, kind, random, inner, hidden, experts)
+    def __init__(self, card: ModuleType, up: Any, down: Any) -> None:
+        """Args: up, down: a Weight or a CheckpointWeight each."""
+        self.card, self.up, self.down = card, up, down
         self._states: dict[int, Array] = {}
+
+    @classmethod
+    def random(cls, card: ModuleType, kind: str, experts: int, hidden: int, inner: int) -> Experts:
+        random = np.random.default_rng(experts + hidden)
+        up = Weight(card, kind, random, hidden, 2 * inner, experts)
+        return cls(card, up, Weight(card, kind, random, inner, hidden, experts))
 
     def serves(self, batch: Batch, path: int) -> bool:
         """Whether the card in use can take this way."""
         try:
-            self.card.experts_bytes(self.up.native, self.down.native, *batch.ids.shape, path)
+            self.card.experts_bytes(self.up.native, self.down.native, *batch.ids.shape, path, True)
         except ValueError:
             return False
         return True
@@ -178,13 +219,13 @@ class Experts:
         """Bits of the result, bf16 [tokens, hidden]."""
         sizes = batch.ids.shape
         weights = self.up.native, self.down.native
-        memory_bytes, state_bytes = self.card.experts_bytes(*weights, *sizes, path)
+        memory_bytes, state_bytes = self.card.experts_bytes(*weights, *sizes, path, True)
         state = self._states.setdefault(state_bytes, memory(state_bytes, 0))
         scratch = memory(memory_bytes)
         out = memory(batch.x.nbytes).view(np.uint16).reshape(batch.x.shape)
         rows = address(batch.x), address(batch.ids), address(batch.shares)
         self.card.experts(
-            *rows, *weights, address(out), *sizes, path, address(scratch), address(state), 0
+            *rows, *weights, address(out), *sizes, path, True, address(scratch), address(state), 0
         )
         assert not state.any(), "a call left counts behind"
         return out

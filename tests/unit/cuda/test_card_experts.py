@@ -31,7 +31,7 @@ def card() -> ModuleType:
 @pytest.fixture(scope="module")
 def layers(card: ModuleType) -> dict[str, Experts]:
     card.schedule(0)
-    return {kind: Experts(card, kind, EXPERTS, HIDDEN, INNER) for kind in KINDS}
+    return {kind: Experts.random(card, kind, EXPERTS, HIDDEN, INNER) for kind in KINDS}
 
 
 def ragged(tokens: int, seed: int) -> Batch:
