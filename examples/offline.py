@@ -37,7 +37,7 @@ def main() -> None:
     for candidate in (output.outputs.logprobs[0] or {}).values():
         print(f"{candidate.decoded_token}{candidate.logprob:8.3f}")
 
-    # The same seed, the same answer, whatever runs beside it.
+    # The same seed, the same answer.
     warm = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=16, seed=7)
     first, second = (llm.generate("春眠不觉晓", warm, use_tqdm=False)[0] for _ in range(2))
     assert first.outputs.token_ids == second.outputs.token_ids

@@ -201,7 +201,7 @@ def dense_experts(
     stream: int,
 ) -> None: ...
 def experts_bytes(
-    up: ExpertWeight, down: ExpertWeight, tokens: int, top_k: int, path: int
+    up: ExpertWeight, down: ExpertWeight, tokens: int, top_k: int, path: int, same_bits: bool
 ) -> tuple[int, int]: ...
 def experts(
     x: int,
@@ -213,6 +213,7 @@ def experts(
     tokens: int,
     top_k: int,
     path: int,
+    same_bits: bool,
     memory: int,
     state: int,
     stream: int,

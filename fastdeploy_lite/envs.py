@@ -149,6 +149,7 @@ VARIABLES: dict[str, Callable[[str | None], Any]] = {
     "FD_ENC_DEC_BLOCK_NUM": _at_least(0, 2),
     # behaviour
     "FD_API_KEY": _keys,
+    "FD_DETERMINISTIC_MODE": _boolean(False),
     "FD_DISABLE_CHUNKED_PREFILL": _boolean(False),
     "FD_DISABLED_RECOVER": _boolean(False),
     "ENABLE_V1_KVCACHE_SCHEDULER": _boolean(True),

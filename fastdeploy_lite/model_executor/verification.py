@@ -2,7 +2,7 @@
 
 Row i is sampled like the token that would follow the first i guesses, with the same random number
 as without speculation. The rows up to the first wrong guess are the answer; so it is the same,
-bit for bit, whatever was guessed.
+bit for bit, whatever was guessed, wherever logits do not depend on how many tokens a step has.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ from fastdeploy_lite.entrypoints.openai.server_args import (
     server_args,
 )
 from fastdeploy_lite.entrypoints.openai.service import Service
+from fastdeploy_lite.entrypoints.openai.start_lines import weight_lines
 from fastdeploy_lite.entrypoints.openai.tracing import Tracer, start_tracing
 from fastdeploy_lite.input.preprocess import Preprocessor
 from fastdeploy_lite.metrics.metrics import ServerMetrics
@@ -229,19 +230,9 @@ class ApiServer:
         most = min(config.scheduler.max_num_seqs, max(fitting, 1))
         console.info("Worker processes are launched with %.1f seconds.", seconds)
         if ready is not None:
-            weights = sum(n for name, n in ready.memory.items() if name.startswith("weights."))
-            console.info(
-                "Weights: %s; %.3f bits per expert weight, %.1f MiB",
-                config.model.describe_weights(), ready.bits_per_expert_weight, weights / (1 << 20),
-            )  # fmt: skip
-            offloaded = ready.memory.get("offloaded_experts", 0)
-            if offloaded:
-                console.info(
-                    "Experts in main memory, computed by the CPU: %.1f MiB more",
-                    offloaded / (1 << 20),
-                )
-            if ready.row_order:
-                console.info("2-bit rows: %s", ready.row_order)
+            on_card, same_bits = device.decide().is_cuda, envs.FD_DETERMINISTIC_MODE
+            for line in weight_lines(config.model, ready, on_card, same_bits):
+                console.info("%s", line)
         if device.decide().kind == "cpu":
             console.info("Processor: %s", processor.describe())
         console.info(

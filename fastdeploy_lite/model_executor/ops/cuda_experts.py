@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastdeploy_lite import _ops_cuda
+from fastdeploy_lite import _ops_cuda, envs
 from fastdeploy_lite.model_executor.ops import cuda_runtime as runtime
 from fastdeploy_lite.model_executor.ops._view import Tensor
 from fastdeploy_lite.model_executor.ops.packed_weight import PackedWeight
@@ -32,6 +32,9 @@ class CudaExperts:
         native: sizes and addresses; made anew when the weight is finished.
         in_features, out_features, num_experts: as in PackedWeight.
         coding: value of the kernels' enum Coding.
+        same_bits: a token's result may not depend on how many tokens a call has, though it be
+            slower; read when the weight is allocated, so that a model's graphs, its prompts and its
+            single steps agree.
         unproven: CCQ columns for which the fast decoder has no constants: kernels decode them, and
             those that they decode together with them, as the format's reference does.
         filled: the experts filled so far.
@@ -42,6 +45,7 @@ class CudaExperts:
     out_features: int
     num_experts: int
     coding: int
+    same_bits: bool
     unproven: int = 0
     filled: set[int] = field(default_factory=set)
 
@@ -88,7 +92,12 @@ def allocate(weight: PackedWeight) -> None:
     if weight.kind == "ccq":
         _upload(weight.tensors["unproven"], np.zeros(1, np.int32), 0)
     weight.handle = CudaExperts(
-        None, weight.in_features, weight.out_features, weight.num_experts, coding
+        None,
+        weight.in_features,
+        weight.out_features,
+        weight.num_experts,
+        coding,
+        envs.FD_DETERMINISTIC_MODE,
     )
     _make_native(weight)
 

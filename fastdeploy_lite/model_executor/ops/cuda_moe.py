@@ -63,7 +63,9 @@ def _quantised(
     sizes: tuple[int, int],
     workspace: ScratchSource,
 ) -> None:
-    memory_bytes, state_bytes = _ops_cuda.experts_bytes(up.native, down.native, *sizes, CHOSEN_PATH)
+    memory_bytes, state_bytes = _ops_cuda.experts_bytes(
+        up.native, down.native, *sizes, CHOSEN_PATH, up.same_bits
+    )
     # held until the call: a workspace may hand out memory that goes with its tensor
     memory = workspace.get("experts", [memory_bytes], "uint8")
     state = workspace.zeroed("experts_state", [state_bytes], "uint8")
@@ -74,6 +76,7 @@ def _quantised(
         out,
         *sizes,
         CHOSEN_PATH,
+        up.same_bits,
         memory.data_ptr(),
         state.data_ptr(),
         runtime.stream(),

@@ -24,6 +24,7 @@ WRONG = {
     "EXPORTER_OTLP_HEADERS": ("Authorization", "NAME=VALUE pairs with commas between"),
     "FD_API_KEY": (" , ", "at least one name"),
     "FD_DEBUG": BOOLEAN,
+    "FD_DETERMINISTIC_MODE": BOOLEAN,
     "FD_DISABLED_RECOVER": BOOLEAN,
     "FD_DISABLE_CHUNKED_PREFILL": BOOLEAN,
     "FD_ENC_DEC_BLOCK_NUM": ("-1", "a whole number of at least 0"),
