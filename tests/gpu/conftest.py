@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,31 @@ def card() -> None:
     if not decided.is_cuda:
         pytest.skip(f"no card to test on: {decided.reason}")
     device.activate(0)
+
+
+@pytest.fixture(scope="module")
+def deterministic() -> Iterator[None]:
+    """FD_DETERMINISTIC_MODE=1 for models that are loaded from now on, in other processes too.
+
+    For tests that compare bits of steps of few tokens with those of many, or of mixed steps:
+    without it 2-bit experts promise the same bits among steps of few tokens only.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FD_DETERMINISTIC_MODE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def fast() -> Iterator[None]:
+    """FD_DETERMINISTIC_MODE=0, the default, on cards where 2-bit experts differ by it."""
+    from fastdeploy_lite import _ops_cuda
+    from fastdeploy_lite.model_executor.ops import cuda_runtime
+
+    if _ops_cuda.device_facts(cuda_runtime.device_index()).major < 9:
+        pytest.skip("before Hopper cards have one way to sum, in either mode")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FD_DETERMINISTIC_MODE", "0")
+        yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -13,8 +13,9 @@ import pytest
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("kind", ["int8", "dense"])
 @pytest.mark.parametrize("tokens", [1, 4, 16, 40])
+@pytest.mark.parametrize("mode", ["0", "1"])
 def test_shared_experts_beside_the_routed_ones(
-    tokens: int, kind: str, captured: bool, monkeypatch: pytest.MonkeyPatch
+    mode: str, tokens: int, kind: str, captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both branches read one x; what follows the join sees both, at every replay of a graph."""
     from fastdeploy_lite.model_executor import ops
@@ -24,6 +25,7 @@ def test_shared_experts_beside_the_routed_ones(
     from fastdeploy_lite.model_executor.ops import cuda_runtime
     from fastdeploy_lite.model_executor.workspace import Workspace
 
+    monkeypatch.setenv("FD_DETERMINISTIC_MODE", mode)
     random = np.random.default_rng(5)
     hidden, inner, experts, top_k = 1024, 512, 16, 4
     gate = cards.put(random.standard_normal((hidden, experts)).astype(np.float32) * hidden**-0.5)

@@ -7,6 +7,7 @@ import mirrored
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.usefixtures("fast")  # for cards that have such a kernel
 DIGITS = 3
 """Of the kernels' enum ExpertsPath."""
 TOKENS = (1, 2, 3, 5, 8, 9, 13, 16)

@@ -15,6 +15,7 @@ from tiny_model import write_tiny_model
 from fastdeploy_lite.config import CacheConfig, ExpertOffloadConfig
 from fastdeploy_lite.worker.model_runner import ModelRunner
 
+pytestmark = pytest.mark.usefixtures("deterministic")  # prompts against single tokens
 LIMITS = {
     "device": None,
     "tokens": 1024,

@@ -15,6 +15,7 @@ import pytest
 from model_driver import make_runner
 from tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.usefixtures("deterministic")  # answers of other batches are compared
 RUNNER = Path(__file__).resolve().parent / "run_model.py"
 ROOT = RUNNER.parents[2]
 NEW_TOKENS = 110

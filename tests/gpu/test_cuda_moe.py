@@ -24,14 +24,25 @@ def moe_oracle(
     return out
 
 
-@pytest.mark.parametrize("kind", ["ccq", "int4", "int8", "dense"])
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("ccq", "0"), ("ccq", "1"), ("int4", "0"), ("int8", "0"), ("dense", "0")]
+)
 @pytest.mark.parametrize(
     ("experts", "top_k", "hidden", "inner"),
     [(16, 4, 384, 256), (8, 1, 256, 128), (64, 6, 640, 384)],
 )
-def test_fused_moe(kind: str, experts: int, top_k: int, hidden: int, inner: int) -> None:
+def test_fused_moe(
+    kind: str,
+    mode: str,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    inner: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from fastdeploy_lite.model_executor import ops
 
+    monkeypatch.setenv("FD_DETERMINISTIC_MODE", mode)
     random = np.random.default_rng(experts * top_k)
     up_weight, up = matrices.make(kind, random, hidden, 2 * inner, experts)
     down_weight, down = matrices.make(kind, random, inner, hidden, experts)
@@ -72,6 +83,7 @@ def test_a_token_has_the_same_bits_in_any_batch_and_tile(
     from fastdeploy_lite.model_executor import ops
     from fastdeploy_lite.model_executor.ops import cuda_moe
 
+    monkeypatch.setenv("FD_DETERMINISTIC_MODE", "1")
     random = np.random.default_rng(experts + hidden)
     up, _ = matrices.make(kind, random, hidden, 2 * inner, experts)
     down, _ = matrices.make(kind, random, inner, hidden, experts)
@@ -135,19 +147,23 @@ def test_every_height_of_a_tile_gives_the_bits_of_the_plain_kernel(
     np.testing.assert_array_equal(run(1), run(2))
 
 
-def test_a_batch_beside_another_on_its_own_stream_and_scratch() -> None:
-    """Two runners of one process: each call has its own memory, so they may overlap."""
+@pytest.mark.parametrize("mode", ["0", "1"])
+def test_a_batch_beside_others_on_its_own_stream_and_scratch(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runners of one process: each call has its own memory, so they may overlap."""
     from fastdeploy_lite import _ops_cuda
     from fastdeploy_lite.model_executor import ops
     from fastdeploy_lite.model_executor.ops import cuda_runtime
     from fastdeploy_lite.model_executor.workspace import Workspace
 
+    monkeypatch.setenv("FD_DETERMINISTIC_MODE", mode)
     random = np.random.default_rng(77)
     hidden, inner, experts, top_k = 2048, 1024, 16, 4
     up, _ = matrices.make("ccq", random, hidden, 2 * inner, experts)
     down, _ = matrices.make("ccq", random, inner, hidden, experts)
     batches = []
-    for tokens in (4, 300):
+    for tokens in (4, 16, 300):
         x = cards.put(cards.round_bf16(random.standard_normal((tokens, hidden))), "bfloat16")
         order = np.argsort(random.random((tokens, experts)), axis=1)
         ids = cards.put(order[:, :top_k].astype(np.int32))

@@ -121,6 +121,7 @@ def test_no_expert_passes_through_the_card(tmp_path: Path, monkeypatch: Any) -> 
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("deterministic")  # answers are explained by logits of whole texts
 def test_the_demo_says_the_same_or_parts_where_the_card_is_unsure(
     tmp_path: Path, demo_dir: Path
 ) -> None:

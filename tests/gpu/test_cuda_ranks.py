@@ -23,9 +23,12 @@ from fastdeploy_lite import device
 
 SIZE = 2
 WORK = Path(rank_work.__file__)
-pytestmark = pytest.mark.skipif(
-    len(device.visible_cards()) < SIZE, reason=f"{SIZE} NVIDIA cards are needed"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        len(device.visible_cards()) < SIZE, reason=f"{SIZE} NVIDIA cards are needed"
+    ),
+    pytest.mark.usefixtures("deterministic"),  # answers of other batches and chunks are compared
+]
 Found = list[dict[str, Any]]
 
 

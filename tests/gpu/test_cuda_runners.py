@@ -70,6 +70,7 @@ def test_attention_beside_another_on_its_own_stream_and_scratch(
             np.testing.assert_array_equal(cards.get(run()), one)
 
 
+@pytest.mark.usefixtures("deterministic")  # in turns, the steps are other ones than alone
 class TestRunners:
     """Tokens and logits of each, as when it was alone."""
 
