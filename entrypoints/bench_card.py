@@ -7,6 +7,7 @@
     python entrypoints/bench_card.py --model DIR   # real weights
     python entrypoints/bench_card.py --ops         # linear maps, each kind, no model
     python entrypoints/bench_card.py --shape 300b --layers 27 --tensor-parallel-size 2   # two cards
+    python entrypoints/bench_card.py --shape 21b --deterministic   # with FD_DETERMINISTIC_MODE=1
 
 For each batch size: milliseconds a step (whole engine step and graph alone), tokens a second, bytes
 that the step has to read and their rate as a share of the copy bandwidth measured in the same run.
@@ -25,6 +26,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -33,7 +35,7 @@ from typing import Any
 
 import bench_ranks
 
-from fastdeploy_lite import device
+from fastdeploy_lite import device, envs
 from fastdeploy_lite.config import (
     BLOCK_SIZE,
     CacheConfig,
@@ -486,12 +488,19 @@ def main() -> int:
         type=int,
         help="largest step in which kernels start before the ones ahead have ended; 0: never",
     )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="set FD_DETERMINISTIC_MODE=1: the same bits in any company",
+    )
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     bench_ranks.add_arguments(parser)
     parser.add_argument("--output", help="JSON file for the results")
     args = parser.parse_args()
     if isinstance(args.batches, str):
         args.batches = [int(b) for b in args.batches.split(",")]
+    if args.deterministic:  # the other ranks begin with the same arguments
+        os.environ["FD_DETERMINISTIC_MODE"] = "1"
     if not device.decide().is_cuda:
         print(f"no card to measure: {device.decide().reason}", file=sys.stderr)
         return 1
@@ -504,13 +513,21 @@ def main() -> int:
         cuda_runtime.EARLY_START_ROWS = args.early_start_rows
     facts = _ops_cuda.device_facts(0)
     bandwidth = copy_bandwidth()
-    print(f"{facts.name}, copy bandwidth {bandwidth / GB:.0f} GB/s (read and written)")
+    print(
+        f"{facts.name}, copy bandwidth {bandwidth / GB:.0f} GB/s (read and written); "
+        f"FD_DETERMINISTIC_MODE={int(envs.FD_DETERMINISTIC_MODE)}"
+    )
     if args.ops:
         result = bench_ops(args, bandwidth)
     else:
         with bench_ranks.joined(args) as communicator:
             result = bench_model(args, bandwidth, communicator)
-    result.update(card=facts.name, cards=args.tensor_parallel_size, copy_gb_s=bandwidth / GB)
+    result.update(
+        card=facts.name,
+        cards=args.tensor_parallel_size,
+        copy_gb_s=bandwidth / GB,
+        deterministic=envs.FD_DETERMINISTIC_MODE,
+    )
     if args.output and args.rank == 0:
         Path(args.output).write_text(json.dumps(result, indent=1), encoding="utf-8")
     return 0

@@ -15,7 +15,8 @@ the measurement. Methods are compared with both.
 A ratio is that of the sums over all turns, with its 95 % bootstrap interval over rounds; by the
 clock, and by the processor's time, which other processes hardly disturb. Reading the prompts is
 left out, learning is not: a policy keeps what it learnt from one row to the next, as in a server.
-Answers of all are compared, token by token.
+Answers of all are compared, token by token; on a card they have to be equal with
+FD_DETERMINISTIC_MODE=1, without it near ties may fall otherwise in a step of another size.
 `--profile` also says where a step's time goes: in the model, in looking for guesses, in the rest
 of the engine; what the policy believes that steps cost; and which functions take the host's time.
 """
@@ -37,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdeploy_lite import LLM, SamplingParams
+from fastdeploy_lite import LLM, SamplingParams, device, envs
 from fastdeploy_lite.benchmarks.turns import ratio_interval
 from fastdeploy_lite.engine.engine_core import EngineCore
 from fastdeploy_lite.engine.scheduler import Sequence
@@ -436,9 +437,10 @@ def main() -> int:
         print_functions(race, batches[-1], args.rounds)
     gc.unfreeze()
     print(f"runs whose answers differ from those without guesses: {differing}")
+    is_promised = envs.FD_DETERMINISTIC_MODE or not device.decide().is_cuda
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 1 if differing else 0
+    return 1 if differing and is_promised else 0
 
 
 if __name__ == "__main__":

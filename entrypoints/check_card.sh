@@ -6,10 +6,10 @@
 # build      the CUDA module for the card in hand
 # tests      all of tests/gpu
 # bits       the same bits in any company, FD_LITE_CHECK_REPEATS times (default 10) in each of four processes at once
-# kernels    experts of 21B and 300B against the ceilings of the run
-# model      whole steps with dummy weights: 21B, and 300B where it fits
+# kernels    experts of 21B and 300B against the ceilings of the run, in both modes of sums
+# model      whole steps with dummy weights in both modes: 21B, and 300B where it fits
 # perplexity of the demo model, card and CPU
-# speculation  tokens a second with and without drafts, answers compared
+# speculation  tokens a second with and without drafts; in deterministic mode, briefly, answers compared
 # hybrid     experts in main memory: 21B with 4 GiB of the card, 300B with 24 where the host has 100 GB
 # ranks      two cards: sums, failures, demo answers, 21B and half of 300B on one card and on two, 300B on two
 # quantize   a dense and a MoE layer of 21B, without and under a calibration text: wall time
@@ -25,7 +25,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} FD_LOG_DIR=$out/log
 demo=fastdeploy_lite/assets/demo
 command -v nvidia-smi >/dev/null && nvidia-smi -L || { echo "check_card.sh: no NVIDIA card here" >&2; exit 2; }
-ops="tests/gpu/test_cuda_moe.py tests/gpu/test_cuda_linear.py tests/gpu/test_cuda_attention.py
+ops="tests/gpu/test_cuda_moe.py tests/gpu/test_cuda_moe_modes.py tests/gpu/test_cuda_digits.py
+  tests/gpu/test_cuda_linear.py tests/gpu/test_cuda_attention.py
   tests/gpu/test_cuda_rows.py tests/gpu/test_cuda_sampling.py tests/gpu/test_cuda_weights.py"
 
 fits() {  # GB of memory on the first card
@@ -41,6 +42,11 @@ bench_ranks() {  # shape, layers: one card against two
     python entrypoints/bench_card.py --shape "$1" --layers "$2" --batches 1,8,64 -tp $size \
       --output "$out/ranks_$1_tp$size.json" || return 1
   done
+}
+
+bench_modes() {  # shape: by default, and with the same bits in any company
+  python entrypoints/bench_card.py --shape "$1" --output "$out/model_$1.json" &&
+    python entrypoints/bench_card.py --shape "$1" --deterministic --output "$out/model_$1_deterministic.json"
 }
 
 timed_quantize() {  # model, output, more options
@@ -73,7 +79,8 @@ stage() {
       local each processes=() bad=0
       for each in 1 2 3 4; do
         FD_LITE_CHECK_REPEATS=${FD_LITE_CHECK_REPEATS:-10} python -m pytest -q -p no:cacheprovider \
-          tests/gpu/test_cuda_invariance.py -k TestOnTheCard >"$out/bits_$each.log" 2>&1 &
+          tests/gpu/test_cuda_invariance.py tests/gpu/test_cuda_modes.py \
+          -k 'TestOnTheCard or bits_in_any_company' >"$out/bits_$each.log" 2>&1 &
         processes+=($!)
       done
       for each in "${processes[@]}"; do wait "$each" || bad=1; done
@@ -93,8 +100,8 @@ stage() {
       cli bench kernels --shape 21b --json "$out/kernels_21b.json" &&
         cli bench kernels --shape 300b --json "$out/kernels_300b.json" ;;
     model)
-      python entrypoints/bench_card.py --shape 21b --output "$out/model_21b.json" &&
-        if fits 120; then python entrypoints/bench_card.py --shape 300b --output "$out/model_300b.json"
+      bench_modes 21b &&
+        if fits 120; then bench_modes 300b
         else echo "300b: not run, it needs a card of 120 GB"; fi ;;
     hybrid)
       python -m pytest -q -s -p no:cacheprovider tests/gpu/test_cuda_offload.py \
@@ -110,7 +117,9 @@ stage() {
         cli eval perplexity --model $demo $device --text "${FD_LITE_CHECK_TEXT:-$out/text.jsonl}" \
           --limit 60000 || return 1
       done ;;
-    speculation) python entrypoints/bench_speculation.py --profile --json "$out/speculation.json" ;;
+    speculation)
+      python entrypoints/bench_speculation.py --profile --json "$out/speculation.json" &&
+        FD_DETERMINISTIC_MODE=1 python entrypoints/bench_speculation.py --rounds 2 ;;
     ranks)
       if [ "$(nvidia-smi -L | wc -l)" -lt 2 ]; then
         echo "ranks: not run, it needs two cards"

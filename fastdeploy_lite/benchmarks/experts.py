@@ -19,6 +19,7 @@ from fastdeploy_lite.model_executor.workspace import Workspace
 COLD_BYTES = 1 << 30  # layers are taken in turn until one pass reads so much: beyond any cache
 MAX_LAYERS = 16
 CALLS = 8  # of the kernel in a round, each with its own layer and routing
+MODES = ("0", "1")
 _DTYPES = {True: "float32", False: "bfloat16"}
 
 
@@ -53,6 +54,7 @@ class Row:
     Attributes:
         kind: of the weights.
         tokens: of the batch.
+        mode: FD_DETERMINISTIC_MODE, "0" or "1", or "any" where it makes no difference.
         us: microseconds of the layer's experts, the median round.
         low_us, high_us: the fastest and the slowest round.
         nbytes: packed weights of the experts that the tokens use, and the activations.
@@ -62,6 +64,7 @@ class Row:
 
     kind: str
     tokens: int
+    mode: str
     us: float
     low_us: float
     high_us: float
@@ -69,6 +72,11 @@ class Row:
     flops: float
     memory_share: float
     matmul_share: float
+
+    @property
+    def name(self) -> str:
+        """Of the weights, and of the mode where it is not the default."""
+        return f"{self.kind}, deterministic" if self.mode == "1" else self.kind
 
 
 class Layers:
@@ -105,6 +113,16 @@ class Layers:
     def expert_bytes(self) -> float:
         """Packed bytes of one expert."""
         return self._nbytes(self.pairs[0]) / self.shape.experts
+
+    @property
+    def has_modes(self) -> bool:
+        """Whether FD_DETERMINISTIC_MODE can make a difference."""
+        return self.kind == "ccq" and not self.place.is_cpu_place()
+
+    def set_mode(self, mode: str) -> None:
+        """Compute as a model does that was loaded with this FD_DETERMINISTIC_MODE."""
+        for up, _ in self.pairs:
+            up.handle.same_bits = mode == "1"
 
     def run(self, batch: Batch) -> None:
         """Queue every call of a batch."""
@@ -165,26 +183,43 @@ def measure(
         ceilings: of the place.
 
     Yields:
-        A row as soon as it is known.
+        A row as soon as it is known; 2-bit experts on a card have one for each mode where these
+        have different results.
     """
     layers = Layers(kind, shape, place)
     seconds_of = call_seconds if place.is_cpu_place() else graph_seconds
     for count in tokens:
         batch = Batch(shape, count, place)
         ops.announce_step(place, count)
-        times = [t / CALLS for t in seconds_of(lambda batch=batch: layers.run(batch))]  # type: ignore[misc]
-        yield _row(layers, batch, count, times, ceilings)
+        for mode in modes(layers, batch):
+            times = [t / CALLS for t in seconds_of(lambda batch=batch: layers.run(batch))]  # type: ignore[misc]
+            yield _row(layers, batch, mode, times, ceilings)
+
+
+def modes(layers: Layers, batch: Batch) -> Iterator[str]:
+    """Values of `Row.mode` to time, each of them set while it is yielded."""
+    if not layers.has_modes:
+        yield "any"
+        return
+    results = []
+    for mode in MODES:
+        layers.set_mode(mode)
+        layers.run(batch)
+        results.append(ops.download(batch.out).tobytes())
+    for mode in MODES if len(set(results)) > 1 else ("any",):
+        layers.set_mode(mode)
+        yield mode
 
 
 def _row(
-    layers: Layers, batch: Batch, tokens: int, times: Sequence[float], ceilings: Ceilings
+    layers: Layers, batch: Batch, mode: str, times: Sequence[float], ceilings: Ceilings
 ) -> Row:
-    shape, seconds = layers.shape, statistics.median(times)
+    shape, seconds, tokens = layers.shape, statistics.median(times), int(batch.x.shape[0])
     activations = 2 * tokens * shape.hidden * batch.x.element_size()
     nbytes = statistics.mean(batch.distinct) * layers.expert_bytes + activations
     flops = 2.0 * tokens * shape.top_k * 3 * shape.hidden * shape.inner
     return Row(
-        layers.kind, tokens, seconds * 1e6, min(times) * 1e6, max(times) * 1e6, nbytes, flops,
+        layers.kind, tokens, mode, seconds * 1e6, min(times) * 1e6, max(times) * 1e6, nbytes, flops,
         nbytes / seconds / ceilings.bytes_per_second,
         flops / seconds / ceilings.flops_per_second,
     )  # fmt: skip

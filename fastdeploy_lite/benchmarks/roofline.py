@@ -49,11 +49,11 @@ def draw(path: str, title: str, rows: Sequence[Row], ceilings: Ceilings) -> None
         f"{ceilings.memory_kind} {memory:.0f} GB/s, {ceilings.matmul_kind} {product:.3g} TFLOP/s"
     )
     axes.loglog(span, roof / 1e12, color="0.3", label=label)
-    for kind in dict.fromkeys(row.kind for row in rows):
-        own = [row for row in rows if row.kind == kind]
+    for name in dict.fromkeys(row.name for row in rows):
+        own = [row for row in rows if row.name == name]
         xs = [row.flops / row.nbytes for row in own]
         ys = [row.flops / row.us / 1e6 for row in own]
-        axes.loglog(xs, ys, marker="o", label=kind)
+        axes.loglog(xs, ys, marker="o", label=name)
         for row, x, y in zip(own, xs, ys, strict=True):
             axes.annotate(str(row.tokens), (x, y), xytext=(3, -9), textcoords="offset points")
     axes.set(title=title, xlabel="floating-point operations a byte", ylabel="TFLOP/s")

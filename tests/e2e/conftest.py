@@ -15,6 +15,17 @@ SHARED_FLAGS = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="session", autouse=True)
+def deterministic() -> Iterator[None]:
+    """FD_DETERMINISTIC_MODE=1: many tests compare answers of steps in other company.
+
+    For those who run them on a card; a CPU keeps the promise in any case.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FD_DETERMINISTIC_MODE", "1")
+        yield
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The demo model behind HTTP."""

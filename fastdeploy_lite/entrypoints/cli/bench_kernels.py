@@ -22,6 +22,15 @@ SHAPES = ("21b", "300b", "demo")
 CARD_TOKENS = (1, 4, 8, 16, 64, 256, 1024, 4096)
 CPU_TOKENS = (1, 4, 16, 64, 256)
 _MAX_TOKENS = 1 << 16
+_MODES = (
+    "2-bit experts are timed with FD_DETERMINISTIC_MODE=0, the default, and as `ccq, deterministic`"
+    " with 1 where results differ by it\n"
+)
+_COMPARED = (
+    ("ccq", "int4"),
+    ("ccq, deterministic", "int4"),
+    ("ccq, deterministic", "ccq"),
+)
 _HEAD = ("weights", "tokens", "us", "from", "to", "GB/s", "of memory", "TFLOP/s", "of product")
 
 
@@ -74,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         "routing is given, new for every call, weights out of memory; median, fastest and slowest "
         "round\n"
     )
+    if not place.is_cpu_place():
+        print(_MODES)
     print(f"| {' | '.join(_HEAD)} |\n|{'---|' * len(_HEAD)}")
     rows: list[Row] = []
     tokens = args.tokens or (CPU_TOKENS if place.is_cpu_place() else CARD_TOKENS)
@@ -90,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _cells(row: Row) -> tuple[str, ...]:
     return (
-        row.kind,
+        row.name,
         str(row.tokens),
         *(f"{us:,.1f}" for us in (row.us, row.low_us, row.high_us)),
         f"{row.nbytes / row.us / 1e3:,.1f}",
@@ -101,15 +112,16 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _print_ratios(rows: Sequence[Row]) -> None:
-    """2 bits against 4, where both were measured."""
-    times = {(row.kind, row.tokens): row.us for row in rows}
-    pairs = [
-        (tokens, us / times["int4", tokens])
-        for (kind, tokens), us in times.items()
-        if kind == "ccq" and ("int4", tokens) in times
-    ]
-    if pairs:
-        print("\nccq over int4: " + ", ".join(f"{ratio:.2f} at {n}" for n, ratio in pairs))
+    """2 bits against 4, and what their deterministic mode costs, where both were measured."""
+    times = {(row.name, row.tokens): row.us for row in rows}
+    for name, other in _COMPARED:
+        ratios = [
+            f"{us / times[other, tokens]:.2f} at {tokens}"
+            for (found, tokens), us in times.items()
+            if found == name and (other, tokens) in times
+        ]
+        if ratios:
+            print(f"\n{name} over {other}: {', '.join(ratios)}")
 
 
 def _save(path: str | None, shape: str, most: Any, rows: Sequence[Row]) -> None:

@@ -32,6 +32,7 @@ def test_a_models_steps(tmp_path: Path, shape: str, size: int) -> None:
     lengths = ["--context", "70", "--prefill", "128"]  # prompts are cut at the steps' ends
     printed, found = run(tmp_path, "bench_card", "--shape", shape, *sizes, *lengths)
     assert found["cards"] == size and found["load_s"] > 0
+    assert found["deterministic"] is False and "FD_DETERMINISTIC_MODE=0" in printed
     assert found["rows"][0]["prefill"] == 128
     for batch, row in zip((1, 4), found["rows"][1:], strict=True):
         assert row["batch"] == batch and row["tokens_s"] > 0 and row["graph_ms"] > 0
@@ -39,6 +40,12 @@ def test_a_models_steps(tmp_path: Path, shape: str, size: int) -> None:
             assert 0 < row["graph_without_sums_ms"] < row["graph_ms"]
     assert ("of it sums" in printed) == (size > 1)
     assert "GB a step" in printed and "prefill of 128 tokens" in printed
+
+
+def test_a_run_in_deterministic_mode_says_so(tmp_path: Path) -> None:
+    sizes = ["--shape", "21b", "--batches", "1", "--steps", "1", "--context", "9"]
+    printed, found = run(tmp_path, "bench_card", *sizes, "--prefill", "64", "--deterministic")
+    assert found["deterministic"] is True and "FD_DETERMINISTIC_MODE=1" in printed
 
 
 def test_sums(tmp_path: Path) -> None:

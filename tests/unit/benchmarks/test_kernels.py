@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import paddle
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 
 from fastdeploy_lite.benchmarks import experts
 from fastdeploy_lite.benchmarks.ceilings import Ceilings
-from fastdeploy_lite.entrypoints.cli import main
+from fastdeploy_lite.entrypoints.cli import bench_kernels, main
+from fastdeploy_lite.model_executor import ops
 
 SMALL = experts.Shape(hidden=128, inner=128, experts=8, top_k=2)
 CEILINGS = Ceilings("a machine", 1e9, 1e12, "read", "a product")
@@ -52,6 +55,58 @@ def test_rows_count_the_work_and_the_bytes(kind: str) -> None:
     assert row.matmul_share == pytest.approx(row.flops / row.us * 1e6 / 1e12)
 
 
+class ModalLayers:
+    """Stands for 2-bit layers of a card whose batches of up to 16 tokens have two ways to sum."""
+
+    has_modes = True
+
+    def __init__(self) -> None:
+        self.mode = "?"
+
+    def set_mode(self, mode: str) -> None:
+        self.mode = mode
+
+    def run(self, batch: experts.Batch) -> None:
+        other = self.mode == "0" and batch.x.shape[0] <= 16
+        ops.upload(np.full(batch.out.shape, 3 + other, np.float32), batch.out)
+
+
+@pytest.mark.parametrize(("tokens", "wanted"), [(1, ["0", "1"]), (16, ["0", "1"]), (17, ["any"])])
+def test_both_modes_are_timed_where_results_differ(tokens: int, wanted: list[str]) -> None:
+    layers: Any = ModalLayers()
+    batch = experts.Batch(SMALL, tokens, paddle.CPUPlace(), calls=1)
+    found = [(mode, layers.mode) for mode in experts.modes(layers, batch)]
+    assert found == [(mode, mode) for mode in wanted]
+
+
+def test_a_cpu_has_one_mode() -> None:
+    layers = experts.Layers("ccq", SMALL, paddle.CPUPlace(), cold_bytes=1)
+    assert list(experts.modes(layers, experts.Batch(SMALL, 1, paddle.CPUPlace()))) == ["any"]
+
+
+def test_a_mode_is_that_of_models_loaded_in_it() -> None:
+    layers = experts.Layers("ccq", SMALL, paddle.CPUPlace(), cold_bytes=1)
+    handles = [SimpleNamespace(same_bits=None) for _ in layers.pairs]
+    for (up, _), handle in zip(layers.pairs, handles, strict=True):
+        up.handle = handle
+    for mode, same_bits in (("1", True), ("0", False)):
+        layers.set_mode(mode)
+        assert [handle.same_bits for handle in handles] == [same_bits] * len(handles)
+
+
+def test_what_a_mode_costs_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def row(kind: str, tokens: int, mode: str, us: float) -> experts.Row:
+        return experts.Row(kind, tokens, mode, us, us, us, 1.0, 1.0, 0.5, 0.5)
+
+    rows = [row("ccq", 1, "0", 60), row("ccq", 1, "1", 90), row("ccq", 64, "any", 500)]
+    bench_kernels._print_ratios([*rows, row("int4", 1, "any", 120), row("int4", 64, "any", 400)])
+    assert capsys.readouterr().out.split("\n\n") == [
+        "\nccq over int4: 0.50 at 1, 1.25 at 64",
+        "ccq, deterministic over int4: 0.75 at 1",
+        "ccq, deterministic over ccq: 1.50 at 1\n",
+    ]  # fmt: skip
+
+
 def test_layers_are_more_than_a_cache_holds() -> None:
     layers = experts.Layers("int8", SMALL, paddle.CPUPlace(), cold_bytes=1_500_000)
     assert sum(up.nbytes + down.nbytes for up, down in layers.pairs) >= 1_500_000
@@ -73,6 +128,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("ccq", 1), ("ccq", 5), ("int4", 1), ("int4", 5),
     ]  # fmt: skip
     assert all(row["memory_share"] > 0 for row in result["rows"])
+    assert {row["mode"] for row in result["rows"]} == {"any"}
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
