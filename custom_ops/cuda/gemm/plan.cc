@@ -60,10 +60,18 @@ bool fits(ExpertsPath path, const ExpertsShape& s, const CardFacts& card, Expert
   return path == ExpertsPath::kPlain || (path == ExpertsPath::kTiles && card.major == 9);
 }
 
+/// Whether digits serve all calls that are small enough for them: among those a token's bits may
+/// not depend on how many others there are. What serves the largest one serves any.
+bool digits_serve_all(ExpertsShape s, const CardFacts& card) {
+  ExpertsPlan plan{};
+  s.tokens = kStreamTokens;
+  return fits(ExpertsPath::kDigits, s, card, plan) && streams_best(s, plan);
+}
+
 /// The fastest one, as measured.
 ExpertsPath best_path(const ExpertsShape& s, const CardFacts& card, ExpertsPlan& plan) {
   for (const ExpertsPath path : {ExpertsPath::kDigits, ExpertsPath::kStream}) {
-    if (path == ExpertsPath::kDigits && s.same_bits) continue;
+    if (path == ExpertsPath::kDigits && (s.same_bits || !digits_serve_all(s, card))) continue;
     if (fits(path, s, card, plan) && streams_best(s, plan)) return path;
   }
   return card.major == 9 ? ExpertsPath::kTiles : ExpertsPath::kPlain;
