@@ -20,6 +20,7 @@ py::dict card_table(int major) {
   found["mma_rows"] = table.mma_rows;
   found["large_mma_rows"] = table.large_mma_rows;
   found["direct_tokens"] = table.direct_tokens;
+  found["stream_tokens"] = table.stream_tokens;
   found["tile_means"] =
       py::make_tuple(table.tile_means[0], table.tile_means[1], table.tile_means[2]);
   return found;

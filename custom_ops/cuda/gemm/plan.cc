@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "plan_cards.h"
 #include "stream_shape.h"
 #include "tiles_shape.h"
 
@@ -11,10 +12,6 @@ namespace fd::cuda {
 namespace {
 
 constexpr int kPlainTile = 32;
-
-/// Most tokens for which the persistent kernel is the faster one, by measurement; see
-/// docs/performance.md.
-constexpr int kStreamTokens = 16;
 
 /// Fills the sizes; false where the call does not fit.
 bool plan_stream(const ExpertsShape& s, const CardFacts& card, bool digits, ExpertsPlan& plan) {
@@ -37,9 +34,9 @@ bool plan_stream(const ExpertsShape& s, const CardFacts& card, bool digits, Expe
 /// Whether it is also the fastest. With more tokens than a product has columns, a block may have to
 /// hold two full groups of rows beside two slots of a ring for every warp; 2-bit weights, which are
 /// bound by instructions, bear shorter rings.
-bool streams_best(const ExpertsShape& s, const ExpertsPlan& plan) {
+bool streams_best(const ExpertsShape& s, const CardFacts& card, const ExpertsPlan& plan) {
   if (s.tokens <= kStreamGroup) return true;
-  return s.tokens <= kStreamTokens &&
+  return s.tokens <= card_table(card.major).stream_tokens &&
          (s.chunk_bytes < kStreamCopyBytes ||
           plan.room_bytes >= 2 * plan.row_bytes + 2 * kStreamWarps * s.chunk_bytes);
 }
@@ -64,15 +61,15 @@ bool fits(ExpertsPath path, const ExpertsShape& s, const CardFacts& card, Expert
 /// not depend on how many others there are. What serves the largest one serves any.
 bool digits_serve_all(ExpertsShape s, const CardFacts& card) {
   ExpertsPlan plan{};
-  s.tokens = kStreamTokens;
-  return fits(ExpertsPath::kDigits, s, card, plan) && streams_best(s, plan);
+  s.tokens = card_table(card.major).stream_tokens;
+  return fits(ExpertsPath::kDigits, s, card, plan) && streams_best(s, card, plan);
 }
 
 /// The fastest one, as measured.
 ExpertsPath best_path(const ExpertsShape& s, const CardFacts& card, ExpertsPlan& plan) {
   for (const ExpertsPath path : {ExpertsPath::kDigits, ExpertsPath::kStream}) {
     if (path == ExpertsPath::kDigits && (s.same_bits || !digits_serve_all(s, card))) continue;
-    if (fits(path, s, card, plan) && streams_best(s, plan)) return path;
+    if (fits(path, s, card, plan) && streams_best(s, card, plan)) return path;
   }
   return card.major == 9 ? ExpertsPath::kTiles : ExpertsPath::kPlain;
 }

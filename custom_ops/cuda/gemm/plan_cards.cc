@@ -5,11 +5,11 @@ namespace {
 
 // clang-format off
 constexpr CardTable kTables[] = {
-    // from  measured  small    large    mma   of large  direct  means of
-    // cc              weight   weight   rows  weights   tokens  8, 16, 32
-    {8,      false,    8 << 20, 64 << 20, 64,  32,       2,      {6, 12, 32}},
-    {9,      true,     8 << 20, 64 << 20, 64,  32,       2,      {6, 12, 32}},
-    {10,     false,    8 << 20, 64 << 20, 64,  32,       2,      {6, 12, 32}},
+    // from  measured  small    large    mma   of large  direct  stream  means of
+    // cc              weight   weight   rows  weights   tokens  tokens  8, 16, 32
+    {8,      false,    8 << 20, 64 << 20, 64,  32,       2,      16,     {6, 12, 32}},
+    {9,      true,     8 << 20, 64 << 20, 64,  32,       2,      16,     {6, 12, 32}},
+    {10,     false,    8 << 20, 64 << 20, 64,  32,       2,      16,     {6, 12, 32}},
 };
 // clang-format on
 

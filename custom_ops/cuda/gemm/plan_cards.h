@@ -6,8 +6,8 @@
 
 namespace fd::cuda {
 
-/// Thresholds of one architecture. Speed alone depends on them: every kernel that a plan may choose
-/// for a row gives it the same bits.
+/// Thresholds of one architecture. Speed alone depends on them: the kernels between which they
+/// decide give a row the same bits, but for the digits of few 2-bit tokens (see plan.h).
 struct CardTable {
   int major;  // compute capability from which on this row counts
   /// Chosen by timing cards of this architecture, see docs/performance.md; otherwise taken over
@@ -18,6 +18,7 @@ struct CardTable {
   int mma_rows;          // most rows of a linear map that mma.sync serves where there is wgmma
   int large_mma_rows;    // of one with a large weight
   int direct_tokens;     // most tokens whose slots read bf16 experts one by one, unsorted
+  int stream_tokens;     // most tokens whose quantised experts take one persistent launch
   int tile_means[3];     // most rows of a bf16 expert on average for tiles of 8, 16 and 32
 };
 
