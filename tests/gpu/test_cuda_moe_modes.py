@@ -17,7 +17,7 @@ from test_cuda_moe import silu
 
 pytestmark = pytest.mark.usefixtures("fast")
 FEW = 16
-"""Most tokens of a call that takes digits: kStreamTokens in custom_ops/cuda/gemm/plan.cc."""
+"""Most tokens of a call that takes digits: stream_tokens in custom_ops/cuda/gemm/plan_cards.h."""
 CHOSEN, DIGITS = -1, 3
 """The plan's choice, and a value of the kernels' enum ExpertsPath."""
 SHAPES = [(16, 4, 384, 256), (8, 1, 256, 128), (64, 6, 640, 384), (64, 8, 2048, 896)]
