@@ -21,6 +21,10 @@ bool plan_stream(const ExpertsShape& s, const CardFacts& card, bool digits, Expe
       slots > card.multiprocessors * kStreamWarps || std::max(s.hidden, s.inner) > kStreamWidest) {
     return false;
   }
+  // a run of digits may cost nearly twice as much as another group's chunks, and may cross into one
+  // other group alone
+  const int groups = std::min(slots, s.experts * ((s.tokens + group - 1) / std::max(group, 1)));
+  if (digits && 2 * groups > card.multiprocessors * kStreamWarps) return false;
   const int widest = std::max(s.hidden, s.inner);
   const int row = digits ? digit_row_bytes(widest) : stream_row_bytes(widest);
   // a block has a part of one group or of two, unless there are more groups than blocks

@@ -98,6 +98,7 @@ template <typename Arithmetic>
 struct Stream {
   static constexpr Coding kCoding = Arithmetic::kCoding;
   static constexpr int kChunk = chunk_bytes(kCoding);
+  using Shape = stream::Shape<Arithmetic::kEven>;
   const StreamJob& job;
   Head& head;
   Ring ring;
@@ -433,8 +434,10 @@ struct Stream {
   /// the reading.
   __device__ void plan_work() {
     const Groups& groups = head.groups;
-    if (warp == 0) add_costs(head.groups, Arithmetic::cost);
-    __syncthreads();
+    if constexpr (!Arithmetic::kEven) {
+      if (warp == 0) add_costs(head.groups, Arithmetic::cost);
+      __syncthreads();
+    }
     if (threadIdx.x < 2 * (kStreamWarps + 1)) {
       const int product = threadIdx.x / (kStreamWarps + 1), i = threadIdx.x % (kStreamWarps + 1);
       const Shape shape(weight(product), groups);

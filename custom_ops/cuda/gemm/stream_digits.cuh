@@ -197,6 +197,7 @@ struct DigitSums {
 
 struct Digits {
   static constexpr Coding kCoding = Coding::kCcq;
+  static constexpr bool kEven = false;
 
   __device__ static int row_bytes(int k) { return digit_row_bytes(k); }
 

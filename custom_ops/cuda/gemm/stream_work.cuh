@@ -81,7 +81,9 @@ __device__ inline void add_costs(Groups& groups, Cost cost) {
 }
 
 /// How one product's chunks, in order of group, block and K, are divided: every warp of the grid
-/// gets a run that costs as much as any other.
+/// gets a run that costs as much as any other. `kEven`: a chunk costs the same in all groups, and
+/// Groups::cost is not filled.
+template <bool kEven>
 struct Shape {
   const Groups& groups;
   int of_block, blocks, of_group;  // in chunks, but for `blocks`
@@ -93,7 +95,7 @@ struct Shape {
         blocks(w.blocks()),
         of_group(of_block * blocks),
         warps(gridDim.x * kStreamWarps),
-        total(of_group * all.cost[all.count]),
+        total(of_group * (kEven ? all.count : all.cost[all.count])),
         each(total / warps),
         rest(total - each * warps) {}
 
@@ -101,6 +103,7 @@ struct Shape {
   __device__ int bound(int warp) const {
     const int cost = each * warp + static_cast<int>(static_cast<unsigned>(rest * warp) /
                                                     static_cast<unsigned>(warps));
+    if (kEven) return cost;
     if (cost >= total) return groups.count * of_group;
     int group = 0;  // the last one that begins at this cost or before
     for (int above = groups.count; above - group > 1;) {
@@ -112,13 +115,18 @@ struct Shape {
 
   /// The warp that has a chunk.
   __device__ int owner(int chunk) const {
-    const int group = chunk / of_group;
-    const int cost =
-        groups.cost[group] * of_group + (chunk - group * of_group) * groups.cost_of(group);
+    const int cost = cost_before(chunk);
     int warp = min(static_cast<int>(__fdividef(cost, total) * warps), warps - 1);
     while (bound(warp) > chunk) --warp;
     while (bound(warp + 1) <= chunk) ++warp;
     return warp;
+  }
+
+ private:
+  __device__ int cost_before(int chunk) const {
+    if (kEven) return chunk;
+    const int group = chunk / of_group;
+    return groups.cost[group] * of_group + (chunk - group * of_group) * groups.cost_of(group);
   }
 };
 
@@ -166,6 +174,7 @@ struct Stretch {
 constexpr int kMostStretches = 4;
 
 /// Lists a warp's stretches of one round behind the `count` that it has; the new count.
+template <typename Shape>
 __device__ inline int list_stretches(const Shape& shape, const Round& round, int from, int to,
                                      Stretch* stretches, int count) {
   from = max(from, round.first * shape.of_group);

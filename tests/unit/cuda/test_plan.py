@@ -148,6 +148,15 @@ def test_halves_serve_where_rows_of_digits_do_not_fit() -> None:
     assert [plan(tokens, HOPPER, **wide, **FAST)["path"] for tokens in (6, 8)] == [STREAM, TILES]
 
 
+def test_no_run_of_digits_crosses_a_whole_group() -> None:
+    few = {**HOPPER, "multiprocessors": 15}
+    sizes = {**SMALL, "top_k": 8, "experts": 256}
+    assert plan(15, few, **sizes, forced=DIGITS, ccq=True)["path"] == DIGITS
+    with pytest.raises(ValueError, match="path 3 cannot serve 16 tokens"):
+        plan(16, few, **sizes, forced=DIGITS, ccq=True)
+    assert plan(16, few, **sizes, forced=STREAM, ccq=True)["path"] == STREAM
+
+
 def test_digits_are_for_two_bits_on_cards_that_have_them() -> None:
     for card, changes in (
         (HOPPER, {}),
