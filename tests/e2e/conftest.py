@@ -15,21 +15,24 @@ SHARED_FLAGS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="session", autouse=True)
-def deterministic() -> Iterator[None]:
-    """FD_DETERMINISTIC_MODE=1: many tests compare answers of steps in other company.
+SAME_BITS = {"FD_DETERMINISTIC_MODE": "1"}
+"""Many tests compare answers of steps in other company, which a card promises with it alone."""
 
-    For those who run them on a card; a CPU keeps the promise in any case.
-    """
+
+@pytest.fixture(autouse=True, scope="module")
+def deterministic() -> Iterator[None]:
+    """Models and servers that a test starts itself; taken back for the tests of other folders."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FD_DETERMINISTIC_MODE", "1")
+        for name, value in SAME_BITS.items():
+            patch.setenv(name, value)
         yield
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The demo model behind HTTP."""
-    with running_server(tmp_path_factory.mktemp("server"), SHARED_FLAGS) as process:
+    folder = tmp_path_factory.mktemp("server")
+    with running_server(folder, SHARED_FLAGS, env=SAME_BITS) as process:
         yield process
 
 
