@@ -240,7 +240,7 @@ struct Digits {
 
   struct Converter {
     static constexpr int kBatch = 2;
-    unsigned* tops;
+    unsigned* tops;  // for Halves
     float* row_inverse;
 
     /// See Halves. A thread has a few vectors of a row, kBatch of them on their way at once.

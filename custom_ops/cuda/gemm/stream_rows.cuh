@@ -1,4 +1,4 @@
-// Rows of bf16 to shared memory as float16, for the persistent kernel (stream.cuh).
+// Rows of bf16 to shared memory as float16 or as digits, for the persistent kernel (stream.cuh).
 #pragma once
 
 #include "canonical.cuh"
